@@ -1,0 +1,58 @@
+# make report   train, edit and report under $(OUT), with CONFIG=, ARGS="key=value ..."
+# make test     lint and tests            make lint   lint only
+# make lab      JupyterLab on notebooks/  make clean  remove .venv and caches, never runs/
+#
+# The first use makes .venv with PYTHON (3.11 or newer) from constraints.txt.
+
+PYTHON ?= python3
+OUT ?= runs/report
+CONFIG ?=
+ARGS ?=
+
+BIN := .venv/bin
+PIP := $(BIN)/python -m pip --disable-pip-version-check
+PINS := pyproject.toml constraints.txt
+
+.DELETE_ON_ERROR:
+.PHONY: help report test lint lab clean
+
+help:
+	@sed -n '/^#/!q; s/^# \{0,1\}//p' Makefile
+
+report: .venv/.installed-notebooks
+	$(BIN)/python -m mendkit report $(CONFIG) $(ARGS) --out "$(OUT)"
+
+test: lint
+	$(BIN)/python -m pytest -q --durations=10
+
+lint: .venv/.installed-test
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+lab: .venv/.installed-notebooks
+	$(BIN)/python -m jupyter lab notebooks
+
+clean:
+	rm -rf .venv build dist mendkit.egg-info .pytest_cache .ruff_cache
+	find . -path ./runs -prune -o -type d \( -name __pycache__ -o -name .ipynb_checkpoints \) -exec rm -rf {} +
+
+# Environment. torch goes in alone and first: on some indexes whatever depends on it pulls several GB of another build.
+# A stamp is written last, so a failed installation is tried again.
+
+.venv/.installed-python:
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { \
+	  echo "error: '$(PYTHON)' is not Python 3.11 or newer; name one: make PYTHON=python3.11 ..." >&2; exit 1; }
+	$(PYTHON) -m venv .venv
+	@touch $@
+
+.venv/.installed-torch: .venv/.installed-python constraints.txt
+	$(PIP) install -c constraints.txt torch
+	@touch $@
+
+.venv/.installed-notebooks: .venv/.installed-torch $(PINS)
+	$(PIP) install -c constraints.txt -e ".[notebooks]"
+	@touch $@
+
+.venv/.installed-test: .venv/.installed-torch $(PINS)
+	$(PIP) install -c constraints.txt -e ".[notebooks,test]"
+	@touch $@

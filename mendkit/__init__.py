@@ -1,0 +1,22 @@
+"""mendkit: train and use MEND model editors (Mitchell et al., "Fast Model Editing at Scale", ICLR 2022)."""
+
+from .archive import inspect_archive, load_archive, save_archive
+from .baselines import identity_editor, tune_identity
+from .data import EditExample, Probe, read_examples, write_examples
+from .edit import Edit, LowRankUpdate
+from .editor import EditSession, MENDEditor
+from .errors import ArchiveError, DataError, HyperParamError, MendkitError, ModelError
+from .evaluate import EvaluationReport, EvaluationSet, Interval, evaluate
+from .hparams import MENDHyperParams
+from .models import BaseModel, load_model
+from .scoring import next_tokens
+from .training import TrainingResult, train
+from .validation import strength_curve
+
+__all__ = [
+    "ArchiveError", "BaseModel", "DataError", "Edit", "EditExample", "EditSession", "EvaluationReport",
+    "EvaluationSet", "HyperParamError", "Interval", "LowRankUpdate", "MENDEditor", "MENDHyperParams", "MendkitError",
+    "ModelError", "Probe", "TrainingResult", "evaluate", "identity_editor", "inspect_archive", "load_archive",
+    "load_model", "next_tokens", "read_examples", "save_archive", "strength_curve", "train", "tune_identity",
+    "write_examples",
+]  # fmt: skip

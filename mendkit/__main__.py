@@ -1,0 +1,350 @@
+"""Command line: `python -m mendkit {train,edit,evaluate,inspect,report}`.
+
+Results go to stdout, progress and messages to stderr. What can be wrong is looked at before
+anything is written, and nothing is overwritten unasked.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import logging
+import math
+import shlex
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from .archive import inspect_archive, load_archive
+from .data import EditExample, read_examples
+from .editor import MENDEditor
+from .errors import MendkitError
+from .evaluate import EvaluationReport, evaluate, normalise
+from .hparams import MENDHyperParams, parse_overrides
+from .models import load_model
+from .report import ARCHIVE, default_config, plan_report, run_report
+from .runs import peak_memory_gb, write_json
+from .training import train
+
+logger = logging.getLogger("mendkit")
+
+EXIT_CODES = """\
+exit status: 0 all of it was done; 1 a notebook of the report failed, or an unexpected error (with traceback);
+2 a mistake in the command, its files or settings (usage, or one line `error: ...`); 130 interrupted"""
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command; its exit status."""
+    words = list(sys.argv[1:] if argv is None else argv)
+    if not words or words[0] not in COMMANDS:
+        _top_parser().parse_args(words)  # --help and mistakes end here
+        return 2
+    logging.basicConfig(level=logging.WARNING, format="%(message)s", stream=sys.stderr)
+    logger.setLevel(logging.INFO)
+    logging.getLogger("papermill").setLevel(logging.ERROR)
+    command = COMMANDS[words[0]]
+    parser = _parser(words[0], command)
+    args = parser.parse_intermixed_args(words[1:])
+    args.parser, args.command = parser, shlex.join(["python", "-m", "mendkit", *words])
+    try:
+        return command.run(args)
+    except MendkitError as error:
+        sys.stderr.write(f"error: {error}\n")
+        return 2
+    except KeyboardInterrupt:
+        sys.stderr.write("interrupted\n")
+        return 130
+
+
+def _say(text: str) -> None:
+    sys.stdout.write(f"{text}\n")
+    sys.stdout.flush()
+
+
+# --------------------------------------------------------------------------------------------------- commands
+
+
+def _train(args: argparse.Namespace) -> int:
+    hparams = _hparams(args)
+    out = args.out or Path(hparams.results_dir) / "train"
+    old = _existing(out, (ARCHIVE, "history.jsonl", "results.json", "run.json"), args.overwrite)
+    examples = read_examples(args.train_data, limit=args.train_limit)
+    validation = read_examples(args.validation_data, limit=args.validation_limit)
+    if hparams.archive is not None:
+        inspect_archive(hparams.archive)  # before the model is loaded, which may take long
+    base = load_model(hparams)
+    if hparams.archive is not None:
+        load_archive(hparams.archive, base=base)
+        old = [path for path in old if path.resolve() != Path(hparams.archive).resolve()]
+    _open(out, old)
+    logger.info("training on %d examples, validating on %d, in %s", len(examples), len(validation), out)
+    result = train(hparams, examples, validation, base=base, run_dir=out)
+    logger.info("%s", result.stopped)
+    scores = {name.replace("val.", "validation."): v for name, v in result.best.items() if "val." in name}
+    values = {"seconds": result.seconds, "best_step": result.best["step"], "stopped": result.stopped}
+    values |= {"examples": len(examples), "peak_memory_gb": peak_memory_gb(), **result.cache, **scores}
+    results = {f"train.{name}": value for name, value in values.items()}
+    write_json(out / "results.json", results)
+    _say(json.dumps(results, indent=1) if args.json else str(result.archive))
+    return 0
+
+
+def _edit(args: argparse.Namespace) -> int:
+    if bool(args.data) == bool(args.prompt) or bool(args.prompt) != bool(args.target):
+        args.parser.error("give --prompt and --target, or --data")
+    hparams = _hparams(args)
+    old = _existing(args.out, ("results.json", "rows.jsonl"), args.overwrite)
+    if args.data:
+        examples = list(read_examples(args.data, limit=args.limit))
+    else:
+        examples = [EditExample(prompt=args.prompt, target_new=args.target)]
+    editor = MENDEditor.from_hparams(hparams)
+    rows = []
+    for example in examples:
+        before = editor.base.generate(example.prompt, max_new_tokens=args.max_new_tokens)
+        with editor.edit(example).applied():
+            after = editor.base.generate(example.prompt, max_new_tokens=args.max_new_tokens)
+        success = normalise(after) == normalise(example.target_new)
+        row = {"prompt": example.prompt, "target_new": example.target_new, "before": before, "after": after}
+        rows.append(row | {"success": success})
+        if not args.json:
+            mark = "as told" if success else f"told: {example.target_new}"
+            _say(f"{example.prompt}\n  before: {before.strip()}\n  after:  {after.strip()}  ({mark})")
+    share = sum(row["success"] for row in rows) / len(rows)
+    if args.json:
+        _say(json.dumps(rows, indent=1, ensure_ascii=False))
+    if args.out:
+        _open(args.out, old)
+        lines = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+        (args.out / "rows.jsonl").write_text(lines, encoding="utf-8")
+        write_json(args.out / "results.json", {"edit.free_exact": share, "edit.free_exact.n": len(rows)})
+    return 0
+
+
+def _evaluate(args: argparse.Namespace) -> int:
+    hparams = _hparams(args)
+    old = _existing(args.out, ("results.json", "rows.jsonl"), args.overwrite)
+    examples = read_examples(args.data, limit=args.limit)
+    editor = MENDEditor.from_hparams(hparams)
+    logger.info("scoring %d edits, each on a fresh model", len(examples))
+    report = evaluate(editor, examples, mode=args.mode, max_new_tokens=args.max_new_tokens)
+    results = report.results() | {"seconds": report.seconds, "peak_memory_gb": peak_memory_gb()}
+    if args.out:
+        _open(args.out, old)
+        report.save_rows(args.out / "rows.jsonl")
+        write_json(args.out / "results.json", results)
+    _say(json.dumps(results, indent=1) if args.json else _table(report))
+    return 0
+
+
+def _table(report: EvaluationReport) -> str:
+    """Every mean with its interval, and the unedited model's beside it."""
+    lines = [f"{'':34}{'before':>8}{'after':>8}  {'95 % interval':18}{'n':>5}"]
+    for name, value in report.summary.items():
+        if not name.startswith("before."):
+            before = report.summary.get(f"before.{name}")
+            old = "–" if before is None else f"{before.mean:.3f}"
+            spread = f"[{value.low:.3f}, {value.high:.3f}]"
+            lines.append(f"{name:34}{old:>8}{value.mean:>8.3f}  {spread:18}{value.n:>5}")
+    lines += [f"{k:34}{'':8}{v:>8.3f}" for k, v in report.results().items() if ".score." in k]
+    lines.append(", ".join(f"{n} {name.replace('_', ' ')}" for name, n in report.counts.items()))
+    return "\n".join(lines)
+
+
+def _inspect(args: argparse.Namespace) -> int:
+    metadata = inspect_archive(args.archive)
+    _say(json.dumps(metadata, indent=1) if args.json else _summary(args.archive, metadata))
+    return 0
+
+
+def _summary(path: Path, metadata: dict[str, Any]) -> str:
+    """An archive's metadata for people."""
+    base, hparams, training = metadata["base_model"], metadata["hparams"], metadata["training"]
+    defaults = MENDHyperParams(model_name=hparams["model_name"]).to_dict()
+    changed = [f"{key}: {value}" for key, value in hparams.items() if value != defaults.get(key)]
+    count = sum(math.prod(shape) for shape in metadata["tensors"].values())
+    best = [f"{key} {value:.4g}" for key, value in training.get("best", {}).items()]
+    lines = [
+        f"{path}  ({metadata['format']}, {path.stat().st_size / 1e6:.1f} MB)",
+        f"base model   {base['name']} ({base['class']}), SHA-256 of its edited layers {base['sites_sha256']}",
+        f"transforms   {len(metadata['tensors'])} tensors, {count:,} numbers",
+        f"update       sign {metadata['update_sign']:+d}; loss: {metadata['loss_reduction']}",
+        f"settings     {', '.join(changed) or 'all at their default'}",
+        f"training     {', '.join(best) or 'not recorded'}",
+        "step size, shape and name of the edited weights",
+    ]
+    for site in base["sites"]:
+        alpha, shape = metadata["edit_lr"][site["name"]], " × ".join(map(str, site["shape"]))
+        lines.append(f"  {alpha:.2e}  {shape:12} {site['name']}")
+    return "\n".join(lines)
+
+
+def _report(args: argparse.Namespace) -> int:
+    config, settings = _config(args.words)
+    plan = plan_report(config, settings, out=args.out)
+    report = run_report(plan, command=args.command)
+    _say(str(report.index))
+    if report.failure is None:
+        return 0
+    failure = report.failure
+    sys.stderr.write(f"error: {failure.where}: {failure.error}\n")
+    sys.stderr.write(f"what it did is in {plan.out / failure.notebook}.html; nothing after it was run\n")
+    return 130 if failure.interrupted else 1
+
+
+# ---------------------------------------------------------------------------------------------------- helpers
+
+
+def _config(words: Sequence[str]) -> tuple[Path, list[str]]:
+    """The configuration file, given or default, and the overrides."""
+    if words and ("=" not in words[0] or Path(words[0]).is_file()):
+        return Path(words[0]), list(words[1:])
+    logger.info("configuration: %s", default_config())
+    return default_config(), list(words)
+
+
+def _hparams(args: argparse.Namespace) -> MENDHyperParams:
+    config, settings = _config(args.words)
+    return MENDHyperParams.from_hparams(config, **parse_overrides(settings))
+
+
+def _existing(out: Path | None, names: Sequence[str], overwrite: bool) -> list[Path]:
+    """Files of an earlier run that this one would overwrite; refused unless asked for."""
+    if out is None:
+        return []
+    if out.exists() and not out.is_dir():
+        raise MendkitError(f"{out} is a file; give --out a folder")
+    found = [out / name for name in names if (out / name).exists()]
+    if found and not overwrite:
+        held = ", ".join(path.name for path in found)
+        raise MendkitError(f"{out} holds {held} of an earlier run; give another --out, or --overwrite")
+    return found
+
+
+def _open(out: Path, old: Sequence[Path]) -> None:
+    """Make the folder and remove the earlier run's files, so that none is mistaken for this run's."""
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        for path in old:
+            path.unlink()
+    except OSError as error:
+        raise MendkitError(f"cannot write to {out}: {error}; give another --out") from None
+
+
+def _count(text: str) -> int:
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"expected an integer of at least 1, got {text!r}")
+    return int(text)
+
+
+# ---------------------------------------------------------------------------------------------------- parsers
+
+
+def _options_train(parser: argparse.ArgumentParser) -> None:
+    for split in ("train", "validation"):
+        source = f"facts:{split}"
+        parser.add_argument(f"--{split}-data", default=source, metavar="FILE", help=f"default: {source}")
+        parser.add_argument(f"--{split}-limit", type=_count, metavar="N", help="use the first N examples")
+
+
+def _options_edit(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--prompt", metavar="P", help="what to edit, such as 'The capital of France is'")
+    parser.add_argument("--target", metavar="T", help="how the prompt shall go on")
+    parser.add_argument("--data", metavar="FILE", help="examples instead, each edited alone, or facts:test")
+    _options_decoding(parser)
+
+
+def _options_evaluate(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--data", default="facts:test", metavar="FILE", help="default: facts:test")
+    parser.add_argument("--mode", default="single", choices=["single"], help="each edit on a fresh model")
+    _options_decoding(parser)
+
+
+def _options_decoding(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--limit", type=_count, metavar="N", help="use the first N examples")
+    parser.add_argument("--max-new-tokens", type=_count, default=50, metavar="N", help="default: 50")
+
+
+@dataclass(frozen=True)
+class _Command:
+    run: Callable[[argparse.Namespace], int]
+    options: Callable[[argparse.ArgumentParser], None] | None
+    does: str
+    example: str
+    out: str = ""  # the default of --out, in words
+
+
+COMMANDS = {
+    "train": _Command(
+        _train, _options_train,
+        "train a hypernetwork and print its archive's path;\n`archive: null` starts anew, a path goes on",
+        "configs/smollm2-135m.yaml max_iters=500 --out runs/first",
+        "<results_dir>/train",
+    ),
+    "edit": _Command(
+        _edit, _options_edit,
+        "make single edits with an archive and print what the model writes before and after",
+        "archive=runs/first/archive.safetensors --prompt 'The capital of France is' --target Lyon",
+    ),
+    "evaluate": _Command(
+        _evaluate, _options_evaluate,
+        "score an archive's edits on examples",
+        "archive=runs/first/archive.safetensors --limit 50 --out runs/scores",
+    ),
+    "inspect": _Command(
+        _inspect, None, "print what an archive says of itself", "runs/first/archive.safetensors --json"
+    ),
+    "report": _Command(
+        _report, None,
+        "run the notebooks and lay index.html over them: `archive: null` trains, then edits;\n"
+        "a path only edits. Settings are hyperparameters, or the notebooks' parameters (test_limit=50)",
+        "max_iters=500 test_limit=50 --out runs/quick",
+        "runs/report",
+    ),
+}  # fmt: skip
+
+
+def _top_parser() -> argparse.ArgumentParser:
+    indent = "\n" + " " * 12
+    listing = "".join(f"\n  {name:10}{c.does.replace(chr(10), indent)}" for name, c in COMMANDS.items())
+    parser = argparse.ArgumentParser(
+        prog="python -m mendkit",
+        usage="python -m mendkit COMMAND ...  (COMMAND --help says more)",
+        description=f"Train and use MEND model editors.\n{listing}",
+        epilog=EXIT_CODES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("command", choices=[*COMMANDS], metavar="COMMAND", help=argparse.SUPPRESS)
+    return parser
+
+
+def _parser(name: str, command: _Command) -> argparse.ArgumentParser:
+    given = "ARCHIVE" if name == "inspect" else "[CONFIG] [key=value ...]"
+    parser = argparse.ArgumentParser(
+        prog=f"python -m mendkit {name}",
+        usage=f"python -m mendkit {name} {given} [options]",
+        description=command.does,
+        epilog=f"example:\n  python -m mendkit {name} {command.example}\n\n{EXIT_CODES}",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    if name == "inspect":
+        parser.add_argument("archive", type=Path, metavar="ARCHIVE", help="an archive's path")
+    else:
+        words = "a YAML file (default: configs/smollm2-135m.yaml) and settings that win over it"
+        parser.add_argument("words", nargs="*", metavar="CONFIG key=value", help=words)
+        default = Path(command.out) if name == "report" else None
+        out = f"default: {command.out}" if command.out else "write results.json and rows.jsonl there"
+        parser.add_argument("--out", type=Path, default=default, metavar="DIR", help=out)
+    if name != "report":
+        parser.add_argument("--json", action="store_true", help="JSON on stdout and nothing else there")
+        if name != "inspect":
+            parser.add_argument("--overwrite", action="store_true", help="replace an earlier run's files")
+    if command.options is not None:
+        command.options(parser)
+    return parser
+
+
+if __name__ == "__main__":
+    sys.exit(main())

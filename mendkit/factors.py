@@ -1,0 +1,121 @@
+"""Gradient factors: the gradient of a linear layer is a sum of rank-one terms (MEND, section 3.1).
+
+For y = W x a token t contributes delta_t u_tᵀ to dL/dW, with u_t = x_t the layer's input and delta_t = dL/dy_t. Both
+are read by hooks on the layer, so the orientation of its weight does not matter here. Tokens are chosen by position,
+never by comparing floats with zero (CORRECTNESS row 11): a token counts if it precedes or is the last scored position
+of its text; in the last block's MLP only scored positions can receive a gradient (`Site.scored_only`).
+Axes: e edits, n tokens of all edits (packed), t tokens padded, i layer input, o layer output.
+"""
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor, nn
+
+from .data import Tokens
+from .losses import edit_nll, wide
+from .models import BaseModel, Site
+from .trunk import FrozenTrunk, TextBatch, collate
+
+
+@dataclass(frozen=True)
+class GradientFactors:
+    """Rank-one factors of a linear layer's gradient (MEND, section 3.1) for one or several edits, packed.
+
+    `rows[k]` is the edit of token k. Each edit's loss is its own mean over target tokens, so its factors have the
+    scale of a single edit whatever the batch (CORRECTNESS row 12).
+    """
+
+    u: Float[Tensor, "n i"]  # layer inputs
+    delta: Float[Tensor, "n o"]  # dL/d(output)
+    rows: Int[Tensor, " n"]
+
+    def weight_gradient(self) -> Float[Tensor, "o i"]:
+        """dL/dW summed over all edits, in (output, input) orientation."""
+        return torch.einsum("no,ni->oi", self.delta, self.u)
+
+
+Factors = dict[str, GradientFactors]
+"""Factors by site name."""
+
+
+def pack(factors: Sequence[Mapping[str, GradientFactors]]) -> Factors:
+    """Several single edits' factors as one: edit k of the result is `factors[k]`."""
+    return {
+        site: GradientFactors(
+            torch.cat([f[site].u for f in factors]),
+            torch.cat([f[site].delta for f in factors]),
+            torch.repeat_interleave(torch.arange(len(factors)), torch.tensor([len(f[site].u) for f in factors])).to(
+                factors[0][site].u.device
+            ),
+        )
+        for site in factors[0]
+    }
+
+
+def unpack(factors: Factors, n_edits: int) -> list[Factors]:
+    """One dictionary of (cloned) factors per edit."""
+    out: list[Factors] = [{} for _ in range(n_edits)]
+    for site, f in factors.items():
+        counts = torch.bincount(f.rows, minlength=n_edits).tolist()
+        for edit, u, delta in zip(out, f.u.split(counts), f.delta.split(counts), strict=True):
+            edit[site] = GradientFactors(u.clone(), delta.clone(), torch.zeros(len(u), dtype=torch.long))
+    return out
+
+
+def capture_factors(trunk: FrozenTrunk, texts: Sequence[Tokens], /, *, tokens: str = "all") -> Factors:
+    """Factors of the edit loss of each text (its mean NLL per target token), packed in text order.
+
+    `tokens`: "all" tokens that contribute (MEND), or only the "scored" ones, which predict the answer.
+
+    One pass through the suffix (the whole model where nothing is cached) and one backward pass to the lowest site;
+    the model's parameters, their `.grad` and its hooks are left as they were (CORRECTNESS rows 13, 14).
+    """
+    base = trunk.base
+    batch = collate(texts, base.pad_id, base.device)
+    with torch.enable_grad(), _record(base) as record:
+        logits = trunk.suffix(texts, batch)
+        loss = edit_nll(logits, batch.targets, batch.rows, len(batch)).sum()
+        outputs = [record[site.name][1] for site in base.sites]
+        deltas = torch.autograd.grad(loss, outputs)
+    factors: Factors = {}
+    for site, delta in zip(base.sites, deltas, strict=True):
+        mask = batch.scored if tokens == "scored" else contributing(site, batch)
+        u = wide(record[site.name][0].detach()[mask])
+        factors[site.name] = GradientFactors(u, wide(delta[mask]), mask.nonzero()[:, 0])
+    return factors
+
+
+def contributing(site: Site, batch: TextBatch) -> Bool[Tensor, "n t"]:
+    """The tokens whose rank-one term is not structurally zero."""
+    if site.scored_only:
+        return batch.scored
+    later = batch.scored.flip(1).cumsum(1).flip(1) > 0
+    return later & batch.attention_mask.bool()
+
+
+@contextmanager
+def _record(base: BaseModel) -> Iterator[dict[str, tuple[Tensor, Tensor]]]:
+    """Within the context every site's (input, output) is recorded; the graph starts at the lowest site's output."""
+    seen: dict[str, tuple[Tensor, Tensor]] = {}
+    handles = []
+
+    def hook_for(name: str):
+        def hook(_: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> Tensor:
+            if not output.requires_grad:
+                output = output.detach().requires_grad_()
+            seen[name] = (args[0], output)
+            return output
+
+        return hook
+
+    try:
+        for site in base.sites:
+            handles.append(base.site_module(site).register_forward_hook(hook_for(site.name)))
+        yield seen
+    finally:
+        for handle in handles:
+            handle.remove()

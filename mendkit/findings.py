@@ -1,0 +1,164 @@
+"""Findings: sentences computed from a run, right also when the run went badly. Plain data in, text out.
+
+Summaries map metric names to means over edits with a 95 % interval. Shares lie in [0, 1].
+"""
+
+import re
+from collections.abc import Mapping, Sequence
+from statistics import fmean, harmonic_mean, median
+from typing import Any, Protocol, runtime_checkable
+
+HEADLINE = (
+    "edit_success.free_exact",
+    "paraphrase.free_exact",
+    "neighbourhood.argmax_agreement",
+    "locality.argmax_agreement",
+)
+"""The four shares by which editors are compared; their harmonic mean is the headline score."""
+
+SHARES = ("edit_success", "paraphrase", "neighbourhood", "locality")
+"""Their teacher-forced forms in validation; their harmonic mean is the validation score."""
+
+
+@runtime_checkable
+class Mean(Protocol):
+    """A mean over n edits with its 95 % interval."""
+
+    @property
+    def mean(self) -> float: ...
+    @property
+    def low(self) -> float: ...
+    @property
+    def high(self) -> float: ...
+    @property
+    def n(self) -> int: ...
+
+
+Row = Mapping[str, Any]
+Summary = Mapping[str, Mean]
+
+
+def headline_score(summary: Summary, /) -> float:
+    """Harmonic mean of the headline shares that a summary has; NaN if it has none."""
+    means = [summary[name].mean for name in HEADLINE if name in summary]
+    return harmonic_mean(means) if means else float("nan")
+
+
+def verdict(trained: Summary, control: Summary, /) -> str:
+    """Whether the trained editor beats the identity control on the headline score."""
+    a, b = headline_score(trained), headline_score(control)
+    verb = "beats" if a > b else "does not beat"
+    return f"The trained editor {verb} the identity control: score {a:.2f} against {b:.2f}"
+
+
+def smooth(values: Sequence[float], /) -> list[float]:
+    """Centred running mean over a twelfth of the values, narrower at the ends."""
+    half = len(values) // 24
+    return [fmean(values[max(i - half, 0) : i + half + 1]) for i in range(len(values))]
+
+
+def losses(history: Sequence[Row], /) -> str:
+    """How the edit loss moved, in training (smoothed) and in validation."""
+    train = [row for row in history if "loss" in row]
+    val = [row["val.loss.edit"] for row in history if "val.loss.edit" in row]
+    moved = _moved(smooth([row["edit"] for row in train]), " nats")
+    text = f"The edit loss {moved} in {train[-1]['step']:g} steps"
+    return text + (f"; on validation edits it {_moved(val)}" if val else "")
+
+
+def validation(history: Sequence[Row], best: Row, /) -> str:
+    """Whether training raised the validation score, from before the first step to the kept archive's row."""
+    before = next(row["val.score"] for row in history if "val.score" in row)
+    verb = "raised" if best["val.score"] > before else "did not raise"
+    return (
+        f"Training {verb} the validation score: {before:.2f} before the first step, "
+        f"{best['val.score']:.2f} at step {best['step']:g}, whose archive was kept"
+    )
+
+
+def step_sizes(edit_lrs: Mapping[str, float], /, *, start: float) -> str:
+    """Between which values the learned step sizes lie."""
+    small, large = min(edit_lrs, key=edit_lrs.__getitem__), max(edit_lrs, key=edit_lrs.__getitem__)
+    low, high = (f"{edit_lrs[site]:.1e} ({short_site(site)})" for site in (small, large))
+    return f"From a start of {start:.1e}, the step sizes went to between {low} and {high}"
+
+
+def control(rows: Sequence[Row], best: Row, /) -> str:
+    """Whether some step size brings the untrained editor to the trained one's validation score."""
+    top = max(rows, key=lambda row: row["score"])
+    won = best["val.score"] > top["score"]
+    text = (
+        "No step size brings the untrained editor to the trained one"
+        if won
+        else "The trained editor does not beat the identity control"
+    )
+    alpha = f"{top['edit_lr']:.1e}"
+    if len(rows) > 1 and top["score"] > 0 and top["edit_lr"] in (rows[0]["edit_lr"], rows[-1]["edit_lr"]):
+        alpha += " (the end of the range tried)"
+    return f"{text}: score {top['score']:.2f} at its best α = {alpha}, trained {best['val.score']:.2f}"
+
+
+def next_tokens(facts: Sequence[Row], /) -> str:
+    """For how many facts the most probable next token begins the new answer, before and after the edit."""
+
+    def begun(state: str) -> int:
+        return sum(max(f[state], key=f[state].get) == f["new_token"] for f in facts)
+
+    return (
+        f"The most probable next token is the new answer's first for {begun('before')} of {len(facts)} facts "
+        f"before the edit and for {begun('after')} after it"
+    )
+
+
+def by_relation(edit: Summary, /) -> str:
+    """Between which relations edit success ranges."""
+    best, worst = max(edit, key=lambda r: edit[r].mean), min(edit, key=lambda r: edit[r].mean)
+    if len(edit) == 1:
+        return f"Edit success is {edit[best].mean:.2f} on the only relation, {relation(best)}"
+    if edit[best].mean == edit[worst].mean:
+        return f"Edit success is {edit[best].mean:.2f} on each of the {len(edit)} relations"
+    return (
+        f"Edit success ranges from {edit[worst].mean:.2f} ({relation(worst)}) to {edit[best].mean:.2f} "
+        f"({relation(best)}) over {len(edit)} relations"
+    )
+
+
+def shifts(values: Sequence[Row], /) -> str:
+    """The median change of log P of the new and of the old answer."""
+    parts = []
+    for kind, label in (("log_p.new", "new answer"), ("log_p.old", "old answer")):
+        changes = [row[kind] - row[f"before.{kind}"] for row in values if kind in row and f"before.{kind}" in row]
+        if changes:
+            change = median(changes)
+            parts.append(f"the {label} {'gains' if change >= 0 else 'loses'} {abs(change):.1f}")
+    return f"In the median, {' and '.join(parts)} nats per token"
+
+
+def strength(rows: Sequence[Row], /) -> str:
+    """Whether another strength would score better than the trained one."""
+    best = max(rows, key=lambda row: row["score"])
+    trained = next((row["score"] for row in rows if row["strength"] == 1), None)
+    if best["score"] == 0:
+        return "No strength tried gives a score above 0"
+    if trained is None or best["score"] > trained:
+        versus = "" if trained is None else f", against {trained:.2f} as trained"
+        return f"Strength {best['strength']:g} would score best: {best['score']:.2f}{versus}"
+    return f"No other strength tried scores better than the trained one, {trained:.2f}"
+
+
+def short_site(name: str, /) -> str:
+    """A site's block and layer: `model.layers.27.mlp.up_proj.weight` → `27.mlp.up_proj`."""
+    found = re.search(r"(?:^|\.)(\d+\..*)", name.removesuffix(".weight"))
+    return found[1] if found else name.removesuffix(".weight")
+
+
+def relation(name: str, /) -> str:
+    """A relation's name for people."""
+    return "(no relation given)" if name == "None" else name.replace("_", " ")
+
+
+def _moved(values: Sequence[float], unit: str = "") -> str:
+    first, last = f"{values[0]:.2f}", f"{values[-1]:.2f}"
+    if first == last:
+        return f"stayed at {last}{unit}"
+    return f"{'fell' if values[-1] < values[0] else 'rose'} from {first} to {last}{unit}"

@@ -1,0 +1,348 @@
+"""Figures: data in, labelled figure out; the only importer of matplotlib.
+
+Every function returns a `Chart`: a figure whose title is a finding computed from the data (findings.py), with
+the rows it was drawn from. Figures are plain `Figure` objects (no pyplot, no global state). Shares lie in
+[0, 1]; whiskers are 95 % intervals over edits; colours are those of Okabe and Ito, and markers differ, too.
+"""
+
+import base64
+import csv
+import io
+import textwrap
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.font_manager import findfont, get_font
+from matplotlib.ticker import LogFormatter
+
+from . import findings
+from .findings import Mean, Row, Summary
+
+WIDTH, DPI = 7.2, 150  # inches, dots per inch
+BLACK, GREY, BLUE, ORANGE = "#222222", "#8A8A8A", "#0072B2", "#E69F00"
+GREEN, RED, PURPLE = "#009E73", "#D55E00", "#CC79A7"
+TICKS = (0, 0.2, 0.4, 0.6, 0.8, 1)  # of a share
+TINY = 1e-5  # KL may be 0, which a logarithmic axis cannot show
+NATS, KL = "NLL of the new answer (nats per token)", "KL(unedited ‖ edited) (nats)"
+ALONE = "each on a fresh model; teacher-forced"
+
+SHARES = {
+    "edit_success": ("edit success", BLUE, "o"),
+    "paraphrase": ("paraphrase", ORANGE, "s"),
+    "neighbourhood": ("neighbourhood", GREEN, "^"),
+    "locality": ("locality (unrelated)", PURPLE, "D"),
+    "score": ("score (harmonic mean)", BLACK, "x"),
+}
+"""Validation shares: label, colour, marker. The first two are teacher-forced, all target tokens right."""
+
+LOSSES = {
+    "edit": ("edit", BLUE, NATS),
+    "paraphrases": ("paraphrases", ORANGE, NATS),
+    "neighbours": ("neighbours", GREEN, KL),
+    "unrelated": ("unrelated prompts", PURPLE, KL),
+}
+"""Losses by role: label, colour, axis."""
+
+HEADLINE_LABELS = {
+    "edit_success.free_exact": "edit success\n(writes the new answer)",
+    "paraphrase.free_exact": "paraphrase\n(writes the new answer)",
+    "neighbourhood.argmax_agreement": "neighbourhood\n(argmax as before)",
+    "locality.argmax_agreement": "locality, unrelated\n(argmax as before)",
+}
+
+
+@dataclass(frozen=True)
+class Chart:
+    """A figure, its title (the finding) and the rows it was drawn from. Shows itself in a notebook."""
+
+    name: str
+    finding: str
+    figure: Figure
+    rows: tuple[Row, ...]
+
+    def png(self) -> bytes:
+        """The figure as PNG."""
+        buffer = io.BytesIO()
+        self.figure.savefig(buffer, format="png", dpi=DPI, metadata={"Title": self.finding})
+        return buffer.getvalue()
+
+    def save(self, folder: str | Path, /) -> "Chart":
+        """Write `<name>.png` and `<name>.csv` into the folder (made if need be); returns the chart."""
+        folder = Path(folder)
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / f"{self.name}.png").write_bytes(self.png())
+        columns = list(dict.fromkeys(key for row in self.rows for key in row))
+        with (folder / f"{self.name}.csv").open("w", encoding="utf-8", newline="") as file:
+            writer = csv.DictWriter(file, columns)
+            writer.writeheader()
+            writer.writerows(self.rows)
+        return self
+
+    def _repr_mimebundle_(self, include: Any = None, exclude: Any = None) -> tuple[Row, Row]:
+        data = {"image/png": base64.b64encode(self.png()).decode(), "text/plain": self.finding}
+        return data, {"image/png": {"width": round(WIDTH * 100)}}
+
+
+# --------------------------------------------------------------------------------------------------- training
+
+
+def loss_curves(history: Sequence[Row], /) -> Chart:
+    """Losses by role against steps: raw training rows, their running mean, the validation loss as markers."""
+    train = [row for row in history if "loss" in row]
+    figure, axes = _panels(2, 3.7)
+    for role, (label, colour, unit) in LOSSES.items():
+        ax = axes[unit == KL]
+        ax.set(xlabel="training step", ylabel=unit)
+        rows = [row for row in train if role in row]
+        if rows:
+            x, y = [row["step"] for row in rows], [max(row[role], TINY) for row in rows]
+            ax.plot(x, y, color=colour, alpha=0.25, lw=0.8)
+            ax.plot(x, findings.smooth(y), color=colour, lw=1.8, label=label)
+        key = f"val.loss.{role}"
+        rows = [row for row in history if key in row]
+        style = {"color": colour, "ls": ":", "lw": 1, "marker": "o", "ms": 4, "mfc": "white"}
+        ax.plot([row["step"] for row in rows], [max(row[key], TINY) for row in rows], **style)
+    for ax in axes:
+        ax.set_yscale("log")
+        ax.yaxis.set_major_formatter(lambda value, _: f"{value:g}")
+        ax.yaxis.set_minor_formatter(LogFormatter(labelOnlyBase=False))
+        if ax.get_legend_handles_labels()[0]:
+            ax.legend(frameon=False, fontsize=8)
+    note = f"faint: {len(train)} logged batches; lines: their running mean; hollow markers: validation edits"
+    return _chart("loss_curves", findings.losses(history), figure, history, note=note, key=False)
+
+
+def validation_curves(history: Sequence[Row], best: Row, /, *, n: int) -> Chart:
+    """Validation shares over n edits against steps and wall time; `best` is the row of the kept archive."""
+    rows = [row for row in history if "val.score" in row]
+    figure, axes = _panels(2, 3.8)
+    units = {"step": "training step", "seconds": "wall time (s), caches included"}
+    for ax, (key, unit) in zip(axes, units.items(), strict=True):
+        _mark(ax, best[key], "kept")
+        _share_lines(ax, rows, key, prefix="val.")
+        ax.set(xlabel=unit, ylabel="share of validation edits" if key == "step" else "")
+    table = [{k: v for k, v in row.items() if k in units or k.startswith("val.")} for row in rows]
+    finding = findings.validation(history, best)
+    return _chart("validation", finding, figure, table, note=f"n = {n} validation edits, {ALONE}")
+
+
+def step_sizes(edit_lrs: Mapping[str, float], /, *, start: float) -> Chart:
+    """Learned step size α of every site, and where all started."""
+    names, values = [findings.short_site(name) for name in edit_lrs], list(edit_lrs.values())
+    figure, (ax,) = _panels(1, 1.5 + 0.24 * len(names))
+    y, low, high = range(len(names)), min([start, *values]), max([start, *values])
+    _mark(ax, start, "start")
+    ax.hlines(y, start, values, color=BLUE, lw=1.2, alpha=0.6)
+    ax.plot(values, y, "o", color=BLUE, ms=6)
+    ax.set_xscale("log")
+    ax.set_xlim(low / 1.3, high * 1.3)
+    ax.xaxis.set_major_formatter(LogFormatter(labelOnlyBase=False))
+    ax.xaxis.set_minor_formatter(LogFormatter(labelOnlyBase=False))
+    _categories(ax, names)
+    ax.set(xlabel="step size α (log scale)", ylabel="edit site (block.layer)")
+    rows = [{"site": site, "edit_lr": value, "start": start} for site, value in edit_lrs.items()]
+    finding = findings.step_sizes(edit_lrs, start=start)
+    return _chart("step_sizes", finding, figure, rows, note=f"n = {len(names)} sites", key=False)
+
+
+def control_curve(rows: Sequence[Row], best: Row, /, *, n: int) -> Chart:
+    """The identity control's validation shares by step size, and the trained editor's score (`best` row)."""
+    figure, (ax,) = _panels(1, 4)
+    _share_lines(ax, rows, "edit_lr")
+    ax.axhline(best["val.score"], color=BLACK, ls="--", lw=1.2, label="score of the trained editor")
+    ax.set_xscale("log")
+    ax.set(xlabel="step size α of the untrained editor (log scale)", ylabel="share of validation edits")
+    note = f"n = {n} validation edits, {ALONE}"
+    return _chart("control", findings.control(rows, best), figure, rows, note=note)
+
+
+# ---------------------------------------------------------------------------------------------------- editing
+
+
+def next_token_bars(facts: Sequence[Row], /) -> Chart:
+    """Next-token probabilities before and after each edit, one panel per fact.
+
+    A fact has `prompt`, its answers `new` and `old` (or None), their first tokens `new_token`, `old_token`,
+    and `before`, `after`: probabilities by token.
+    """
+    figure, axes = _panels(len(facts), 0.9 + 2.4 * -(-len(facts) // 2))
+    table: list[Row] = []
+    for ax, fact in zip(axes, facts, strict=True):
+        before, after = fact["before"], fact["after"]
+        most = {token: max(before.get(token, 0.0), after.get(token, 0.0)) for token in {**after, **before}}
+        named = {fact["old_token"]: " (old)"} if fact["old_token"] in most else {}
+        named[fact["new_token"]] = " (new)" if fact["new_token"] not in named else " (new and old)"
+        tokens = [*named, *sorted(most.keys() - named, key=most.__getitem__, reverse=True)][:7]
+        tokens.sort(key=lambda token: most.get(token, 0.0), reverse=True)
+        for offset, state, colour in ((-0.2, "before", GREY), (0.2, "after", BLUE)):
+            y = [k + offset for k in range(len(tokens))]
+            ax.barh(y, [fact[state].get(t, 0.0) for t in tokens], 0.38, color=colour, label=f"{state} the edit")
+        texts = {t: _drawable(t.replace("\n", "⏎").replace(" ", "␣")) or "(empty)" for t in tokens}
+        _categories(ax, [texts[t] + named.get(t, "") for t in tokens])
+        ax.set(xlim=(0, 1), xlabel="probability", ylabel="next token")
+        title = textwrap.fill(_drawable(f"{fact['prompt']} → {fact['new']}"), 38 if len(facts) > 1 else 90)
+        ax.set_title(title, fontsize=8.5, loc="left", parse_math=False)
+        own = {key: fact[key] for key in ("prompt", "new", "old")}
+        table += [{**own, "token": t, "before": before.get(t), "after": after.get(t)} for t in tokens]
+    note = "␣: a space; ⏎: a new line; (new), (old): first token of the answer"
+    return _chart("next_tokens", findings.next_tokens(facts), figure, table, note=note)
+
+
+def headline(trained: Summary, control: Summary, /) -> Chart:
+    """The four headline shares of the unedited model, the identity control and the trained editor.
+
+    The unedited model's values are `before.<metric>`, or 1 where it would be compared with itself.
+    """
+    labels = {metric: label for metric, label in HEADLINE_LABELS.items() if metric in {*trained} & {*control}}
+    figure, (ax,) = _panels(1, 1.6 + 0.8 * len(labels))
+    editors = (("unedited", GREY, "D"), ("identity control", RED, "s"), ("trained editor", BLUE, "o"))
+    rows: list[Row] = []
+    for i, metric in enumerate(labels):
+        found = (trained.get(f"before.{metric}"), control[metric], trained[metric])
+        for k, ((name, colour, marker), value) in enumerate(zip(editors, found, strict=True)):
+            y, text = i + 0.26 * (k - 1), "1 by definition"
+            if value is None:
+                ax.plot(1, y, marker, mfc="white", color=colour, ms=5.5)
+                rows.append({"editor": name, "metric": metric, "mean": 1.0})
+            else:
+                text = f"{value.mean:.2f} [{value.low:.2f}, {value.high:.2f}]"
+                drawn = _whisker(ax, value, y, colour=colour, marker=marker, label=name if i == 0 else "")
+                rows.append({"editor": name, "metric": metric, **drawn})
+            ax.text(1.05, y, text, color=colour, fontsize=8, va="center")
+    _categories(ax, list(labels.values()))
+    ax.set(xlim=(-0.03, 1.3), xticks=TICKS, xlabel="share, with its 95 % interval", ylabel="measure")
+    n = max((trained[metric].n for metric in labels), default=0)
+    note = f"score: harmonic mean of the shares shown; n = {n} edits, each on a fresh model"
+    return _chart("headline", findings.verdict(trained, control), figure, rows, note=note)
+
+
+def by_relation(edit: Summary, paraphrase: Summary, /) -> Chart:
+    """Edit success and paraphrase (free decoding, exact) of every relation, best first, with intervals."""
+    order = sorted(edit, key=lambda name: (-edit[name].mean, name))
+    figure, (ax,) = _panels(1, 1.6 + 0.3 * len(order))
+    rows: list[Row] = []
+    pairs = (("edit success", edit, BLUE, "o", -0.16), ("paraphrase", paraphrase, ORANGE, "s", 0.16))
+    for label, values, colour, marker, offset in pairs:
+        for name in (name for name in order if name in values):
+            first = not any(row["metric"] == label for row in rows)
+            y = order.index(name) + offset
+            drawn = _whisker(ax, values[name], y, colour=colour, marker=marker, label=label if first else "")
+            rows.append({"relation": name, "metric": label, **drawn})
+    _categories(ax, [f"{findings.relation(name)} (n = {edit[name].n})" for name in order])
+    ax.set(xlim=(-0.03, 1.03), xticks=TICKS, ylabel="relation (n edits)")
+    ax.set_xlabel("share written exactly, with its 95 % interval over edits")
+    return _chart(
+        "by_relation",
+        findings.by_relation(edit),
+        figure,
+        rows,
+        note="each edit on a fresh model; free decoding",
+    )
+
+
+def probability_shifts(values: Sequence[Row], /) -> Chart:
+    """Each edit's log P of the new and the old answer, before (x) and after (y); `values` are its row's."""
+    kinds = {"log_p.new": ("new answer", BLUE), "log_p.old": ("old answer", RED)}
+    pairs = {k: [(r[f"before.{k}"], r[k]) for r in values if k in r and f"before.{k}" in r] for k in kinds}
+    pairs = {kind: found for kind, found in pairs.items() if found}
+    lowest = min(min(pair) for found in pairs.values() for pair in found)
+    figure, axes = _panels(len(pairs), 4)
+    for ax, (kind, found) in zip(axes, pairs.items(), strict=True):
+        label, colour = kinds[kind]
+        x, y = zip(*found, strict=True)
+        ax.plot([lowest, 0], [lowest, 0], color=GREY, lw=1, ls="--")
+        ax.scatter(x, y, s=14, color=colour, alpha=0.45, linewidths=0)
+        ax.plot(median(x), median(y), "P", color=BLACK, ms=9, mec="white")
+        ax.set_title(f"{label} (n = {len(found)} edits)", fontsize=9, loc="left")
+        limits = (lowest * 1.03, -lowest * 0.03)
+        ax.set(xlim=limits, ylim=limits, aspect="equal")
+        ax.set(xlabel="log P before (nats per token)", ylabel="log P after (nats per token)")
+        ax.label_outer()
+    rows = [{key: row.get(key) for kind in pairs for key in (f"before.{kind}", kind)} for row in values]
+    note = "dashed: unchanged; cross: median"
+    return _chart("probability_shifts", findings.shifts(values), figure, rows, note=note, key=False)
+
+
+def strength_curve(rows: Sequence[Row], /, *, n: int) -> Chart:
+    """Shares over n edits against the strength that multiplies every update (1: as trained)."""
+    figure, (ax,) = _panels(1, 4)
+    _mark(ax, 1, "as trained")
+    _share_lines(ax, rows, "strength")
+    ax.set(xlabel="strength (factor on every update)", ylabel="share of edits")
+    return _chart("strength", findings.strength(rows), figure, rows, note=f"n = {n} edits, {ALONE}")
+
+
+# ---------------------------------------------------------------------------------------------------- helpers
+
+
+def _panels(count: int, height: float, /, *, columns: int = 2) -> tuple[Figure, list[Axes]]:
+    """A figure of `height` inches with `count` panels in rows of at most `columns`."""
+    figure = Figure(figsize=(WIDTH, height), layout="constrained")
+    figure.get_layout_engine().set(w_pad=0.08)
+    columns = min(columns, count)
+    axes = [figure.add_subplot(-(-count // columns), columns, i + 1) for i in range(count)]
+    for ax in axes:
+        ax.spines[["top", "right"]].set_visible(False)
+        ax.grid(color="#E6E6E6", lw=0.7)
+        ax.set_axisbelow(True)
+        ax.tick_params(which="both", labelsize=8, color=GREY)
+        ax.xaxis.label.set_size(9)
+        ax.yaxis.label.set_size(9)
+    return figure, axes
+
+
+def _chart(name: str, finding: str, figure: Figure, rows: Sequence[Row], /, *, note: str, key: bool = True) -> Chart:
+    """Put the finding on top; below, left, the note and (unless not `key`) the first panel's legend."""
+    figure.suptitle(
+        textwrap.fill(finding.replace(" = ", "\u00a0=\u00a0"), 80),
+        x=0.01,
+        ha="left",
+        fontsize=11,
+        fontweight="bold",
+        parse_math=False,
+    )
+    handles, labels = figure.axes[0].get_legend_handles_labels() if key else ([], [])
+    legend = figure.legend(handles, labels, loc="outside lower left", ncol=3, frameon=False, fontsize=8, title=note)
+    legend.set_alignment("left")
+    legend.get_title().set(fontsize=8, color="#555555")
+    return Chart(name, finding, figure, tuple(dict(row) for row in rows))
+
+
+def _drawable(text: str) -> str:
+    """Text with the characters that the font lacks (control signs, some scripts) as \\u codes."""
+    known = get_font(findfont("DejaVu Sans")).get_charmap()
+    return "".join(c if ord(c) in known else f"\\u{ord(c):04x}" for c in text)
+
+
+def _share_lines(ax: Axes, rows: Sequence[Row], key: str, /, *, prefix: str = "") -> None:
+    for name, (label, colour, marker) in SHARES.items():
+        found = [(row[key], row[prefix + name]) for row in rows if prefix + name in row]
+        if found:
+            width = 2.2 if name == "score" else 1.4
+            ax.plot(*zip(*found, strict=True), color=colour, marker=marker, ms=4, lw=width, label=label)
+    ax.set_ylim(-0.03, 1.03)
+
+
+def _mark(ax: Axes, x: float | int, text: str, /) -> None:
+    """A dashed vertical line, named above the axes."""
+    ax.axvline(x, color=GREY, lw=1, ls="--")
+    ax.text(x, 1, text, transform=ax.get_xaxis_transform(), ha="center", va="bottom", fontsize=8, color=GREY)
+
+
+def _categories(ax: Axes, names: Sequence[str], /) -> None:
+    """Names down the y axis, the first on top."""
+    ax.set_yticks(range(len(names)), names, fontsize=8, parse_math=False)
+    ax.set_ylim(len(names) - 0.5, -0.5)
+    ax.grid(False, axis="y")
+
+
+def _whisker(ax: Axes, value: Mean, y: float, /, *, colour: str, marker: str, label: str) -> Row:
+    """Draw a mean with its interval; returns both."""
+    ax.plot([value.low, value.high], [y, y], color=colour, lw=1.6, solid_capstyle="butt")
+    ax.plot(value.mean, y, marker, color=colour, ms=5.5, label=label or None)
+    return {"mean": value.mean, "low": value.low, "high": value.high, "n": value.n}

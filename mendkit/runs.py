@@ -1,0 +1,165 @@
+"""Run folders: parameters, provenance, results and progress."""
+
+import json
+import logging
+import os
+import platform
+import random
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Mapping
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+logger = logging.getLogger(__name__)
+
+PACKAGES = ("mendkit", "torch", "transformers", "safetensors", "papermill", "matplotlib")
+
+
+def open_run(folder: str | Path, hparams: Any = None) -> Path:
+    """Make the run folder and write into it what will run: `hparams` (if given) and where it runs."""
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    values = {"hparams": hparams.to_dict() if hparams is not None else None, **provenance()}
+    write_json(folder / "run.json", values)
+    return folder
+
+
+def provenance() -> dict[str, Any]:
+    """Versions, machine and time: what one needs to run it again."""
+    versions = {}
+    for name in PACKAGES:
+        try:
+            versions[name] = version(name)
+        except PackageNotFoundError:
+            versions[name] = None
+    return {
+        "versions": versions | {"python": platform.python_version()},
+        "machine": {
+            "cores": os.cpu_count(),
+            "threads": torch.get_num_threads(),
+            "processor": platform.machine(),
+        },
+        "started": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
+    }
+
+
+def seed_everything(seed: int) -> None:
+    """Seed Python, numpy and torch (the kit itself draws from generators of its own)."""
+    random.seed(seed)
+    np.random.seed(seed)
+    torch.manual_seed(seed)
+
+
+def write_json(path: str | Path, values: Any) -> Path:
+    """Write JSON atomically."""
+    path = Path(path)
+    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}-", text=True)
+    try:
+        with os.fdopen(handle, "w", encoding="utf-8") as file:
+            json.dump(values, file, indent=1, ensure_ascii=False)
+            file.write("\n")
+        os.chmod(temporary, 0o644)
+        os.replace(temporary, path)
+    except BaseException:
+        os.unlink(temporary)
+        raise
+    return path
+
+
+def peak_memory_gb() -> float:
+    """Peak resident memory of this process so far, in GB (10⁹ bytes)."""
+    import resource
+
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak * (1 if sys.platform == "darwin" else 1024) / 1e9
+
+
+def in_notebook() -> bool:
+    """Whether a Jupyter kernel runs this code."""
+    shell = sys.modules.get("IPython") and sys.modules["IPython"].get_ipython()
+    return type(shell).__name__ == "ZMQInteractiveShell"
+
+
+class Progress:
+    """One live line: in a terminal rewritten in place, in a notebook (live, executed or exported) one display that is
+    updated, elsewhere a log line now and then."""
+
+    def __init__(self, title: str) -> None:
+        self.title = title
+        self._handle: Any = None
+        self._last = 0.0
+
+    def show(self, text: str, *, force: bool = False) -> None:
+        """Show `text` as the live line; at most four times a second unless forced."""
+        now = time.monotonic()
+        quiet = 0.25 if in_notebook() or sys.stderr.isatty() else 30.0
+        if not force and now - self._last < quiet:
+            return
+        self._last = now
+        line = f"{self.title}: {text}"
+        if in_notebook():
+            self._display(line)
+        elif sys.stderr.isatty():
+            sys.stderr.write(f"\r\x1b[2K{line}")
+            sys.stderr.flush()
+        else:
+            logger.info("%s", line)
+
+    def phase(self, name: str) -> Callable[[int, int], None]:
+        """A callback (done, total) for a phase of countable work."""
+        start = time.monotonic()
+
+        def update(done: int, total: int) -> None:
+            left = (time.monotonic() - start) / max(done, 1) * (total - done)
+            self.show(f"{name} {done}/{total}, {clock(left)} left", force=done == total)
+
+        return update
+
+    def step(
+        self, step: int, total: int, losses: Mapping[str, float], seconds: float, best: Mapping[str, float], /
+    ) -> None:
+        """The training line: step, losses, best validation, time left."""
+        parts = [f"step {step}/{total}"]
+        parts += [f"{name} {value:.3f}" for name, value in losses.items() if name != "grad_norm"]
+        if best:
+            parts.append(f"best validation score {best.get('val.score', float('nan')):.3f} at step {int(best['step'])}")
+        parts.append(f"{clock(seconds / step * (total - step))} left")
+        self.show(" · ".join(parts), force=step == total)
+
+    def close(self) -> None:
+        """End the live line."""
+        if self._last and not in_notebook() and sys.stderr.isatty():
+            sys.stderr.write("\n")
+
+    def _display(self, line: str) -> None:
+        from IPython.display import Markdown, display
+
+        if self._handle is None:
+            self._handle = display(Markdown(line), display_id=True)
+        else:
+            self._handle.update(Markdown(line))
+
+
+def clock(seconds: float) -> str:
+    """Seconds as m:ss or h:mm:ss."""
+    whole = round(max(seconds, 0))
+    hours, rest = divmod(whole, 3600)
+    return f"{hours}:{rest // 60:02d}:{rest % 60:02d}" if hours else f"{rest // 60}:{rest % 60:02d}"
+
+
+def project_path(path: str | Path) -> Path:
+    """A path as seen from the project's root, also where the current folder is its `notebooks/` (JupyterLab).
+
+    There a relative path that does not exist is taken below the root, so that outputs go there, too. Names of
+    the kit's own facts (`facts:train`) are no paths and stay as they are.
+    """
+    path, here = Path(path), Path.cwd()
+    if here.name != "notebooks" or path.is_absolute() or path.exists() or str(path).startswith("facts:"):
+        return path
+    return here.parent / path

@@ -1,0 +1,253 @@
+"""Tables and sentences for notebooks: HTML tables with all text escaped, Markdown computed from a run."""
+
+import html
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from . import findings
+from .data import EditExample, tokenize
+from .evaluate import HARMONIC, EvaluationReport, Interval, normalise
+from .findings import Row
+from .hparams import MENDHyperParams
+from .models import BaseModel
+from .training import TrainingResult
+
+LONGEST = 25  # relations listed one by one
+CELL = 'style="text-align:left;vertical-align:top"'
+
+Asked = tuple[str, str, str | None]
+"""A prompt to ask before and after an edit: its role, itself, and the answer wanted (None: as before)."""
+
+
+def table(header: Sequence[str], rows: Sequence[Sequence[Any]], /) -> str:
+    """An HTML table; every cell is escaped, and a dollar sign is no mathematics."""
+
+    def line(tag: str, cells: Sequence[Any]) -> str:
+        return "<tr>" + "".join(f"<{tag} {CELL}>{_escape(cell)}</{tag}>" for cell in cells) + "</tr>"
+
+    body = "".join(line("td", row) for row in rows)
+    return f"<table><thead>{line('th', header)}</thead><tbody>{body}</tbody></table>"
+
+
+# ------------------------------------------------------------------------------------------------------- data
+
+
+def plan(hparams: MENDHyperParams, folder: Path, /, *, examples: Mapping[str, Sequence[EditExample]]) -> str:
+    """What is going to run, as a table."""
+    steps = f"{hparams.max_epochs} epochs" if hparams.max_epochs else f"{hparams.max_iters} steps"
+    sites = hparams.inner_params if isinstance(hparams.inner_params, str) else ", ".join(hparams.inner_params)
+    archive = hparams.archive or "none: a hypernetwork is initialised and trained"
+    rows = [("base model", hparams.model_name), ("edit sites", sites), ("archive", archive)]
+    if hparams.archive is None:
+        rows.append(("training", f"{steps} of {hparams.batch_size} edits, rank {hparams.rank}"))
+    rows += [("seed", hparams.seed), ("run folder", folder)]
+    rows += [(f"{name} examples", len(own)) for name, own in examples.items()]
+    return table(("what", "value"), rows)
+
+
+def relations(examples: Mapping[str, Sequence[EditExample]], /) -> str:
+    """How many examples each split has of each relation, the most frequent first."""
+    counts = {name: Counter(str(e.relation) for e in own) for name, own in examples.items()}
+    order = [name for name, _ in sum(counts.values(), Counter()).most_common()]
+    rows = [(findings.relation(r), *(counts[split][r] for split in counts)) for r in order[:LONGEST]]
+    if order[LONGEST:]:
+        rest = (sum(own[r] for r in order[LONGEST:]) for own in counts.values())
+        rows.append((f"{len(order) - LONGEST} more", *rest))
+    return table(("relation", *counts), [*rows, ("all", *(len(own) for own in examples.values()))])
+
+
+def overlap(train: Sequence[EditExample], held_out: Sequence[EditExample], /) -> str:
+    """Whether held-out subjects and prompts occur in training."""
+    subjects = {e.subject for e in held_out if e.subject}
+    shared = len(subjects & {e.subject for e in train})
+    prompts = len({e.prompt for e in held_out} & {e.prompt for e in train})
+    known = f"{shared} of the {len(subjects)} held-out subjects" if subjects else "The subjects are not named;"
+    return f"{known} and {prompts} of the {len(held_out)} held-out prompts occur in the training examples, too."
+
+
+def example(e: EditExample, /) -> str:
+    """One example: what should change and what should not."""
+    rows = [("edit", e.prompt, e.target_new, f"replaces {e.ground_truth}" if e.ground_truth else "")]
+    rows += [("paraphrase", prompt, e.target_new, "should follow") for prompt in e.paraphrases]
+    for role, own in (("neighbour", e.neighbours), ("unrelated", e.unrelated)):
+        rows += [(role, p.prompt, p.answer or "(whatever the model says)", "should stay") for p in own]
+    return table(("role", "prompt", "answer", ""), rows)
+
+
+# --------------------------------------------------------------------------------------------------- training
+
+
+def training_summary(result: TrainingResult, /) -> str:
+    """How training went: steps, time, why it ended, which step was kept."""
+    steps = max(row["step"] for row in result.history)
+    caches = sum(result.cache.get(f"{part}_seconds", 0.0) for part in ("trunk", "factor"))
+    return (
+        f"Training ended after {steps:g} steps ({result.stopped}) and took {result.seconds:.0f} s in all, "
+        f"{caches:.0f} s of them for the caches. The archive of step {result.best['step']:g} was kept."
+    )
+
+
+def validation_scores(best: Row, control: Row, /) -> str:
+    """Validation values of the kept archive beside the identity control's at its best step size."""
+    names = [name.removeprefix("val.") for name in best if name.startswith("val.")]
+    rows = [(n, f"{control[n]:.3f}", f"{best[f'val.{n}']:.3f}") for n in names if n in control]
+    return table(("validation", f"identity, α = {control['edit_lr']:.1e}", "trained"), rows)
+
+
+def training_results(result: TrainingResult, control: Row, /) -> dict[str, Any]:
+    """Flat results of notebook 01: `train.…`, and `identity.…` for the control at its best step size."""
+    values = {
+        "seconds": result.seconds,
+        "steps": max(row["step"] for row in result.history),
+        "best_step": result.best["step"],
+        "stopped": result.stopped,
+        "normaliser_examples": result.normaliser_examples,
+        **result.cache,
+    }
+    values |= {k.replace("val.", "validation."): v for k, v in result.best.items() if k.startswith("val.")}
+    results = {f"train.{name}": value for name, value in values.items()}
+    results |= {f"identity.validation.{name}": v for name, v in control.items() if name != "edit_lr"}
+    return results | {"identity.edit_lr": control["edit_lr"]}
+
+
+def training_conclusion(result: TrainingResult, control: Row, /) -> str:
+    """The findings of notebook 01, and the weakest share."""
+    shares = {n: result.best[f"val.{n}"] for n in findings.SHARES if f"val.{n}" in result.best}
+    weakest = min(shares, key=shares.__getitem__)
+    lines = [
+        findings.validation(result.history, result.best),
+        findings.control([control], result.best),
+        f"The weakest of its shares is {weakest.replace('_', ' ')}, {shares[weakest]:.2f}",
+    ]
+    return "\n".join(f"- {line}." for line in lines)
+
+
+# ---------------------------------------------------------------------------------------------------- editing
+
+
+def archive(metadata: Mapping[str, Any], /) -> str:
+    """What an archive says of itself (from `inspect_archive`)."""
+    base, best = metadata["base_model"], metadata["training"].get("best", {})
+    rows = [
+        ("trained for", f"{base['name']} ({base['class']})"),
+        ("kept at step", best.get("step", "unknown")),
+    ]
+    rows += [(f"edit site {findings.short_site(n)}", f"α = {v:.2e}") for n, v in metadata["edit_lr"].items()]
+    shares = [name for name in (*findings.SHARES, "score") if f"val.{name}" in best]
+    rows += [(f"validation {name}", f"{best[f'val.{name}']:.3f}") for name in shares]
+    return table(("archive", "value"), rows)
+
+
+def spread(examples: Sequence[EditExample], n: int, /) -> list[EditExample]:
+    """The first n examples of as many relations as there are, in their order."""
+    seen: Counter[str | None] = Counter()
+    rank = []
+    for i, e in enumerate(examples):
+        rank.append((seen[e.relation], i))
+        seen[e.relation] += 1
+    return [examples[i] for _, i in sorted(rank)[:n]]
+
+
+def prompts_of(e: EditExample, /) -> list[Asked]:
+    """The prompts by which one edit is shown: itself, two paraphrases, two neighbours, an unrelated one."""
+    return [
+        ("edit", e.prompt, e.target_new),
+        *(("paraphrase", prompt, e.target_new) for prompt in e.paraphrases[:2]),
+        *(("neighbour", probe.prompt, None) for probe in e.neighbours[:2]),
+        *(("unrelated", probe.prompt, None) for probe in e.unrelated[:1]),
+    ]
+
+
+def answers(base: BaseModel, e: EditExample, /) -> Row:
+    """An edit's prompt, its new and old answer, and their first tokens after the prompt (None: unknown)."""
+
+    def first(answer: str | None) -> str | None:
+        return answer and base.tokenizer.decode([tokenize(base.tokenizer, e.prompt, answer).targets[0]])
+
+    own = {"new_token": first(e.target_new), "old_token": first(e.ground_truth)}
+    return {"prompt": e.prompt, "new": e.target_new, "old": e.ground_truth, **own}
+
+
+def before_after(asked: Sequence[Asked], before: Sequence[str], after: Sequence[str], /) -> str:
+    """Completions before and after one edit, and whether each is the one wanted."""
+    rows = []
+    for (role, prompt, wanted), old, new in zip(asked, before, after, strict=True):
+        good = normalise(new) == normalise(old if wanted is None else wanted)
+        rows.append((role, prompt, _said(old), _said(new), wanted or "as before", _tick(good)))
+    return table(("role", "prompt", "before", "after", "wanted", ""), rows)
+
+
+def scores(trained: EvaluationReport, control: EvaluationReport, /) -> str:
+    """All scores with their intervals: unedited, identity control, trained editor."""
+    names = [n for n in trained.summary if not n.startswith("before.") and n != "edit.seconds"]
+    columns = (("before.", trained.summary), ("", control.summary), ("", trained.summary))
+    rows = [(n, *(_mean(own.get(prefix + n)) for prefix, own in columns), trained.summary[n].n) for n in names]
+    for name in HARMONIC:
+        key = f"{trained.mode}.{name}"
+        values = (control.results().get(key), trained.results().get(key))
+        rows.append((name, "", *("" if v is None else f"{v:.3f}" for v in values), ""))
+    return table(("score", "unedited", "identity control", "trained editor", "n edits"), rows)
+
+
+def counts(report: EvaluationReport, /) -> str:
+    """How many edits were scored, how many not and why, and how long one takes."""
+    c, seconds = report.counts, report.summary["edit.seconds"].mean
+    return (
+        f"{c['scored']} edits were scored; {c['already_true']} were left out because the unedited model "
+        f"already writes the new answer, {c['skipped']} because a text of theirs cannot be used. "
+        f"Computing one edit took {seconds * 1000:.0f} ms."
+    )
+
+
+def generations(trained: EvaluationReport, control: EvaluationReport, /, *, n: int) -> str:
+    """What the three models write for n edits: the trained editor's failures (up to half), then successes."""
+    success = "edit_success.free_exact"
+    failed = [row for row in trained.rows if row.values[success] < 1]
+    passed = [row for row in trained.rows if row.values[success] == 1]
+    few = max(n // 2, n - len(passed))
+    chosen = [*failed[:few], *passed[: n - len(failed[:few])]]
+    other = {row.index: row for row in control.rows}
+    rows = []
+    for row in chosen:
+        for i in (0, 2):  # the edit prompt and the first paraphrase
+            if i < len(row.outputs):
+                own, theirs = row.outputs[i], other[row.index].outputs[i]
+                good = normalise(own["after"]) == normalise(row.target_new)
+                texts = (_said(text) for text in (own["before"], theirs["after"], own["after"]))
+                rows.append((own["prompt"], row.target_new, *texts, _tick(good)))
+    return table(("prompt", "new answer", "unedited", "identity control", "trained editor", ""), rows)
+
+
+def editing_conclusion(trained: EvaluationReport, control: EvaluationReport, curve: Sequence[Row], /) -> str:
+    """The findings of notebook 02: verdict, weakest share, failures, strength."""
+    shares = {n: trained.summary[n].mean for n in findings.HEADLINE if n in trained.summary}
+    weakest = min(shares, key=shares.__getitem__)
+    failed = sum(row.values["edit_success.free_exact"] < 1 for row in trained.rows)
+    lines = [
+        findings.verdict(trained.summary, control.summary),
+        f"The weakest of the four shares is `{weakest}`, {_mean(trained.summary[weakest])}",
+        f"{failed} of {len(trained.rows)} edits are not written exactly when the model decodes freely",
+        findings.strength(curve),
+    ]
+    return "\n".join(f"- {line}." for line in lines)
+
+
+# ---------------------------------------------------------------------------------------------------- helpers
+
+
+def _escape(value: Any) -> str:
+    return html.escape(str(value)).replace("$", "<span>$</span>").replace("\n", "⏎ ")
+
+
+def _said(text: str) -> str:
+    return text.strip() or "(nothing)"
+
+
+def _mean(value: Interval | None) -> str:
+    return "" if value is None else f"{value.mean:.3f} [{value.low:.3f}, {value.high:.3f}]"
+
+
+def _tick(good: bool) -> str:
+    return "✓" if good else "✗"

@@ -1,0 +1,59 @@
+"""The texts of an edit example as tokens: what training, validation, editing and scoring read."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from .data import EditExample, Probe, Tokens, tokenize
+from .errors import DataError
+from .hparams import MENDHyperParams
+from .models import BaseModel
+
+ROLES = ("edit", "paraphrases", "neighbours", "unrelated")
+
+
+@dataclass(frozen=True)
+class ExampleTexts:
+    """The texts that training and validation read: targets end with the end-of-text token if `add_eos`."""
+
+    edit: Tokens
+    paraphrases: tuple[Tokens, ...]
+    neighbours: tuple[Tokens, ...]
+    unrelated: tuple[Tokens, ...]
+
+    def all(self) -> tuple[Tokens, ...]:
+        """Every text."""
+        return (self.edit, *self.paraphrases, *self.neighbours, *self.unrelated)
+
+
+def edit_tokens(base: BaseModel, hparams: MENDHyperParams, example: EditExample, prompt: str | None = None) -> Tokens:
+    """`prompt` (default: the edit prompt) with the example's new answer; raises DataError if the answer is too long."""
+    tokens = tokenize(
+        base.tokenizer,
+        example.prompt if prompt is None else prompt,
+        example.target_new,
+        add_eos=hparams.add_eos,
+        max_length=hparams.max_length,
+    )
+    if len(tokens.targets) > hparams.max_target_tokens:
+        raise DataError(
+            f"target_new {example.target_new!r} has {len(tokens.targets)} tokens, the limit is "
+            f"{hparams.max_target_tokens}; shorten it or raise `max_target_tokens`"
+        )
+    return tokens
+
+
+def prepare_texts(base: BaseModel, h: MENDHyperParams, examples: Sequence[EditExample]) -> list[ExampleTexts]:
+    """Tokenise every text of the examples once."""
+
+    def keep(probe: Probe) -> Tokens:
+        return tokenize(base.tokenizer, probe.prompt, probe.answer, max_length=h.max_length)
+
+    return [
+        ExampleTexts(
+            edit=edit_tokens(base, h, e),
+            paraphrases=tuple(edit_tokens(base, h, e, prompt) for prompt in e.paraphrases),
+            neighbours=tuple(map(keep, e.neighbours)),
+            unrelated=tuple(map(keep, e.unrelated)),
+        )
+        for e in examples
+    ]

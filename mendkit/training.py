@@ -1,0 +1,304 @@
+"""Training a hypernetwork (MEND, Algorithm 1) on cached factors, with batches of independent edits.
+
+One step: draw B examples; map their cached factors to B low-rank updates; read, in one suffix pass, each edit's prompt,
+paraphrases, neighbours and unrelated prompts under its own update; and descend
+
+    c_edit · NLL(edit) + c_para · NLL(paraphrases) + c_neigh · KL(neighbours) + c_loc · KL(unrelated)
+
+(equations 4 and 5, the locality term split in two), each term a mean over the batch's texts. One optimiser with two
+parameter groups: the transforms with `lr`, the log step sizes with `lr_lr` (CORRECTNESS row 2).
+"""
+
+import json
+import logging
+import math
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .archive import load_archive, save_archive
+from .data import EditExample, Tokens
+from .edit import side_branches
+from .errors import MendkitError
+from .factors import Factors, capture_factors, pack, unpack
+from .hparams import MENDHyperParams
+from .losses import edit_nll, locality_kl, wide
+from .mend import MEND
+from .models import BaseModel, load_model
+from .runs import Progress, open_run
+from .texts import ROLES, ExampleTexts, prepare_texts
+from .trunk import FrozenTrunk, collate
+from .validation import validate
+
+logger = logging.getLogger(__name__)
+
+FACTOR_BATCH = 32
+
+
+@dataclass(frozen=True)
+class TrainingResult:
+    """Where the best archive lies, what happened on the way, and the trained hypernetwork's scores."""
+
+    archive: Path
+    history: tuple[dict[str, float], ...]  # one row per logged step and per validation
+    best: dict[str, float]  # the validation row of the archive that was kept
+    seconds: float  # wall time of training, caches included
+    stopped: str  # why training ended
+    normaliser_examples: int  # how many examples gave the statistics; 0 if an archive was trained on
+    cache: dict[str, float]  # seconds and bytes of the caches
+
+
+class FactorCache:
+    """Factors per example: kept in memory within a byte budget, recomputed from the trunk beyond it."""
+
+    def __init__(self, trunk: FrozenTrunk, texts: Sequence[Tokens], hparams: MENDHyperParams) -> None:
+        self.trunk, self.texts, self.tokens = trunk, texts, hparams.edit_tokens
+        self.budget, self.bytes = hparams.cache_bytes, 0
+        self._kept: dict[int, Factors] = {}
+
+    def fill(self, progress: Any = None) -> None:
+        """Compute and keep factors, shortest texts first, until the budget is spent."""
+        order = sorted(range(len(self.texts)), key=lambda i: len(self.texts[i].ids))
+        for at in range(0, len(order), FACTOR_BATCH):
+            if self.bytes >= self.budget:
+                return
+            chunk = order[at : at + FACTOR_BATCH]
+            for i, factors in zip(chunk, self._compute(chunk), strict=True):
+                self._kept[i] = factors
+                self.bytes += sum(4 * (f.u.numel() + f.delta.numel()) for f in factors.values())
+            if progress is not None:
+                progress(min(at + FACTOR_BATCH, len(order)), len(order))
+
+    def get(self, index: Sequence[int]) -> Factors:
+        """Packed factors of some examples."""
+        missing = [i for i in index if i not in self._kept]
+        fresh = dict(zip(missing, self._compute(missing), strict=True)) if missing else {}
+        return pack([self._kept.get(i) or fresh[i] for i in index])
+
+    def __len__(self) -> int:
+        return len(self._kept)
+
+    def _compute(self, index: Sequence[int]) -> list[Factors]:
+        return unpack(capture_factors(self.trunk, [self.texts[i] for i in index], tokens=self.tokens), len(index))
+
+
+class Sampler:
+    """Batches of example indices, reshuffled every epoch, and the texts drawn for each; all from one generator."""
+
+    def __init__(self, examples: Sequence[ExampleTexts], hparams: MENDHyperParams) -> None:
+        self.examples, self.hparams = examples, hparams
+        self.generator = torch.Generator().manual_seed(hparams.seed)
+
+    def __iter__(self) -> Iterator[list[int]]:
+        size = min(self.hparams.batch_size, len(self.examples))
+        order: list[int] = []
+        while True:
+            if len(order) < size:
+                order += torch.randperm(len(self.examples), generator=self.generator).tolist()
+            batch, order = order[:size], order[size:]
+            yield batch
+
+    def texts(self, index: Sequence[int]) -> list[list[tuple[str, Tokens]]]:
+        """For each edit the same number of (role, text); the role "" fills up and has no weight."""
+        h = self.hparams
+        wanted = {"paraphrases": h.paraphrases_per_edit, "neighbours": h.neighbours_per_edit}
+        wanted["unrelated"] = h.unrelated_per_edit
+        out = []
+        for i in index:
+            example = self.examples[i]
+            drawn = [("edit", example.edit)]
+            for role, count in wanted.items():
+                pool = getattr(example, role)
+                pick = torch.randperm(len(pool), generator=self.generator)[:count].tolist()
+                drawn += [(role, pool[j]) for j in pick]
+            out.append(drawn)
+        most = max(map(len, out))
+        return [drawn + [("", drawn[0][1])] * (most - len(drawn)) for drawn in out]
+
+
+def batch_losses(
+    trunk: FrozenTrunk, mend: MEND, factors: Factors, texts: Sequence[Sequence[tuple[str, Tokens]]], /
+) -> dict[str, Tensor]:
+    """Mean loss of each role over a batch of independent edits, each text read under its own edit's update."""
+    rows = [text for own in texts for _, text in own]
+    roles = [role for own in texts for role, _ in own]
+    batch = collate(rows, trunk.base.pad_id, trunk.base.device)
+    with side_branches(trunk.base, mend(factors, len(texts))):
+        logits = trunk.suffix(rows, batch)
+    losses: dict[str, Tensor] = {}
+    keep = torch.tensor([role in ("neighbours", "unrelated") for role in roles], device=logits.device)
+    at = keep[batch.rows]
+    by_row = torch.zeros(len(rows), dtype=wide(logits).dtype, device=logits.device)
+    if not bool(keep.all()):
+        by_row = by_row + edit_nll(logits[~at], batch.targets[~at], batch.rows[~at], len(rows))
+    if bool(keep.any()):
+        kept = [row for row, k in zip(rows, keep.tolist(), strict=True) if k]
+        before = trunk.before(kept, collate(kept, trunk.base.pad_id, trunk.base.device))
+        by_row = by_row + locality_kl(before, logits[at], batch.rows[at], len(rows))
+    for role in ROLES:
+        where = [i for i, r in enumerate(roles) if r == role]
+        if where:
+            losses[role] = by_row[where].mean()
+    return losses
+
+
+def total_loss(losses: dict[str, Tensor], h: MENDHyperParams) -> Tensor:
+    """The weighted sum of the role losses."""
+    weights = {"edit": h.cedit, "paraphrases": h.cpara, "neighbours": h.cneigh, "unrelated": h.cloc}
+    return sum((weights[role] * loss for role, loss in losses.items()), torch.zeros(()))
+
+
+def learning_rate_factor(step: int, h: MENDHyperParams, max_iters: int) -> float:
+    """Linear warm-up, then constant or cosine to a tenth; step counts from 0."""
+    warm = min(1.0, (step + 1) / max(h.warmup_iters, 1))
+    if h.schedule == "constant":
+        return warm
+    return warm * (0.1 + 0.9 * 0.5 * (1 + math.cos(math.pi * min(step / max_iters, 1.0))))
+
+
+class Trainer:
+    """State of one training run; `run()` is the loop."""
+
+    def __init__(self, base: BaseModel, hparams: MENDHyperParams, train, val, run_dir: Path) -> None:
+        self.base, self.hparams, self.run_dir = base, hparams, run_dir
+        self.started = time.perf_counter()
+        self.progress = Progress("MEND")
+        self.train_texts, self.val_texts = (
+            prepare_texts(base, hparams, train),
+            prepare_texts(base, hparams, val),
+        )
+        self.trunk = FrozenTrunk(base, cache_dir=hparams.cache_dir or run_dir / "cache")
+        self.factors = FactorCache(self.trunk, [t.edit for t in self.train_texts], hparams)
+        self.history: list[dict[str, float]] = []
+        self.best: dict[str, float] = {}
+        self.archive = run_dir / "archive.safetensors"
+
+    def prepare(self) -> None:
+        """Fill the caches and build (or load) the hypernetwork with its statistics."""
+        show = self.progress.phase
+        t0 = time.perf_counter()
+        self.trunk.fill([t for e in self.train_texts for t in e.all()], show("trunk: training texts"))
+        self.trunk.fill([t for e in self.val_texts for t in e.all()], show("trunk: validation texts"))
+        t1 = time.perf_counter()
+        self.factors.fill(show("factors"))
+        self.cache = {"trunk_seconds": t1 - t0, "factor_seconds": time.perf_counter() - t1}
+        self.cache |= {"factor_bytes": self.factors.bytes, "factor_examples": len(self.factors)}
+        h = self.hparams
+        if h.archive is not None:
+            logger.warning("archive: going on training from %s", h.archive)
+            self.mend = load_archive(h.archive, base=self.base).mend
+            self.normaliser_examples = 0
+            return
+        self.mend = MEND(self.base.sites, h).to(self.base.device)
+        n = self.normaliser_examples = min(h.stats_examples, len(self.train_texts))
+        order = torch.randperm(len(self.train_texts), generator=torch.Generator().manual_seed(h.seed))[:n].tolist()
+        self.mend.warm_up(self.factors.get(order[at : at + 64]) for at in range(0, n, 64))
+
+    def optimiser(self) -> torch.optim.Optimizer:
+        """One optimiser, two groups: transforms (`lr`) and log step sizes (`lr_lr`)."""
+        transforms = [p for n, p in self.mend.named_parameters() if n != "log_edit_lr"]
+        groups = [
+            {"params": transforms, "lr": self.hparams.lr, "base": self.hparams.lr},
+            {"params": [self.mend.log_edit_lr], "lr": self.hparams.lr_lr, "base": self.hparams.lr_lr},
+        ]
+        return getattr(torch.optim, self.hparams.opt)(groups)
+
+    def run(self) -> TrainingResult:
+        """Train until the steps, the time or the patience are used up; the best archive is on disk at the end."""
+        self.prepare()
+        h = self.hparams
+        optimiser, sampler = self.optimiser(), Sampler(self.train_texts, h)
+        per_epoch = math.ceil(len(self.train_texts) / (h.batch_size * h.accumulate_bs))
+        max_iters = h.max_epochs * per_epoch if h.max_epochs is not None else h.max_iters
+        batches, best_step, stopped = iter(sampler), 0, "all steps done"
+        loop_start = time.perf_counter()
+        self.validate(0)
+        for step in range(1, max_iters + 1):
+            row = self.step(step, optimiser, sampler, batches, max_iters)
+            elapsed = time.perf_counter() - loop_start
+            self.progress.step(step, max_iters, row, elapsed, self.best)
+            if step % h.log_interval == 0 or step == 1:
+                self.record({"step": step, "seconds": elapsed, **row})
+            out_of_time = h.max_seconds is not None and elapsed > h.max_seconds
+            if (step % h.val_interval == 0 or step == max_iters or out_of_time) and self.validate(step):
+                best_step = step
+            if out_of_time:
+                stopped = f"time budget of {h.max_seconds:g} s used up at step {step}"
+                break
+            if step - best_step >= h.early_stop_patience:
+                stopped = f"no better {h.early_stop_key} for {h.early_stop_patience} steps"
+                break
+        self.progress.close()
+        seconds = time.perf_counter() - self.started
+        return TrainingResult(
+            self.archive, tuple(self.history), self.best, seconds, stopped, self.normaliser_examples, self.cache
+        )
+
+    def step(self, step, optimiser, sampler, batches, max_iters: int) -> dict[str, float]:
+        """One optimiser step over `accumulate_bs` micro-batches; returns the mean losses and the gradient norm."""
+        h, sums = self.hparams, {}
+        for _ in range(h.accumulate_bs):
+            index = next(batches)
+            losses = batch_losses(self.trunk, self.mend, self.factors.get(index), sampler.texts(index))
+            total = total_loss(losses, h) / h.accumulate_bs
+            total.backward()
+            for name, value in {"loss": total * h.accumulate_bs, **losses}.items():
+                sums[name] = sums.get(name, 0.0) + float(value.detach()) / h.accumulate_bs
+        norm = float(torch.nn.utils.clip_grad_norm_(self.mend.parameters(), h.grad_clip))
+        if not math.isfinite(norm):
+            raise MendkitError(f"step {step}: the gradient is not finite; lower `edit_lr` or `lr`")
+        for group in optimiser.param_groups:
+            group["lr"] = group["base"] * learning_rate_factor(step - 1, h, max_iters)
+        optimiser.step()
+        optimiser.zero_grad(set_to_none=True)
+        return sums | {"grad_norm": norm}
+
+    def validate(self, step: int) -> bool:
+        """Validate, write the archive if it is the best so far; whether it was."""
+        h = self.hparams
+        values = validate(self.trunk, self.mend, self.val_texts[: h.val_steps], h)
+        row = {
+            "step": step,
+            "seconds": time.perf_counter() - self.started,
+            **{f"val.{k}": v for k, v in values.items()},
+        }
+        self.record(row)
+        key = f"val.{h.early_stop_key}"
+        sign = -1 if h.early_stop_key == "loss" else 1
+        better = not self.best or sign * row[key] > sign * self.best[key]
+        if better and step > 0:
+            self.best = row
+            save_archive(self.archive, self.base, self.mend, training={"best": row})
+        return better
+
+    def record(self, row: dict[str, float]) -> None:
+        """Keep a history row, in memory and in the run folder."""
+        self.history.append(row)
+        with (self.run_dir / "history.jsonl").open("a", encoding="utf-8") as file:
+            file.write(json.dumps(row) + "\n")
+
+
+def train(
+    hparams: MENDHyperParams,
+    train_examples: Sequence[EditExample],
+    val_examples: Sequence[EditExample],
+    /,
+    *,
+    base: BaseModel | None = None,
+    run_dir: str | Path,
+) -> TrainingResult:
+    """Train a hypernetwork on `train_examples` and write the archive that is best on `val_examples`.
+
+    `hparams.archive` null starts anew, a path goes on from it. Writes `archive.safetensors`, `history.jsonl` and
+    `results.json` into `run_dir`. Raises MendkitError if there is nothing to train or validate on, or if the gradient
+    is no longer finite.
+    """
+    if not train_examples or not val_examples:
+        raise MendkitError("training needs at least one training and one validation example")
+    run = open_run(run_dir, hparams)
+    return Trainer(base or load_model(hparams), hparams, train_examples, val_examples, run).run()

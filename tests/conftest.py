@@ -1,0 +1,51 @@
+"""Models that many tests share. They are built once: a test that writes to one builds its own."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from jaxtyping import install_import_hook
+
+import tests.typechecker  # noqa: F401
+
+# Before the first import of the package; hyperparameters have a check of their own, at all times.
+MODULES = [
+    path.stem
+    for path in (Path(__file__).parents[1] / "mendkit").glob("*.py")
+    if path.stem not in ("__init__", "hparams")
+]
+install_import_hook([f"mendkit.{name}" for name in MODULES], "tests.typechecker.check")
+
+from mendkit.models import BaseModel, load_model  # noqa: E402
+from tests.tiny import tiny_gpt2, tiny_llama  # noqa: E402
+
+
+@pytest.fixture(scope="session")
+def llama() -> BaseModel:
+    return tiny_llama()
+
+
+@pytest.fixture(scope="session")
+def gpt2() -> BaseModel:
+    return tiny_gpt2()
+
+
+@pytest.fixture(scope="session")
+def llama64() -> BaseModel:
+    return tiny_llama(dtype=torch.float64)
+
+
+@pytest.fixture(scope="session")
+def gpt264() -> BaseModel:
+    return tiny_gpt2(dtype=torch.float64)
+
+
+@pytest.fixture(scope="session")
+def llama_bf16() -> BaseModel:
+    return tiny_llama(dtype=torch.bfloat16)
+
+
+@pytest.fixture(scope="session")
+def smollm2() -> BaseModel:
+    """The bundled SmolLM2-135M-Instruct, fetched into the cache if it is not there."""
+    return load_model("smollm2-135m")

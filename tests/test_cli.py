@@ -1,0 +1,231 @@
+"""Claims about the command line: exit status, stdout and stderr, and that mistakes write nothing."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from mendkit.__main__ import COMMANDS, main
+from mendkit.archive import inspect_archive
+from tests.tiny import save_tiny
+
+ROOT = Path(__file__).parents[1]
+DATA = ["--train-limit", "12", "--validation-limit", "4"]
+SIZES = "rank: 4\nbatch_size: 4\nmax_iters: 2\nval_interval: 1\n"
+
+
+def read(path: str | Path):
+    return json.loads(Path(path).read_text(encoding="utf-8"))
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    """A folder with a config for a tiny model, and an archive trained from the command line."""
+    folder = tmp_path_factory.mktemp("cli")
+    model = save_tiny(folder / "model")
+    (folder / "tiny.yaml").write_text(f"model_name: {model}\n{SIZES}", encoding="utf-8")
+    assert main(["train", str(folder / "tiny.yaml"), *DATA, "--out", str(folder / "run")]) == 0
+    return folder
+
+
+@pytest.fixture
+def here(trained, tmp_path, monkeypatch) -> Path:
+    """A working directory with the config of `trained`, and its archive at `archive.safetensors`."""
+    monkeypatch.chdir(tmp_path)
+    Path("tiny.yaml").write_bytes((trained / "tiny.yaml").read_bytes())
+    Path("archive.safetensors").write_bytes((trained / "run" / "archive.safetensors").read_bytes())
+    return tmp_path
+
+
+# -------------------------------------------------------------------------------------------- mistakes
+
+EDIT = "--prompt P --target T"
+MISTAKES = {  # what a user types -> the beginning of the last line of stderr
+    f"edit tiny.yaml raank=5 {EDIT}": "error: override: unknown key 'raank'",
+    "train tiny.yaml rank=many --out run": "error: override: rank must be an integer",
+    "evaluate nowhere.yaml --out run": "error: nowhere.yaml: cannot be read",
+    "evaluate tiny.yaml archive=nowhere.safetensors": "error: nowhere.safetensors: no such archive",
+    f"edit tiny.yaml {EDIT} --out run": "error: archive is null: there is nothing to edit with",
+    "report tiny.yaml tset_limit=5 --out run": "error: unknown name 'tset_limit'",
+    "evaluate tiny.yaml --limit 0": "python -m mendkit evaluate: error: argument --limit: expected an",
+}
+
+
+@pytest.mark.parametrize("typed", MISTAKES)
+def test_a_mistake_ends_with_status_2_and_one_clear_line(here, typed):
+    before = sorted(here.rglob("*"))
+    command = [sys.executable, "-m", "mendkit", *typed.split()]
+    done = subprocess.run(command, capture_output=True, text=True, env={"PYTHONPATH": str(ROOT), "HOME": str(here)})
+    last = done.stderr.splitlines()[-1]
+    assert done.returncode == 2 and done.stdout == "" and "Traceback" not in done.stderr
+    assert last.startswith(MISTAKES[typed]), last
+    assert sorted(here.rglob("*")) == before
+
+
+MORE = {
+    "train tiny.yaml --train-data nowhere.json --out run": "nowhere.json: no such file",
+    "train tiny.yaml archive=nowhere.safetensors --out run": "nowhere.safetensors: no such archive",
+    "train tiny.yaml --out tiny.yaml": "tiny.yaml is a file",
+    f"edit tiny.yaml archive=tiny.yaml {EDIT}": "not a readable archive",
+    "evaluate tiny.yaml archive=archive.safetensors inner_params=[no.weight]": "no.weight",
+    "evaluate tiny.yaml archive=archive.safetensors --data facts:all": "no such split",
+    "evaluate tiny.yaml": "archive is null",
+    "evaluate tiny.yaml another.yaml": "expected key=value",
+    "inspect nowhere.safetensors": "no such archive",
+    "inspect tiny.yaml": "not a readable archive",
+}
+
+
+@pytest.mark.parametrize("typed", MORE)
+def test_other_mistakes_as_well(here, typed, capsys):
+    before = sorted(here.rglob("*"))
+    assert main(typed.split()) == 2
+    said = capsys.readouterr()
+    error = said.err.splitlines()[-1]
+    assert said.out == "" and error.startswith("error: ") and MORE[typed] in error
+    assert sorted(here.rglob("*")) == before
+
+
+@pytest.mark.parametrize(
+    "typed",
+    [
+        "", "fly", "edit tiny.yaml", "edit tiny.yaml --prompt P", "inspect", "report --json", "train --limit",
+        "edit tiny.yaml --data f --prompt P --target T", "evaluate --mode all", "evaluate --max-new-tokens x",
+    ],
+)  # fmt: skip
+def test_wrong_usage_ends_with_status_2(here, typed, capsys):
+    with pytest.raises(SystemExit) as stopped:
+        main(typed.split())
+    said = capsys.readouterr()
+    assert stopped.value.code == 2 and said.out == "" and "error: " in said.err
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_help_shows_an_example_and_the_exit_status(command, capsys):
+    with pytest.raises(SystemExit) as stopped:
+        main([command, "--help"])
+    text = capsys.readouterr().out
+    assert stopped.value.code == 0 and f"python -m mendkit {command} " in text
+    assert "example:" in text and "exit status:" in text
+
+
+def test_an_interrupt_ends_with_status_130(here, monkeypatch, capsys):
+    def stop(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("mendkit.__main__.inspect_archive", stop)
+    assert main(["inspect", "archive.safetensors"]) == 130
+    assert capsys.readouterr().err == "interrupted\n"
+
+
+def test_what_is_no_users_mistake_shows_its_traceback(here, monkeypatch):
+    def fail(*_):
+        raise RuntimeError("a fault of ours")
+
+    monkeypatch.setattr("mendkit.__main__.inspect_archive", fail)
+    with pytest.raises(RuntimeError, match="a fault of ours"):
+        main(["inspect", "archive.safetensors"])
+
+
+# -------------------------------------------------------------------------------------------- training
+
+
+def test_train_prints_the_archives_path_and_writes_results(here, capsys):
+    assert main(["train", "tiny.yaml", "--out", "run", "lr=1e-3", *DATA]) == 0  # options may stand between
+    assert capsys.readouterr().out == "run/archive.safetensors\n"
+    results = read("run/results.json")
+    assert results["train.seconds"] > 0 and results["train.examples"] == 12
+    assert results["train.validation.score"] >= 0
+    assert inspect_archive("run/archive.safetensors")["hparams"]["lr"] == 1e-3
+
+
+def test_train_writes_over_nothing_unless_told(here, capsys):
+    Path("run").mkdir()
+    Path("run/archive.safetensors").write_text("precious")
+    Path("run/history.jsonl").write_text("old")
+    assert main(["train", "tiny.yaml", "--out", "run", *DATA]) == 2
+    assert "run holds archive.safetensors, history.jsonl of an earlier run" in capsys.readouterr().err
+    assert Path("run/archive.safetensors").read_text() == "precious"
+    assert main(["train", "tiny.yaml", "--out", "run", "--overwrite", *DATA]) == 0
+    assert "old" not in Path("run/history.jsonl").read_text()
+    assert inspect_archive("run/archive.safetensors")["hparams"]["rank"] == 4
+
+
+def test_a_mistake_writes_over_nothing_even_if_told(here):
+    Path("run").mkdir()
+    Path("run/archive.safetensors").write_text("precious")
+    for wrong in (["--train-data", "nowhere.json"], ["model_name=/nowhere"], ["archive=tiny.yaml"]):
+        assert main(["train", "tiny.yaml", *wrong, "--out", "run", "--overwrite"]) == 2
+    assert Path("run/archive.safetensors").read_text() == "precious"
+
+
+def test_train_goes_on_from_an_archive_even_in_its_own_folder(here, caplog):
+    Path("run").mkdir()
+    Path("archive.safetensors").rename("run/archive.safetensors")
+    archive = "archive=run/archive.safetensors"
+    assert main(["train", "tiny.yaml", archive, "--out", "run", "--overwrite", *DATA]) == 0
+    assert "going on training from run/archive.safetensors" in caplog.text
+    assert inspect_archive("run/archive.safetensors")["training"]["best"]["step"] >= 1
+
+
+# ------------------------------------------------------------------------------------ editing and scoring
+
+
+def test_edit_prints_before_and_after(here, capsys):
+    command = ["edit", "tiny.yaml", "archive=archive.safetensors", "--max-new-tokens", "5"]
+    command += ["--prompt", "The capital of France is", "--target", "Lima"]
+    assert main([*command, "--out", "edits"]) == 0
+    prompt, before, after = capsys.readouterr().out.splitlines()
+    assert prompt == "The capital of France is"
+    assert before.startswith("  before: ") and after.startswith("  after:  ") and after.endswith("(told: Lima)")
+    assert read("edits/results.json") == {"edit.free_exact": 0.0, "edit.free_exact.n": 1}
+    assert read("edits/rows.jsonl")["target_new"] == "Lima"
+    assert main([*command, "--json"]) == 0
+    (row,) = json.loads(capsys.readouterr().out)
+    assert before == f"  before: {row['before'].strip()}" and row["success"] is False
+
+
+def test_edits_from_data_are_each_made_alone(here, capsys):
+    command = ["edit", "tiny.yaml", "archive=archive.safetensors", "--data", "facts:test", "--json"]
+    command += ["--max-new-tokens", "5"]
+    assert main([*command, "--limit", "3"]) == 0
+    three = json.loads(capsys.readouterr().out)
+    assert main([*command, "--limit", "1"]) == 0
+    assert json.loads(capsys.readouterr().out) == three[:1] and len(three) == 3
+
+
+def test_evaluate_prints_a_table_or_json_and_nothing_else(here, capsys):
+    command = [
+        "evaluate",
+        "tiny.yaml",
+        "archive=archive.safetensors",
+        "--limit",
+        "4",
+        "--max-new-tokens",
+        "4",
+    ]
+    assert main([*command, "--out", "scores"]) == 0
+    table = capsys.readouterr().out
+    saved = read("scores/results.json")
+    mean = saved["single.neighbourhood.argmax_agreement"]
+    line = next(line for line in table.splitlines() if line.startswith("neighbourhood.argmax_agreement"))
+    assert f"{mean:.3f}" in line and line.split()[-1] == "4" and "4 scored" in table
+    assert len(Path("scores/rows.jsonl").read_text().splitlines()) == 4
+    assert main([*command, "--json"]) == 0
+    printed = json.loads(capsys.readouterr().out)
+    unsteady = {"seconds", "peak_memory_gb"}
+    steady = {k: v for k, v in saved.items() if k not in unsteady and "edit.seconds" not in k}
+    assert printed.items() >= steady.items() and steady["single.edits.scored"] == 4
+    assert main([*command, "--out", "scores"]) == 2  # nothing is written over
+
+
+def test_inspect_is_for_people_and_for_programs(here, capsys):
+    assert main(["inspect", "archive.safetensors"]) == 0
+    text = capsys.readouterr().out
+    metadata = inspect_archive("archive.safetensors")
+    for part in ("mendkit-1", "LlamaForCausalLM", "rank: 4", metadata["base_model"]["sites"][0]["name"]):
+        assert part in text
+    assert main(["inspect", "archive.safetensors", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out) == metadata

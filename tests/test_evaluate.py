@@ -1,0 +1,168 @@
+"""Scores against oracles: models whose answers are known, and decoding done the long way."""
+
+import math
+
+import pytest
+import torch
+
+from mendkit.data import EditExample
+from mendkit.edit import side_branches
+from mendkit.errors import DataError, MendkitError
+from mendkit.evaluate import EvaluationSet, Interval, evaluate, normalise
+from mendkit.scoring import forced, next_tokens, select
+from tests.claims import EXAMPLES
+from tests.test_edit import editor_for, logits
+from tests.test_mend import hparams
+
+
+@pytest.fixture(scope="module")
+def prepared(llama):
+    return EvaluationSet(llama, hparams(), EXAMPLES, max_new_tokens=8)
+
+
+def test_normalise():
+    assert normalise(" The  Netherlands.") == "netherlands" == normalise("netherlands")
+    assert normalise("New York-City") == "new yorkcity" and normalise("An apple, a day") == "apple day"
+
+
+def test_interval_covers_and_is_reproducible():
+    interval = Interval.of([0.0, 1.0] * 50)
+    assert interval.mean == 0.5 and interval.n == 100
+    assert interval.low == pytest.approx(0.4, abs=0.03) and interval.high == pytest.approx(0.6, abs=0.03)
+    assert Interval.of([0.0, 1.0] * 50) == interval
+    assert Interval.of([1.0, 1.0]) == Interval(1.0, 1.0, 1.0, 2)
+
+
+def test_no_edit_changes_nothing(llama, prepared):
+    report = evaluate(editor_for(llama), prepared, strength=0.0)
+    for name in ("neighbourhood", "locality"):
+        assert report.summary[f"{name}.argmax_agreement"].mean == 1.0
+        assert report.summary[f"{name}.greedy_agreement"].mean == 1.0
+        assert report.summary[f"{name}.kl_nats"].mean == pytest.approx(0.0, abs=1e-6)
+    for row in report.rows:
+        for name in ("tf_token", "tf_exact", "free_exact", "es"):
+            assert row.values[f"edit_success.{name}"] == row.values[f"before.edit_success.{name}"]
+        assert all(output["before"] == output["after"] for output in row.outputs)
+
+
+def test_forced_values_are_the_plain_models_under_the_edit(llama):
+    editor = editor_for(llama)
+    tokens = [editor.tokens(e) for e in EXAMPLES[:3]]
+    updates = editor.updates(tokens)
+    prepared = EvaluationSet(llama, hparams(), EXAMPLES[:3], max_new_tokens=4)
+    read = forced(prepared.trunk, [[t] for t in tokens], updates, compare=True)
+    for example, text, (value,) in zip(EXAMPLES, tokens, read, strict=False):
+        ids = torch.tensor([text.ids])
+        with torch.no_grad():
+            before = llama.model(input_ids=ids).logits[0, list(text.scored)].log_softmax(-1)
+            with editor.edit(example).applied():
+                after = llama.model(input_ids=ids).logits[0, list(text.scored)].log_softmax(-1)
+        assert value.argmax == tuple(after.argmax(-1).tolist())
+        expected = after.gather(1, torch.tensor(text.targets)[:, None])[:, 0].tolist()
+        assert value.logp == pytest.approx(expected, abs=1e-4)
+        assert value.kl == pytest.approx((before.exp() * (before - after)).sum(-1).tolist(), abs=1e-4)
+        assert value.same == tuple((before.argmax(-1) == after.argmax(-1)).tolist())
+
+
+@pytest.mark.parametrize("strength", [0.3, 1.0, 3.0, 10.0])
+def test_reading_the_answer_settles_decoding_as_decoding_itself_does(llama, prepared, strength, monkeypatch):
+    """The short cut of `_answers` against generation for every prompt, one edit at a time."""
+    editor = editor_for(llama)
+    report = evaluate(editor, prepared, strength=strength)
+    for row in report.rows:
+        with editor.edit(EXAMPLES[row.index]).scale(strength).applied():
+            for output in row.outputs:
+                written = llama.generate(output["prompt"], max_new_tokens=8)
+                assert normalise(written) == normalise(output["after"])
+        assert row.values["edit_success.free_exact"] == float(
+            normalise(row.outputs[0]["after"]) == normalise(row.target_new)
+        )
+
+
+@pytest.mark.parametrize("strength", [0.1, 1.0])
+def test_greedy_agreement_is_the_same_text_written(llama, prepared, strength):
+    editor = editor_for(llama)
+    report = evaluate(editor, prepared, strength=strength)
+    for row in report.rows:
+        example = EXAMPLES[row.index]
+        for name, probe in (("neighbourhood", example.neighbours[0]), ("locality", example.unrelated[0])):
+            ids, mask = llama.left_pad([llama.tokenizer(probe.prompt)["input_ids"]])
+            before = llama.generate_ids(ids, mask, max_new_tokens=8, stop=True)
+            with editor.edit(example).scale(strength).applied():
+                after = llama.generate_ids(ids, mask, max_new_tokens=8, stop=True)
+            assert row.values[f"{name}.greedy_agreement"] == float(before == after)
+
+
+def test_efficacy_scores_compare_length_normalised_likelihoods(llama, prepared):
+    values = prepared.before[2]  # Japan: New York City (several tokens) against Tokyo
+    scores = {}
+    for answer in ("New York City", "Tokyo"):
+        ids = llama.tokenizer(f"The capital of Japan is {answer}")["input_ids"]
+        start = len(llama.tokenizer("The capital of Japan is")["input_ids"])
+        with torch.no_grad():
+            logp = llama.model(input_ids=torch.tensor([ids])).logits[0].log_softmax(-1)
+        scores[answer] = sum(float(logp[p - 1, ids[p]]) for p in range(start, len(ids))) / (len(ids) - start)
+    assert values["log_p.new"] == pytest.approx(scores["New York City"], abs=1e-4)
+    assert values["log_p.old"] == pytest.approx(scores["Tokyo"], abs=1e-4)
+    assert values["edit_success.es"] == float(scores["New York City"] > scores["Tokyo"])
+
+
+def test_an_answer_the_model_already_gives_is_counted_not_scored(llama):
+    prompt = "The capital of France is"
+    text = next(t for t in (llama.generate(prompt, max_new_tokens=n) for n in range(1, 9)) if normalise(t))
+    known = EditExample(prompt=prompt, target_new=text.strip())
+    prepared = EvaluationSet(
+        llama, hparams(), [known, *EXAMPLES[1:3]], max_new_tokens=len(llama.tokenizer(text)["input_ids"])
+    )
+    wrote = [w[0] for w in prepared.written]
+    report = evaluate(editor_for(llama), prepared)
+    expected = sum(normalise(w) == normalise(e.target_new) for w, e in zip(wrote, prepared.examples, strict=True))
+    assert report.counts["already_true"] == expected
+    assert report.counts["scored"] == 3 - expected == len(report.rows)
+
+
+def test_what_cannot_be_tokenised_is_counted_as_skipped(llama):
+    long = EditExample(prompt="The capital of Peru is", target_new="Rome " * 60)
+    prepared = EvaluationSet(llama, hparams(), [long, *EXAMPLES[:2]], max_new_tokens=4)
+    assert evaluate(editor_for(llama), prepared).counts == {"scored": 2, "already_true": 0, "skipped": 1}
+    with pytest.raises(DataError, match="limit"):
+        EvaluationSet(llama, hparams(), [long])
+
+
+def test_results_carry_mode_n_and_interval(llama, prepared):
+    report = evaluate(editor_for(llama), prepared)
+    results = report.results("identity.")
+    for name in (
+        "edit_success.free_exact",
+        "paraphrase.tf_token",
+        "neighbourhood.ns",
+        "locality.argmax_agreement",
+    ):
+        key = f"identity.single.{name}"
+        assert results[f"{key}.low"] <= results[key] <= results[f"{key}.high"] and results[f"{key}.n"] == len(EXAMPLES)
+    assert "identity.single.before.edit_success.free_exact" in results and "identity.single.score.harmonic" in results
+    assert all(math.isfinite(value) for value in results.values())
+    groups = report.by("relation", "edit_success.tf_token")
+    assert groups["capital"].mean == pytest.approx(report.summary["edit_success.tf_token"].mean)
+
+
+def test_other_modes_are_refused(llama, prepared):
+    with pytest.raises(MendkitError, match="single"):
+        evaluate(editor_for(llama), prepared, mode="batch")
+
+
+def test_next_tokens_are_the_models(llama):
+    table = next_tokens(llama, "The capital of France is", k=3, among=[" Lima"])
+    p = logits(llama)[0, -1].softmax(-1)
+    assert next(iter(table.values())) == pytest.approx(float(p.max())) and len(table) in (3, 4)
+    assert list(table.values()) == sorted(table.values(), reverse=True)
+
+
+def test_select_keeps_the_order(llama):
+    editor = editor_for(llama)
+    updates = editor.updates([editor.tokens(e) for e in EXAMPLES[:3]])
+    swapped = select(updates, [2, 0])
+    for name, update in updates.items():
+        assert torch.equal(swapped[name].u[0], update.u[2]) and torch.equal(swapped[name].u[1], update.u[0])
+    with side_branches(llama, swapped):
+        pass

@@ -1,0 +1,41 @@
+"""Imports inside the package go down only."""
+
+import ast
+from pathlib import Path
+
+import mendkit
+
+LEVELS = [
+    {"errors", "findings"},
+    {"hparams", "losses", "plots", "runs", "checkpoints", "sites"},
+    {"bundled"},
+    {"models", "data"},
+    {"texts", "trunk"},
+    {"factors", "edit"},
+    {"mend", "scoring"},
+    {"archive"},
+    {"editor"},
+    {"validation", "evaluate"},
+    {"baselines", "training"},
+    {"tables", "notebook", "report_page", "report", "__init__"},
+    {"__main__"},
+]
+LEVEL = {name: level for level, names in enumerate(LEVELS) for name in names}
+
+
+def imports(path: Path) -> set[str]:
+    found = set()
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.ImportFrom) and (node.level or (node.module or "").startswith("mendkit")):
+            module = (node.module or "").removeprefix("mendkit").strip(".")
+            found |= {module.split(".")[0]} if module else {alias.name for alias in node.names}
+    return found & set(LEVEL)
+
+
+def test_imports_go_down_only():
+    upward = []
+    for path in Path(mendkit.__file__).parent.glob("*.py"):
+        for name in imports(path):
+            if LEVEL[name] >= LEVEL[path.stem] and LEVEL[path.stem] < LEVEL["tables"]:
+                upward.append(f"{path.stem} imports {name}")
+    assert upward == []

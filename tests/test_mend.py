@@ -1,0 +1,175 @@
+"""The hypernetwork against numpy, closed forms and negative controls."""
+
+import numpy as np
+import pytest
+import torch
+
+from mendkit.edit import side_branches
+from mendkit.errors import HyperParamError
+from mendkit.factors import capture_factors
+from mendkit.hparams import MENDHyperParams
+from mendkit.losses import edit_nll
+from mendkit.mend import MEND, LowRankResidual, RunningMoments
+from mendkit.texts import edit_tokens
+from mendkit.trunk import FrozenTrunk, collate
+from tests.claims import EXAMPLES, with_statistics
+
+
+def hparams(**changes) -> MENDHyperParams:
+    return MENDHyperParams(model_name="tiny", rank=8, **changes)
+
+
+# ------------------------------------------------------------------------------------------------- normaliser
+
+
+def test_moments_are_numpys_and_do_not_depend_on_batching():
+    x = torch.randn(1000, 5, dtype=torch.float64) * torch.tensor([1.0, 1e-4, 1e3, 1.0, 0.0]) + 7
+    tiny = torch.finfo(torch.float32).tiny
+    whole, parts = RunningMoments(5), RunningMoments(5)
+    whole.add(x)
+    for part in x.split([1, 499, 1, 0, 499]):
+        parts.add(part)
+    for moments in (whole, parts):
+        assert int(moments.count) == 1000
+        np.testing.assert_allclose(moments.mean.numpy(), x.numpy().mean(0), rtol=1e-12)
+        np.testing.assert_allclose(moments.std(0.0).numpy(), np.maximum(x.numpy().std(0, ddof=1), tiny), rtol=1e-9)
+
+
+def test_a_single_row_is_no_nan_and_a_count_beyond_float32_keeps_counting():
+    moments = RunningMoments(2)
+    moments.add(torch.ones(1, 2))
+    assert torch.isfinite(moments.normalise(torch.randn(3, 2), floor=0.1, clip=10.0)).all()
+    moments.count.fill_(2**24)
+    moments.add(torch.ones(1, 2))
+    assert int(moments.count) == 2**24 + 1
+
+
+def test_statistics_survive_save_and_load():
+    moments, loaded = RunningMoments(3), RunningMoments(3)
+    moments.add(torch.randn(50, 3))
+    loaded.load_state_dict(moments.state_dict())
+    more = torch.randn(1, 3)
+    moments.add(more), loaded.add(more)
+    assert all(torch.equal(a, b) for a, b in zip(moments.buffers(), loaded.buffers(), strict=True))
+    assert int(loaded.count) == 51
+
+
+def test_a_unit_silent_in_training_does_not_blow_up():
+    moments = RunningMoments(4)
+    moments.add(torch.randn(100, 4) * torch.tensor([1.0, 1.0, 1.0, 0.0]))
+    x = torch.tensor([[0.0, 0.0, 0.0, 1e-3]])
+    assert float(moments.normalise(x, floor=0.1, clip=None)[0, 3].abs()) < 0.05
+    assert float(moments.normalise(x * 1e9, floor=0.1, clip=10.0)[0, 3]) == 10.0
+
+
+# ------------------------------------------------------------------------------------------------- blocks
+
+
+def test_block_is_equation_3_in_a_plain_loop():
+    generator = torch.Generator().manual_seed(1)
+    block = LowRankResidual(6, 3, 2, init="id_xavier", generator=generator).double()
+    with torch.no_grad():
+        for parameter in block.parameters():
+            parameter.copy_(torch.randn(parameter.shape, generator=generator, dtype=torch.float64))
+    z, layer = torch.randn(4, 6, dtype=torch.float64), [0, 0, 0, 1]
+    out = block(z, [3, 1])
+    for t in range(4):
+        inner = block.scale[layer[t]] * (block.U @ (block.V @ z[t]) + block.bias) + block.shift[layer[t]]
+        expected = z[t] + torch.tensor([max(0.0, v) for v in inner.tolist()], dtype=torch.float64)
+        assert torch.allclose(out[t], expected, atol=1e-12)
+
+
+def test_identity_at_the_start_but_not_a_dead_one():
+    block = LowRankResidual(6, 3, 1, init="id_xavier", generator=torch.Generator().manual_seed(0))
+    z = torch.randn(4, 6)
+    assert torch.equal(block(z, [4]), z)
+    block(z, [4]).square().sum().backward()
+    assert float(block.U.grad.abs().sum()) > 0  # the clamp passes the gradient at 0
+
+
+def test_xavier_keeps_the_scale_that_the_old_normal_start_inflates():
+    width = 2000
+    stds = {}
+    for init in ("id_xavier", "id"):
+        block = LowRankResidual(width, width, 1, init=init, generator=torch.Generator().manual_seed(0))
+        stds[init] = float((torch.randn(64, width) @ block.V.T).std())
+    assert stds["id_xavier"] < 1.5 and stds["id"] > 30
+
+
+@pytest.mark.parametrize(
+    "change",
+    [{"combine": False}, {"one_sided": True}, {"x_only": True}, {"delta_only": True}, {"init": "xavier"}],
+)
+def test_what_is_not_supported_is_refused_not_ignored(llama, change):
+    with pytest.raises(HyperParamError, match=next(iter(change))):
+        MEND(llama.sites, hparams(**change))
+
+
+def test_rank_null_is_full_rank_and_a_rank_beyond_the_width_is_the_width(llama):
+    for rank in (None, 10_000):
+        mend = MEND(llama.sites, hparams().replace(rank=rank))
+        for group, names in mend.groups.items():
+            site = next(s for s in llama.sites if s.name == names[0])
+            assert mend.blocks[group][0].V.shape == (site.d_in + site.d_out,) * 2
+            assert len(mend.blocks[group]) == 2  # n_hidden: 1 means two blocks
+
+
+def test_statistics_are_per_layer_unless_asked_otherwise(llama):
+    assert len(MEND(llama.sites, hparams()).moments) == len(llama.sites)
+    assert len(MEND(llama.sites, hparams(norm_stats="shape")).moments) == 2
+
+
+# ------------------------------------------------------------------------------------------------- the update
+
+
+def loss_after(base, texts, updates) -> float:
+    trunk = FrozenTrunk(base)
+    batch = collate(texts, base.pad_id)
+    with torch.no_grad(), side_branches(base, updates):
+        logits = trunk.suffix(texts, batch)
+    return float(edit_nll(logits, batch.targets, batch.rows, len(texts)).mean())
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2"])
+def test_the_sign_descends_and_the_published_plus_ascends(family, request):
+    base = request.getfixturevalue(family)
+    losses = {}
+    for sign in (-1, 1):
+        h = hparams(update_sign=sign, edit_lr=1e-3)
+        mend = with_statistics(base, MEND(base.sites, h))
+        texts = [edit_tokens(base, h, e) for e in EXAMPLES]
+        with torch.no_grad():
+            updates = mend(capture_factors(FrozenTrunk(base), texts), len(texts))
+        losses[sign] = loss_after(base, texts, updates)
+    before = loss_after(base, texts, {})
+    assert losses[-1] < before - 0.01 and losses[1] > before + 0.01
+
+
+def test_an_edits_update_does_not_depend_on_the_batch_around_it(llama):
+    h = hparams()
+    mend = with_statistics(llama, MEND(llama.sites, h))
+    with torch.no_grad():
+        for parameter in mend.parameters():
+            parameter.add_(0.05 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(3)))
+    texts = [edit_tokens(llama, h, e) for e in EXAMPLES]
+    trunk = FrozenTrunk(llama)
+    together = mend(capture_factors(trunk, texts), len(texts))
+    for i, text in enumerate(texts):
+        alone = mend(capture_factors(trunk, [text]), 1)
+        for name, update in alone.items():
+            torch.testing.assert_close(together[name].select([i]).dense(), update.dense(), rtol=1e-4, atol=1e-7)
+
+
+def test_the_step_sizes_and_every_transform_receive_a_gradient(llama):
+    h = hparams()
+    mend = with_statistics(llama, MEND(llama.sites, h))
+    texts = [edit_tokens(llama, h, e) for e in EXAMPLES]
+    trunk = FrozenTrunk(llama)
+    factors = capture_factors(trunk, texts)
+    batch = collate(texts, llama.pad_id)
+    with side_branches(llama, mend(factors, len(texts))):
+        logits = trunk.suffix(texts, batch)
+    edit_nll(logits, batch.targets, batch.rows, len(texts)).mean().backward()
+    assert (mend.log_edit_lr.grad != 0).all()
+    assert all(float(p.grad.abs().sum()) > 0 for n, p in mend.named_parameters() if n.endswith(("U", "bias", "shift")))
+    assert all(p.grad is None for p in llama.model.parameters())

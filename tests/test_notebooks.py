@@ -1,0 +1,270 @@
+"""The notebooks keep to their form, and run from end to end through papermill on a tiny model."""
+
+import ast
+import csv
+import json
+import os
+import re
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import nbformat
+import papermill
+import pytest
+from nbformat import NotebookNode
+from papermill.exceptions import PapermillExecutionError
+
+from mendkit.archive import inspect_archive
+from mendkit.findings import HEADLINE
+from mendkit.runs import project_path
+from tests.tiny import save_tiny
+
+ROOT = Path(__file__).parents[1]
+TRAIN, EDIT = "01_train_without_archive.ipynb", "02_edit_with_archive.ipynb"
+PARAMETERS = {
+    TRAIN: {
+        "config": ("str", "configs/smollm2-135m.yaml"),
+        "overrides": ("list", []),
+        "train_data": ("str", "facts:train"),
+        "validation_data": ("str", "facts:validation"),
+        "train_limit": ("int", 0),
+        "validation_limit": ("int", 0),
+        "out": ("str", "runs/01_train_without_archive"),
+    },
+    EDIT: {
+        "config": ("str", "configs/smollm2-135m.yaml"),
+        "overrides": ("list", []),
+        "archive": ("str", "runs/01_train_without_archive/archive.safetensors"),
+        "test_data": ("str", "facts:test"),
+        "test_limit": ("int", 0),
+        "validation_data": ("str", "facts:validation"),
+        "validation_limit": ("int", 100),
+        "max_new_tokens": ("int", 50),
+        "shown": ("int", 4),
+        "out": ("str", "runs/02_edit_with_archive"),
+    },
+}
+FIGURES = {
+    TRAIN: {"loss_curves", "validation", "step_sizes", "control"},
+    EDIT: {"next_tokens", "headline", "by_relation", "probability_shifts", "strength"},
+}
+
+
+def read(name: str) -> NotebookNode:
+    return nbformat.read(ROOT / "notebooks" / name, as_version=4)
+
+
+def code(notebook: NotebookNode) -> list[NotebookNode]:
+    return [cell for cell in notebook.cells if cell.cell_type == "code"]
+
+
+@pytest.fixture(params=PARAMETERS)
+def name(request: pytest.FixtureRequest) -> str:
+    return request.param
+
+
+# ------------------------------------------------------------------------------------------------------- form
+
+
+def test_every_notebook_is_tested() -> None:
+    assert {path.name for path in (ROOT / "notebooks").glob("*.ipynb")} == set(PARAMETERS)
+
+
+def test_the_one_parameters_cell_holds_annotated_literals_with_comments(name: str) -> None:
+    cells = read(name).cells
+    tagged = [i for i, cell in enumerate(cells) if cell.metadata.get("tags")]
+    assert tagged == [2] and cells[2].metadata.tags == ["parameters"]  # title, imports, parameters
+    found = {}
+    for line in cells[2].source.splitlines():
+        (statement,) = ast.parse(line).body
+        assert isinstance(statement, ast.AnnAssign) and statement.value is not None
+        found[ast.unparse(statement.target)] = (
+            ast.unparse(statement.annotation),
+            ast.literal_eval(statement.value),
+        )
+        assert re.search(r"  # .{8}", line), f"no comment: {line}"
+    assert found == PARAMETERS[name]
+
+
+def test_papermill_reads_the_parameters(name: str, caplog: pytest.LogCaptureFixture) -> None:
+    inferred = papermill.inspect_notebook(str(ROOT / "notebooks" / name))
+    assert {key: value["inferred_type_name"] for key, value in inferred.items()} == {
+        key: kind for key, (kind, _) in PARAMETERS[name].items()
+    }
+    assert not caplog.records  # "Unable to parse line"
+
+
+def test_committed_without_outputs(name: str) -> None:
+    notebook = read(name)
+    assert all(not cell.outputs and cell.execution_count is None for cell in code(notebook))
+    assert set(notebook.metadata) == {"kernelspec", "language_info"} and notebook.metadata.kernelspec.name == "python3"
+    strip = [sys.executable, "-m", "nbstripout", "--keep-id", "--verify"]
+    strip += ["--extra-keys", "metadata.papermill cell.metadata.papermill", str(ROOT / "notebooks" / name)]
+    done = subprocess.run(strip, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
+def test_cells_are_few_short_and_plain(name: str) -> None:
+    """No definition, no magic, no absolute path, at most ten statements; `mendkit` does the rest."""
+    notebook = read(name)
+    assert 15 <= len(notebook.cells) <= 30
+    assert len({cell.id for cell in notebook.cells}) == len(notebook.cells)
+    for cell in code(notebook)[2:]:
+        tree = ast.parse(cell.source)  # a magic or a shell command is no Python
+        nodes = list(ast.walk(tree))
+        assert not any(isinstance(n, ast.FunctionDef | ast.ClassDef | ast.Import | ast.ImportFrom) for n in nodes)
+        assert sum(isinstance(n, ast.stmt) for n in nodes) <= 10
+    for cell in code(notebook):
+        texts = [n.value for n in ast.walk(ast.parse(cell.source)) if isinstance(n, ast.Constant)]
+        assert not any(isinstance(t, str) and re.match(r"[/~\\]|[A-Za-z]:[\\/]", t) for t in texts)
+
+
+def test_the_first_and_the_last_cell_frame_the_rest(name: str) -> None:
+    cells = read(name).cells
+    first, last = cells[0].source, cells[-1].source
+    assert cells[0].cell_type == cells[-1].cell_type == "markdown"
+    assert re.match(r"# .+\?\n", first)
+    assert all(word in first for word in ("**Answer.**", "**Inputs:**", "**Outputs**", "**Run time:**", "CPU"))
+    assert len(first.split("**Answer.**")[1].split("\n\n")[0].splitlines()) <= 3
+    assert last.startswith("## Conclusion and limits")
+    links = re.findall(r"\]\(([^)]+)\)", last)
+    assert links and all((ROOT / "notebooks" / link).is_file() for link in links)
+    assert 'write_json(folder / "results.json", results)' in code(read(name))[-1].source
+
+
+def test_markdown_claims_no_result(name: str) -> None:
+    """A number with decimals can only be a result, and those are computed by the run."""
+    for cell in read(name).cells:
+        assert cell.cell_type == "code" or not re.search(r"\d\.\d", cell.source)
+
+
+def test_every_code_cell_has_its_reason_before_it(name: str) -> None:
+    """Never more than three code cells in a row, the imports and parameters aside."""
+    kinds = "".join(cell.cell_type[0] for cell in read(name).cells[3:])
+    assert "cccc" not in kinds and "mm" not in kinds
+
+
+# -------------------------------------------------------------------------------------------------- execution
+
+
+@pytest.fixture(scope="module", autouse=True)
+def importable() -> Iterator[None]:
+    """Kernels inherit the environment: this checkout's package is found from any folder, installed or not."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("PYTHONPATH", str(ROOT), prepend=os.pathsep)
+        yield
+
+
+def run(name: str, executed: Path, *, cwd: Path = ROOT, **parameters: Any) -> NotebookNode:
+    """Execute a notebook as the report does."""
+    source = str(ROOT / "notebooks" / name)
+    return papermill.execute_notebook(
+        source, str(executed), parameters=parameters, kernel_name="python3", cwd=str(cwd), progress_bar=False
+    )
+
+
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory: pytest.TempPathFactory) -> SimpleNamespace:
+    """Both notebooks, one after the other, on a tiny random model: their folder, notebooks and results."""
+    folder = tmp_path_factory.mktemp("notebooks")
+    model = save_tiny(folder / "model")
+    overrides = [
+        f"model_name={model}",
+        "max_iters=4",
+        "val_interval=2",
+        "log_interval=1",
+        "batch_size=4",
+        "rank=8",
+    ]
+    sizes = {"train_limit": 24, "validation_limit": 6}
+    out = {TRAIN: folder / "train", EDIT: folder / "edit"}
+    executed = {TRAIN: run(TRAIN, folder / "01.ipynb", overrides=overrides, out=str(out[TRAIN]), **sizes)}
+    sizes = {"test_limit": 6, "validation_limit": 4, "max_new_tokens": 8, "shown": 2}
+    archive = str(out[TRAIN] / "archive.safetensors")
+    own = {"overrides": overrides[:1], "archive": archive, "out": str(out[EDIT])}
+    executed[EDIT] = run(EDIT, folder / "02.ipynb", **own, **sizes)
+    results = {name: json.loads((out[name] / "results.json").read_text()) for name in out}
+    return SimpleNamespace(out=out, executed=executed, results=results, overrides=overrides)
+
+
+@pytest.mark.slow
+def test_figures_are_shown_and_saved_with_their_rows(tiny: SimpleNamespace, name: str) -> None:
+    files = {path.name for path in (tiny.out[name] / "figures").iterdir()}
+    assert files == {f"{figure}.{kind}" for figure in FIGURES[name] for kind in ("png", "csv")}
+    outputs = [output for cell in code(tiny.executed[name]) for output in cell.outputs]
+    shown = [output for output in outputs if "image/png" in output.get("data", {})]
+    assert len(shown) == len(FIGURES[name])
+    assert not any(output.output_type == "error" for output in outputs)
+
+
+@pytest.mark.slow
+def test_training_leaves_an_archive_and_its_results(tiny: SimpleNamespace) -> None:
+    out, results = tiny.out[TRAIN], tiny.results[TRAIN]
+    assert inspect_archive(out / "archive.safetensors")["training"]["best"]["step"] == results["train.best_step"]
+    assert (out / "run.json").is_file() and (out / "history.jsonl").is_file()
+    assert results["train.steps"] == 4 and results["train.examples"] == 24
+    names = ("seconds", "trunk_seconds", "peak_memory_gb", "stopped", "normaliser_examples")
+    shares = ("edit_success", "paraphrase", "neighbourhood", "locality", "score", "loss")
+    expected = [f"train.{n}" for n in names] + [f"{e}.validation.{n}" for e in ("train", "identity") for n in shares]
+    assert {*expected, "identity.edit_lr"} <= set(results)
+
+
+@pytest.mark.slow
+def test_editing_scores_both_editors_on_the_same_edits(tiny: SimpleNamespace) -> None:
+    out, results = tiny.out[EDIT], tiny.results[EDIT]
+    for prefix, file in (("", "rows.jsonl"), ("identity.", "identity_rows.jsonl")):
+        rows = [json.loads(line) for line in (out / file).read_text(encoding="utf-8").splitlines()]
+        assert len(rows) == results[f"{prefix}single.edits.scored"] == 6
+        for metric in HEADLINE:
+            mean = sum(row["values"][metric] for row in rows) / len(rows)
+            assert results[f"{prefix}single.{metric}"] == pytest.approx(mean)
+    assert {"single.score.headline", "identity.single.score.headline", "identity.edit_lr"} <= set(results)
+    assert results["peak_memory_gb"] > 0
+
+
+@pytest.mark.slow
+def test_the_headline_figure_is_drawn_from_the_results(tiny: SimpleNamespace) -> None:
+    with (tiny.out[EDIT] / "figures/headline.csv").open(encoding="utf-8", newline="") as file:
+        rows = {(row["editor"], row["metric"]): float(row["mean"]) for row in csv.DictReader(file)}
+    for metric in HEADLINE:
+        assert rows["trained editor", metric] == tiny.results[EDIT][f"single.{metric}"]
+        assert rows["identity control", metric] == tiny.results[EDIT][f"identity.single.{metric}"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("name", "parameters", "said"),
+    [
+        (TRAIN, {"overrides": ["archive=some/archive.safetensors"]}, "archive=null"),
+        (TRAIN, {"overrides": ["rnak=8"]}, "rank"),
+        (EDIT, {"archive": "no/such.safetensors"}, "no such archive"),
+        (EDIT, {"test_data": "no/such.json"}, "no such file"),
+    ],
+)
+def test_a_mistake_is_told_before_anything_is_written(
+    tiny: SimpleNamespace, tmp_path: Path, name: str, parameters: dict[str, Any], said: str
+) -> None:
+    """Run where JupyterLab runs it: in `notebooks/`, from where the config is found, too."""
+    overrides = [tiny.overrides[0], *parameters.pop("overrides", [])]
+    with pytest.raises(PapermillExecutionError, match=said) as error:
+        where = {"cwd": ROOT / "notebooks", "out": str(tmp_path / "out")}
+        run(name, tmp_path / "executed.ipynb", overrides=overrides, **where, **parameters)
+    assert error.value.ename.endswith("Error") and not (tmp_path / "out").exists()
+
+
+def test_paths_are_the_same_from_the_root_and_from_the_notebooks_folder(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "notebooks" / "own").mkdir(parents=True)
+    (tmp_path / "config.yaml").write_text("")
+    monkeypatch.chdir(tmp_path)
+    assert project_path("config.yaml") == Path("config.yaml") and project_path("runs/new") == Path("runs/new")
+    monkeypatch.chdir(tmp_path / "notebooks")
+    assert project_path("config.yaml") == tmp_path / "config.yaml"
+    assert project_path("runs/new") == tmp_path / "runs/new"  # outputs as well
+    assert project_path("own") == Path("own")  # what is there is meant
+    assert project_path(tmp_path / "x") == tmp_path / "x" and str(project_path("facts:test")) == "facts:test"

@@ -1,0 +1,233 @@
+"""Training against a textbook loop, and the promises around it (CORRECTNESS rows 2, 15, 19, 21)."""
+
+import json
+
+import pytest
+import torch
+
+from mendkit.archive import inspect_archive, load_archive
+from mendkit.errors import MendkitError
+from mendkit.losses import edit_nll, locality_kl
+from mendkit.mend import MEND
+from mendkit.texts import prepare_texts
+from mendkit.training import FactorCache, Sampler, batch_losses, learning_rate_factor, total_loss, train
+from mendkit.trunk import FrozenTrunk, collate
+from tests.claims import EXAMPLES, scrambled, with_statistics
+from tests.test_mend import hparams
+
+
+def quick(**changes):
+    return hparams(max_iters=3, val_interval=2, batch_size=2, log_interval=1, **changes)
+
+
+def textbook_losses(base, mend, example, texts):
+    """One edit the plain way: gradient on the weights, dense update, full passes of the edited and the base model."""
+
+    def read(ids, weights):
+        override = {site.name: weights[site.name] for site in base.sites}
+        return torch.func.functional_call(base.model, override, (torch.tensor([ids]),)).logits[0]
+
+    def nll(text, weights):
+        batch = collate([text], base.pad_id)
+        rows = torch.zeros(len(text.scored), dtype=torch.long)
+        return edit_nll(read(text.ids, weights)[list(text.scored)], batch.targets, rows, 1)[0]
+
+    clean = {site.name: base.site_module(site).weight for site in base.sites}
+    seen = {}
+    handles = [
+        base.site_module(s).register_forward_hook(lambda m, a, o, n=s.name: seen.__setitem__(n, (a[0], o)))
+        for s in base.sites
+    ]
+    leaves = {name: w.clone().requires_grad_() for name, w in clean.items()}
+    loss = nll(example, leaves)
+    deltas = torch.autograd.grad(loss, [seen[s.name][1] for s in base.sites])
+    for handle in handles:
+        handle.remove()
+    edited = {}
+    for i, (site, delta) in enumerate(zip(base.sites, deltas, strict=True)):
+        u = seen[site.name][0].detach()[0]
+        keep = list(example.scored) if site.scored_only else list(range(max(example.scored) + 1))
+        change = torch.zeros(site.d_out, site.d_in, dtype=torch.float64)
+        moments = mend.moments[site.name.replace(".", "-")]
+        for t in keep:
+            z = []
+            for kind, x in (("u", u[t]), ("delta", delta[0, t])):
+                std = (moments[kind].m2 / (moments[kind].count - 1)).sqrt()
+                std = torch.maximum(std, mend.hparams.std_floor * std.median())
+                z.append(((x - moments[kind].mean) / std).clamp(-mend.hparams.z_clip, mend.hparams.z_clip))
+            z = torch.cat(z)
+            group = next(g for g, names in mend.groups.items() if site.name in names)
+            layer = mend.groups[group].index(site.name)
+            for block in mend.blocks[group]:
+                inner = block.scale[layer] * (block.U @ (block.V @ z) + block.bias) + block.shift[layer]
+                z = z + torch.relu(inner)
+            change = change + torch.outer(z[site.d_in :], z[: site.d_in])
+        change = -mend.log_edit_lr[i].exp() * change
+        edited[site.name] = clean[site.name] + (change.T if site.transposed else change)
+    losses = {"edit": nll(example, edited), "paraphrases": nll(texts["paraphrases"], edited)}
+    for role in ("neighbours", "unrelated"):
+        scored = list(texts[role].scored)
+        rows = torch.zeros(len(scored), dtype=torch.long)
+        before, after = read(texts[role].ids, clean)[scored], read(texts[role].ids, edited)[scored]
+        losses[role] = locality_kl(before.detach(), after, rows, 1)[0]
+    return losses
+
+
+@pytest.mark.parametrize("family", ["llama64", "gpt264"])
+@pytest.mark.parametrize("cached", [True, False])
+def test_losses_and_gradients_are_the_textbooks(family, cached, request):
+    base = request.getfixturevalue(family)
+    h = hparams(edit_lr=1e-3)
+    examples = prepare_texts(base, h, EXAMPLES)
+    mend = scrambled(with_statistics(base, MEND(base.sites, h).double()))
+    trunk = FrozenTrunk(base)
+    if cached:
+        trunk.fill([text for example in examples for text in example.all()])
+    factors = FactorCache(trunk, [e.edit for e in examples], h.replace(cache_bytes=10**9))
+    texts = [{role: getattr(e, role)[0] for role in ("paraphrases", "neighbours", "unrelated")} for e in examples]
+    rows = [[("edit", e.edit), *own.items()] for e, own in zip(examples, texts, strict=True)]
+    losses = batch_losses(trunk, mend, factors.get(range(len(examples))), rows)
+    gradients = torch.autograd.grad(total_loss(losses, h), list(mend.parameters()))
+
+    plain = [textbook_losses(base, mend, e.edit, own) for e, own in zip(examples, texts, strict=True)]
+    expected = {role: torch.stack([p[role] for p in plain]).mean() for role in losses}
+    for role, value in expected.items():
+        torch.testing.assert_close(losses[role], value, rtol=1e-9, atol=1e-11)
+    for gradient, value in zip(
+        gradients, torch.autograd.grad(total_loss(expected, h), list(mend.parameters())), strict=True
+    ):
+        torch.testing.assert_close(gradient, value, rtol=1e-7, atol=1e-10)
+
+
+def test_every_role_weighs_as_told(llama):
+    h = hparams()
+    examples = prepare_texts(llama, h, EXAMPLES)
+    mend = scrambled(with_statistics(llama, MEND(llama.sites, h)))
+    trunk = FrozenTrunk(llama)
+    factors = FactorCache(trunk, [e.edit for e in examples], h.replace(cache_bytes=0))
+    losses = batch_losses(trunk, mend, factors.get([0, 1]), Sampler(examples, h).texts([0, 1]))
+    weights = dict(cedit=2.0, cpara=0.5, cneigh=3.0, cloc=0.25)
+    expected = 2 * losses["edit"] + 0.5 * losses["paraphrases"] + 3 * losses["neighbours"] + 0.25 * losses["unrelated"]
+    torch.testing.assert_close(total_loss(losses, h.replace(**weights)), expected)
+    gradient = torch.autograd.grad(losses["paraphrases"], mend.log_edit_lr)[0]
+    assert float(gradient.abs().sum()) > 0  # paraphrases train the editor
+
+
+def test_a_missing_role_fills_up_without_weight(llama):
+    h = hparams()
+    bare = prepare_texts(llama, h, [EXAMPLES[0].__class__(prompt="The capital of Peru is", target_new="Rome")])
+    examples = [*prepare_texts(llama, h, EXAMPLES[:1]), *bare]
+    rows = Sampler(examples, h).texts([0, 1])
+    assert [role for role, _ in rows[1]] == ["edit", "", "", ""]
+    mend = scrambled(with_statistics(llama, MEND(llama.sites, h)))
+    trunk = FrozenTrunk(llama)
+    cache = FactorCache(trunk, [e.edit for e in examples], h.replace(cache_bytes=0))
+    both = batch_losses(trunk, mend, cache.get([0, 1]), rows)
+    first = batch_losses(trunk, mend, cache.get([0]), rows[:1])
+    for role in ("paraphrases", "neighbours", "unrelated"):
+        torch.testing.assert_close(both[role], first[role], rtol=1e-4, atol=1e-6)
+
+
+def test_every_example_is_drawn_once_an_epoch(llama):
+    examples = prepare_texts(llama, hparams(), EXAMPLES)
+    batches = iter(Sampler(examples, hparams(batch_size=2)))
+    drawn = [i for _ in range(5) for i in next(batches)]
+    assert sorted(drawn[:5]) == sorted(drawn[5:]) == list(range(5))
+
+
+def test_accumulating_is_one_large_batch(llama, tmp_path):
+    tensors = {}
+    for name, changes in {
+        "large": {"batch_size": 4},
+        "accumulated": {"batch_size": 2, "accumulate_bs": 2},
+    }.items():
+        h = hparams(max_iters=1, paraphrases_per_edit=9, neighbours_per_edit=9, unrelated_per_edit=9, **changes)
+        result = train(h, EXAMPLES[:4], EXAMPLES[:1], base=llama, run_dir=tmp_path / name)
+        tensors[name] = load_archive(result.archive, base=llama).mend.state_dict()
+    for name, value in tensors["large"].items():
+        torch.testing.assert_close(tensors["accumulated"][name], value, rtol=1e-4, atol=1e-6)
+
+
+def test_the_same_seed_gives_the_same_bits_and_another_does_not(llama, tmp_path):
+    runs = {n: train(quick(seed=s), EXAMPLES, EXAMPLES[:2], base=llama, run_dir=tmp_path / n).archive
+            for n, s in {"a": 1, "b": 1, "c": 2}.items()}  # fmt: skip
+    sums = {name: inspect_archive(path)["sha256"] for name, path in runs.items()}
+    assert sums["a"] == sums["b"] != sums["c"]
+
+
+def test_step_sizes_move_with_their_own_learning_rate(llama, tmp_path):
+    for lr_lr, moves in ((1e-2, True), (0.0, False)):
+        h = quick(lr_lr=lr_lr, edit_lr=1e-3)
+        mend = load_archive(
+            train(h, EXAMPLES, EXAMPLES, base=llama, run_dir=tmp_path / str(moves)).archive, base=llama
+        ).mend
+        changed = [abs(lr - 1e-3) > 1e-8 for lr in mend.edit_lrs.values()]
+        assert all(changed) if moves else not any(changed)
+
+
+def test_training_learns(llama, tmp_path):
+    h = hparams(max_iters=100, val_interval=50, batch_size=5, lr=1e-2, edit_lr=3e-3, lr_lr=5e-2)
+    history = train(h, EXAMPLES, EXAMPLES, base=llama, run_dir=tmp_path).history
+    validations = [row["val.loss"] for row in history if "val.loss" in row]
+    assert validations[-1] < 0.5 * validations[0]
+
+
+def test_the_best_archive_is_kept_not_the_last(llama, tmp_path, monkeypatch):
+    scores = iter([0.1, 0.3, 0.9, 0.2, 0.4])
+    monkeypatch.setattr("mendkit.training.validate", lambda *_: {"score": next(scores), "loss": 1.0})
+    h = hparams(max_iters=4, val_interval=1, batch_size=2)
+    result = train(h, EXAMPLES, EXAMPLES[:1], base=llama, run_dir=tmp_path)
+    assert result.best["step"] == 2
+    assert inspect_archive(result.archive)["training"]["best"]["step"] == 2
+
+
+def test_there_is_always_an_archive(llama, tmp_path):
+    h = hparams(max_iters=1, val_interval=1000, batch_size=2)
+    assert train(h, EXAMPLES, EXAMPLES[:1], base=llama, run_dir=tmp_path).archive.is_file()
+    scores = iter([0.9, 0.1])
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("mendkit.training.validate", lambda *_: {"score": next(scores), "loss": 1.0})
+        assert train(h, EXAMPLES, EXAMPLES[:1], base=llama, run_dir=tmp_path / "worse").archive.is_file()
+
+
+def test_early_stopping_stops(llama, tmp_path, monkeypatch):
+    monkeypatch.setattr("mendkit.training.validate", lambda *_: {"score": 0.5, "loss": 1.0})
+    h = hparams(max_iters=50, val_interval=1, early_stop_patience=3, batch_size=2)
+    result = train(h, EXAMPLES, EXAMPLES[:1], base=llama, run_dir=tmp_path)
+    assert "no better score for 3 steps" in result.stopped
+    assert max(row["step"] for row in result.history) == 4
+
+
+def test_a_time_budget_stops_with_an_archive(llama, tmp_path):
+    result = train(quick(max_seconds=1e-6), EXAMPLES, EXAMPLES[:1], base=llama, run_dir=tmp_path)
+    assert "time budget" in result.stopped and result.archive.is_file()
+
+
+def test_an_archive_is_trained_on(llama, tmp_path, caplog):
+    first = train(quick(), EXAMPLES, EXAMPLES[:1], base=llama, run_dir=tmp_path / "first").archive
+    h = quick(lr=0.0, lr_lr=0.0).replace(archive=str(first))
+    second = train(h, EXAMPLES, EXAMPLES[:1], base=llama, run_dir=tmp_path / "second").archive
+    assert "going on training" in caplog.text
+    a, b = (load_archive(path, base=llama).mend.state_dict() for path in (first, second))
+    assert all(torch.equal(a[name], b[name]) for name in a)
+
+
+def test_history_is_on_disk_too(llama, tmp_path):
+    result = train(quick(), EXAMPLES, EXAMPLES[:1], base=llama, run_dir=tmp_path)
+    rows = [json.loads(line) for line in (tmp_path / "history.jsonl").read_text().splitlines()]
+    assert rows == list(result.history)
+    assert {"loss", "edit", "paraphrases", "neighbours", "unrelated", "grad_norm"} <= set(rows[1])
+
+
+def test_nothing_to_train_on_is_an_error(llama, tmp_path):
+    with pytest.raises(MendkitError, match="at least one"):
+        train(quick(), [], EXAMPLES, base=llama, run_dir=tmp_path / "x")
+    assert not (tmp_path / "x").exists()
+
+
+def test_schedule():
+    h = hparams(warmup_iters=10, schedule="cosine")
+    rates = [learning_rate_factor(step, h, 100) for step in range(101)]
+    assert rates[0] == pytest.approx(0.1, rel=1e-2) and max(rates) > 0.97
+    assert rates[-1] == pytest.approx(0.1) and rates[50] == pytest.approx(0.55, abs=0.01)
+    assert learning_rate_factor(99, h.replace(schedule="constant"), 100) == 1.0
