@@ -10,7 +10,7 @@ from .texts import prepare_texts
 from .trunk import FrozenTrunk
 from .validation import validate
 
-IDENTITY_EDIT_LRS = (1e-5, 2e-5, 3e-5, 5e-5, 7e-5, 1e-4, 1.5e-4, 2e-4, 3e-4, 4e-4)
+IDENTITY_EDIT_LRS = (1e-4, 2e-4, 4e-4, 8e-4, 1.6e-3, 3.2e-3)
 
 
 def identity_editor(base: BaseModel, mend: MEND, /, *, edit_lr: float) -> MENDEditor:

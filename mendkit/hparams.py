@@ -163,6 +163,7 @@ class MENDHyperParams:
     edit_tokens: str = _key("all", legal=("all", "scored"))
     whiten: float | None = _key(None, above=0)
     stats_examples: int = _key(500, low=1)
+    stats_held_out: bool = False
     # training
     lr: float = _key(1e-4, low=0)
     edit_lr: float = _key(1e-4, above=0)  # its logarithm is learned
@@ -174,6 +175,7 @@ class MENDHyperParams:
     cneigh: float = _key(1.0, low=0)
     batch_size: int = _key(16, low=1)
     accumulate_bs: int = _key(1, low=1)
+    texts_per_role: int | None = _key(None, low=1)  # of each kind, the first so many of an example are trained on
     paraphrases_per_edit: int = _key(1, low=0)
     neighbours_per_edit: int = _key(1, low=0)
     unrelated_per_edit: int = _key(1, low=0)

@@ -20,6 +20,10 @@ class ExampleTexts:
     neighbours: tuple[Tokens, ...]
     unrelated: tuple[Tokens, ...]
 
+    def first(self, most: int | None) -> "ExampleTexts":
+        """At most `most` texts of each kind besides the edit; all of them if None."""
+        return ExampleTexts(self.edit, self.paraphrases[:most], self.neighbours[:most], self.unrelated[:most])
+
     def all(self) -> tuple[Tokens, ...]:
         """Every text."""
         return (self.edit, *self.paraphrases, *self.neighbours, *self.unrelated)

@@ -168,10 +168,10 @@ class Trainer:
         self.base, self.hparams, self.run_dir = base, hparams, run_dir
         self.started = time.perf_counter()
         self.progress = Progress("MEND")
-        self.train_texts, self.val_texts = (
-            prepare_texts(base, hparams, train),
-            prepare_texts(base, hparams, val),
-        )
+        texts = [own.first(hparams.texts_per_role) for own in prepare_texts(base, hparams, train)]
+        held_out = min(hparams.stats_examples, len(texts) // 2) if hparams.stats_held_out else 0
+        self.train_texts, self.stats_texts = texts[: len(texts) - held_out], texts[len(texts) - held_out :]
+        self.val_texts = prepare_texts(base, hparams, val[: hparams.val_steps])
         self.trunk = FrozenTrunk(base, cache_dir=hparams.cache_dir or run_dir / "cache")
         self.factors = FactorCache(self.trunk, [t.edit for t in self.train_texts], hparams)
         self.history: list[dict[str, float]] = []
@@ -186,7 +186,8 @@ class Trainer:
         self.trunk.fill([t for e in self.val_texts for t in e.all()], show("trunk: validation texts"))
         t1 = time.perf_counter()
         self.factors.fill(show("factors"))
-        self.cache = {"trunk_seconds": t1 - t0, "factor_seconds": time.perf_counter() - t1}
+        t2 = time.perf_counter()
+        self.cache = {"trunk_seconds": t1 - t0, "factor_seconds": t2 - t1}
         self.cache |= {"factor_bytes": self.factors.bytes, "factor_examples": len(self.factors)}
         h = self.hparams
         if h.archive is not None:
@@ -195,9 +196,23 @@ class Trainer:
             self.normaliser_examples = 0
             return
         self.mend = MEND(self.base.sites, h).to(self.base.device)
-        n = self.normaliser_examples = min(h.stats_examples, len(self.train_texts))
-        order = torch.randperm(len(self.train_texts), generator=torch.Generator().manual_seed(h.seed))[:n].tolist()
-        self.mend.warm_up(self.factors.get(order[at : at + 64]) for at in range(0, n, 64))
+        self.mend.warm_up(self.statistics())
+        self.cache["statistics_seconds"] = time.perf_counter() - t2
+
+    def statistics(self) -> Iterator[Factors]:
+        """Factors for the normaliser: of examples held out of training, or of training examples drawn at random."""
+        show, h = self.progress.phase("statistics"), self.hparams
+        texts = self.stats_texts or self.train_texts
+        order = torch.randperm(len(texts), generator=torch.Generator().manual_seed(h.seed))[: h.stats_examples].tolist()
+        order.sort(key=lambda i: len(texts[i].edit.ids))
+        self.normaliser_examples = len(order)
+        for at in range(0, len(order), FACTOR_BATCH):
+            chunk = order[at : at + FACTOR_BATCH]
+            held_out = self.stats_texts and capture_factors(
+                self.trunk, [texts[i].edit for i in chunk], tokens=h.edit_tokens
+            )
+            yield held_out or self.factors.get(chunk)
+            show(at + len(chunk), len(order))
 
     def optimiser(self) -> torch.optim.Optimizer:
         """One optimiser, two groups: transforms (`lr`) and log step sizes (`lr_lr`)."""
@@ -261,7 +276,7 @@ class Trainer:
     def validate(self, step: int) -> bool:
         """Validate, write the archive if it is the best so far; whether it was."""
         h = self.hparams
-        values = validate(self.trunk, self.mend, self.val_texts[: h.val_steps], h)
+        values = validate(self.trunk, self.mend, self.val_texts, h)
         row = {
             "step": step,
             "seconds": time.perf_counter() - self.started,

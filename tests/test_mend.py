@@ -9,7 +9,7 @@ from mendkit.errors import HyperParamError
 from mendkit.factors import capture_factors
 from mendkit.hparams import MENDHyperParams
 from mendkit.losses import edit_nll
-from mendkit.mend import MEND, LowRankResidual, RunningMoments
+from mendkit.mend import MEND, LowRankResidual, RunningMoments, Whitening
 from mendkit.texts import edit_tokens
 from mendkit.trunk import FrozenTrunk, collate
 from tests.claims import EXAMPLES, with_statistics
@@ -60,6 +60,28 @@ def test_a_unit_silent_in_training_does_not_blow_up():
     x = torch.tensor([[0.0, 0.0, 0.0, 1e-3]])
     assert float(moments.normalise(x, floor=0.1, clip=None)[0, 3].abs()) < 0.05
     assert float(moments.normalise(x * 1e9, floor=0.1, clip=10.0)[0, 3]) == 10.0
+
+
+def test_whitening_is_the_ridge_inverse_of_the_covariance_at_unit_mean_square():
+    generator = torch.Generator().manual_seed(0)
+    x = (
+        torch.randn(500, 6, generator=generator, dtype=torch.float64) @ torch.randn(6, 6, generator=generator).double()
+        + 3
+    )
+    whole, parts = Whitening(6, 0.1).double(), Whitening(6, 0.1).double()
+    whole.add(x)
+    for part in x.split([1, 99, 400]):
+        parts.add(part)
+    covariance = np.cov(x.numpy().T, bias=True)
+    inverse = np.linalg.inv(covariance + 0.1 * covariance.diagonal().mean() * np.eye(6))
+    expected = (x.numpy() - x.numpy().mean(0)) @ inverse
+    expected /= np.sqrt((expected**2).mean())
+    for whitening in (whole, parts):
+        whitening.fit()
+        np.testing.assert_allclose(
+            whitening.normalise(x, floor=0.1, clip=None).numpy(), expected, rtol=1e-8, atol=1e-10
+        )
+        assert int(whitening.count) == 500
 
 
 # ------------------------------------------------------------------------------------------------- blocks

@@ -9,8 +9,8 @@ from mendkit.archive import inspect_archive, load_archive
 from mendkit.errors import MendkitError
 from mendkit.losses import edit_nll, locality_kl
 from mendkit.mend import MEND
-from mendkit.texts import prepare_texts
-from mendkit.training import FactorCache, Sampler, batch_losses, learning_rate_factor, total_loss, train
+from mendkit.texts import edit_tokens, prepare_texts
+from mendkit.training import FactorCache, Sampler, Trainer, batch_losses, learning_rate_factor, total_loss, train
 from mendkit.trunk import FrozenTrunk, collate
 from tests.claims import EXAMPLES, scrambled, with_statistics
 from tests.test_mend import hparams
@@ -201,6 +201,23 @@ def test_early_stopping_stops(llama, tmp_path, monkeypatch):
 def test_a_time_budget_stops_with_an_archive(llama, tmp_path):
     result = train(quick(max_seconds=1e-6), EXAMPLES, EXAMPLES[:1], base=llama, run_dir=tmp_path)
     assert "time budget" in result.stopped and result.archive.is_file()
+
+
+def test_statistics_may_come_from_examples_held_out_of_training(llama, tmp_path):
+    h = quick(stats_held_out=True, stats_examples=2, whiten=0.1, edit_tokens="scored")
+    trainer = Trainer(llama, h, EXAMPLES, EXAMPLES[:1], tmp_path)
+    assert len(trainer.train_texts) == 3 and len(trainer.stats_texts) == 2
+    result = train(h, EXAMPLES, EXAMPLES[:1], base=llama, run_dir=tmp_path / "run")
+    assert result.normaliser_examples == 2
+    moments = load_archive(result.archive, base=llama).mend.moments.values()
+    tokens = sum(len(edit_tokens(llama, h, e).scored) for e in EXAMPLES[3:])
+    assert all(int(m["u"].count) == int(m["delta"].count) == tokens for m in moments)
+
+
+def test_fewer_texts_per_role_keep_the_first(llama, tmp_path):
+    trainer = Trainer(llama, quick(texts_per_role=1), EXAMPLES, EXAMPLES[:1], tmp_path)
+    assert all(len(own.paraphrases) == len(own.neighbours) == len(own.unrelated) == 1 for own in trainer.train_texts)
+    assert len(trainer.val_texts[0].paraphrases) == 2
 
 
 def test_an_archive_is_trained_on(llama, tmp_path, caplog):
