@@ -14,8 +14,6 @@ from .scoring import forced
 from .texts import ROLES, ExampleTexts, prepare_texts
 from .trunk import FrozenTrunk
 
-EDIT_BATCH = 32
-
 
 @torch.no_grad()
 def validate(
@@ -34,8 +32,8 @@ def validate(
     """
     success: dict[str, list[float]] = {role: [] for role in ROLES}
     losses: dict[str, list[float]] = {role: [] for role in ROLES}
-    for at in range(0, len(examples), EDIT_BATCH):
-        own = examples[at : at + EDIT_BATCH]
+    for at in range(0, len(examples), h.val_batch_size):
+        own = examples[at : at + h.val_batch_size]
         updates = mend(capture_factors(trunk, [e.edit for e in own], tokens=h.edit_tokens), len(own))
         updates = {name: u.scaled(strength) for name, u in updates.items()}
         targets = forced(trunk, [[e.edit, *e.paraphrases] for e in own], updates)

@@ -15,8 +15,8 @@ from mendkit.trunk import FrozenTrunk, collate
 
 ROOT = Path(__file__).parents[1]
 SETTINGS = (
-    "train_limit=96 validation_limit=24 test_limit=24 shown=2 max_new_tokens=8 max_iters=30 val_interval=30 val_steps=24 "
-    "rank=64 stats_examples=96 warmup_iters=5"
+    "train_limit=96 validation_limit=24 test_limit=24 shown=2 max_new_tokens=8 max_iters=30 val_interval=30 "
+    "val_steps=24 rank=64 stats_examples=96 warmup_iters=5"
 )
 
 
