@@ -9,6 +9,7 @@ paraphrases, neighbours and unrelated prompts under its own update; and descend
 parameter groups: the transforms with `lr`, the log step sizes with `lr_lr` (CORRECTNESS row 2).
 """
 
+import hashlib
 import json
 import logging
 import math
@@ -30,7 +31,7 @@ from .hparams import MENDHyperParams
 from .losses import edit_nll, locality_kl, wide
 from .mend import MEND
 from .models import BaseModel, load_model
-from .runs import Progress, open_run
+from .runs import Progress, open_run, provenance
 from .texts import ROLES, ExampleTexts, prepare_texts
 from .trunk import FrozenTrunk, collate
 from .validation import validate
@@ -38,6 +39,11 @@ from .validation import validate
 logger = logging.getLogger(__name__)
 
 FACTOR_BATCH = 32
+STRUCTURE = (
+    *("rank", "n_hidden", "init", "norm", "combine", "one_sided", "x_only", "delta_only", "shared", "norm_stats"),
+    *("update_sign", "std_floor", "z_clip", "edit_tokens", "whiten", "add_eos"),
+)
+"""Hyperparameters that an archive decides when training goes on from it."""
 
 
 @dataclass(frozen=True)
@@ -165,9 +171,16 @@ class Trainer:
     """State of one training run; `run()` is the loop."""
 
     def __init__(self, base: BaseModel, hparams: MENDHyperParams, train, val, run_dir: Path) -> None:
-        self.base, self.hparams, self.run_dir = base, hparams, run_dir
         self.started = time.perf_counter()
         self.progress = Progress("MEND")
+        self.loaded = None
+        if hparams.archive is not None:
+            archive = load_archive(hparams.archive, base=base)
+            base, self.loaded = archive.base, archive.mend
+            hparams = hparams.replace(**{key: getattr(archive.mend.hparams, key) for key in STRUCTURE})
+            self.loaded.hparams = hparams.replace(archive=None)
+            logger.warning("archive: going on training from %s, whose shape and sites are kept", archive.path)
+        self.base, self.hparams, self.run_dir = base, hparams, run_dir
         texts = [own.first(hparams.texts_per_role) for own in prepare_texts(base, hparams, train)]
         held_out = min(hparams.stats_examples, len(texts) // 2) if hparams.stats_held_out else 0
         self.train_texts, self.stats_texts = texts[: len(texts) - held_out], texts[len(texts) - held_out :]
@@ -189,13 +202,10 @@ class Trainer:
         t2 = time.perf_counter()
         self.cache = {"trunk_seconds": t1 - t0, "factor_seconds": t2 - t1}
         self.cache |= {"factor_bytes": self.factors.bytes, "factor_examples": len(self.factors)}
-        h = self.hparams
-        if h.archive is not None:
-            logger.warning("archive: going on training from %s", h.archive)
-            self.mend = load_archive(h.archive, base=self.base).mend
-            self.normaliser_examples = 0
+        self.mend = self.loaded or MEND(self.base.sites, self.hparams).to(self.base.device)
+        self.normaliser_examples = 0
+        if self.loaded is not None:
             return
-        self.mend = MEND(self.base.sites, h).to(self.base.device)
         self.mend.warm_up(self.statistics())
         self.cache["statistics_seconds"] = time.perf_counter() - t2
 
@@ -288,8 +298,20 @@ class Trainer:
         better = not self.best or sign * row[key] > sign * self.best[key]
         if better and step > 0:
             self.best = row
-            save_archive(self.archive, self.base, self.mend, training={"best": row})
+            save_archive(self.archive, self.base, self.mend, training=self.summary())
         return better
+
+    def summary(self) -> dict[str, Any]:
+        """What an archive tells about its training."""
+        texts = json.dumps([text.key for own in (*self.train_texts, *self.stats_texts) for text in own.all()])
+        return {
+            "best": self.best,
+            "continued_from": self.hparams.archive,
+            "examples": len(self.train_texts),
+            "normaliser_examples": self.normaliser_examples,
+            "texts_sha256": hashlib.sha256(texts.encode()).hexdigest(),
+            **provenance(),
+        }
 
     def record(self, row: dict[str, float]) -> None:
         """Keep a history row, in memory and in the run folder."""
@@ -309,11 +331,12 @@ def train(
 ) -> TrainingResult:
     """Train a hypernetwork on `train_examples` and write the archive that is best on `val_examples`.
 
-    `hparams.archive` null starts anew, a path goes on from it. Writes `archive.safetensors`, `history.jsonl` and
-    `results.json` into `run_dir`. Raises MendkitError if there is nothing to train or validate on, or if the gradient
-    is no longer finite.
+    `hparams.archive` null starts anew, a path goes on from it (its sites and the hypernetwork's shape are kept). Writes
+    `archive.safetensors`, `history.jsonl` and the texts' cache into `run_dir`. Raises MendkitError if there is
+    nothing to train or validate on, or if the gradient is no longer finite.
     """
     if not train_examples or not val_examples:
         raise MendkitError("training needs at least one training and one validation example")
     run = open_run(run_dir, hparams)
+    (run / "history.jsonl").unlink(missing_ok=True)
     return Trainer(base or load_model(hparams), hparams, train_examples, val_examples, run).run()

@@ -229,6 +229,22 @@ def test_an_archive_is_trained_on(llama, tmp_path, caplog):
     assert all(torch.equal(a[name], b[name]) for name in a)
 
 
+def test_going_on_keeps_the_archives_sites_and_shape(llama, tmp_path):
+    fewer = llama.with_sites([site.name for site in llama.sites[:2]])
+    first = train(quick(edit_tokens="scored"), EXAMPLES, EXAMPLES[:1], base=fewer, run_dir=tmp_path / "first").archive
+    h = quick().replace(archive=str(first), rank=3)
+    second = load_archive(train(h, EXAMPLES, EXAMPLES[:1], base=llama, run_dir=tmp_path / "second").archive, base=llama)
+    assert [site.name for site in second.mend.sites] == [site.name for site in fewer.sites]
+    assert (second.mend.hparams.rank, second.mend.hparams.edit_tokens) == (8, "scored")
+    assert second.metadata["training"]["continued_from"] == str(first)
+
+
+def test_a_second_run_into_a_folder_does_not_mix_histories(llama, tmp_path):
+    for _ in range(2):
+        result = train(quick(), EXAMPLES, EXAMPLES[:1], base=llama, run_dir=tmp_path)
+    assert len((tmp_path / "history.jsonl").read_text().splitlines()) == len(result.history)
+
+
 def test_history_is_on_disk_too(llama, tmp_path):
     result = train(quick(), EXAMPLES, EXAMPLES[:1], base=llama, run_dir=tmp_path)
     rows = [json.loads(line) for line in (tmp_path / "history.jsonl").read_text().splitlines()]
