@@ -10,7 +10,7 @@ from .texts import prepare_texts
 from .trunk import FrozenTrunk
 from .validation import validate
 
-IDENTITY_EDIT_LRS = (1e-4, 2e-4, 4e-4, 8e-4, 1.6e-3, 3.2e-3)
+IDENTITY_EDIT_LRS = (2e-4, 4e-4, 8e-4, 1.6e-3, 3.2e-3, 6.4e-3)
 
 
 def identity_editor(base: BaseModel, mend: MEND, /, *, edit_lr: float) -> MENDEditor:
