@@ -211,7 +211,7 @@ def test_the_conclusion_names_the_weakest_share_and_the_failures() -> None:
 def test_training_results_are_flat_and_hold_both_editors() -> None:
     best = {"step": 20, "seconds": 5.0, "val.edit_success": 0.9, "val.locality": 0.7, "val.score": 0.8}
     history = ({"step": 0, "seconds": 1.0, "val.score": 0.1}, best, {"step": 30, "seconds": 9.0, "loss": 1.0})
-    result = TrainingResult(Path("a"), history, best, 12.0, "all steps done", cache={"trunk_seconds": 2.0})
+    result = TrainingResult(Path("a"), history, best, 12.0, "all steps done", 9, {"trunk_seconds": 2.0})
     control = {"edit_lr": 1e-4, "edit_success": 0.5, "locality": 0.5, "score": 0.5}
     flat = tables.training_results(result, control)
     assert flat["train.steps"] == 30 and flat["train.best_step"] == 20 and flat["train.trunk_seconds"] == 2.0
