@@ -11,6 +11,11 @@ from .models import BaseModel
 ROLES = ("edit", "paraphrases", "neighbours", "unrelated")
 
 
+def role_weights(h: MENDHyperParams) -> dict[str, float]:
+    """The weight of each role's loss."""
+    return {"edit": h.cedit, "paraphrases": h.cpara, "neighbours": h.cneigh, "unrelated": h.cloc}
+
+
 @dataclass(frozen=True)
 class ExampleTexts:
     """The texts that training and validation read: targets end with the end-of-text token if `add_eos`."""

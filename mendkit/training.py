@@ -32,7 +32,7 @@ from .losses import edit_nll, locality_kl, wide
 from .mend import MEND
 from .models import BaseModel, load_model
 from .runs import Progress, open_run, provenance
-from .texts import ROLES, ExampleTexts, prepare_texts
+from .texts import ROLES, ExampleTexts, prepare_texts, role_weights
 from .trunk import FrozenTrunk, collate
 from .validation import validate
 
@@ -155,7 +155,7 @@ def batch_losses(
 
 def total_loss(losses: dict[str, Tensor], h: MENDHyperParams) -> Tensor:
     """The weighted sum of the role losses."""
-    weights = {"edit": h.cedit, "paraphrases": h.cpara, "neighbours": h.cneigh, "unrelated": h.cloc}
+    weights = role_weights(h)
     return sum((weights[role] * loss for role, loss in losses.items()), torch.zeros(()))
 
 

@@ -11,7 +11,7 @@ from .factors import capture_factors
 from .hparams import MENDHyperParams
 from .mend import MEND
 from .scoring import forced
-from .texts import ROLES, ExampleTexts, prepare_texts
+from .texts import ROLES, ExampleTexts, prepare_texts, role_weights
 from .trunk import FrozenTrunk
 
 
@@ -52,7 +52,7 @@ def validate(
     names = dict(zip(ROLES, ("edit_success", "paraphrase", "neighbourhood", "locality"), strict=True))
     out = {names[role]: fmean(values) for role, values in success.items() if values}
     out |= {f"loss.{role}": fmean(values) for role, values in losses.items() if values}
-    weights = {"edit": h.cedit, "paraphrases": h.cpara, "neighbours": h.cneigh, "unrelated": h.cloc}
+    weights = role_weights(h)
     loss = sum(weights[role] * fmean(values) for role, values in losses.items() if values)
     return out | {"loss": loss, "score": harmonic_mean([out[n] for n in names.values() if n in out])}
 
