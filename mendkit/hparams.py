@@ -33,21 +33,21 @@ EARLY_STOP_KEYS |= {"loss/total_edit_val": "loss", "edit/acc_val": "edit_success
 
 # keys of EasyEdit's files for image models: such a file is refused
 MULTIMODAL_KEYS = ("qformer_checkpoint", "qformer_name_or_path", "freeze_qformer", "state_dict_file", "iedit")
-MULTIMODAL_KEYS += ("pretrained_ckpt", "coco_image", "rephrase_image")
+MULTIMODAL_KEYS += ("pretrained_ckpt", "coco_image", "rephrase_image", "exact_match")
 
 NO_EFFECT = {  # key -> why its value changes nothing here
     "model_class": "the class follows from the model's own configuration",
     "tokenizer_class": "the class follows from the tokenizer's own files",
-    "model_parallel": "the model is placed on the one device named by `device`",
+    "model_parallel": "the model is placed whole on the one device named by `device`; `dtype: bfloat16` halves it",
     "cbase": "it weighs a loss on the base model, which stays frozen",
-    "dropout": "the hypernetwork has no dropout",
+    "dropout": "the base model runs without dropout, always",
     "train_base": "the base model stays frozen",
     "no_grad_layers": "everything but the hypernetwork is frozen anyway",
     "model_save_pt": "the best archive is saved at every validation that improves it",
     "eval_log_interval": "a validation is logged once, when it ends",
     "final_eval": "training always ends with a validation",
     "eval_only": "the command decides: train, edit or evaluate",
-    "half": "`dtype` sets the precision of the base model",
+    "half": "`dtype` sets the precision of the base model: auto keeps that of the checkpoint",
     "save": "the best archive is always saved",
     "max_output_length": "free decoding for the scores has a fixed limit",
     **dict.fromkeys(("silent", "debug", "verbose"), "the level of logging decides what is shown"),
@@ -170,9 +170,9 @@ class MENDHyperParams:
     lr_lr: float = _key(1e-2, low=0)
     lr_scale: float = _key(1.0, low=0)
     cedit: float = _key(1.0, low=0)
-    cpara: float = _key(1.0, low=0)
+    cpara: float | None = _key(None, low=0)  # null: as cedit
     cloc: float = _key(1.0, low=0)
-    cneigh: float = _key(1.0, low=0)
+    cneigh: float | None = _key(None, low=0)  # null: as cloc
     batch_size: int = _key(16, low=1)
     accumulate_bs: int = _key(1, low=1)
     texts_per_role: int | None = _key(None, low=1)  # of each kind, the first so many of an example are trained on
@@ -276,6 +276,7 @@ def _resolve(given: Mapping[str, Any], where: Callable[[str], str]) -> dict[str,
         else:
             close = difflib.get_close_matches(key.lower(), sorted({*_RULES, *NO_EFFECT, *ALIASES}), 1, 0.5)
             nearest = f"the nearest key is {close[0]!r}" if close else "no key resembles it"
+            nearest += " (`name` stands in EasyEdit's files for image models only)" if key == "name" else ""
             message = f"unknown key {key!r} (value {_show(value)}); {nearest}; see docs/HYPERPARAMETERS.md"
             raise HyperParamError(where(key) + message)
     if without_effect:

@@ -12,8 +12,9 @@ ROLES = ("edit", "paraphrases", "neighbours", "unrelated")
 
 
 def role_weights(h: MENDHyperParams) -> dict[str, float]:
-    """The weight of each role's loss."""
-    return {"edit": h.cedit, "paraphrases": h.cpara, "neighbours": h.cneigh, "unrelated": h.cloc}
+    """The weight of each role's loss; what is not said of paraphrases and neighbours follows edit and unrelated."""
+    para, neigh = (h.cedit if h.cpara is None else h.cpara), (h.cloc if h.cneigh is None else h.cneigh)
+    return {"edit": h.cedit, "paraphrases": para, "neighbours": neigh, "unrelated": h.cloc}
 
 
 @dataclass(frozen=True)

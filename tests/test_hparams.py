@@ -13,6 +13,7 @@ import yaml
 import mendkit.hparams as module
 from mendkit.errors import HyperParamError, MendkitError
 from mendkit.hparams import EARLY_STOP_KEYS, MULTIMODAL_KEYS, NO_EFFECT, MENDHyperParams, parse_overrides
+from mendkit.texts import ROLES, role_weights
 
 ROOT = Path(__file__).resolve().parents[1]
 FIELDS = {item.name: item for item in dataclasses.fields(MENDHyperParams)}
@@ -34,6 +35,21 @@ EDIT = """archive: ./results/gpt2-xl; alg_name: "MEND"; device: 4; lr_scale: 1.0
 max_length: 2048; model_parallel: true; early_stop_key: 'edit/acc_val'; max_output_length: 600"""
 TRAIN = "archive: null; alg: MEND; device: cuda:0; eval_only: False; early_stop_key: loss/total_edit_val"
 EDIT, TRAIN = ((SHARED + text).replace("; ", "\n") for text in (EDIT, TRAIN))
+# every other value seen in the 29 files for text models, as it is spelt there
+SEEN = {
+    "archive": ["null", "results/InstructEdit/models/MEND/llama-2-7b", "./results/models/MEND/Mistral-7B-v0.1"],
+    "alg_name": ['"MEND"', "MEND"], "alg": ["MEND", '"MEND"'], "device": ["0", "1", "7", "cuda:0", "cuda:1"],
+    "model_name": ["THUDM/chatglm2-6b", "./hugging_cache/Mistral-7B-v0.1"],
+    "model_class": ["AutoModelForCausalLM", "LlamaForCausalLM", "AutoModel", "T5ForConditionalGeneration"],
+    "tokenizer_class": ["AutoTokenizer", "LlamaTokenizer", "GPT2Tokenizer", "."],
+    "tokenizer_name": ["THUDM/chatglm2-6b", "."], "model_parallel": ["False", "True", "true"],
+    "model_save_pt": ["5000", "1000", "10"], "max_iters": ["30000", "50000", "20000"], "max_epochs": ["1"],
+    "log_interval": ["100", "200", "10"], "eval_log_interval": ["1000", "5000"], "val_interval": ["5000", "10"],
+    "early_stop_patience": ["30000", "4000"], "early_stop_key": ['"loss/total_edit_val"', "'edit/acc_val'"],
+    "eval_only": ["False", "True"], "val_batch_size": ["5", "1"], "accumulate_bs": ["10", "2", "1"],
+    "grad_clip": ["100.", "100.0"], "results_dir": ["./results", "./results/InstructEdit"],
+    "max_length": ["2048", "128"], "max_output_length": ["600"], "lr_scale": ["1.0", "1"], "cbase": ["1", "1.0"],
+}  # fmt: skip
 IMAGE = "name: opt-2.7b\nexact_match: True\nqformer_checkpoint: .\ncoco_image: ../\n" + TRAIN
 
 
@@ -70,6 +86,24 @@ def test_easyedit_training_file_loads_unmodified(write):
     h = read(write(TRAIN))
     assert (h.archive, h.alg_name, h.device) == (None, "MEND", "cuda:0")
     assert (h.batch_size, h.max_iters, h.max_epochs, h.early_stop_key) == (1, 100000, None, "loss")
+
+
+@pytest.mark.parametrize("key", SEEN)
+def test_every_value_seen_in_easyedits_files_loads(write, key):
+    for text in (EDIT, TRAIN):
+        lines = [line for line in text.splitlines() if not line.startswith(f"{key}:")]
+        lines = [line for line in lines if not (key in ("alg", "alg_name") and line.startswith("alg"))]
+        assert len(lines) >= len(text.splitlines()) - 1
+        for value in SEEN[key]:
+            h = read(write("\n".join([*lines, f"{key}: {value}  # seen"])))
+            if key in FIELDS and key not in ("device", "tokenizer_name", "early_stop_key"):
+                assert getattr(h, key) == yaml.safe_load(value)
+
+
+def test_what_weighs_paraphrases_and_neighbours_follows_what_the_file_says_of_edit_and_locality(write):
+    assert role_weights(read(write(TRAIN))) == dict(zip(ROLES, (0.1, 0.1, 1.0, 1.0), strict=True))
+    own = read(write("model_name: m\ncedit: 2\ncloc: 3\ncpara: 0\ncneigh: 5\n"))
+    assert role_weights(own) == dict(zip(ROLES, (2.0, 0.0, 5.0, 3.0), strict=True))
 
 
 def test_defaults_are_those_of_the_kit_and_its_configs_train_from_nothing(write):
@@ -117,10 +151,10 @@ def test_keys_without_effect_are_named_once_in_one_line_where_they_ask_for_somet
 @pytest.mark.parametrize(
     ("line", "words"),
     [
-        ("dropout: 0.1", "dropout must be 0.0 (the hypernetwork has no dropout), got 0.1"),
+        ("dropout: 0.1", "dropout must be 0.0 (the base model runs without dropout, always), got 0.1"),
         ("train_base: true", "train_base must be false (the base model stays frozen), got true"),
         ("no_grad_layers: [a]", "no_grad_layers must be null (everything but the hypernetwork is frozen"),
-        ("half: true", "half must be false (`dtype` sets the precision of the base model), got true"),
+        ("half: true", "half must be false (`dtype` sets the precision of the base model: auto keeps that of the"),
         (
             "hidden_dim: 512",
             "hidden_dim must be null (a residual block keeps the width of its input), got 512",
@@ -136,11 +170,12 @@ def test_values_that_would_change_the_result_are_refused_not_ignored(write, line
 
 def test_image_model_files_are_refused_with_the_reason(write):
     path = write(IMAGE)
-    start = f"{path}:3: qformer_checkpoint / coco_image belongs to an image model, which this kit does not edit"
-    assert refusal(read, path).startswith(start)
+    start = f"{path}:2: exact_match / qformer_checkpoint / coco_image belongs to an image model"
+    assert refusal(read, path).startswith(f"{start}, which this kit does not edit")
     for key in MULTIMODAL_KEYS:
         assert "image model" in refusal(read, write(f"model_name: m\n{key}: x\n"))
-    assert "unknown key 'name'" in refusal(read, write("model_name: m\nname: x\n"))  # alone it proves nothing
+    message = refusal(read, write("model_name: m\nname: x\n"))  # alone it proves nothing
+    assert "unknown key 'name'" in message and "(`name` stands in EasyEdit's files for image models" in message
 
 
 def test_unknown_key_names_line_value_and_the_nearest_key(write):
@@ -323,6 +358,9 @@ def test_the_page_lists_every_key_its_default_and_every_key_without_effect():
         assert origin.split()[0] in ("EasyEdit", "mendkit")
     assert {key: row[-1] for key, row in table("Keys accepted without effect").items()} == NO_EFFECT
     assert not set(FIELDS) & set(NO_EFFECT) and not (set(FIELDS) | set(NO_EFFECT)) & set(MULTIMODAL_KEYS)
+    others = table("EasyEdit's keys that are read in another way")
+    assert set(others) <= {key for key, row in rows.items() if row[-1].startswith("EasyEdit")}
+    assert all(len(row) == 3 and all(row) for row in others.values())
     assert all(EARLY_STOP_KEYS[target] == target for target in EARLY_STOP_KEYS.values())
 
 
