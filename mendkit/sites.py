@@ -2,10 +2,13 @@
 
 What a module is good for is read from the module tree, never from the model's class or name:
 - the *blocks* are the longest `nn.ModuleList` near the input embeddings; they are used as a chain only if a
-  probe of two tokens runs through them one after another;
+  probe of two tokens runs through them one after another; a list beside it, whose blocks attend twice where the
+  other's attend once, makes the two the decoder and the encoder of a sequence-to-sequence model;
 - a site's orientation is that of its own module: `nn.Linear` keeps (d_out, d_in), GPT-2's `Conv1D`
   (d_in, d_out) (CORRECTNESS row 10);
-- `inner_params: auto` means the linear layers of the last three blocks that are not part of the attention.
+- `inner_params: auto` means the MLP's linear layers in the last three blocks, or in the last two blocks of the
+  encoder and of the decoder (as in MEND's experiments): all linear layers of a block but those of its attention,
+  of a recurrent or convolutional mixer, of adapters and of a router.
 """
 
 from __future__ import annotations
@@ -23,7 +26,9 @@ from transformers.pytorch_utils import Conv1D
 from .errors import ModelError
 
 _FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
-_LAST_BLOCKS = 3
+_LAST_BLOCKS = {1: 3, 2: 2}  # number of stacks -> blocks that `auto` takes from the end of each
+_QKV = [{"q_proj", "k_proj", "v_proj"}, {"query", "key", "value"}, {"q", "k", "v"}, {"c_attn"}, {"qkv"}]
+_BESIDE = ("adapter", "lora", "router")  # what such a name says is added to an MLP or steers it
 
 
 @dataclass(frozen=True)
@@ -35,7 +40,7 @@ class Site:
     d_in: int
     d_out: int
     transposed: bool  # the weight is stored as (d_in, d_out)
-    block: int | None  # index of the decoder block it lies in
+    block: int | None  # index of the block it lies in, in its own stack
     scored_only: bool  # only positions that predict a scored token can receive a gradient
 
 
@@ -50,10 +55,17 @@ class Blocks:
 
 
 def find_blocks(model: PreTrainedModel) -> tuple[str, nn.ModuleList] | None:
-    """Name and list of the decoder blocks; None if the model has no such list.
+    """Name and list of the model's blocks; None if it has no such list, or has an encoder and a decoder."""
+    stacks = find_stacks(model)
+    return next(iter(stacks.items())) if len(stacks) == 1 else None
 
-    They are the longest outermost `nn.ModuleList` in the smallest part of the module tree that holds both the
-    input embeddings and a list without them.
+
+def find_stacks(model: PreTrainedModel) -> dict[str, nn.ModuleList]:
+    """The lists of blocks by name: none, one, or two (encoder and decoder) in module order.
+
+    One is the longest outermost `nn.ModuleList` in the smallest part of the module tree that holds both the input
+    embeddings and a list without them. Two are lists of one name in sibling modules, such as `encoder.block` and
+    `decoder.block`, where the blocks of one have a second attention.
     """
     modules = dict(model.named_modules())
     embedding = model.get_input_embeddings()
@@ -67,7 +79,20 @@ def find_blocks(model: PreTrainedModel) -> tuple[str, nn.ModuleList] | None:
     while part and not any(name.startswith(f"{part}.") for name in found):
         part = part.rpartition(".")[0]
     near = {name: module for name, module in found.items() if not part or name.startswith(f"{part}.")}
-    return max(near.items(), key=lambda item: len(item[1])) if near else None
+    if not near:
+        return {}
+    main = max(near, key=lambda name: len(near[name]))
+    times = {name: _attention_count(blocks[-1]) for name, blocks in found.items()}
+    for name in found:
+        if _family(name) == _family(main) and {times[name], times[main]} == {1, 2}:
+            return {stack: found[stack] for stack in found if stack in (name, main)}
+    return {main: near[main]}
+
+
+def _family(path: str) -> tuple[str, str]:
+    """What a list's path has in common with those of its siblings' lists."""
+    parent, _, name = path.rpartition(".")
+    return parent.rpartition(".")[0], name
 
 
 def resolve_sites(model: PreTrainedModel, inner_params: str | Sequence[str]) -> tuple[Site, ...]:
@@ -76,14 +101,14 @@ def resolve_sites(model: PreTrainedModel, inner_params: str | Sequence[str]) -> 
     Raises ModelError for a name that the model does not have, that is not the weight of a Linear or Conv1D,
     or that shares its weight with another layer; and if "auto" finds no layer.
     """
-    found = find_blocks(model)
+    stacks = find_stacks(model)
     parameters = dict(model.named_parameters(remove_duplicate=False))
     if inner_params == "auto":
-        names = _auto_names(found)
+        names = [name for path, blocks in stacks.items() for name in mlp_names(path, blocks, _LAST_BLOCKS[len(stacks)])]
         if not names:
             raise ModelError(
-                f"inner_params: auto found no linear layers outside the attention in {type(model).__name__}; "
-                "list the weights to edit by name"
+                f"inner_params: auto found no MLP of linear layers in {type(model).__name__}; list the weights to "
+                "edit by name: `python -m mendkit sites MODEL --all` shows them"
             )
     elif isinstance(inner_params, str) or not inner_params:
         raise ModelError(f'inner_params must be "auto" or a list of parameter names, got {inner_params!r}')
@@ -92,7 +117,7 @@ def resolve_sites(model: PreTrainedModel, inner_params: str | Sequence[str]) -> 
     for name in names:
         _check_name(model, parameters, name)
     order = {name: position for position, name in enumerate(parameters)}
-    return tuple(_site(model, name, found) for name in sorted(set(names), key=order.__getitem__))
+    return tuple(_site(model, name, stacks) for name in sorted(set(names), key=order.__getitem__))
 
 
 def _is_linear(module: nn.Module) -> bool:
@@ -100,19 +125,40 @@ def _is_linear(module: nn.Module) -> bool:
 
 
 def _is_attention(name: str, module: nn.Module) -> bool:
-    names = [name, *(inner for inner, _ in module.named_modules())]
-    return any("attn" in part or "attention" in part for part in names)
+    """True for a module that its parent calls so, or that holds the three projections; it must hold a layer."""
+    children = {child for child, _ in module.named_children()}
+    named = "attn" in name.lower() or "attention" in name.lower() or any(kinds <= children for kinds in _QKV)
+    return named and any(map(_is_linear, module.modules()))
 
 
-def _auto_names(found: tuple[str, nn.ModuleList] | None) -> list[str]:
-    path, blocks = found or ("", nn.ModuleList())
-    names = []
-    for index in range(len(blocks))[-_LAST_BLOCKS:]:
-        for child_name, child in blocks[index].named_children():
-            if not _is_attention(child_name, child):
-                for inner, module in child.named_modules(prefix=f"{path}.{index}.{child_name}"):
-                    names += [f"{inner}.weight"] if _is_linear(module) else []
-    return names
+def _holds_attention(name: str, module: nn.Module) -> bool:
+    inner = ((path.rpartition(".")[2], part) for path, part in module.named_modules() if path)
+    return _is_attention(name, module) or any(_is_attention(*item) for item in inner)
+
+
+def _attention_count(module: nn.Module) -> int:
+    """How many modules inside attend, not counting the parts of one that does."""
+    return sum(1 if _is_attention(*item) else _attention_count(item[1]) for item in module.named_children())
+
+
+def mlp_names(path: str, blocks: nn.ModuleList, last: int) -> list[str]:
+    """The weights of the MLPs' linear layers in the last so many blocks of the list at `path`."""
+    chosen = range(len(blocks))[-last:]
+    return [f"{name}.weight" for index in chosen for name in _mlp_layers(f"{path}.{index}", blocks[index])]
+
+
+def _mlp_layers(path: str, module: nn.Module) -> list[str]:
+    if _is_linear(module):
+        return [path]
+    children = dict(module.named_children())
+    if any(isinstance(child, nn.Conv1d) for child in children.values()):  # mixes positions: no MLP
+        return []
+    layers = []
+    for name, child in children.items():
+        routes = "experts" in children and "gate" in name and _is_linear(child)
+        if not (routes or _is_attention(name, child) or any(word in name.lower() for word in _BESIDE)):
+            layers += _mlp_layers(f"{path}.{name}", child)
+    return layers
 
 
 def _check_name(model: PreTrainedModel, parameters: dict[str, nn.Parameter], name: str) -> None:
@@ -135,17 +181,18 @@ def _check_name(model: PreTrainedModel, parameters: dict[str, nn.Parameter], nam
         )
 
 
-def _site(model: PreTrainedModel, name: str, found: tuple[str, nn.ModuleList] | None) -> Site:
+def _site(model: PreTrainedModel, name: str, stacks: dict[str, nn.ModuleList]) -> Site:
     module_name = name.rpartition(".")[0]
     module = model.get_submodule(module_name)
     transposed = isinstance(module, Conv1D)
     d_out, d_in = reversed(module.weight.shape) if transposed else module.weight.shape
     block, scored_only = None, False
-    if found and module_name.startswith(f"{found[0]}."):
-        index, _, inner = module_name.removeprefix(f"{found[0]}.").partition(".")
-        block = int(index)
-        last = block == len(found[1]) - 1
-        scored_only = last and _position_wise(found[1][block], inner.partition(".")[0])
+    for path, blocks in stacks.items():
+        if module_name.startswith(f"{path}."):
+            index, _, inner = module_name.removeprefix(f"{path}.").partition(".")
+            block = int(index)
+            alone_and_last = len(stacks) == 1 and block == len(blocks) - 1
+            scored_only = alone_and_last and _position_wise(blocks[block], inner.partition(".")[0])
     return Site(name, module_name, d_in, d_out, transposed, block, scored_only)
 
 
@@ -157,10 +204,9 @@ def _position_wise(block: nn.Module, child: str) -> bool:
     children = dict(block.named_children())
     if child not in children:  # the block is itself the layer
         return False
-    attention = {name for name, module in children.items() if _is_attention(name, module)}
-    attends = any(_is_linear(module) for name in attention for module in children[name].modules())
+    attention = {name for name, module in children.items() if _holds_attention(name, module)}
     convolves = any(isinstance(module, nn.Conv1d) for module in children[child].modules())
-    return attends and child not in attention and not convolves
+    return bool(attention) and child not in attention and not convolves
 
 
 @torch.no_grad()

@@ -84,8 +84,10 @@ def test_scored_only_sites_receive_no_gradient_elsewhere(build):
 
 def test_a_convolution_or_a_block_without_attention_is_never_scored_only():
     model = tiny_llama().model
+    names = [f"model.layers.3.mlp.{name}_proj.weight" for name in ("gate", "up", "down")]
+    assert all(site.scored_only for site in resolve_sites(model, names))
     model.model.layers[3].mlp.conv = nn.Conv1d(4, 4, 3)
-    assert not any(site.scored_only for site in resolve_sites(model, "auto"))
+    assert not any(site.scored_only for site in resolve_sites(model, names))
     model = tiny_llama().model
     model.model.layers[3].self_attn = nn.Identity()
     assert not any(site.scored_only for site in resolve_sites(model, "auto"))
