@@ -1,4 +1,4 @@
-"""Command line: `python -m mendkit {train,edit,evaluate,inspect,report}`.
+"""Command line: `python -m mendkit {train,edit,evaluate,inspect,sites,report}`.
 
 Results go to stdout, progress and messages to stderr. What can be wrong is looked at before
 anything is written, and nothing is overwritten unasked.
@@ -13,7 +13,7 @@ import math
 import shlex
 import sys
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +23,7 @@ from .editor import MENDEditor
 from .errors import MendkitError
 from .evaluate import EvaluationReport, evaluate, normalise
 from .hparams import MENDHyperParams, parse_overrides
+from .listing import list_layers, table
 from .models import load_model
 from .report import ARCHIVE, default_config, plan_report, run_report
 from .runs import peak_memory_gb, write_json
@@ -181,6 +182,17 @@ def _summary(path: Path, metadata: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
+def _sites(args: argparse.Namespace) -> int:
+    first = args.words[0] if args.words else ""
+    if not first or "=" in first or Path(first).suffix in (".yaml", ".yml"):
+        hparams = _hparams(args)
+    else:
+        hparams = MENDHyperParams(model_name=first).replace(**parse_overrides(args.words[1:]))
+    listing = list_layers(hparams)
+    _say(json.dumps(asdict(listing), indent=1) if args.json else table(listing, everything=args.all))
+    return 0
+
+
 def _report(args: argparse.Namespace) -> int:
     config, settings = _config(args.words)
     plan = plan_report(config, settings, out=args.out)
@@ -262,6 +274,10 @@ def _options_evaluate(parser: argparse.ArgumentParser) -> None:
     _options_decoding(parser)
 
 
+def _options_sites(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--all", action="store_true", help="attention and output layers, too (JSON has all, always)")
+
+
 def _options_decoding(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--limit", type=_count, metavar="N", help="use the first N examples")
     parser.add_argument("--max-new-tokens", type=_count, default=50, metavar="N", help="default: 50")
@@ -296,6 +312,12 @@ COMMANDS = {
     "inspect": _Command(
         _inspect, None, "print what an archive says of itself", "runs/first/archive.safetensors --json"
     ),
+    "sites": _Command(
+        _sites, _options_sites,
+        "list what can be edited in a model, or in the model of a configuration, and what\n"
+        "`inner_params: auto` picks there; reads the model's configuration only, no weights",
+        "openai-community/gpt2 --all",
+    ),
     "report": _Command(
         _report, None,
         "run the notebooks and lay index.html over them: `archive: null` trains, then edits;\n"
@@ -304,6 +326,10 @@ COMMANDS = {
         "runs/report",
     ),
 }  # fmt: skip
+
+
+READERS = ("inspect", "sites")
+"""Commands that write nothing."""
 
 
 def _top_parser() -> argparse.ArgumentParser:
@@ -321,7 +347,7 @@ def _top_parser() -> argparse.ArgumentParser:
 
 
 def _parser(name: str, command: _Command) -> argparse.ArgumentParser:
-    given = "ARCHIVE" if name == "inspect" else "[CONFIG] [key=value ...]"
+    given = {"inspect": "ARCHIVE", "sites": "[MODEL|CONFIG] [key=value ...]"}.get(name, "[CONFIG] [key=value ...]")
     parser = argparse.ArgumentParser(
         prog=f"python -m mendkit {name}",
         usage=f"python -m mendkit {name} {given} [options]",
@@ -333,13 +359,15 @@ def _parser(name: str, command: _Command) -> argparse.ArgumentParser:
         parser.add_argument("archive", type=Path, metavar="ARCHIVE", help="an archive's path")
     else:
         words = "a YAML file (default: configs/smollm2-135m.yaml) and settings that win over it"
+        words = f"a hub id, a model folder, a GGUF file, or {words}" if name == "sites" else words
         parser.add_argument("words", nargs="*", metavar="CONFIG key=value", help=words)
+    if name not in READERS:
         default = Path(command.out) if name == "report" else None
         out = f"default: {command.out}" if command.out else "write results.json and rows.jsonl there"
         parser.add_argument("--out", type=Path, default=default, metavar="DIR", help=out)
     if name != "report":
         parser.add_argument("--json", action="store_true", help="JSON on stdout and nothing else there")
-        if name != "inspect":
+        if name not in READERS:
             parser.add_argument("--overwrite", action="store_true", help="replace an earlier run's files")
     if command.options is not None:
         command.options(parser)

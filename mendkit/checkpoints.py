@@ -1,4 +1,7 @@
-"""Reading checkpoints: a folder, a GGUF file or a hub id becomes model and tokenizer, or one clear error."""
+"""Reading checkpoints: a folder, a GGUF file or a hub id becomes model and tokenizer, or one clear error.
+
+`skeleton` makes the model without its weights, from the configuration alone.
+"""
 
 from __future__ import annotations
 
@@ -10,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import transformers
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -116,10 +120,7 @@ def read_checkpoint(
     """
     remote = {"trust_remote_code": trust_remote_code}
     is_file = isinstance(place, Path) and place.is_file()
-    file = {"gguf_file": place.name} if is_file else {}
-    with _explained("the configuration of", place):
-        config = AutoConfig.from_pretrained(place.parent if is_file else place, **file, **remote)
-    _check_causal(config, place)
+    _check_causal(read_config(place, trust_remote_code=trust_remote_code), place)
     own = None
     if tokenizer is not None or not is_file:
         where = place if tokenizer is None else Path(tokenizer) if Path(tokenizer).is_dir() else tokenizer
@@ -140,6 +141,30 @@ def read_checkpoint(
     return model, own
 
 
+def read_config(place: str | Path, *, trust_remote_code: bool = False) -> PreTrainedConfig:
+    """The configuration of a model folder or GGUF file (Path) or of a hub id (str); raises ModelError."""
+    is_file = isinstance(place, Path) and place.is_file()
+    folder, file = (place.parent, {"gguf_file": place.name}) if is_file else (place, {})
+    with _explained("the configuration of", place):
+        return AutoConfig.from_pretrained(folder, **file, trust_remote_code=trust_remote_code)
+
+
+def skeleton(source: str | Path, *, trust_remote_code: bool = False) -> PreTrainedModel:
+    """The model of a folder, GGUF file or hub id without weights: every parameter is on the meta device.
+
+    Needs the configuration only. A causal language model is built as it is loaded, another as the class that its
+    configuration names. Raises ModelError as reading a checkpoint does, and for a configuration that builds nothing.
+    """
+    place = locate(source)
+    config = read_config(place, trust_remote_code=trust_remote_code)
+    declared = [getattr(transformers, name, None) for name in config.architectures or ()]
+    known = next((kind for kind in declared if kind is not None), None)
+    with _explained("a model from the configuration of", place), torch.device("meta"):
+        if _is_causal(config) or known is None:
+            return AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
+        return known(config)
+
+
 @contextlib.contextmanager
 def _explained(what: str, place: str | Path) -> Iterator[None]:
     """Turns whatever a reader raises for a missing, damaged or unknown file into one ModelError."""
@@ -156,14 +181,17 @@ def _explained(what: str, place: str | Path) -> Iterator[None]:
         raise ModelError(f"cannot load {what} {str(place)!r}: {reason}; {remedy}") from error
 
 
-def _check_causal(config: PreTrainedConfig, place: str | Path) -> None:
-    declared = tuple(config.architectures or ())
-    known = MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+def _is_causal(config: PreTrainedConfig) -> bool:
+    declared, known = tuple(config.architectures or ()), MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
     causal = {entry for value in known.values() for entry in ((value,) if isinstance(value, str) else value)}
     own_code = "AutoModelForCausalLM" in (getattr(config, "auto_map", None) or {})
     fits = any(entry in causal for entry in declared) if declared else config.model_type in known
-    if getattr(config, "is_encoder_decoder", False) or not (fits or own_code):
-        what = ", ".join(declared) or f"model_type {config.model_type}"
+    return not getattr(config, "is_encoder_decoder", False) and (fits or own_code)
+
+
+def _check_causal(config: PreTrainedConfig, place: str | Path) -> None:
+    if not _is_causal(config):
+        what = ", ".join(config.architectures or ()) or f"model_type {config.model_type}"
         raise ModelError(
             f"{place} is no causal language model: its config says {what}; this version edits causal models "
             "such as LlamaForCausalLM or GPT2LMHeadModel: give one, or the bundled smollm2-135m"

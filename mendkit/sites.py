@@ -14,6 +14,7 @@ What a module is good for is read from the module tree, never from the model's c
 from __future__ import annotations
 
 import difflib
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -118,6 +119,15 @@ def resolve_sites(model: PreTrainedModel, inner_params: str | Sequence[str]) -> 
         _check_name(model, parameters, name)
     order = {name: position for position, name in enumerate(parameters)}
     return tuple(_site(model, name, stacks) for name in sorted(set(names), key=order.__getitem__))
+
+
+def editable_names(model: PreTrainedModel) -> list[str]:
+    """Every weight that `inner_params` may name, in module order."""
+    parameters = dict(model.named_parameters(remove_duplicate=False))
+    uses = Counter(map(id, parameters.values()))
+    linear = (f"{name}.weight" for name, module in model.named_modules() if _is_linear(module))
+    floats = [name for name in linear if parameters[name].dtype in _FLOATS]
+    return [name for name in floats if uses[id(parameters[name])] == 1]
 
 
 def _is_linear(module: nn.Module) -> bool:

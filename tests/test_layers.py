@@ -9,7 +9,7 @@ LEVELS = [
     {"errors", "findings"},
     {"hparams", "losses", "plots", "runs", "checkpoints", "sites"},
     {"bundled"},
-    {"models", "data"},
+    {"models", "data", "listing"},
     {"texts", "trunk"},
     {"factors", "edit"},
     {"mend", "scoring"},
