@@ -1,0 +1,112 @@
+"""The files in configs/ against the real architectures, at their published sizes and without weights (meta device)."""
+
+import re
+from pathlib import Path
+
+import pytest
+import torch
+import transformers
+from transformers import PreTrainedModel
+
+from mendkit.errors import ModelError
+from mendkit.hparams import MENDHyperParams
+from mendkit.mend import MEND
+from mendkit.sites import resolve_sites
+
+CONFIGS = Path(__file__).resolve().parents[1] / "configs"
+_GPT2_XL = {"n_embd": 1600, "n_layer": 48, "n_head": 25}
+_GPTJ = {"n_embd": 4096, "n_layer": 28, "n_head": 16, "rotary_dim": 64, "n_inner": 16384, "vocab_size": 50400}
+_32 = {"hidden_size": 4096, "num_hidden_layers": 32, "num_attention_heads": 32}
+_LLAMA = {**_32, "intermediate_size": 11008, "num_key_value_heads": 32, "vocab_size": 32000}
+_LLAMA3 = {**_32, "intermediate_size": 14336, "num_key_value_heads": 8, "vocab_size": 128256}
+_MISTRAL = {**_32, "intermediate_size": 14336, "num_key_value_heads": 8, "vocab_size": 32000}
+_QWEN = {"hidden_size": 3584, "intermediate_size": 18944, "num_hidden_layers": 28, "num_attention_heads": 28}
+_QWEN |= {"num_key_value_heads": 4, "vocab_size": 152064}
+_SMOL = {"hidden_size": 576, "intermediate_size": 1536, "num_hidden_layers": 30, "num_attention_heads": 9}
+_SMOL |= {"num_key_value_heads": 3, "vocab_size": 49152, "tie_word_embeddings": True}
+_T5 = {"d_model": 1024, "d_ff": 16384, "d_kv": 128, "num_layers": 24, "num_heads": 32, "vocab_size": 32128}
+_BART = {"d_model": 768, "encoder_layers": 6, "decoder_layers": 6, "encoder_ffn_dim": 3072, "decoder_ffn_dim": 3072}
+_BART |= {"encoder_attention_heads": 12, "decoder_attention_heads": 12, "vocab_size": 50265}
+_BERT = {"hidden_size": 768, "intermediate_size": 3072, "num_hidden_layers": 12, "num_attention_heads": 12}
+
+# file -> class, published sizes, (d_in, d_out) of one block's sites in module order, blocks edited per stack, stacks
+_GATED = [(4096, 14336), (4096, 14336), (14336, 4096)]
+ARCHITECTURES = {
+    "gpt2": ("GPT2LMHeadModel", {}, [(768, 3072), (3072, 768)], (9, 10, 11), 1),
+    "gpt2-xl": ("GPT2LMHeadModel", _GPT2_XL, [(1600, 6400), (6400, 1600)], (45, 46, 47), 1),
+    "gpt-j-6b": ("GPTJForCausalLM", _GPTJ, [(4096, 16384), (16384, 4096)], (25, 26, 27), 1),
+    "llama-7b": ("LlamaForCausalLM", _LLAMA, [(4096, 11008), (4096, 11008), (11008, 4096)], (29, 30, 31), 1),
+    "llama-3-8b": ("LlamaForCausalLM", _LLAMA3, _GATED, (29, 30, 31), 1),
+    "mistral-7b": ("MistralForCausalLM", _MISTRAL, _GATED, (29, 30, 31), 1),
+    "qwen2.5-7b": ("Qwen2ForCausalLM", _QWEN, [(3584, 18944), (3584, 18944), (18944, 3584)], (25, 26, 27), 1),
+    "smollm2-135m": ("LlamaForCausalLM", _SMOL, [(576, 1536), (576, 1536), (1536, 576)], (27, 28, 29), 1),
+    "t5-3b": ("T5ForConditionalGeneration", _T5, [(1024, 16384), (16384, 1024)], (22, 23), 2),
+    "bart-base": ("BartForConditionalGeneration", _BART, [(768, 3072), (3072, 768)], (4, 5), 2),
+    "bert-base": ("BertForSequenceClassification", _BERT, [(768, 3072), (3072, 768)], (9, 10, 11), 1),
+}
+
+
+def build(name: str) -> PreTrainedModel:
+    kind, sizes, *_ = ARCHITECTURES[name]
+    made = getattr(transformers, kind)
+    with torch.device("meta"):
+        return made(made.config_class(**sizes))
+
+
+def read(name: str) -> MENDHyperParams:
+    return MENDHyperParams.from_hparams(CONFIGS / f"{name}.yaml")
+
+
+def close(stated: str, exact: float) -> bool:
+    """Whether a number as written in a comment is the exact one, rounded to its digits."""
+    value, unit = stated.split()
+    digits = len(value.partition(".")[2])
+    return round(exact / {"B": 1e9, "M": 1e6, "GB": 1e9}[unit], digits) == float(value)
+
+
+def test_every_file_is_checked_here():
+    assert {path.stem for path in CONFIGS.glob("*.yaml")} == set(ARCHITECTURES)
+
+
+@pytest.mark.parametrize("name", ARCHITECTURES)
+def test_the_sites_are_the_mlps_of_the_real_architecture(name):
+    model, hparams = build(name), read(name)
+    assert all(value.is_meta for value in model.parameters())
+    sites = resolve_sites(model, hparams.inner_params)
+    _, _, shapes, blocks, stacks = ARCHITECTURES[name]
+    assert [(site.d_in, site.d_out) for site in sites] == shapes * (len(blocks) * stacks)
+    assert [site.block for site in sites] == [block for block in blocks for _ in shapes] * stacks
+    assert sites == resolve_sites(model, "auto")
+    assert all(hparams.rank < site.d_in + site.d_out for site in sites)
+    assert hparams.archive is None
+
+
+@pytest.mark.parametrize("name", ARCHITECTURES)
+def test_the_numbers_in_the_comments_are_true(name):
+    model, hparams, text = build(name), read(name), (CONFIGS / f"{name}.yaml").read_text(encoding="utf-8")
+    count = sum(value.numel() for value in model.parameters())
+    bytes_of = {"float32": 4, "bfloat16": 2}
+    for stated in re.findall(r", ([\d.]+ [BM]) parameters\. Every", text):
+        assert close(stated, count)
+    for stated, dtype in re.findall(r"([\d.]+ GB) (?:of weights )?in (\w+)", text):
+        assert close(stated, count * bytes_of[dtype])
+    for stated in re.findall(r"# Hypernetwork: ([\d.]+ M) parameters", text):
+        with torch.device("meta"):
+            mend = MEND(resolve_sites(model, hparams.inner_params), hparams)
+        assert close(stated, sum(value.numel() for value in mend.parameters()))
+
+
+@pytest.mark.parametrize("name", [name for name in ARCHITECTURES if name not in ("gpt2", "smollm2-135m")])
+def test_the_large_files_state_sites_and_sizes(name):
+    text = (CONFIGS / f"{name}.yaml").read_text(encoding="utf-8")
+    assert re.search(r" [BM] parameters\. Every key", text) and re.search(r"[\d.]+ GB of weights in", text)
+    assert "# Hypernetwork: " in text and isinstance(read(name).inner_params, tuple)
+
+
+@pytest.mark.parametrize("name", ["gpt2-xl", "t5-3b", "bart-base", "bert-base"])
+def test_a_wrong_name_is_noticed(name):
+    model, names = build(name), read(name).inner_params
+    for index in range(len(names)):
+        wrong = [*names[:index], names[index].removesuffix("weight") + "wieght", *names[index + 1 :]]
+        with pytest.raises(ModelError, match=f"no parameter '{wrong[index]}'; nearest: .*{names[index]}"):
+            resolve_sites(model, wrong)
