@@ -75,21 +75,22 @@ def tokenize(
     DataError if the text is longer than `max_length` tokens or the answer has no token.
     """
     text = prompt if answer is None else join(prompt, answer)
-    encoded = tokenizer(text, return_offsets_mapping=True, add_special_tokens=True)
-    ids, offsets = list(encoded["input_ids"]), encoded["offset_mapping"]
+    encoded = tokenizer(text, return_offsets_mapping=True, return_special_tokens_mask=True, add_special_tokens=True)
+    ids, own = list(encoded["input_ids"]), [not special for special in encoded["special_tokens_mask"]]
     if len(ids) > max_length:
         raise DataError(f"{text[:60]!r}… has {len(ids)} tokens, the limit is {max_length}; raise `max_length`")
     if answer is None:
-        return Tokens(tuple(ids), (len(ids) - 1,))
-    positions = [p for p, (a, b) in enumerate(offsets) if b > len(prompt) and b > a]
+        return Tokens(tuple(ids), (max((p for p, kept in enumerate(own) if kept), default=len(ids) - 1),))
+    # where a token ends decides: some tokenizers leave the space before it out of its offsets, or give a space none
+    positions = [p for p, (_, end) in enumerate(encoded["offset_mapping"]) if own[p] and end > len(prompt)]
     if not positions or positions[0] == 0:
         raise DataError(
             f"answer {answer!r} of prompt {prompt!r} has no token to predict; give a non-empty prompt and answer"
         )
-    ends = add_eos and ids[-1] != tokenizer.eos_token_id
-    if ends:
-        positions.append(len(ids))
-        ids.append(tokenizer.eos_token_id)
+    ends = add_eos and ids[positions[-1]] != tokenizer.eos_token_id
+    if ends:  # the tokenizer may have appended the end of text by itself, then what follows the answer goes
+        ids = [*ids[: positions[-1] + 1], tokenizer.eos_token_id]
+        positions.append(len(ids) - 1)
     return Tokens(tuple(ids), tuple(p - 1 for p in positions), tuple(ids[p] for p in positions), ends)
 
 

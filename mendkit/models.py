@@ -130,7 +130,7 @@ class BaseModel:
                 f"generate_batch takes a list of prompts and batch_size >= 1, got {type(prompts).__name__} "
                 f"and {batch_size}; for one prompt use `generate`"
             )
-        encoded = [self.tokenizer(prompt)["input_ids"] for prompt in prompts]
+        encoded = [self._prompt_ids(prompt) for prompt in prompts]
         order = sorted(range(len(encoded)), key=lambda index: len(encoded[index]))
         texts = [""] * len(encoded)
         for start in range(0, len(order), batch_size):
@@ -140,6 +140,12 @@ class BaseModel:
             for index, row in zip(chosen, rows, strict=True):
                 texts[index] = self.new_text(encoded[index], row, stop=stop)
         return texts
+
+    def _prompt_ids(self, prompt: str) -> list[int]:
+        """A prompt's ids; what the tokenizer puts behind a text, such as an end of text, does not belong to it."""
+        encoded = self.tokenizer(prompt, return_special_tokens_mask=True)
+        own = [p for p, special in enumerate(encoded["special_tokens_mask"]) if not special]
+        return encoded["input_ids"][: own[-1] + 1] if own else encoded["input_ids"]
 
     def left_pad(self, rows: Sequence[Sequence[int]]) -> tuple[Int[Tensor, "b t"], Int[Tensor, "b t"]]:
         """Token ids and attention mask of rows of different lengths, the padding on the left.
