@@ -53,7 +53,7 @@ def list_layers(hparams: MENDHyperParams) -> Listing:
 def describe(model: PreTrainedModel, name: str, inner_params: str | Sequence[str] = "auto") -> Listing:
     """The layers of a model, which may be on the meta device."""
     stacks = find_stacks(model)
-    mlp = {weight for path, blocks in stacks.items() for weight in mlp_names(path, blocks, len(blocks))}
+    mlp = set(mlp_names(model, everywhere=True))
     names = editable_names(model)
     if not names:
         raise ModelError(f"{name}: {type(model).__name__} has no linear layer of its own to edit; give another model")

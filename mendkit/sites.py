@@ -7,13 +7,14 @@ What a module is good for is read from the module tree, never from the model's c
 - a site's orientation is that of its own module: `nn.Linear` keeps (d_out, d_in), GPT-2's `Conv1D`
   (d_in, d_out) (CORRECTNESS row 10);
 - `inner_params: auto` means the MLP's linear layers in the last three blocks, or in the last two blocks of the
-  encoder and of the decoder (as in MEND's experiments): all linear layers of a block but those of its attention,
-  of a recurrent or convolutional mixer, of adapters and of a router.
+  encoder and of the decoder (as in MEND's experiments): all linear layers of what a block calls its MLP or, where
+  it calls nothing so, of the block, but those of attention, of a convolutional mixer, of adapters and of a router.
 """
 
 from __future__ import annotations
 
 import difflib
+import re
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -29,6 +30,7 @@ from .errors import ModelError
 _FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 _LAST_BLOCKS = {1: 3, 2: 2}  # number of stacks -> blocks that `auto` takes from the end of each
 _QKV = [{"q_proj", "k_proj", "v_proj"}, {"query", "key", "value"}, {"q", "k", "v"}, {"c_attn"}, {"qkv"}]
+_MLP = re.compile(r"mlp|ffn|feed_?forward|^ff$")
 _BESIDE = ("adapter", "lora", "router")  # what such a name says is added to an MLP or steers it
 
 
@@ -105,7 +107,7 @@ def resolve_sites(model: PreTrainedModel, inner_params: str | Sequence[str]) -> 
     stacks = find_stacks(model)
     parameters = dict(model.named_parameters(remove_duplicate=False))
     if inner_params == "auto":
-        names = [name for path, blocks in stacks.items() for name in mlp_names(path, blocks, _LAST_BLOCKS[len(stacks)])]
+        names = mlp_names(model)
         if not names:
             raise ModelError(
                 f"inner_params: auto found no MLP of linear layers in {type(model).__name__}; list the weights to "
@@ -151,10 +153,25 @@ def _attention_count(module: nn.Module) -> int:
     return sum(1 if _is_attention(*item) else _attention_count(item[1]) for item in module.named_children())
 
 
-def mlp_names(path: str, blocks: nn.ModuleList, last: int) -> list[str]:
-    """The weights of the MLPs' linear layers in the last so many blocks of the list at `path`."""
-    chosen = range(len(blocks))[-last:]
-    return [f"{name}.weight" for index in chosen for name in _mlp_layers(f"{path}.{index}", blocks[index])]
+def mlp_names(model: PreTrainedModel, *, everywhere: bool = False) -> list[str]:
+    """The weights of the MLPs' linear layers that `auto` means or, if `everywhere`, of all blocks.
+
+    Blocks without such a layer are passed over, as are layers that share their weight.
+    """
+    stacks, editable = find_stacks(model), set(editable_names(model))
+    names = []
+    for path, blocks in stacks.items():
+        layers = [_block_layers(f"{path}.{index}", block) for index, block in enumerate(blocks)]
+        found = [own for own in ([w for w in some if w in editable] for some in layers) if own]
+        names += [name for own in (found if everywhere else found[-_LAST_BLOCKS[len(stacks)] :]) for name in own]
+    return names
+
+
+def _block_layers(path: str, block: nn.Module) -> list[str]:
+    """The weights of a block's MLP: of what the block calls so or, without such names, of all that may be one."""
+    weights = [f"{name}.weight" for name in _mlp_layers(path, block)]
+    own = [weight for weight in weights if _MLP.search(weight.removeprefix(f"{path}.").partition(".")[0].lower())]
+    return own or weights
 
 
 def _mlp_layers(path: str, module: nn.Module) -> list[str]:

@@ -85,6 +85,23 @@ def test_adapters_and_routers_are_never_picked():
     assert "model.layers.3.mlp.experts.0.weight" in names and "model.layers.3.mlp.gate.weight" not in names
 
 
+def test_what_stands_beside_an_mlp_that_is_called_so_is_not_picked():
+    family = FAMILIES["llama"]
+    model = family.build()
+    model.model.layers[3].laurel = nn.Sequential(nn.Linear(D, 4), nn.Linear(4, D))
+    assert [site.name for site in resolve_sites(model, "auto")] == family.expected
+
+
+def test_blocks_without_an_mlp_of_their_own_are_passed_over():
+    family = FAMILIES["llama"]
+    model = family.build()
+    blocks = model.model.layers
+    blocks[2].mlp = nn.Identity()
+    assert [site.block for site in resolve_sites(model, "auto")] == [0, 0, 0, 1, 1, 1, 3, 3, 3]
+    blocks[0].mlp = blocks[1].mlp  # one weight in two places
+    assert [site.block for site in resolve_sites(model, "auto")] == [3, 3, 3]
+
+
 def test_a_recurrent_or_convolutional_mixer_is_no_mlp():
     family = FAMILIES["llama"]
     model = family.build()
