@@ -1,4 +1,4 @@
-"""Command line: `python -m mendkit {train,edit,evaluate,inspect,report}`.
+"""Command line: `python -m mendkit {train,edit,evaluate,inspect,import,export,conformance,report}`.
 
 Results go to stdout, progress and messages to stderr. What can be wrong is looked at before
 anything is written, and nothing is overwritten unasked.
@@ -13,15 +13,18 @@ import math
 import shlex
 import sys
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 from .archive import inspect_archive, load_archive
+from .checkpoints import silence_transformers
+from .conformance import conformance, conformance_table, reference_folders
 from .data import EditExample, read_examples
 from .editor import MENDEditor
 from .errors import MendkitError
 from .evaluate import EvaluationReport, evaluate, normalise
+from .foreign import export_archive, import_archive, read_foreign
 from .hparams import MENDHyperParams, parse_overrides
 from .models import load_model
 from .report import ARCHIVE, default_config, plan_report, run_report
@@ -31,8 +34,9 @@ from .training import train
 logger = logging.getLogger("mendkit")
 
 EXIT_CODES = """\
-exit status: 0 all of it was done; 1 a notebook of the report failed, or an unexpected error (with traceback);
-2 a mistake in the command, its files or settings (usage, or one line `error: ...`); 130 interrupted"""
+exit status: 0 all of it was done; 1 a notebook of the report failed, a comparison missed, or an unexpected error
+(with traceback); 2 a mistake in the command, its files or settings (usage, or one line `error: ...`);
+130 interrupted"""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -47,7 +51,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     command = COMMANDS[words[0]]
     parser = _parser(words[0], command)
     args = parser.parse_intermixed_args(words[1:])
-    args.parser, args.command = parser, shlex.join(["python", "-m", "mendkit", *words])
+    args.parser, args.name, args.command = parser, words[0], shlex.join(["python", "-m", "mendkit", *words])
     try:
         return command.run(args)
     except MendkitError as error:
@@ -181,6 +185,45 @@ def _summary(path: Path, metadata: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
+def _import(args: argparse.Namespace) -> int:
+    _existing(args.out, (ARCHIVE, "results.json"), args.overwrite)
+    hparams = _hparams(args)
+    read_foreign(args.archive)  # before the model is loaded, which may take long
+    return _written(args, import_archive(args.archive, hparams, out=args.out / ARCHIVE))
+
+
+def _export(args: argparse.Namespace) -> int:
+    _existing(args.out, ("archive.pt", "results.json"), args.overwrite)
+    hparams = _hparams(args)
+    inspect_archive(args.archive)
+    return _written(args, export_archive(args.archive, args.out / "archive.pt", base=load_model(hparams)))
+
+
+def _written(args: argparse.Namespace, path: Path) -> int:
+    results = {f"{args.name}.archive": str(path), f"{args.name}.from": str(args.archive)}
+    write_json(args.out / "results.json", results)
+    _say(json.dumps(results, indent=1) if args.json else str(path))
+    return 0
+
+
+def _conformance(args: argparse.Namespace) -> int:
+    old = _existing(args.out, ("results.json",), args.overwrite)
+    with silence_transformers():
+        folders = [folder for given in args.folders for folder in reference_folders(given)]
+        results = {str(folder): conformance(folder) for folder in folders}
+    rows = [asdict(c) | {"folder": f, "verdict": c.verdict or "ok"} for f, checks in results.items() for c in checks]
+    missed = sum(not check.passed for checks in results.values() for check in checks)
+    if args.out:
+        _open(args.out, old)
+        summary = {"conformance.comparisons": len(rows), "conformance.missed": missed, "conformance.rows": rows}
+        write_json(args.out / "results.json", summary)
+    named = {Path(folder).resolve().name: checks for folder, checks in results.items()}
+    _say(
+        json.dumps(rows, indent=1) if args.json else conformance_table(named if len(named) == len(results) else results)
+    )
+    return 1 if missed else 0
+
+
 def _report(args: argparse.Namespace) -> int:
     config, settings = _config(args.words)
     plan = plan_report(config, settings, out=args.out)
@@ -274,6 +317,7 @@ class _Command:
     does: str
     example: str
     out: str = ""  # the default of --out, in words
+    given: tuple[str, ...] = ("words",)  # what it takes: "archive", "words" (CONFIG and settings), "folders"
 
 
 COMMANDS = {
@@ -294,7 +338,23 @@ COMMANDS = {
         "archive=runs/first/archive.safetensors --limit 50 --out runs/scores",
     ),
     "inspect": _Command(
-        _inspect, None, "print what an archive says of itself", "runs/first/archive.safetensors --json"
+        _inspect, None, "print what an archive says of itself", "runs/first/archive.safetensors --json",
+        given=("archive",),
+    ),
+    "import": _Command(
+        _import, None,
+        "turn an archive of the original MEND or EasyEdit into one of this kit, without\nrunning anything in it; "
+        "CONFIG is its configuration (inner_params in its order)",
+        "models/MEND/gpt2-xl gpt2-xl.yaml --out runs/imported", given=("archive", "words"),
+    ),
+    "export": _Command(
+        _export, None, "write an archive of this kit as the file that EasyEdit reads",
+        "runs/imported/archive.safetensors gpt2-xl.yaml --out runs/exported", given=("archive", "words"),
+    ),
+    "conformance": _Command(
+        _conformance, None,
+        "compare with numbers recorded from the published code: factors, updates, logits,\nscalars, training losses",
+        "../shared/reference", given=("folders",),
     ),
     "report": _Command(
         _report, None,
@@ -307,8 +367,8 @@ COMMANDS = {
 
 
 def _top_parser() -> argparse.ArgumentParser:
-    indent = "\n" + " " * 12
-    listing = "".join(f"\n  {name:10}{c.does.replace(chr(10), indent)}" for name, c in COMMANDS.items())
+    indent = "\n" + " " * 14
+    listing = "".join(f"\n  {name:12}{c.does.replace(chr(10), indent)}" for name, c in COMMANDS.items())
     parser = argparse.ArgumentParser(
         prog="python -m mendkit",
         usage="python -m mendkit COMMAND ...  (COMMAND --help says more)",
@@ -321,7 +381,8 @@ def _top_parser() -> argparse.ArgumentParser:
 
 
 def _parser(name: str, command: _Command) -> argparse.ArgumentParser:
-    given = "ARCHIVE" if name == "inspect" else "[CONFIG] [key=value ...]"
+    usage = {"archive": "ARCHIVE", "words": "[CONFIG] [key=value ...]", "folders": "DIR ..."}
+    given = " ".join(usage[kind] for kind in command.given)
     parser = argparse.ArgumentParser(
         prog=f"python -m mendkit {name}",
         usage=f"python -m mendkit {name} {given} [options]",
@@ -329,14 +390,21 @@ def _parser(name: str, command: _Command) -> argparse.ArgumentParser:
         epilog=f"example:\n  python -m mendkit {name} {command.example}\n\n{EXIT_CODES}",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    if name == "inspect":
+    if "archive" in command.given:
         parser.add_argument("archive", type=Path, metavar="ARCHIVE", help="an archive's path")
-    else:
+    if "folders" in command.given:
+        parser.add_argument(
+            "folders", type=Path, nargs="+", metavar="DIR", help="folders of reference vectors, or of such folders"
+        )
+    if "words" in command.given:
         words = "a YAML file (default: configs/smollm2-135m.yaml) and settings that win over it"
         parser.add_argument("words", nargs="*", metavar="CONFIG key=value", help=words)
+    if name != "inspect":
         default = Path(command.out) if name == "report" else None
-        out = f"default: {command.out}" if command.out else "write results.json and rows.jsonl there"
-        parser.add_argument("--out", type=Path, default=default, metavar="DIR", help=out)
+        needed = name in ("import", "export")
+        writes = "the archive" if needed else "results.json" + ("" if name == "conformance" else " and rows.jsonl")
+        out = f"default: {command.out}" if command.out else f"write {writes} there"
+        parser.add_argument("--out", type=Path, default=default, required=needed, metavar="DIR", help=out)
     if name != "report":
         parser.add_argument("--json", action="store_true", help="JSON on stdout and nothing else there")
         if name != "inspect":

@@ -31,6 +31,8 @@ EPS = 1e-7  # published code adds it to every standard deviation
 CONVENTIONS = {"update_sign": -1, "std_floor": 0.0, "std_eps": EPS, "z_clip": None, "whiten": None}
 CONVENTIONS |= {"edit_tokens": "all", "loss_reduction": "batch"}
 _CONFIG = re.compile(r"transformers\.([A-Za-z0-9_]+\.)*[A-Za-z0-9_]+Config")
+_AS_DICT = ("collections.defaultdict", "builtins.list", "builtins.dict", "builtins.int", "builtins.float")
+"""A default dictionary becomes a plain one; the others are what it calls for a missing key, and are not called."""
 _STACKS = {"": "mlp", PARTS[0]: "mlp1", PARTS[1]: "mlp2"}
 _BLOCK = {"U": "u", "V": "v", "bias": "bias", "scale": "mode_scale.weight", "shift": "mode_shift.weight"}
 
@@ -69,13 +71,13 @@ def read_foreign(path: str | Path) -> ForeignArchive:
     try:
         names = get_unsafe_globals_in_checkpoint(path)
         configs = [name for name in names if _CONFIG.fullmatch(name)]
-        odd = sorted(set(names) - {*configs, "collections.defaultdict"})
+        odd = sorted(set(names) - {*configs, *_AS_DICT})
         if odd:
             raise ArchiveError(
                 f"{path}: refused, and nothing of it was run: its pickle names {', '.join(odd)}; an archive of MEND "
                 "needs only tensors, plain containers and a transformers configuration"
             )
-        allowed = [(_Config, name) for name in configs] + [(_plain_dict, "collections.defaultdict")]
+        allowed = [(_Config, name) for name in configs] + [(_plain_dict, name) for name in _AS_DICT]
         with safe_globals(allowed):
             content = torch.load(path, map_location="cpu", weights_only=True)
     except (UnpicklingError, RuntimeError, ValueError, EOFError, KeyError, AttributeError, TypeError) as error:
@@ -142,7 +144,7 @@ def from_foreign(state: Mapping[str, Tensor], sites: Sequence[Site], h: MENDHype
         raise ArchiveError("`inner_params` must list the archive's layers in its order; `auto` does not tell it")
     h = foreign_hparams(state, sites, h)
     mend = MEND(sites, h)
-    if any(value.dtype == torch.float64 for value in state.values()):
+    if state["edit_lrs"].dtype == torch.float64:
         mend.double()
     order = [h.inner_params.index(site.name) for site in sites]
     values = {"log_edit_lr": torch.zeros(len(sites)), "edit_lr_unit": -_take(state, "edit_lrs", len(sites))[order]}
@@ -170,13 +172,13 @@ def _take(state: Mapping[str, Tensor], name: str, *shape: int) -> Tensor:
 
 
 def _moments(state: Mapping[str, Tensor], prefix: str, letter: str, width: int) -> dict[str, Tensor]:
-    """Count, mean and m2 of `RunningMoments`; NaN means empty there. `u_std` has the last word, as it has there."""
+    """The buffers of `StoredMoments`; NaN means empty there."""
     k = _take(state, f"{prefix}k", 1).double()[0]
     mean, m2, std = (_take(state, f"{prefix}{letter}_{kind}", width).double() for kind in ("mean", "s", "std"))
+    values = {"mean": mean, "m2": m2, "stored_std": std}
     if not bool(k > 0):
-        return {"count": torch.zeros((), dtype=torch.int64), "mean": torch.zeros(width), "m2": torch.zeros(width)}
-    agrees = torch.allclose((m2 / (k - 1)).sqrt(), std, rtol=1e-5, atol=0)
-    return {"count": k.long(), "mean": mean, "m2": m2 if agrees else std**2 * (k - 1)}
+        values = {name: torch.zeros(width) for name in values}
+    return {"count": k.nan_to_num().long(), **values}
 
 
 def import_archive(
@@ -269,12 +271,11 @@ def _published(moments: RunningMoments, mend: MEND) -> dict[str, Tensor]:
     if int(moments.count) == 0:
         empty = torch.full((width,), float("nan"))
         return {"mean": empty, "std": empty.clone(), "s": empty.clone(), "k": empty[:1].clone()}
-    k = _narrow(moments.count.double()[None])
+    k, mean = _narrow(moments.count.double()[None]), _narrow(moments.mean)
     if (h.std_floor, h.std_eps) == (0.0, EPS):
-        s = _narrow(moments.m2)
-        return {"mean": _narrow(moments.mean), "std": (s / (k - 1)).sqrt(), "s": s, "k": k}
+        return {"mean": mean, "std": _narrow(moments.plain_std()), "s": _narrow(moments.m2), "k": k}
     std = moments.std(h.std_floor) + (h.std_eps - EPS)
-    return {"mean": _narrow(moments.mean), "std": std, "s": std**2 * (int(moments.count) - 1), "k": k}
+    return {"mean": mean, "std": _narrow(std), "s": _narrow(std**2 * (int(moments.count) - 1)), "k": k}
 
 
 def _narrow(x: Float[Tensor, " d"]) -> Float[Tensor, " d"]:

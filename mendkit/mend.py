@@ -54,8 +54,12 @@ class RunningMoments(nn.Module):
 
     def std(self, floor: float) -> Float[Tensor, " d"]:
         """Standard deviation, at least `floor` times the median over the features (units silent in training)."""
-        std = (self.m2 / max(int(self.count) - 1, 1)).sqrt()
+        std = self.plain_std()
         return std.clamp(min=max(floor * float(std.median()), torch.finfo(torch.float32).tiny))
+
+    def plain_std(self) -> Float[Tensor, " d"]:
+        """Standard deviation of the rows added."""
+        return (self.m2 / max(int(self.count) - 1, 1)).sqrt()
 
     def normalise(
         self, x: Float[Tensor, "n d"], *, floor: float, clip: float | None, eps: float = 0.0
@@ -65,6 +69,23 @@ class RunningMoments(nn.Module):
             return x
         z = (x - self.mean.to(x.dtype)) / (self.std(floor) + eps).to(x.dtype)
         return z if clip is None else z.clamp(-clip, clip)
+
+
+class StoredMoments(RunningMoments):
+    """Running moments that keep the standard deviation too, as published code does: an imported one keeps its bits."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__(width)
+        self.register_buffer("stored_std", torch.zeros(width, dtype=torch.float64))
+
+    def add(self, x: Float[Tensor, "n d"]) -> None:
+        """Merge the rows of x."""
+        super().add(x)
+        self.stored_std.copy_(super().plain_std())
+
+    def plain_std(self) -> Float[Tensor, " d"]:
+        """Standard deviation as stored."""
+        return self.stored_std
 
 
 class Whitening(nn.Module):
@@ -169,7 +190,7 @@ class MEND(nn.Module):
         self.moments = nn.ModuleDict(
             {
                 stats_name(site, hparams): nn.ModuleDict(
-                    {"u": self._input_statistics(site.d_in), "delta": RunningMoments(site.d_out)}
+                    {"u": self._statistics(site.d_in, hparams.whiten), "delta": self._statistics(site.d_out)}
                 )
                 for site in self.sites
             }
@@ -182,8 +203,10 @@ class MEND(nn.Module):
         make = lambda: LowRankResidual(width, h.rank or width, n_layers, init=h.init, generator=generator)  # noqa: E731
         return nn.ModuleList(make() for _ in range(h.n_hidden + 1))
 
-    def _input_statistics(self, width: int) -> RunningMoments | Whitening:
-        return RunningMoments(width) if self.hparams.whiten is None else Whitening(width, self.hparams.whiten)
+    def _statistics(self, width: int, whiten: float | None = None) -> RunningMoments | Whitening:
+        if whiten is not None:
+            return Whitening(width, whiten)
+        return StoredMoments(width) if self.hparams.std_eps else RunningMoments(width)
 
     def steps(self) -> Float[Tensor, " s"]:
         """The step sizes α in the order of the sites; gradients flow through them."""
