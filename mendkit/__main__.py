@@ -212,6 +212,7 @@ def _conformance(args: argparse.Namespace) -> int:
         folders = [folder for given in args.folders for folder in reference_folders(given)]
         results = {str(folder): conformance(folder) for folder in folders}
     rows = [asdict(c) | {"folder": f, "verdict": c.verdict or "ok"} for f, checks in results.items() for c in checks]
+    rows = [{k: v if v == v and v != math.inf else None for k, v in row.items()} for row in rows]  # JSON has neither
     missed = sum(not check.passed for checks in results.values() for check in checks)
     if args.out:
         _open(args.out, old)

@@ -96,7 +96,9 @@ def inspect_archive(path: str | Path) -> dict[str, Any]:
             text = (file.metadata() or {}).get("mendkit")
             shapes = {name: list(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
     except (SafetensorError, OSError) as error:
-        raise ArchiveError(f"{path}: not a readable archive ({error}); is it a whole safetensors file?") from None
+        pickled = path.is_file() and path.read_bytes()[:2] == b"PK"
+        hint = "import it first: `python -m mendkit import`" if pickled else "is it a whole safetensors file?"
+        raise ArchiveError(f"{path}: not a readable archive ({error}); {hint}") from None
     if text is None:
         raise ArchiveError(f"{path}: a safetensors file, but not an archive of mendkit (no metadata)")
     try:

@@ -31,6 +31,7 @@ EPS = 1e-7  # published code adds it to every standard deviation
 CONVENTIONS = {"update_sign": -1, "std_floor": 0.0, "std_eps": EPS, "z_clip": None, "whiten": None}
 CONVENTIONS |= {"edit_tokens": "all", "loss_reduction": "batch"}
 _CONFIG = re.compile(r"transformers\.([A-Za-z0-9_]+\.)*[A-Za-z0-9_]+Config")
+_SIZE = re.compile(r"layer|head|embd|hidden|intermediate|vocab|position|^d_|ffn_dim")  # of an architecture
 _AS_DICT = ("collections.defaultdict", "builtins.list", "builtins.dict", "builtins.int", "builtins.float")
 """A default dictionary becomes a plain one; the others are what it calls for a missing key, and are not called."""
 _STACKS = {"": "mlp", PARTS[0]: "mlp1", PARTS[1]: "mlp2"}
@@ -196,7 +197,7 @@ def import_archive(
         mend = from_foreign(foreign.state, base.sites, hparams)
     except ArchiveError as error:
         raise ArchiveError(f"{path}: {error}") from None
-    training = {"imported_from": str(path), "steps": foreign.step}
+    training = {"imported_from": str(path), "best": {} if foreign.step is None else {"step": foreign.step}}
     return save_archive(out, base, mend.to(base.device), training=training)
 
 
@@ -206,7 +207,7 @@ def _check_base(foreign: ForeignArchive, base: BaseModel) -> None:
     if foreign.config_class not in (None, ours):
         differs = f"{foreign.config_class}, here {ours}"
     else:
-        sizes = {k: v for k, v in foreign.config.items() if type(v) is int and not k.endswith("_id")}
+        sizes = {k: v for k, v in foreign.config.items() if type(v) is int and _SIZE.search(k)}
         pairs = [(k, v, getattr(config, k, v)) for k, v in sizes.items()]
         differs = ", ".join(f"{k} {v}, here {w}" for k, v, w in pairs if type(w) is int and v != w)
     if differs:

@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from mendkit import tables
 from mendkit.__main__ import main
 from mendkit.archive import inspect_archive, load_archive, save_archive
 from mendkit.conformance import load_reference_model
@@ -297,7 +298,8 @@ def test_an_imported_archive_trains_on_and_is_scored_like_a_native_one(gpt2, pub
         assert getattr(after.mend.hparams, name) == getattr(before.hparams, name)
     assert torch.equal(after.mend.edit_lr_unit, before.edit_lr_unit) and inspect_archive(again)["base_model"]["sites"]
     report = evaluate(MENDEditor(after.base, after.mend), EXAMPLES[:2], max_new_tokens=3)
-    assert report.summary["edit_success"].n == 2 if "edit_success" in report.summary else report.summary
+    assert report.summary["edit_success.free_exact"].n == 2
+    assert "-" in tables.archive(inspect_archive(path)) and "12" in tables.archive(inspect_archive(path))
 
 
 def test_a_session_edits_the_edited_model(gpt2, published, tmp_path):
@@ -328,7 +330,7 @@ def test_the_commands_import_edit_inspect_and_export(here, capsys):
     path = capsys.readouterr().out.strip()
     assert path == "imported/archive.safetensors"
     assert json.loads(Path("imported/results.json").read_text())["import.from"] == "archive.pt"
-    assert inspect_archive(path)["training"] == {"imported_from": "archive.pt", "steps": 12}
+    assert inspect_archive(path)["training"] == {"imported_from": "archive.pt", "best": {"step": 12}}
     assert main(["inspect", path]) == 0 and "made at once" in capsys.readouterr().out
     edit = ["--prompt", "The capital of France is", "--target", "Lima", "--max-new-tokens", "3"]
     assert main(["edit", "gpt2.yaml", f"archive={path}", *edit]) == 0
@@ -349,6 +351,7 @@ def test_the_commands_write_over_nothing_and_say_what_is_wrong(here, capsys):
         "export run/archive.safetensors gpt2.yaml --out run": "run holds archive.pt",
         "export archive.pt gpt2.yaml --out new": "not a readable archive",
         "import nowhere.pt gpt2.yaml --out new": "no such file",
+        "evaluate gpt2.yaml archive=archive.pt": "python -m mendkit import",
         "import hostile.pt gpt2.yaml --out run --overwrite": "posix.mkdir",
         "import archive.pt gpt2.yaml inner_params=auto --out run --overwrite": "auto",
         "import archive.pt nowhere.yaml --out new": "cannot be read",
