@@ -4,9 +4,11 @@ import json
 import os
 import pickle
 import subprocess
+import sys
 import zipfile
 from collections import OrderedDict, defaultdict
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -104,7 +106,7 @@ def test_the_payloads_of_these_tests_would_run(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "name", ["transformers.Trainer", "os.systemConfig", "transformers.x.Config.y", "torch.hub.load"]
+    "name", ["transformers.Trainer", "os.systemConfig", "transformers.x.XConfig.y", "torch.hub.load"]
 )
 def test_a_name_that_only_resembles_a_configuration_is_refused(tmp_path, name):
     module, _, attribute = name.rpartition(".")
@@ -140,6 +142,23 @@ def test_default_dictionaries_and_configurations_are_inert(gpt2, published, tmp_
     foreign = read_foreign(tmp_path / "a.pt")
     assert foreign.config_class == "GPT2Config" and foreign.config["n_layer"] == gpt2.model.config.n_layer
     assert set(foreign.state) == set(published[1].state) and foreign.step is None
+
+
+def test_a_configuration_is_never_the_live_class(published, tmp_path, monkeypatch):
+    mark, module = tmp_path / "ran", "transformers.models.gone.configuration_gone"
+
+    class GoneConfig:
+        def __setstate__(self, state):
+            mark.mkdir()
+
+    GoneConfig.__module__, GoneConfig.__qualname__ = module, "GoneConfig"
+    monkeypatch.setitem(sys.modules, module, SimpleNamespace(GoneConfig=GoneConfig))
+    config = GoneConfig()
+    config.n_layer = 7
+    save_published(tmp_path / "a.pt", published[1].state, config)
+    assert read_foreign(tmp_path / "a.pt").config == {"n_layer": 7} and not mark.exists()
+    monkeypatch.delitem(sys.modules, module)  # a model that this version of transformers no longer has
+    assert read_foreign(tmp_path / "a.pt").config_class == "GoneConfig"
 
 
 # ----------------------------------------------------------------------------------------------------- import
