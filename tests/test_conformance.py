@@ -15,7 +15,7 @@ from mendkit.factors import GradientFactors
 from mendkit.foreign import from_foreign
 from mendkit.hparams import MENDHyperParams
 from mendkit.models import Site
-from tests.textbook import Textbook, every_option, label, record
+from tests.textbook import Textbook, every_option, label, record, save_published
 from tests.tiny import tiny_gpt2, tiny_llama
 
 REFERENCE = Path(__file__).parents[2] / "shared" / "reference"
@@ -69,6 +69,19 @@ def test_the_recorded_numbers_of_the_published_code(name):
 def test_a_plain_loop_in_float64_with_the_options_of_the_published_code(family, options, n_edits, tmp_path):
     checks = conformance(made(tmp_path / "own", family, options, n_edits))
     assert len(checks) == 15 and max(check.error for check in checks) < 1e-8, conformance_table({"own": checks})
+
+
+def test_a_record_in_float32_tells_its_rounding(own, tmp_path):
+    shutil.copytree(own, tmp_path / "single")
+    for name in ("base_model.safetensors", "vectors.safetensors"):
+        tensors = load_file(own / name)
+        single = {k: v.float() if v.dtype == torch.float64 else v for k, v in tensors.items()}
+        save_file(single, tmp_path / "single" / name)
+    state = {k.removeprefix("final/"): v for k, v in single.items() if k.startswith("final/")}
+    save_published(tmp_path / "single" / "archive.pt", state, tiny_gpt2().model.config)
+    checks = conformance(tmp_path / "single")
+    assert all(check.passed for check in checks)
+    assert all(1e-9 < check.rounding < 1e-3 for check in checks if check.name != "archive")
 
 
 SHAPES = {"b.weight": (4, 6), "a.weight": (4, 6), "c.weight": (6, 4), "d.weight": (5, 5)}
