@@ -73,19 +73,16 @@ def read_foreign(path: str | Path) -> ForeignArchive:
         names = get_unsafe_globals_in_checkpoint(path)
         configs = [name for name in names if _CONFIG.fullmatch(name)]
         odd = sorted(set(names) - {*configs, *_AS_DICT})
-        if odd:
-            raise ArchiveError(
-                f"{path}: refused, and nothing of it was run: its pickle names {', '.join(odd)}; an archive of MEND "
-                "needs only tensors, plain containers and a transformers configuration"
-            )
-        allowed = [(_Config, name) for name in configs] + [(_plain_dict, name) for name in _AS_DICT]
-        with safe_globals(allowed):
-            content = torch.load(path, map_location="cpu", weights_only=True)
+        with safe_globals([(_Config, name) for name in configs] + [(_plain_dict, name) for name in _AS_DICT]):
+            content = None if odd else torch.load(path, map_location="cpu", weights_only=True)
     except (UnpicklingError, RuntimeError, ValueError, EOFError, KeyError, AttributeError, TypeError) as error:
-        if isinstance(error, ArchiveError):
-            raise
         first = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise ArchiveError(f"{path}: not a readable archive of MEND ({first}); is it a whole .pt file?") from None
+    if odd:
+        raise ArchiveError(
+            f"{path}: refused, and nothing of it was run: its pickle names {', '.join(odd)}; an archive of MEND "
+            "needs only tensors, plain containers and a transformers configuration"
+        )
     return _content(path, content, configs)
 
 
@@ -275,7 +272,7 @@ def _published(moments: RunningMoments, mend: MEND) -> dict[str, Tensor]:
     k, mean = _narrow(moments.count.double()[None]), _narrow(moments.mean)
     if (h.std_floor, h.std_eps) == (0.0, EPS):
         return {"mean": mean, "std": _narrow(moments.plain_std()), "s": _narrow(moments.m2), "k": k}
-    std = moments.std(h.std_floor) + (h.std_eps - EPS)
+    std = moments.std(h.std_floor) - EPS
     return {"mean": mean, "std": _narrow(std), "s": _narrow(std**2 * (int(moments.count) - 1)), "k": k}
 
 

@@ -61,27 +61,30 @@ class RunningMoments(nn.Module):
         """Standard deviation of the rows added."""
         return (self.m2 / max(int(self.count) - 1, 1)).sqrt()
 
-    def normalise(
-        self, x: Float[Tensor, "n d"], *, floor: float, clip: float | None, eps: float = 0.0
-    ) -> Float[Tensor, "n d"]:
-        """(x − mean) / (std + eps), clipped to ±clip; x itself while empty."""
+    def normalise(self, x: Float[Tensor, "n d"], *, floor: float, clip: float | None) -> Float[Tensor, "n d"]:
+        """(x − mean) / std, clipped to ±clip; x itself while empty."""
         if int(self.count) == 0:
             return x
-        z = (x - self.mean.to(x.dtype)) / (self.std(floor) + eps).to(x.dtype)
+        z = (x - self.mean.to(x.dtype)) / self.std(floor).to(x.dtype)
         return z if clip is None else z.clamp(-clip, clip)
 
 
 class StoredMoments(RunningMoments):
-    """Running moments that keep the standard deviation too, as published code does: an imported one keeps its bits."""
+    """As published code has them: with `eps` added to the standard deviation, which is stored and so keeps its bits."""
 
-    def __init__(self, width: int) -> None:
+    def __init__(self, width: int, eps: float) -> None:
         super().__init__(width)
+        self.eps = eps
         self.register_buffer("stored_std", torch.zeros(width, dtype=torch.float64))
 
     def add(self, x: Float[Tensor, "n d"]) -> None:
         """Merge the rows of x."""
         super().add(x)
         self.stored_std.copy_(super().plain_std())
+
+    def std(self, floor: float) -> Float[Tensor, " d"]:
+        """Standard deviation with the floor, and eps on top."""
+        return super().std(floor) + self.eps
 
     def plain_std(self) -> Float[Tensor, " d"]:
         """Standard deviation as stored."""
@@ -123,10 +126,8 @@ class Whitening(nn.Module):
         self.matrix.copy_(inverse / power.sqrt())
         self._second = None
 
-    def normalise(
-        self, x: Float[Tensor, "n d"], *, floor: float, clip: float | None, eps: float = 0.0
-    ) -> Float[Tensor, "n d"]:
-        """Whitened rows, clipped to ±clip (`floor` and `eps` are the per-feature normaliser's)."""
+    def normalise(self, x: Float[Tensor, "n d"], *, floor: float, clip: float | None) -> Float[Tensor, "n d"]:
+        """Whitened rows, clipped to ±clip (`floor` is the per-feature normaliser's)."""
         z = (x - self.mean.to(x.dtype)) @ self.matrix.to(x.dtype)
         return z if clip is None else z.clamp(-clip, clip)
 
@@ -206,7 +207,7 @@ class MEND(nn.Module):
     def _statistics(self, width: int, whiten: float | None = None) -> RunningMoments | Whitening:
         if whiten is not None:
             return Whitening(width, whiten)
-        return StoredMoments(width) if self.hparams.std_eps else RunningMoments(width)
+        return StoredMoments(width, self.hparams.std_eps) if self.hparams.std_eps else RunningMoments(width)
 
     def steps(self) -> Float[Tensor, " s"]:
         """The step sizes α in the order of the sites; gradients flow through them."""
@@ -275,8 +276,8 @@ class MEND(nn.Module):
         if not h.norm:
             return factors.u, factors.delta
         moments = self.moments[stats_name(site, h)]
-        options = {"floor": h.std_floor, "clip": h.z_clip, "eps": h.std_eps}
-        return moments["u"].normalise(factors.u, **options), moments["delta"].normalise(factors.delta, **options)
+        u, delta = factors.u, factors.delta
+        return tuple(moments[k].normalise(x, floor=h.std_floor, clip=h.z_clip) for k, x in (("u", u), ("delta", delta)))
 
 
 PARTS = (":u", ":delta")
