@@ -55,7 +55,7 @@ class Check:
         """Empty if within the tolerance, else a word; NaN is a miss."""
         if self.error <= self.tolerance:
             return ""
-        return ROUNDING if self.error <= ROUNDING_ALLOWED * self.rounding < ROUNDING_LIMIT else MISS
+        return ROUNDING if self.error <= min(ROUNDING_ALLOWED * self.rounding, ROUNDING_LIMIT) else MISS
 
     @property
     def passed(self) -> bool:
