@@ -166,9 +166,13 @@ def load_reference_model(folder: Path, inner_params: tuple[str, ...]) -> Referen
     else:
         model = AutoModelForCausalLM.from_config(config)
     model.to(next(value.dtype for value in weights.values() if value.is_floating_point()))
-    missing, unexpected = model.load_state_dict(weights, strict=False)
-    stored = {value.data_ptr() for name, value in model.state_dict().items() if name in weights}
-    absent = [name for name in missing if model.state_dict()[name].data_ptr() not in stored]  # not tied to another
+    try:
+        missing, unexpected = model.load_state_dict(weights, strict=False)
+    except RuntimeError as error:
+        raise ModelError(f"{folder}: base_model.safetensors does not fit config.json: {error}") from None
+    own = dict(model.named_parameters(remove_duplicate=False))
+    stored = {value.data_ptr() for name, value in own.items() if name in weights}
+    absent = [name for name in missing if name in own and own[name].data_ptr() not in stored]  # not tied to another
     if absent or unexpected:
         raise ModelError(f"{folder}: base_model.safetensors does not fit config.json: {[*absent, *unexpected][:3]}")
     return ReferenceModel(model, inner_params, name=folder.name)

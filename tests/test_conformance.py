@@ -10,7 +10,7 @@ from safetensors.torch import load_file, save_file
 
 from mendkit.__main__ import main
 from mendkit.conformance import MISS, ROUNDING, Check, conformance, conformance_table
-from mendkit.errors import DataError
+from mendkit.errors import DataError, ModelError
 from mendkit.factors import GradientFactors
 from mendkit.foreign import from_foreign
 from mendkit.hparams import MENDHyperParams
@@ -209,3 +209,14 @@ def test_the_command_prints_a_table_and_its_status_tells(own, tmp_path, capsys):
     rows = json.loads(capsys.readouterr().out)
     assert len(rows) == 15 and all(row["verdict"] == "ok" and row["error"] <= row["tolerance"] for row in rows)
     assert main(["conformance", str(tmp_path / "nowhere")]) == 2
+
+
+def test_weights_of_another_model_are_refused(own, tmp_path):
+    shutil.copytree(own, tmp_path / "cut")
+    weights = load_file(own / "base_model.safetensors")
+    name = "transformer.h.0.mlp.c_fc.weight"
+    fewer = {k: v for k, v in weights.items() if k != name}
+    for changed in (fewer, weights | {"extra": weights[name]}, weights | {name: weights[name][1:]}):
+        save_file({k: v.clone() for k, v in changed.items()}, tmp_path / "cut" / "base_model.safetensors")
+        with pytest.raises(ModelError, match=f"(?s)does not fit config.json: .*({name}|extra)"):
+            conformance(tmp_path / "cut")
