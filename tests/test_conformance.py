@@ -7,15 +7,16 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from transformers import BertConfig, T5Config, T5ForConditionalGeneration
 
 from mendkit.__main__ import main
-from mendkit.conformance import MISS, ROUNDING, Check, conformance, conformance_table
+from mendkit.conformance import MISS, ROUNDING, Check, OneLogitClassifier, conformance, conformance_table
 from mendkit.errors import DataError, ModelError
 from mendkit.factors import GradientFactors
 from mendkit.foreign import from_foreign
 from mendkit.hparams import MENDHyperParams
 from mendkit.models import Site
-from tests.textbook import Textbook, every_option, label, record, save_published
+from tests.textbook import Classifier, Editor, Seq2Seq, Textbook, every_option, label, record, save_published
 from tests.tiny import tiny_gpt2, tiny_llama
 
 REFERENCE = Path(__file__).parents[2] / "shared" / "reference"
@@ -30,10 +31,20 @@ CASES = [  # option combinations, simultaneous edits: each value of each option,
     ("gpt2", dict(shared=False, way="delta_only", norm=True, n_hidden=2, init="xavier", rank=3), 3),
     ("llama", dict(shared=True, way="delta_only", norm=True, n_hidden=1, init="id", rank=None), 5),
     ("llama", dict(shared=False, way="combine", norm=False, n_hidden=2, init="xavier", rank=None), 1),
+    ("t5", dict(shared=True, way="combine", norm=True, n_hidden=1, init="id", rank=3), 3),
+    ("t5", dict(shared=False, way="one_sided", norm=True, n_hidden=0, init="xavier", rank=None), 1),
+    ("bert", dict(shared=True, way="apart", norm=True, n_hidden=1, init="id", rank=None), 5),
+    ("bert", dict(shared=False, way="x_only", norm=False, n_hidden=2, init="id", rank=3), 2),
 ]
 NAMES = {
     "gpt2": tuple(f"transformer.h.{i}.mlp.{n}.weight" for i in (2, 1) for n in ("c_proj", "c_fc")),
     "llama": tuple(f"model.layers.{i}.mlp.{n}_proj.weight" for i in (2, 1) for n in ("up", "down", "gate")),
+    "t5": tuple(
+        f"{side}.block.2.layer.{i}.DenseReluDense.{n}.weight"
+        for side, i in (("decoder", 2), ("encoder", 1))
+        for n in ("wo", "wi_1", "wi_0")
+    ),
+    "bert": tuple(f"model.encoder.layer.{i}.{n}.dense.weight" for i in (2, 1) for n in ("output", "intermediate")),
 }  # not in the model's own order
 
 
@@ -42,9 +53,26 @@ def settings(way: str, **others) -> dict:
 
 
 def made(folder: Path, family: str, options: dict, n_edits: int) -> Path:
-    build = {"gpt2": tiny_gpt2, "llama": tiny_llama}[family]
-    model = build(dtype=torch.float64, layers=3, d=16).model
-    return record(folder, model, NAMES[family], settings(**options), n_edits=n_edits)
+    editor = {"t5": Seq2Seq, "bert": Classifier}.get(family, Editor)
+    build = {"gpt2": tiny_gpt2, "llama": tiny_llama, "t5": tiny_t5, "bert": tiny_bert}[family]
+    model = build() if family in ("t5", "bert") else build(dtype=torch.float64, layers=3, d=16).model
+    return record(folder, editor(model, NAMES[family], settings(**options)), n_edits=n_edits)
+
+
+def tiny_t5():
+    """A random T5 with gated feed-forward layers, in float64."""
+    torch.manual_seed(0)
+    sizes = dict(vocab_size=60, d_model=16, d_kv=4, d_ff=24, num_layers=3, num_heads=2, feed_forward_proj="gated-gelu")
+    config = T5Config(**sizes, dropout_rate=0.0, decoder_start_token_id=0, pad_token_id=0, tie_word_embeddings=False)
+    return T5ForConditionalGeneration(config).double().eval().requires_grad_(False)
+
+
+def tiny_bert():
+    """A random BERT encoder with one logit, in float64."""
+    torch.manual_seed(0)
+    sizes = dict(vocab_size=60, hidden_size=16, num_hidden_layers=3, num_attention_heads=2, intermediate_size=24)
+    config = BertConfig(**sizes, hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0, initializer_range=0.2)
+    return OneLogitClassifier(config).double().eval().requires_grad_(False)
 
 
 @pytest.fixture(scope="module")

@@ -162,11 +162,23 @@ class Editor:
     def nll(self, logits, batch):
         """Mean over all labels of the batch."""
         values = []
-        for row in range(len(logits)):
-            for t in range(1, logits.shape[1]):
-                if batch["labels"][row, t] != -100:
-                    values.append(-logits[row, t - 1].log_softmax(0)[batch["labels"][row, t]])
+        for row, pairs in enumerate(self.scored(batch)):
+            values += [-logits[row, at].log_softmax(0)[batch["labels"][row, t]] for at, t in pairs]
         return torch.stack(values).mean()
+
+    def scored(self, batch):
+        """Per text: where a label is predicted, and where it stands."""
+        return [[(t - 1, t) for t in range(1, row.shape[0]) if row[t] != -100] for row in batch["labels"]]
+
+    def batch(self, n: int, generator) -> dict:
+        """Right-padded random texts of 5 to 8 tokens whose last 1 to 3 are scored."""
+        ids = torch.randint(3, self.model.config.vocab_size, (n, 8), generator=generator)
+        lengths = torch.randint(5, 9, (n,), generator=generator).tolist()
+        labels, mask = torch.full((n, 8), -100), torch.zeros((n, 8), dtype=torch.long)
+        for row, length in enumerate(lengths):
+            first = length - int(torch.randint(1, 4, (1,), generator=generator))
+            labels[row, first:length], mask[row, :length] = ids[row, first:length], 1
+        return {"input_ids": ids, "attention_mask": mask, "labels": labels}
 
     def kl(self, before, after, batch):
         """Mean over the positions of the attention mask."""
@@ -199,36 +211,70 @@ class Editor:
 
     def scalars(self, logits, batch):
         right, log_probs = [], []
-        for row in range(len(logits)):
-            at = [t for t in range(1, logits.shape[1]) if batch["labels"][row, t] != -100]
-            right.append(all(int(logits[row, t - 1].argmax()) == int(batch["labels"][row, t]) for t in at))
-            log_probs += [float(logits[row, t - 1].log_softmax(0)[batch["labels"][row, t]]) for t in at]
+        for row, pairs in enumerate(self.scored(batch)):
+            right.append(all(int(logits[row, at].argmax()) == int(batch["labels"][row, t]) for at, t in pairs))
+            log_probs += [float(logits[row, at].log_softmax(0)[batch["labels"][row, t]]) for at, t in pairs]
         log_probs = torch.tensor(log_probs, dtype=torch.float64)
         log_prob, prob = log_probs.mean(), log_probs.exp().mean()
         values = {"acc": sum(right) / len(right), "log_prob": float(log_prob), "prob": float(prob)}
         return values | {"nll": -float(log_prob), "n_tokens": float(len(log_probs))}
 
 
-def batch_of(n: int, vocabulary: int, generator) -> dict:
-    """Right-padded random texts of 5 to 8 tokens whose last 1 to 3 are scored."""
-    ids = torch.randint(3, vocabulary, (n, 8), generator=generator)
-    lengths = torch.randint(5, 9, (n,), generator=generator).tolist()
-    labels, mask = torch.full((n, 8), -100), torch.zeros((n, 8), dtype=torch.long)
-    for row, length in enumerate(lengths):
-        first = length - int(torch.randint(1, 4, (1,), generator=generator))
-        labels[row, first:length], mask[row, :length] = ids[row, first:length], 1
-    return {"input_ids": ids, "attention_mask": mask, "labels": labels}
+class Seq2Seq(Editor):
+    """An encoder and a decoder: labels stand at the positions that predict them, and mask the locality KL."""
+
+    def logits(self, batch, weights):
+        start = torch.full((len(batch["labels"]), 1), self.model.config.decoder_start_token_id)
+        shifted = torch.cat([start, batch["labels"][:, :-1]], 1)
+        shifted[shifted == -100] = self.model.config.pad_token_id
+        inputs = {"input_ids": batch["input_ids"], "attention_mask": batch["attention_mask"]}
+        return torch.func.functional_call(self.model, weights, (), inputs | {"decoder_input_ids": shifted}).logits
+
+    def scored(self, batch):
+        return [[(t, t) for t in range(row.shape[0]) if row[t] != -100] for row in batch["labels"]]
+
+    def kl(self, before, after, batch):
+        return super().kl(before, after, {"attention_mask": batch["labels"] != -100})
+
+    def batch(self, n, generator):
+        batch = super().batch(n, generator)
+        labels = torch.randint(3, self.model.config.vocab_size, (n, 4), generator=generator)
+        for row, length in enumerate(torch.randint(1, 5, (n,), generator=generator).tolist()):
+            labels[row, length:] = -100
+        return batch | {"labels": labels}
+
+
+class Classifier(Editor):
+    """One logit and labels 0 or 1 of shape (n, 1)."""
+
+    def nll(self, logits, batch):
+        p = 1 / (1 + (-logits).exp())
+        return -torch.where(batch["labels"] == 1, p, 1 - p).log().mean()
+
+    def kl(self, before, after, batch):
+        p, q = before.sigmoid(), after.sigmoid()
+        return (p * (p / q).log() + (1 - p) * ((1 - p) / (1 - q)).log()).mean()
+
+    def scalars(self, logits, batch):
+        p = logits.sigmoid()
+        p = torch.where(batch["labels"] == 1, p, 1 - p)
+        log_prob = float(p.log().mean())
+        values = {"acc": float((p > 0.5).double().mean()), "log_prob": log_prob, "prob": float(p.mean())}
+        return values | {"nll": -log_prob, "n_tokens": float(len(p))}
+
+    def batch(self, n, generator):
+        return super().batch(n, generator) | {"labels": torch.randint(0, 2, (n, 1), generator=generator)}
 
 
 @torch.no_grad()
-def record(folder: Path, model, names, options, *, n_edits: int = 2, seed: int = 0) -> Path:
+def record(folder: Path, editor: Editor, *, n_edits: int = 2, seed: int = 0) -> Path:
     """A folder in the layout of the reference vectors; the archive is a pickle with a live configuration."""
     folder.mkdir(parents=True, exist_ok=True)
     generator = torch.Generator().manual_seed(seed)
-    editor, vectors = Editor(model, names, options, seed), {}
+    model, names, options, vectors = editor.model, list(editor.weights), editor.book.options, {}
 
     def batch(role, n):
-        values = batch_of(n, model.config.vocab_size, generator)
+        values = editor.batch(n, generator)
         vectors.update({f"{role}/{name}": value for name, value in values.items()})
         return values
 
@@ -262,7 +308,7 @@ def record(folder: Path, model, names, options, *, n_edits: int = 2, seed: int =
     }
     for when, pair in logits.items():
         vectors |= {f"eval/{when}_logits_{role}": x for role, x in zip(("outer", "loc"), pair, strict=True)}
-    meta = {"inner_params": list(names), "hparams": options | h | {"edit_lr": 0.01, "lr": 1e-3}, "losses": losses}
+    meta = {"inner_params": names, "hparams": options | h | {"edit_lr": 0.01, "lr": 1e-3}, "losses": losses}
     meta |= {f"eval_{when}": editor.scalars(pair[0], outer) for when, pair in logits.items()}
     meta |= {"eval_kl_loc": float(editor.kl(logits["pre"][1], logits["post"][1], loc))}
     meta |= {"n_edits": n_edits, "optimizer_steps_after": [[accumulate, 1.0]]}
