@@ -7,6 +7,7 @@ from .edit import Edit, LowRankUpdate
 from .editor import EditSession, MENDEditor
 from .errors import ArchiveError, DataError, HyperParamError, MendkitError, ModelError
 from .evaluate import EvaluationReport, EvaluationSet, Interval, evaluate
+from .foreign import export_archive, import_archive
 from .hparams import MENDHyperParams
 from .models import BaseModel, load_model
 from .scoring import next_tokens
@@ -16,7 +17,7 @@ from .validation import strength_curve
 __all__ = [
     "ArchiveError", "BaseModel", "DataError", "Edit", "EditExample", "EditSession", "EvaluationReport",
     "EvaluationSet", "HyperParamError", "Interval", "LowRankUpdate", "MENDEditor", "MENDHyperParams", "MendkitError",
-    "ModelError", "Probe", "TrainingResult", "evaluate", "identity_editor", "inspect_archive", "load_archive",
-    "load_model", "next_tokens", "read_examples", "save_archive", "strength_curve", "train", "tune_identity",
-    "write_examples",
+    "ModelError", "Probe", "TrainingResult", "evaluate", "export_archive", "identity_editor", "import_archive",
+    "inspect_archive", "load_archive", "load_model", "next_tokens", "read_examples", "save_archive", "strength_curve",
+    "train", "tune_identity", "write_examples",
 ]  # fmt: skip

@@ -1,4 +1,4 @@
-"""Command line: `python -m mendkit {train,edit,evaluate,inspect,sites,report}`.
+"""Command line: `python -m mendkit {train,edit,evaluate,inspect,import,export,conformance,sites,report}`.
 
 Results go to stdout, progress and messages to stderr. What can be wrong is looked at before
 anything is written, and nothing is overwritten unasked.
@@ -18,10 +18,13 @@ from pathlib import Path
 from typing import Any
 
 from .archive import inspect_archive, load_archive
+from .checkpoints import silence_transformers
+from .conformance import conformance, conformance_table, reference_folders
 from .data import EditExample, read_examples
 from .editor import MENDEditor
 from .errors import MendkitError
 from .evaluate import EvaluationReport, evaluate, normalise
+from .foreign import export_archive, import_archive, read_foreign
 from .hparams import MENDHyperParams, parse_overrides
 from .listing import list_layers, table
 from .models import load_model
@@ -32,8 +35,9 @@ from .training import train
 logger = logging.getLogger("mendkit")
 
 EXIT_CODES = """\
-exit status: 0 all of it was done; 1 a notebook of the report failed, or an unexpected error (with traceback);
-2 a mistake in the command, its files or settings (usage, or one line `error: ...`); 130 interrupted"""
+exit status: 0 all of it was done; 1 a notebook of the report failed, a comparison missed, or an unexpected error
+(with traceback); 2 a mistake in the command, its files or settings (usage, or one line `error: ...`);
+130 interrupted"""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -48,7 +52,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     command = COMMANDS[words[0]]
     parser = _parser(words[0], command)
     args = parser.parse_intermixed_args(words[1:])
-    args.parser, args.command = parser, shlex.join(["python", "-m", "mendkit", *words])
+    args.parser, args.name, args.command = parser, words[0], shlex.join(["python", "-m", "mendkit", *words])
     try:
         return command.run(args)
     except MendkitError as error:
@@ -193,6 +197,46 @@ def _sites(args: argparse.Namespace) -> int:
     return 0
 
 
+def _import(args: argparse.Namespace) -> int:
+    _existing(args.out, (ARCHIVE, "results.json"), args.overwrite)
+    hparams = _hparams(args)
+    read_foreign(args.archive)  # before the model is loaded, which may take long
+    return _written(args, import_archive(args.archive, hparams, out=args.out / ARCHIVE))
+
+
+def _export(args: argparse.Namespace) -> int:
+    _existing(args.out, ("archive.pt", "results.json"), args.overwrite)
+    hparams = _hparams(args)
+    inspect_archive(args.archive)
+    return _written(args, export_archive(args.archive, args.out / "archive.pt", base=load_model(hparams)))
+
+
+def _written(args: argparse.Namespace, path: Path) -> int:
+    results = {f"{args.name}.archive": str(path), f"{args.name}.from": str(args.archive)}
+    write_json(args.out / "results.json", results)
+    _say(json.dumps(results, indent=1) if args.json else str(path))
+    return 0
+
+
+def _conformance(args: argparse.Namespace) -> int:
+    old = _existing(args.out, ("results.json",), args.overwrite)
+    with silence_transformers():
+        folders = [folder for given in args.folders for folder in reference_folders(given)]
+        results = {str(folder): conformance(folder) for folder in folders}
+    rows = [asdict(c) | {"folder": f, "verdict": c.verdict or "ok"} for f, checks in results.items() for c in checks]
+    rows = [{k: v if v == v and v != math.inf else None for k, v in row.items()} for row in rows]  # JSON has neither
+    missed = sum(not check.passed for checks in results.values() for check in checks)
+    if args.out:
+        _open(args.out, old)
+        summary = {"conformance.comparisons": len(rows), "conformance.missed": missed, "conformance.rows": rows}
+        write_json(args.out / "results.json", summary)
+    named = {Path(folder).resolve().name: checks for folder, checks in results.items()}
+    _say(
+        json.dumps(rows, indent=1) if args.json else conformance_table(named if len(named) == len(results) else results)
+    )
+    return 1 if missed else 0
+
+
 def _report(args: argparse.Namespace) -> int:
     config, settings = _config(args.words)
     plan = plan_report(config, settings, out=args.out)
@@ -290,6 +334,7 @@ class _Command:
     does: str
     example: str
     out: str = ""  # the default of --out, in words
+    given: tuple[str, ...] = ("words",)  # what it takes: "archive", "words" (CONFIG and settings), "folders"
 
 
 COMMANDS = {
@@ -310,7 +355,23 @@ COMMANDS = {
         "archive=runs/first/archive.safetensors --limit 50 --out runs/scores",
     ),
     "inspect": _Command(
-        _inspect, None, "print what an archive says of itself", "runs/first/archive.safetensors --json"
+        _inspect, None, "print what an archive says of itself", "runs/first/archive.safetensors --json",
+        given=("archive",),
+    ),
+    "import": _Command(
+        _import, None,
+        "turn an archive of the original MEND or EasyEdit into one of this kit, without\nrunning anything in it; "
+        "CONFIG is its configuration (inner_params in its order)",
+        "models/MEND/gpt2-xl gpt2-xl.yaml --out runs/imported", given=("archive", "words"),
+    ),
+    "export": _Command(
+        _export, None, "write an archive of this kit as the file that EasyEdit reads",
+        "runs/imported/archive.safetensors gpt2-xl.yaml --out runs/exported", given=("archive", "words"),
+    ),
+    "conformance": _Command(
+        _conformance, None,
+        "compare with numbers recorded from the published code: factors, updates, logits,\nscalars, training losses",
+        "../shared/reference", given=("folders",),
     ),
     "sites": _Command(
         _sites, _options_sites,
@@ -333,8 +394,8 @@ READERS = ("inspect", "sites")
 
 
 def _top_parser() -> argparse.ArgumentParser:
-    indent = "\n" + " " * 12
-    listing = "".join(f"\n  {name:10}{c.does.replace(chr(10), indent)}" for name, c in COMMANDS.items())
+    indent = "\n" + " " * 14
+    listing = "".join(f"\n  {name:12}{c.does.replace(chr(10), indent)}" for name, c in COMMANDS.items())
     parser = argparse.ArgumentParser(
         prog="python -m mendkit",
         usage="python -m mendkit COMMAND ...  (COMMAND --help says more)",
@@ -347,7 +408,9 @@ def _top_parser() -> argparse.ArgumentParser:
 
 
 def _parser(name: str, command: _Command) -> argparse.ArgumentParser:
-    given = {"inspect": "ARCHIVE", "sites": "[MODEL|CONFIG] [key=value ...]"}.get(name, "[CONFIG] [key=value ...]")
+    usage = {"archive": "ARCHIVE", "words": "[CONFIG] [key=value ...]", "folders": "DIR ..."}
+    usage["words"] = "[MODEL|CONFIG] [key=value ...]" if name == "sites" else usage["words"]
+    given = " ".join(usage[kind] for kind in command.given)
     parser = argparse.ArgumentParser(
         prog=f"python -m mendkit {name}",
         usage=f"python -m mendkit {name} {given} [options]",
@@ -355,16 +418,22 @@ def _parser(name: str, command: _Command) -> argparse.ArgumentParser:
         epilog=f"example:\n  python -m mendkit {name} {command.example}\n\n{EXIT_CODES}",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    if name == "inspect":
+    if "archive" in command.given:
         parser.add_argument("archive", type=Path, metavar="ARCHIVE", help="an archive's path")
-    else:
+    if "folders" in command.given:
+        parser.add_argument(
+            "folders", type=Path, nargs="+", metavar="DIR", help="folders of reference vectors, or of such folders"
+        )
+    if "words" in command.given:
         words = "a YAML file (default: configs/smollm2-135m.yaml) and settings that win over it"
         words = f"a hub id, a model folder, a GGUF file, or {words}" if name == "sites" else words
         parser.add_argument("words", nargs="*", metavar="CONFIG key=value", help=words)
     if name not in READERS:
         default = Path(command.out) if name == "report" else None
-        out = f"default: {command.out}" if command.out else "write results.json and rows.jsonl there"
-        parser.add_argument("--out", type=Path, default=default, metavar="DIR", help=out)
+        needed = name in ("import", "export")
+        writes = "the archive" if needed else "results.json" + ("" if name == "conformance" else " and rows.jsonl")
+        out = f"default: {command.out}" if command.out else f"write {writes} there"
+        parser.add_argument("--out", type=Path, default=default, required=needed, metavar="DIR", help=out)
     if name != "report":
         parser.add_argument("--json", action="store_true", help="JSON on stdout and nothing else there")
         if name not in READERS:

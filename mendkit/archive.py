@@ -10,7 +10,7 @@ import hashlib
 import json
 import os
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -25,6 +25,10 @@ from .mend import MEND
 from .models import BaseModel, model_fingerprint
 
 FORMAT = "mendkit-1"
+LOSS_REDUCTION = {
+    "edit": "mean over an edit's target tokens, sum over edits",
+    "batch": "mean over the target tokens of all edits made at once",
+}
 
 
 @dataclass(frozen=True)
@@ -55,16 +59,22 @@ def save_archive(
         "hparams": mend.hparams.replace(archive=None).to_dict(),
         "base_model": model_fingerprint(base),
         "update_sign": mend.hparams.update_sign,
-        "loss_reduction": "mean over an edit's target tokens, sum over edits",
+        "loss_reduction": LOSS_REDUCTION[mend.hparams.loss_reduction],
         "edit_lr": mend.edit_lrs,
         "training": dict(training or {}),
         "sha256": {name: tensor_sha256(tensor) for name, tensor in tensors.items()},
     }
+    text = json.dumps(metadata, sort_keys=True)
+    return atomically(path, lambda temporary: save_file(tensors, temporary, metadata={"mendkit": text}))
+
+
+def atomically(path: Path, write: Callable[[str], object]) -> Path:
+    """Let `write` fill a temporary file, and rename it to `path`; what was there stays if that fails."""
     path.parent.mkdir(parents=True, exist_ok=True)
     handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}-")
     os.close(handle)
     try:
-        save_file(tensors, temporary, metadata={"mendkit": json.dumps(metadata, sort_keys=True)})
+        write(temporary)
         os.chmod(temporary, 0o644)
         os.replace(temporary, path)
     except BaseException:
@@ -86,7 +96,9 @@ def inspect_archive(path: str | Path) -> dict[str, Any]:
             text = (file.metadata() or {}).get("mendkit")
             shapes = {name: list(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
     except (SafetensorError, OSError) as error:
-        raise ArchiveError(f"{path}: not a readable archive ({error}); is it a whole safetensors file?") from None
+        pickled = path.is_file() and path.read_bytes()[:2] == b"PK"
+        hint = "import it first: `python -m mendkit import`" if pickled else "is it a whole safetensors file?"
+        raise ArchiveError(f"{path}: not a readable archive ({error}); {hint}") from None
     if text is None:
         raise ArchiveError(f"{path}: a safetensors file, but not an archive of mendkit (no metadata)")
     try:
@@ -149,6 +161,8 @@ def _fill(mend: MEND, path: Path, metadata: Mapping[str, Any]) -> None:
     sums = metadata.get("sha256", {})
     with safe_open(path, "pt") as file:
         names = set(file.keys())
+        if "edit_lr_unit" not in names:  # written by the first version: all are 1
+            del expected["edit_lr_unit"]
         if names != set(expected):
             odd = sorted(names ^ set(expected))
             raise ArchiveError(f"{path}: damaged: tensors missing or unknown: {', '.join(odd[:3])}")

@@ -15,7 +15,7 @@ IDENTITY_EDIT_LRS = (2e-4, 4e-4, 8e-4, 1.6e-3, 3.2e-3, 6.4e-3)
 
 def identity_editor(base: BaseModel, mend: MEND, /, *, edit_lr: float) -> MENDEditor:
     """MEND at identity initialisation: the normalised gradient with one step size, `mend`'s statistics, no training."""
-    fresh = MEND(mend.sites, mend.hparams.replace(edit_lr=edit_lr)).to(base.device)
+    fresh = MEND(mend.sites, mend.hparams.replace(edit_lr=edit_lr, init="id_xavier")).to(base.device)
     fresh.moments.load_state_dict(mend.moments.state_dict())
     return MENDEditor(base, fresh, name="identity")
 

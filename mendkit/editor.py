@@ -8,7 +8,7 @@ from .archive import load_archive
 from .data import EditExample, Tokens
 from .edit import Edit, Updates
 from .errors import ArchiveError, MendkitError
-from .factors import capture_factors
+from .factors import as_one_loss, capture_factors
 from .hparams import MENDHyperParams
 from .mend import MEND
 from .models import BaseModel, load_model
@@ -42,9 +42,13 @@ class MENDEditor:
         return edit_tokens(self.base, self.mend.hparams, example)
 
     @torch.no_grad()
-    def updates(self, texts: Sequence[Tokens], /, *, trunk: FrozenTrunk | None = None) -> Updates:
-        """Updates of independent edits, one per text (from `EditExample` by `tokens`)."""
+    def updates(
+        self, texts: Sequence[Tokens], /, *, trunk: FrozenTrunk | None = None, at_once: bool = False
+    ) -> Updates:
+        """Updates of edits, one per text (from `EditExample` by `tokens`): independent ones, or all made at once."""
         factors = capture_factors(trunk or FrozenTrunk(self.base), texts, tokens=self.mend.hparams.edit_tokens)
+        if at_once and self.mend.hparams.loss_reduction == "batch":
+            factors = as_one_loss(factors, texts)
         return self.mend(factors, len(texts))
 
     def edit(self, examples: EditExample | Sequence[EditExample]) -> Edit:
@@ -52,7 +56,7 @@ class MENDEditor:
         several = [examples] if isinstance(examples, EditExample) else list(examples)
         if not several:
             raise MendkitError("no example to edit; give an EditExample or a non-empty list")
-        updates = self.updates([self.tokens(example) for example in several])
+        updates = self.updates([self.tokens(example) for example in several], at_once=True)
         return Edit(self.base, updates, several, strength=self.mend.hparams.lr_scale)
 
     def session(self) -> "EditSession":

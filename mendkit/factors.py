@@ -7,9 +7,9 @@ of its text; in the last block's MLP only scored positions can receive a gradien
 Axes: e edits, n tokens of all edits (packed), t tokens padded, i layer input, o layer output.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -76,17 +76,37 @@ def capture_factors(trunk: FrozenTrunk, texts: Sequence[Tokens], /, *, tokens: s
     """
     base = trunk.base
     batch = collate(texts, base.pad_id, base.device)
-    with torch.enable_grad(), _record(base) as record:
-        logits = trunk.suffix(texts, batch)
-        loss = edit_nll(logits, batch.targets, batch.rows, len(batch)).sum()
-        outputs = [record[site.name][1] for site in base.sites]
-        deltas = torch.autograd.grad(loss, outputs)
+
+    def loss() -> Tensor:
+        return edit_nll(trunk.suffix(texts, batch), batch.targets, batch.rows, len(batch)).sum()
+
     factors: Factors = {}
-    for site, delta in zip(base.sites, deltas, strict=True):
+    for name, (u, delta) in record_factors(base, loss).items():
+        site = next(site for site in base.sites if site.name == name)
         mask = batch.scored if tokens == "scored" else contributing(site, batch)
-        u = wide(record[site.name][0].detach()[mask])
-        factors[site.name] = GradientFactors(u, wide(delta[mask]), mask.nonzero()[:, 0])
+        factors[name] = GradientFactors(wide(u[mask]), wide(delta[mask]), mask.nonzero()[:, 0])
     return factors
+
+
+def record_factors(
+    base: BaseModel, loss: Callable[[], Float[Tensor, ""]], /
+) -> dict[str, tuple[Float[Tensor, "e t i"], Float[Tensor, "e t o"]]]:
+    """(u, delta) of every site and every position for the scalar that `loss()` computes with the model."""
+    with torch.enable_grad(), _record(base) as record:
+        value = loss()
+        deltas = torch.autograd.grad(value, [record[site.name][1] for site in base.sites])
+    return {site.name: (record[site.name][0].detach(), d) for site, d in zip(base.sites, deltas, strict=True)}
+
+
+def as_one_loss(factors: Factors, texts: Sequence[Tokens], /) -> Factors:
+    """Factors of the mean over all target tokens of several edits (`loss_reduction: batch`), from each edit's own."""
+    counts = torch.tensor([float(len(text.targets)) for text in texts])
+    share = counts / counts.sum()
+
+    def scaled(f: GradientFactors) -> GradientFactors:
+        return replace(f, delta=f.delta * share.to(f.delta)[f.rows, None])
+
+    return {name: scaled(f) for name, f in factors.items()}
 
 
 def contributing(site: Site, batch: TextBatch) -> Bool[Tensor, "n t"]:

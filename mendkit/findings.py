@@ -78,7 +78,8 @@ def validation(history: Sequence[Row], best: Row, /) -> str:
 
 def step_sizes(edit_lrs: Mapping[str, float], /, *, start: float) -> str:
     """Between which values the learned step sizes lie."""
-    small, large = min(edit_lrs, key=edit_lrs.__getitem__), max(edit_lrs, key=edit_lrs.__getitem__)
+    by_size = sorted(edit_lrs, key=lambda site: abs(edit_lrs[site]))
+    small, large = by_size[0], by_size[-1]
     low, high = (f"{edit_lrs[site]:.1e} ({short_site(site)})" for site in (small, large))
     return f"From a start of {start:.1e}, the step sizes went to between {low} and {high}"
 

@@ -159,8 +159,10 @@ class MENDHyperParams:
     norm_stats: str = _key("layer", legal=("layer", "shape"))
     update_sign: int = _key(-1, legal=(-1, 1))  # -1 descends, as Algorithm 2 of the paper does
     std_floor: float = _key(0.1, low=0)
+    std_eps: float = _key(0.0, low=0)
     z_clip: float | None = _key(10.0, above=0)
     edit_tokens: str = _key("all", legal=("all", "scored"))
+    loss_reduction: str = _key("edit", legal=("edit", "batch"))
     whiten: float | None = _key(None, above=0)
     stats_examples: int = _key(500, low=1)
     stats_held_out: bool = False

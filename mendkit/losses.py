@@ -36,3 +36,8 @@ def locality_kl(
     """KL(before ‖ after) in nats, mean over each text's scored positions, in float32 at least (MEND, equation 4)."""
     log_p, log_q = wide(before).log_softmax(-1), wide(after).log_softmax(-1)
     return mean_by_row((log_p.exp() * (log_p - log_q)).sum(-1), rows, n_rows)
+
+
+def two_classes(logits: Float[Tensor, "n 1"]) -> Float[Tensor, "n 2"]:
+    """A classifier's one logit as the logits of "no" and "yes": the other losses then hold for it as they are."""
+    return torch.cat([torch.zeros_like(logits), logits], 1)

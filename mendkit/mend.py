@@ -5,12 +5,14 @@ For each token z = [norm(u); norm(delta)] (section 3.2; u, delta: factors.py) pa
     h = z + max(0, s ⊙ (U V z + b) + o)                                    (equation 3; s, o: one row per layer)
 
 and is split into ũ, δ̃. The edit is W − α Σ_t δ̃_t ũ_tᵀ, with one learned step size α per layer (Algorithm 2).
+With `combine: false` u and delta pass through blocks of their own, or one of them as it is (`x_only`, `delta_only`;
+`one_sided`: the wider of the two), and with `shared: false` each layer has its blocks, without s and o.
 
 Parity facts, kept from the authors' implementation: `n_hidden: 1` means two blocks, the last block clamps too, the
-clamp passes the gradient at 0 (U starts at zero: the first output is the identity), one transform is shared by all
-layers of a shape. Decisions of ours: V is Xavier-uniform (`init: id_xavier`; the paper's appendix), statistics are
-per layer, gathered over training factors and then frozen, with a floor on the std and a clip on the result; log α is
-learned with its own learning rate, the sign is fixed (CORRECTNESS rows 1–9).
+clamp passes the gradient at 0 (U starts at zero: the first output is the identity), `init: xavier` has no residual
+path, one transform is shared by all layers of a shape. Decisions of ours: V is Xavier-uniform (`init: id_xavier`; the
+paper's appendix), statistics are per layer, gathered over training factors and then frozen, with a floor on the std and
+a clip on the result; log α is learned with its own learning rate, the sign is fixed (CORRECTNESS rows 1–9).
 Axes: n tokens (packed), i layer input, o layer output, d = i + o.
 """
 
@@ -21,8 +23,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from .edit import LowRankUpdate, Updates, padded
-from .errors import HyperParamError
-from .factors import Factors
+from .factors import Factors, GradientFactors
 from .hparams import MENDHyperParams
 from .models import Site
 
@@ -53,8 +54,12 @@ class RunningMoments(nn.Module):
 
     def std(self, floor: float) -> Float[Tensor, " d"]:
         """Standard deviation, at least `floor` times the median over the features (units silent in training)."""
-        std = (self.m2 / max(int(self.count) - 1, 1)).sqrt()
+        std = self.plain_std()
         return std.clamp(min=max(floor * float(std.median()), torch.finfo(torch.float32).tiny))
+
+    def plain_std(self) -> Float[Tensor, " d"]:
+        """Standard deviation of the rows added."""
+        return (self.m2 / max(int(self.count) - 1, 1)).sqrt()
 
     def normalise(self, x: Float[Tensor, "n d"], *, floor: float, clip: float | None) -> Float[Tensor, "n d"]:
         """(x − mean) / std, clipped to ±clip; x itself while empty."""
@@ -62,6 +67,28 @@ class RunningMoments(nn.Module):
             return x
         z = (x - self.mean.to(x.dtype)) / self.std(floor).to(x.dtype)
         return z if clip is None else z.clamp(-clip, clip)
+
+
+class StoredMoments(RunningMoments):
+    """As published code has them: with `eps` added to the standard deviation, which is stored and so keeps its bits."""
+
+    def __init__(self, width: int, eps: float) -> None:
+        super().__init__(width)
+        self.eps = eps
+        self.register_buffer("stored_std", torch.zeros(width, dtype=torch.float64))
+
+    def add(self, x: Float[Tensor, "n d"]) -> None:
+        """Merge the rows of x."""
+        super().add(x)
+        self.stored_std.copy_(super().plain_std())
+
+    def std(self, floor: float) -> Float[Tensor, " d"]:
+        """Standard deviation with the floor, and eps on top."""
+        return super().std(floor) + self.eps
+
+    def plain_std(self) -> Float[Tensor, " d"]:
+        """Standard deviation as stored."""
+        return self.stored_std
 
 
 class Whitening(nn.Module):
@@ -106,16 +133,24 @@ class Whitening(nn.Module):
 
 
 class LowRankResidual(nn.Module):
-    """One block: z + max(0, s ⊙ (U V z + b) + o), with s and o chosen per token by its layer (equation 3)."""
+    """One block: z + max(0, s ⊙ (U V z + b) + o), with s and o chosen per token by its layer (equation 3).
 
-    def __init__(self, width: int, rank: int, n_layers: int, /, *, init: str, generator: torch.Generator) -> None:
+    `n_layers` None: a block of one layer, without s and o. `init: xavier` draws U, too, and leaves out the `z +`.
+    """
+
+    def __init__(
+        self, width: int, rank: int, n_layers: int | None, /, *, init: str, generator: torch.Generator
+    ) -> None:
         super().__init__()
         rank = min(rank, width)
         self.V = nn.Parameter(torch.empty(rank, width))
         self.U = nn.Parameter(torch.zeros(width, rank))
         self.bias = nn.Parameter(torch.zeros(width))
-        self.scale = nn.Parameter(torch.ones(n_layers, width))
-        self.shift = nn.Parameter(torch.zeros(n_layers, width))
+        self.scale = None if n_layers is None else nn.Parameter(torch.ones(n_layers, width))
+        self.shift = None if n_layers is None else nn.Parameter(torch.zeros(n_layers, width))
+        self.residual = init != "xavier"
+        if init == "xavier":
+            nn.init.xavier_uniform_(self.U, gain=nn.init.calculate_gain("relu"), generator=generator)
         if init == "id":
             nn.init.normal_(self.V, generator=generator)
         else:
@@ -124,100 +159,146 @@ class LowRankResidual(nn.Module):
     def forward(self, z: Float[Tensor, "n d"], counts: Sequence[int]) -> Float[Tensor, "n d"]:
         """Transform tokens sorted by layer, `counts[l]` of layer l."""
         hidden = (z @ self.V.T) @ self.U.T + self.bias
-        layers = zip(hidden.split(counts), self.scale, self.shift, strict=True)
-        return z + torch.cat([h * scale + shift for h, scale, shift in layers]).clamp(min=0)
+        if self.scale is not None:
+            layers = zip(hidden.split(counts), self.scale, self.shift, strict=True)
+            hidden = torch.cat([h * scale + shift for h, scale, shift in layers])
+        hidden = hidden.clamp(min=0)
+        return z + hidden if self.residual else hidden
 
 
 class MEND(nn.Module):
     """The hypernetwork for a tuple of edit sites. Parameters, step sizes and moments are float32/float64 buffers.
 
-    `shared: true` uses one stack of blocks for all sites of a shape, else each site has its own.
+    `shared: true` uses one stack of blocks for all sites of a shape, else each site has its own. The step size of a
+    site is `edit_lr_unit` · exp(`log_edit_lr`): the unit is 1, or an imported step size, which may be negative.
     """
 
     def __init__(self, sites: Sequence[Site], hparams: MENDHyperParams) -> None:
         super().__init__()
-        _check_supported(hparams)
         self.sites, self.hparams = tuple(sites), hparams
         generator = torch.Generator().manual_seed(hparams.seed)
         groups: dict[str, list[Site]] = {}
         for site in self.sites:
-            groups.setdefault(_key(site, hparams.shared), []).append(site)
+            groups.setdefault(group_name(site, hparams.shared), []).append(site)
         self.groups = {name: [site.name for site in members] for name, members in groups.items()}
-        self.blocks = nn.ModuleDict({n: self._stack(members, generator) for n, members in groups.items()})
+        self.blocks = nn.ModuleDict(
+            {
+                name + part: self._stack(width, len(members) if hparams.shared else None, generator)
+                for name, members in groups.items()
+                for part, width in transformed(members[0], hparams).items()
+            }
+        )
         self.moments = nn.ModuleDict(
             {
-                _stats_key(site, hparams): nn.ModuleDict(
-                    {"u": self._input_statistics(site.d_in), "delta": RunningMoments(site.d_out)}
+                stats_name(site, hparams): nn.ModuleDict(
+                    {"u": self._statistics(site.d_in, hparams.whiten), "delta": self._statistics(site.d_out)}
                 )
                 for site in self.sites
             }
         )
         self.log_edit_lr = nn.Parameter(torch.full((len(self.sites),), float(hparams.edit_lr)).log())
+        self.register_buffer("edit_lr_unit", torch.ones(len(self.sites)))
 
-    def _stack(self, members: Sequence[Site], generator: torch.Generator) -> nn.ModuleList:
-        width, h = members[0].d_in + members[0].d_out, self.hparams
-        rank = h.rank or width
-        make = lambda: LowRankResidual(width, rank, len(members), init=h.init, generator=generator)  # noqa: E731
+    def _stack(self, width: int, n_layers: int | None, generator: torch.Generator) -> nn.ModuleList:
+        h = self.hparams
+        make = lambda: LowRankResidual(width, h.rank or width, n_layers, init=h.init, generator=generator)  # noqa: E731
         return nn.ModuleList(make() for _ in range(h.n_hidden + 1))
 
-    def _input_statistics(self, width: int) -> RunningMoments | Whitening:
-        return RunningMoments(width) if self.hparams.whiten is None else Whitening(width, self.hparams.whiten)
+    def _statistics(self, width: int, whiten: float | None = None) -> RunningMoments | Whitening:
+        if whiten is not None:
+            return Whitening(width, whiten)
+        return StoredMoments(width, self.hparams.std_eps) if self.hparams.std_eps else RunningMoments(width)
+
+    def steps(self) -> Float[Tensor, " s"]:
+        """The step sizes α in the order of the sites; gradients flow through them."""
+        return self.edit_lr_unit * self.log_edit_lr.exp()
 
     @property
     def edit_lrs(self) -> dict[str, float]:
         """The learned step size α of every site."""
-        return dict(zip((s.name for s in self.sites), self.log_edit_lr.detach().exp().tolist(), strict=True))
+        return dict(zip((s.name for s in self.sites), self.steps().detach().tolist(), strict=True))
 
     def warm_up(self, batches: Iterable[Factors]) -> None:
         """Gather the normaliser's statistics from training factors; they stay frozen afterwards."""
         for factors in batches:
             for site in self.sites:
-                moments = self.moments[_stats_key(site, self.hparams)]
-                moments["u"].add(factors[site.name].u)
-                moments["delta"].add(factors[site.name].delta)
+                self._gather(site, factors[site.name])
         for module in self.modules():
             if isinstance(module, Whitening):
                 module.fit()
 
-    def forward(self, factors: Factors, n_edits: int, /) -> Updates:
-        """Updates of `n_edits` independent edits from their packed factors, as padded low-rank branches."""
-        sign = self.hparams.update_sign
-        coefficient = dict(zip((s.name for s in self.sites), sign * self.log_edit_lr.exp(), strict=True))
-        by_name = {site.name: site for site in self.sites}
+    def _gather(self, site: Site, factors: GradientFactors) -> None:
+        moments = self.moments[stats_name(site, self.hparams)]
+        moments["u"].add(factors.u)
+        moments["delta"].add(factors.delta)
+
+    def forward(self, factors: Factors, n_edits: int, /, *, gather: Sequence[str] = ()) -> Updates:
+        """Updates of `n_edits` independent edits from their packed factors, as padded low-rank branches.
+
+        With `gather`, all sites' names, the statistics run on, as the authors' code does while it trains: each
+        layer's tokens join them just before they are normalised, layer by layer in this order.
+        """
+        coefficient = dict(zip((s.name for s in self.sites), self.hparams.update_sign * self.steps(), strict=True))
+        by_name, normal = {site.name: site for site in self.sites}, {}
+        for name in gather or by_name:
+            if gather:
+                self._gather(by_name[name], factors[name])
+            normal[name] = self._normalised(by_name[name], factors[name])
         updates: Updates = {}
         for group, names in self.groups.items():
-            z = torch.cat([self._normalised(by_name[name], factors) for name in names])
             counts = [len(factors[name].rows) for name in names]
-            for block in self.blocks[group]:
-                z = block(z, counts)
-            for name, part in zip(names, z.split(counts), strict=True):
-                u, delta = part.split([by_name[name].d_in, by_name[name].d_out], dim=1)
+            outputs = self._transform(group, by_name[names[0]], [normal[name] for name in names], counts)
+            for name, u, delta in zip(names, *outputs, strict=True):
                 rows = factors[name].rows
                 updates[name] = LowRankUpdate(padded(u, rows, n_edits), padded(delta, rows, n_edits), coefficient[name])
         return {site.name: updates[site.name] for site in self.sites}
 
-    def _normalised(self, site: Site, factors: Factors) -> Float[Tensor, "n d"]:
-        f, h = factors[site.name], self.hparams
+    def _transform(
+        self, group: str, site: Site, pairs: Sequence[tuple[Tensor, Tensor]], counts: Sequence[int]
+    ) -> tuple[Sequence[Tensor], Sequence[Tensor]]:
+        """ũ and δ̃ of every layer of a group, from its normalised pairs (u, delta)."""
+
+        def run(z: Tensor, part: str) -> Tensor:
+            if group + part in self.blocks:
+                for block in self.blocks[group + part]:
+                    z = block(z, counts)
+            return z
+
+        if self.hparams.combine:
+            z = run(torch.cat([torch.cat(pair, 1) for pair in pairs]), "")
+            u, delta = z.split([site.d_in, site.d_out], dim=1)
+        else:
+            u, delta = (run(torch.cat(z), part) for z, part in zip(zip(*pairs, strict=True), PARTS, strict=True))
+        return u.split(counts), delta.split(counts)
+
+    def _normalised(self, site: Site, factors: GradientFactors) -> tuple[Float[Tensor, "n i"], Float[Tensor, "n o"]]:
+        h = self.hparams
         if not h.norm:
-            return torch.cat([f.u, f.delta], 1)
-        moments = self.moments[_stats_key(site, h)]
-        parts = (moments[k].normalise(x, floor=h.std_floor, clip=h.z_clip) for k, x in (("u", f.u), ("delta", f.delta)))
-        return torch.cat(list(parts), 1)
+            return factors.u, factors.delta
+        moments = self.moments[stats_name(site, h)]
+        u, delta = factors.u, factors.delta
+        return tuple(moments[k].normalise(x, floor=h.std_floor, clip=h.z_clip) for k, x in (("u", u), ("delta", delta)))
 
 
-def _key(site: Site, shared: bool) -> str:
+PARTS = (":u", ":delta")
+"""What the names of blocks of their own end with; combined blocks have the bare name of their group."""
+
+
+def transformed(site: Site, h: MENDHyperParams) -> dict[str, int]:
+    """Which stacks of blocks a site needs: the end of the name, and the width."""
+    if h.combine:
+        return {"": site.d_in + site.d_out}
+    u, delta = ({part: width} for part, width in zip(PARTS, (site.d_in, site.d_out), strict=True))
+    if h.one_sided:  # the published code transforms delta where u is the wider, else u
+        return delta if site.d_in > site.d_out else u
+    return u if h.x_only else delta if h.delta_only else u | delta
+
+
+def group_name(site: Site, shared: bool) -> str:
+    """The sites with this name in common share what it names."""
     return f"{site.d_in}x{site.d_out}" if shared else site.name.replace(".", "-")
 
 
-def _stats_key(site: Site, hparams: MENDHyperParams) -> str:
-    return _key(site, hparams.norm_stats == "shape")
-
-
-def _check_supported(h: MENDHyperParams) -> None:
-    """Reject rather than ignore (CORRECTNESS row 8)."""
-    wanted = {"combine": True, "one_sided": False, "x_only": False, "delta_only": False}
-    for key, value in wanted.items():
-        if getattr(h, key) is not value:
-            raise HyperParamError(f"{key}: only {value} is supported by this version, got {getattr(h, key)}")
-    if h.init == "xavier":
-        raise HyperParamError("init: 'xavier' is not supported by this version; use 'id_xavier' or 'id'")
+def stats_name(site: Site, hparams: MENDHyperParams) -> str:
+    """The key of a site's statistics."""
+    return group_name(site, hparams.norm_stats == "shape")

@@ -132,8 +132,8 @@ def validation_curves(history: Sequence[Row], best: Row, /, *, n: int) -> Chart:
 
 
 def step_sizes(edit_lrs: Mapping[str, float], /, *, start: float) -> Chart:
-    """Learned step size α of every site, and where all started."""
-    names, values = [findings.short_site(name) for name in edit_lrs], list(edit_lrs.values())
+    """Size of the learned step α of every site (an imported one may be negative), and where all started."""
+    names, values = [findings.short_site(name) for name in edit_lrs], [abs(value) for value in edit_lrs.values()]
     figure, (ax,) = _panels(1, 1.5 + 0.24 * len(names))
     y, low, high = range(len(names)), min([start, *values]), max([start, *values])
     _mark(ax, start, "start")

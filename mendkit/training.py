@@ -41,7 +41,7 @@ logger = logging.getLogger(__name__)
 FACTOR_BATCH = 32
 STRUCTURE = (
     *("rank", "n_hidden", "init", "norm", "combine", "one_sided", "x_only", "delta_only", "shared", "norm_stats"),
-    *("update_sign", "std_floor", "z_clip", "edit_tokens", "whiten", "add_eos"),
+    *("update_sign", "std_floor", "std_eps", "z_clip", "edit_tokens", "loss_reduction", "whiten", "add_eos"),
 )
 """Hyperparameters that an archive decides when training goes on from it."""
 

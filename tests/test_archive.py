@@ -40,6 +40,11 @@ def test_round_trip_gives_the_same_edits_bit_for_bit(llama, saved):
     assert loaded.mend.hparams == mend.hparams
 
 
+def test_an_archive_of_the_first_version_has_plain_step_sizes(llama, saved):
+    rewrite(saved[0], change_tensors=lambda t: t.pop("edit_lr_unit"))
+    assert load_archive(saved[0], base=llama).mend.edit_lrs == saved[1].edit_lrs
+
+
 def test_metadata_say_what_it_is(llama, saved):
     info = inspect_archive(saved[0])
     assert info["update_sign"] == -1 and info["training"] == {"steps": 7}

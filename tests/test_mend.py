@@ -5,14 +5,13 @@ import pytest
 import torch
 
 from mendkit.edit import side_branches
-from mendkit.errors import HyperParamError
 from mendkit.factors import capture_factors
 from mendkit.hparams import MENDHyperParams
 from mendkit.losses import edit_nll
 from mendkit.mend import MEND, LowRankResidual, RunningMoments, Whitening
 from mendkit.texts import edit_tokens
 from mendkit.trunk import FrozenTrunk, collate
-from tests.claims import EXAMPLES, with_statistics
+from tests.claims import EXAMPLES, scrambled, with_statistics
 
 
 def hparams(**changes) -> MENDHyperParams:
@@ -118,13 +117,39 @@ def test_xavier_keeps_the_scale_that_the_old_normal_start_inflates():
     assert stds["id_xavier"] < 1.5 and stds["id"] > 30
 
 
-@pytest.mark.parametrize(
-    "change",
-    [{"combine": False}, {"one_sided": True}, {"x_only": True}, {"delta_only": True}, {"init": "xavier"}],
-)
-def test_what_is_not_supported_is_refused_not_ignored(llama, change):
-    with pytest.raises(HyperParamError, match=next(iter(change))):
-        MEND(llama.sites, hparams(**change))
+@pytest.mark.parametrize("way", [{}, {"one_sided": True}, {"x_only": True}, {"delta_only": True}])
+def test_blocks_of_their_own_leave_what_they_do_not_transform(llama, way):
+    h = hparams(combine=False, norm=False, **way)
+    mend = scrambled(MEND(llama.sites, h))
+    factors = capture_factors(FrozenTrunk(llama), [edit_tokens(llama, h, EXAMPLES[0])])
+    for site in llama.sites:
+        update = mend(factors, 1)[site.name]
+        narrow = "u" if site.d_in <= site.d_out else "delta"
+        expected = {"one_sided": {narrow}, "x_only": {"u"}, "delta_only": {"delta"}}.get(
+            next(iter(way), ""), {"u", "delta"}
+        )
+        changed = {
+            kind
+            for kind in ("u", "delta")
+            if not torch.equal(getattr(update, kind)[0], getattr(factors[site.name], kind))
+        }
+        assert changed == expected
+
+
+def test_xavier_has_no_residual_path_and_starts_alive():
+    block = LowRankResidual(6, 3, 1, init="xavier", generator=torch.Generator().manual_seed(0))
+    z = torch.randn(4, 6)
+    expected = ((z @ block.V.T) @ block.U.T).clamp(min=0)
+    torch.testing.assert_close(block(z, [4]), expected)
+    large = LowRankResidual(400, 100, 1, init="xavier", generator=torch.Generator().manual_seed(0))
+    assert float(large.V.detach().std()) == pytest.approx((2 / 500) ** 0.5, rel=0.02)
+    assert float(large.U.detach().std()) == pytest.approx((2 * 2 / 500) ** 0.5, rel=0.02)  # before a ReLU: √2 times
+
+
+def test_each_layer_has_its_blocks_without_scale_and_shift_unless_shared(llama):
+    mend = MEND(llama.sites, hparams(shared=False))
+    assert len(mend.blocks) == len(llama.sites)
+    assert {n.rpartition(".")[2] for n, _ in mend.blocks.named_parameters()} == {"U", "V", "bias"}
 
 
 def test_rank_null_is_full_rank_and_a_rank_beyond_the_width_is_the_width(llama):
