@@ -27,6 +27,7 @@ from .models import BaseModel, model_fingerprint
 FORMAT = "mendkit-1"
 LOSS_REDUCTION = {
     "edit": "mean over an edit's target tokens, sum over edits",
+    "sum": "sum over an edit's target tokens, and over edits",
     "batch": "mean over the target tokens of all edits made at once",
 }
 

@@ -35,6 +35,7 @@ class MENDEditor:
             )
         base = base or load_model(hparams)
         archive = load_archive(hparams.archive, base=base)
+        archive.mend.hparams = archive.mend.hparams.replace(lr_scale=hparams.lr_scale)
         return cls(archive.base, archive.mend)
 
     def tokens(self, example: EditExample) -> Tokens:
@@ -46,8 +47,10 @@ class MENDEditor:
         self, texts: Sequence[Tokens], /, *, trunk: FrozenTrunk | None = None, at_once: bool = False
     ) -> Updates:
         """Updates of edits, one per text (from `EditExample` by `tokens`): independent ones, or all made at once."""
-        factors = capture_factors(trunk or FrozenTrunk(self.base), texts, tokens=self.mend.hparams.edit_tokens)
-        if at_once and self.mend.hparams.loss_reduction == "batch":
+        h = self.mend.hparams
+        trunk = trunk or FrozenTrunk(self.base)
+        factors = capture_factors(trunk, texts, tokens=h.edit_tokens, reduction=h.loss_reduction)
+        if at_once and h.loss_reduction == "batch":
             factors = as_one_loss(factors, texts)
         return self.mend(factors, len(texts))
 

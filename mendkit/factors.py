@@ -41,6 +41,9 @@ class GradientFactors:
 Factors = dict[str, GradientFactors]
 """Factors by site name."""
 
+Inputs = dict[str, Tensor]
+"""Layer inputs, (n, i), by site name."""
+
 
 def pack(factors: Sequence[Mapping[str, GradientFactors]]) -> Factors:
     """Several single edits' factors as one: edit k of the result is `factors[k]`."""
@@ -66,19 +69,24 @@ def unpack(factors: Factors, n_edits: int) -> list[Factors]:
     return out
 
 
-def capture_factors(trunk: FrozenTrunk, texts: Sequence[Tokens], /, *, tokens: str = "all") -> Factors:
-    """Factors of the edit loss of each text (its mean NLL per target token), packed in text order.
+def capture_factors(
+    trunk: FrozenTrunk, texts: Sequence[Tokens], /, *, tokens: str = "all", reduction: str = "edit"
+) -> Factors:
+    """Factors of the edit loss of each text, packed in text order.
 
-    `tokens`: "all" tokens that contribute (MEND), or only the "scored" ones, which predict the answer.
+    `tokens`: "all" tokens that contribute (MEND), or only the "scored" ones, which predict the answer. `reduction`:
+    the loss is the "sum" of a text's NLL over its target tokens, else their mean.
 
     One pass through the suffix (the whole model where nothing is cached) and one backward pass to the lowest site;
     the model's parameters, their `.grad` and its hooks are left as they were (CORRECTNESS rows 13, 14).
     """
     base = trunk.base
     batch = collate(texts, base.pad_id, base.device)
+    counts = torch.bincount(batch.rows, minlength=len(batch))
 
     def loss() -> Tensor:
-        return edit_nll(trunk.suffix(texts, batch), batch.targets, batch.rows, len(batch)).sum()
+        means = edit_nll(trunk.suffix(texts, batch), batch.targets, batch.rows, len(batch))
+        return (means * counts).sum() if reduction == "sum" else means.sum()
 
     factors: Factors = {}
     for name, (u, delta) in record_factors(base, loss).items():
@@ -86,6 +94,15 @@ def capture_factors(trunk: FrozenTrunk, texts: Sequence[Tokens], /, *, tokens: s
         mask = batch.scored if tokens == "scored" else contributing(site, batch)
         factors[name] = GradientFactors(wide(u[mask]), wide(delta[mask]), mask.nonzero()[:, 0])
     return factors
+
+
+@torch.no_grad()
+def capture_inputs(trunk: FrozenTrunk, texts: Sequence[Tokens], /) -> Inputs:
+    """Inputs u of every site at the scored positions of `texts`, packed in text order: one suffix pass."""
+    batch = collate(texts, trunk.base.pad_id, trunk.base.device)
+    with _record(trunk.base) as record:
+        trunk.suffix(texts, batch)
+    return {name: wide(u.detach()[batch.scored]) for name, (u, _) in record.items()}
 
 
 def record_factors(

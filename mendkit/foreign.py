@@ -254,12 +254,13 @@ def _check_expressible(mend: MEND) -> None:
         "norm_stats: layer (its shared transforms share their statistics)": h.shared and several and h.norm
         and h.norm_stats == "layer",
         "edit_tokens: scored": h.edit_tokens == "scored",
+        "loss_reduction: sum": h.loss_reduction == "sum",
     }  # fmt: skip
     named = [name for name, is_so in cannot.items() if is_so]
     if named:
         raise ArchiveError(
             f"EasyEdit's format cannot say {', '.join(named)}; train with `norm_stats: shape`, `z_clip: null`, "
-            "`whiten: null`, `edit_tokens: all` to export"
+            "`whiten: null`, `edit_tokens: all`, `loss_reduction: edit` to export"
         )
 
 

@@ -71,6 +71,7 @@ class _Rule:
     legal: tuple = ()
     low: float | None = None
     above: float | None = None
+    most: float | None = None
     store: Callable[[Any], Any] | None = None
     words: str = ""  # what `store` expects, or why so little is legal
 
@@ -81,6 +82,7 @@ class _Rule:
             text = " or ".join(map(_show, self.legal)) + (f" ({self.words})" if self.words else "")
         text += "" if self.low is None else f" >= {self.low}"
         text += "" if self.above is None else f" > {self.above}"
+        text += "" if self.most is None else f" and <= {self.most}"
         return text + (" or null" if self.null else "")
 
 
@@ -108,6 +110,14 @@ def _names(value: Any) -> str | tuple[str, ...]:
     if not isinstance(value, (list, tuple)) or not value or len(set(value)) < len(value):
         raise ValueError
     return tuple(_to_kind(name, str) for name in value)
+
+
+def _counts(value: Any) -> int | tuple[int, ...]:
+    """A count for every role, or one each for paraphrases, neighbours and unrelated prompts."""
+    each = tuple(value) if isinstance(value, (list, tuple)) else (value,)
+    if len(each) not in (1, 3) or any(_to_kind(count, int) < 1 for count in each):
+        raise ValueError
+    return each if isinstance(value, (list, tuple)) else value
 
 
 def _to_bytes(value: Any) -> int:
@@ -162,8 +172,10 @@ class MENDHyperParams:
     std_eps: float = _key(0.0, low=0)
     z_clip: float | None = _key(10.0, above=0)
     edit_tokens: str = _key("all", legal=("all", "scored"))
-    loss_reduction: str = _key("edit", legal=("edit", "batch"))
+    loss_reduction: str = _key("edit", legal=("edit", "sum", "batch"))
     whiten: float | None = _key(None, above=0)
+    whiten_pairs: bool = False
+    unit_response: bool = False
     stats_examples: int = _key(500, low=1)
     stats_held_out: bool = False
     # training
@@ -177,7 +189,8 @@ class MENDHyperParams:
     cneigh: float | None = _key(None, low=0)  # null: as cloc
     batch_size: int = _key(16, low=1)
     accumulate_bs: int = _key(1, low=1)
-    texts_per_role: int | None = _key(None, low=1)  # of each kind, the first so many of an example are trained on
+    texts_per_role: tuple[int, ...] | int | None = _key(None, store=_counts, words="an integer >= 1, or three")
+    borrow: float = _key(0.0, low=0, most=1)
     paraphrases_per_edit: int = _key(1, low=0)
     neighbours_per_edit: int = _key(1, low=0)
     unrelated_per_edit: int = _key(1, low=0)
@@ -207,6 +220,11 @@ class MENDHyperParams:
         for item in fields(self):
             object.__setattr__(self, item.name, _check(item.name, getattr(self, item.name), ""))
         _check_one_way(vars(self), lambda key: "")
+        for key in ("whiten_pairs", "unit_response"):
+            if getattr(self, key) and self.whiten is None:
+                raise HyperParamError(f"{key}: true needs `whiten`, the ridge of the normaliser; set it, such as 0.02")
+        if self.whiten_pairs and self.edit_tokens != "scored":
+            raise HyperParamError("whiten_pairs: true needs `edit_tokens: scored`")
 
     @classmethod
     def from_hparams(cls, path: str | os.PathLike[str], **overrides: Any) -> "MENDHyperParams":
@@ -299,6 +317,7 @@ def _check(key: str, value: Any, where: str) -> Any:
     try:
         stored = rule.store(value) if rule.store else _to_kind(value, rule.kind)
         in_range = (rule.low is None or stored >= rule.low) and (rule.above is None or stored > rule.above)
+        in_range = in_range and (rule.most is None or stored <= rule.most)
         if in_range and (not rule.legal or stored in rule.legal):
             return stored
     except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError):

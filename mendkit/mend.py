@@ -19,13 +19,17 @@ Axes: n tokens (packed), i layer input, o layer output, d = i + o.
 from collections.abc import Iterable, Sequence
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
 from .edit import LowRankUpdate, Updates, padded
-from .factors import Factors, GradientFactors
+from .errors import DataError
+from .factors import Factors, GradientFactors, Inputs
 from .hparams import MENDHyperParams
 from .models import Site
+
+Wordings = tuple[Inputs, Int[Tensor, " n"], Bool[Tensor, " n"]]
+"""Layer inputs, the group of each (−1: none), and whether it predicts the first token of an answer (`Whitening`)."""
 
 
 class RunningMoments(nn.Module):
@@ -92,44 +96,79 @@ class StoredMoments(RunningMoments):
 
 
 class Whitening(nn.Module):
-    """The inputs' normaliser with their full covariance C: x ↦ (C + ridge · mean(diag C) · I)⁻¹ (x − mean), scaled to
-    unit mean square over the rows seen.
+    """The inputs' normaliser with their second moments: x ↦ M x with M = (C + ridge · mean(diag C) · I)⁻¹, C = E[x xᵀ],
+    scaled to unit mean square over the rows seen.
 
     Not in the paper (`whiten`): a key is then large only along directions that distinguish it from other prompts', as
-    in ROME's rank-one update (Meng et al., 2022, equation 2), so that an edit disturbs its neighbours less.
+    in ROME's rank-one update (Meng et al., 2022, equation 2). C is not centred, as there: the layer multiplies a key
+    with raw inputs, and a centred key answers what all inputs have in common.
+
+    With `pairs` (`whiten_pairs`) M = K P K, with K the inverse above and P = E[x yᵀ] over pairs x, y of a group: one
+    answer token read after several wordings of its prompt. That solves the least squares of yᵀ M x = 1 for the pairs
+    of a group, 0 for all others: keys of what the wordings share. An answer's first token, which carries the fact,
+    has an M of its own; the others, which carry its spelling, have another.
+
+    `unit_response`: each key is divided by its own response xᵀ M x, so that an edit acts alike at all its tokens.
     """
 
-    def __init__(self, width: int, ridge: float) -> None:
+    def __init__(self, width: int, ridge: float, /, *, pairs: bool = False, unit_response: bool = False) -> None:
         super().__init__()
-        self.ridge = ridge
+        self.ridge, self.unit_response = ridge, unit_response
+        kinds = 2 if pairs else 1  # later tokens, first tokens
         self.register_buffer("count", torch.zeros((), dtype=torch.int64))
-        self.register_buffer("mean", torch.zeros(width, dtype=torch.float64))
-        self.register_buffer("matrix", torch.eye(width))
-        self._second: Tensor | None = None  # Σ x xᵀ while gathering
+        self.register_buffer("matrix", torch.eye(width).repeat(kinds, 1, 1))
+        self.register_buffer("response", torch.ones(kinds))  # mean of xᵀ M x over the rows seen
+        self._second: Tensor | float = 0.0  # Σ x xᵀ while gathering
+        self._pairs: list[Tensor | float] = [0.0] * kinds  # Σ x yᵀ over ordered pairs of a group, by kind
 
     @torch.no_grad()
-    def add(self, x: Float[Tensor, "n d"]) -> None:
-        """Gather the rows of x; `fit` makes use of them."""
+    def add(
+        self, x: Float[Tensor, "n d"], groups: Int[Tensor, " n"] | None = None, first: Bool[Tensor, " n"] | None = None
+    ) -> None:
+        """Gather rows; `fit` makes use of them. With pairs: the group of each, numbered from 0 in every call (−1: of no
+        group), and which are first tokens."""
         x = x.double()
-        self._second = x.T @ x + (0 if self._second is None else self._second)
-        self.mean *= int(self.count) / max(int(self.count) + len(x), 1)
+        self._second = x.T @ x + self._second
         self.count += len(x)
-        self.mean += x.sum(0) / max(int(self.count), 1)
+        for kind in range(len(self.matrix) if groups is not None else 0):
+            chosen = (groups >= 0) & (first == bool(kind))
+            rows, own = x[chosen], groups[chosen]
+            sums = x.new_zeros(int(groups.max()) + 1, x.shape[1]).index_add(0, own, rows)
+            self._pairs[kind] = sums.T @ sums - rows.T @ rows + self._pairs[kind]
 
     @torch.no_grad()
     def fit(self) -> None:
-        """Compute the matrix from the rows gathered, and forget them."""
-        covariance = self._second / self.count - torch.outer(self.mean, self.mean)
-        floor = self.ridge * covariance.diagonal().mean()
-        inverse = torch.linalg.inv(covariance + floor * torch.eye(len(self.mean), dtype=covariance.dtype))
-        power = (inverse @ covariance @ inverse).diagonal().mean()  # mean square of the rows after the inverse
-        self.matrix.copy_(inverse / power.sqrt())
-        self._second = None
+        """Compute the matrices from the rows gathered, and forget them. Raises DataError if no two rows were paired."""
+        moment = self._second / self.count
+        floor = self.ridge * moment.diagonal().mean()
+        inverse = torch.linalg.inv(moment + floor * torch.eye(len(moment), dtype=moment.dtype, device=moment.device))
+        for kind, pairs in enumerate(self._pairs):
+            matrix = inverse
+            if len(self._pairs) == 2:
+                if isinstance(pairs, float) or not bool(pairs.any()):
+                    raise DataError("whiten_pairs: no example has a paraphrase; set `whiten_pairs: false`")
+                paired = inverse @ pairs @ inverse
+                matrix = paired if float((paired * moment).sum()) > 0 else inverse  # else wordings share nothing
+            scale = (matrix @ moment @ matrix).diagonal().mean().sqrt()
+            self.matrix[kind] = matrix / scale
+            self.response[kind] = (matrix * moment).sum() / scale
+        self._second, self._pairs = 0.0, [0.0] * len(self._pairs)
 
-    def normalise(self, x: Float[Tensor, "n d"], *, floor: float, clip: float | None) -> Float[Tensor, "n d"]:
-        """Whitened rows, clipped to ±clip (`floor` is the per-feature normaliser's)."""
-        z = (x - self.mean.to(x.dtype)) @ self.matrix.to(x.dtype)
+    def normalise(
+        self, x: Float[Tensor, "n d"], *, floor: float, clip: float | None, first: Bool[Tensor, " n"] | None = None
+    ) -> Float[Tensor, "n d"]:
+        """Keys of the rows, clipped to ±clip (`floor` is the per-feature normaliser's)."""
+        kind = 0 if first is None or len(self.matrix) == 1 else first.long()
+        z = torch.stack([x @ matrix.to(x.dtype) for matrix in self.matrix])
+        z = z[0] if isinstance(kind, int) else torch.where(first[:, None], z[1], z[0])
+        if self.unit_response:
+            response = (x * z).sum(1, keepdim=True) / self.response[kind].to(x.dtype).reshape(-1, 1)
+            z = z / response.clamp(min=LEAST_RESPONSE)
         return z if clip is None else z.clamp(-clip, clip)
+
+
+LEAST_RESPONSE = 0.2
+"""A token's own response, as a share of the mean one, below which its key is not made longer any more."""
 
 
 class LowRankResidual(nn.Module):
@@ -206,7 +245,8 @@ class MEND(nn.Module):
 
     def _statistics(self, width: int, whiten: float | None = None) -> RunningMoments | Whitening:
         if whiten is not None:
-            return Whitening(width, whiten)
+            h = self.hparams
+            return Whitening(width, whiten, pairs=h.whiten_pairs, unit_response=h.unit_response)
         return StoredMoments(width, self.hparams.std_eps) if self.hparams.std_eps else RunningMoments(width)
 
     def steps(self) -> Float[Tensor, " s"]:
@@ -218,18 +258,25 @@ class MEND(nn.Module):
         """The learned step size α of every site."""
         return dict(zip((s.name for s in self.sites), self.steps().detach().tolist(), strict=True))
 
-    def warm_up(self, batches: Iterable[Factors]) -> None:
-        """Gather the normaliser's statistics from training factors; they stay frozen afterwards."""
+    def warm_up(self, batches: Iterable[Factors], wordings: Iterable[Wordings] = ()) -> None:
+        """Gather the normaliser's statistics from training factors; they stay frozen afterwards.
+
+        With `whiten_pairs` the statistics of u come from `wordings` instead.
+        """
         for factors in batches:
             for site in self.sites:
                 self._gather(site, factors[site.name])
+        for inputs, groups, first in wordings:
+            for site in self.sites:
+                self.moments[stats_name(site, self.hparams)]["u"].add(inputs[site.name], groups, first)
         for module in self.modules():
             if isinstance(module, Whitening):
                 module.fit()
 
     def _gather(self, site: Site, factors: GradientFactors) -> None:
         moments = self.moments[stats_name(site, self.hparams)]
-        moments["u"].add(factors.u)
+        if not self.hparams.whiten_pairs:
+            moments["u"].add(factors.u)
         moments["delta"].add(factors.delta)
 
     def forward(self, factors: Factors, n_edits: int, /, *, gather: Sequence[str] = ()) -> Updates:
@@ -275,9 +322,12 @@ class MEND(nn.Module):
         h = self.hparams
         if not h.norm:
             return factors.u, factors.delta
-        moments = self.moments[stats_name(site, h)]
-        u, delta = factors.u, factors.delta
-        return tuple(moments[k].normalise(x, floor=h.std_floor, clip=h.z_clip) for k, x in (("u", u), ("delta", delta)))
+        moments, limits = self.moments[stats_name(site, h)], {"floor": h.std_floor, "clip": h.z_clip}
+        if h.whiten_pairs:  # only scored tokens make the update, so an edit's first one predicts its answer's first
+            limits_u = limits | {"first": torch.diff(factors.rows, prepend=factors.rows.new_full((1,), -1)) != 0}
+        else:
+            limits_u = limits
+        return moments["u"].normalise(factors.u, **limits_u), moments["delta"].normalise(factors.delta, **limits)
 
 
 PARTS = (":u", ":delta")

@@ -26,9 +26,10 @@ class ExampleTexts:
     neighbours: tuple[Tokens, ...]
     unrelated: tuple[Tokens, ...]
 
-    def first(self, most: int | None) -> "ExampleTexts":
-        """At most `most` texts of each kind besides the edit; all of them if None."""
-        return ExampleTexts(self.edit, self.paraphrases[:most], self.neighbours[:most], self.unrelated[:most])
+    def first(self, most: int | tuple[int, ...] | None) -> "ExampleTexts":
+        """At most so many texts of each role besides the edit: one number for all or one each; all texts if None."""
+        p, n, u = most if isinstance(most, tuple) else (most,) * 3
+        return ExampleTexts(self.edit, self.paraphrases[:p], self.neighbours[:n], self.unrelated[:u])
 
     def all(self) -> tuple[Tokens, ...]:
         """Every text."""

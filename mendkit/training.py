@@ -26,10 +26,10 @@ from .archive import load_archive, save_archive
 from .data import EditExample, Tokens
 from .edit import side_branches
 from .errors import MendkitError
-from .factors import Factors, capture_factors, pack, unpack
+from .factors import Factors, capture_factors, capture_inputs, pack, unpack
 from .hparams import MENDHyperParams
 from .losses import edit_nll, locality_kl, wide
-from .mend import MEND
+from .mend import MEND, Wordings
 from .models import BaseModel, load_model
 from .runs import Progress, open_run, provenance
 from .texts import ROLES, ExampleTexts, prepare_texts, role_weights
@@ -41,7 +41,8 @@ logger = logging.getLogger(__name__)
 FACTOR_BATCH = 32
 STRUCTURE = (
     *("rank", "n_hidden", "init", "norm", "combine", "one_sided", "x_only", "delta_only", "shared", "norm_stats"),
-    *("update_sign", "std_floor", "std_eps", "z_clip", "edit_tokens", "loss_reduction", "whiten", "add_eos"),
+    *("update_sign", "std_floor", "std_eps", "z_clip", "edit_tokens", "loss_reduction", "whiten"),
+    *("whiten_pairs", "unit_response", "add_eos"),
 )
 """Hyperparameters that an archive decides when training goes on from it."""
 
@@ -63,7 +64,8 @@ class FactorCache:
     """Factors per example: kept in memory within a byte budget, recomputed from the trunk beyond it."""
 
     def __init__(self, trunk: FrozenTrunk, texts: Sequence[Tokens], hparams: MENDHyperParams) -> None:
-        self.trunk, self.texts, self.tokens = trunk, texts, hparams.edit_tokens
+        self.trunk, self.texts = trunk, texts
+        self.how = {"tokens": hparams.edit_tokens, "reduction": hparams.loss_reduction}
         self.budget, self.bytes = hparams.cache_bytes, 0
         self._kept: dict[int, Factors] = {}
 
@@ -90,15 +92,30 @@ class FactorCache:
         return len(self._kept)
 
     def _compute(self, index: Sequence[int]) -> list[Factors]:
-        return unpack(capture_factors(self.trunk, [self.texts[i] for i in index], tokens=self.tokens), len(index))
+        return unpack(capture_factors(self.trunk, [self.texts[i] for i in index], **self.how), len(index))
 
 
 class Sampler:
-    """Batches of example indices, reshuffled every epoch, and the texts drawn for each; all from one generator."""
+    """Batches of example indices, reshuffled every epoch, and the texts drawn for each; all from one generator.
 
-    def __init__(self, examples: Sequence[ExampleTexts], hparams: MENDHyperParams) -> None:
-        self.examples, self.hparams = examples, hparams
+    `borrow` is the share of neighbours and unrelated prompts that are other examples' texts, whatever their role: of
+    the same relation for neighbours, of another for unrelated prompts, and never one that names the edit's subject.
+    """
+
+    def __init__(
+        self, examples: Sequence[ExampleTexts], source: Sequence[EditExample], hparams: MENDHyperParams
+    ) -> None:
+        self.examples, self.source, self.hparams = examples, source, hparams
         self.generator = torch.Generator().manual_seed(hparams.seed)
+        self.lent: list[tuple[str, str | None, Tokens]] = []  # prompt, relation, text
+        for e, own in zip(source, examples, strict=True):
+            prompts = (e.prompt, *e.paraphrases[: len(own.paraphrases)], *(p.prompt for p in e.neighbours))
+            texts = (own.edit, *own.paraphrases, *own.neighbours)
+            self.lent += [(p, e.relation, text) for p, text in zip(prompts, texts, strict=False)]
+            self.lent += [(p.prompt, None, text) for p, text in zip(e.unrelated, own.unrelated, strict=False)]
+        self.by_relation: dict[str | None, list[int]] = {}
+        for i, (_, relation, _) in enumerate(self.lent):
+            self.by_relation.setdefault(relation, []).append(i)
 
     def __iter__(self) -> Iterator[list[int]]:
         size = min(self.hparams.batch_size, len(self.examples))
@@ -121,10 +138,31 @@ class Sampler:
             for role, count in wanted.items():
                 pool = getattr(example, role)
                 pick = torch.randperm(len(pool), generator=self.generator)[:count].tolist()
-                drawn += [(role, pool[j]) for j in pick]
+                chosen = [pool[j] for j in pick]
+                if h.borrow and role != "paraphrases":
+                    borrowed = [self._borrowed(i, role) for _ in range(count) if self._chance() < h.borrow]
+                    borrowed = [text for text in borrowed if text is not None]
+                    chosen = [*borrowed, *chosen][:count]
+                drawn += [(role, text) for text in chosen]
             out.append(drawn)
         most = max(map(len, out))
         return [drawn + [("", drawn[0][1])] * (most - len(drawn)) for drawn in out]
+
+    def _chance(self) -> float:
+        return float(torch.rand((), generator=self.generator))
+
+    def _borrowed(self, i: int, role: str) -> Tokens | None:
+        """Another example's text; None where ten draws found none that may be borrowed."""
+        e = self.source[i]
+        pool = self.by_relation[e.relation] if role == "neighbours" else range(len(self.lent))
+        if e.subject is None or (role == "neighbours" and e.relation is None):
+            return None
+        for _ in range(10):
+            prompt, relation, text = self.lent[pool[int(self._chance() * len(pool))]]
+            foreign = role == "neighbours" or relation is None or relation != e.relation
+            if foreign and e.subject not in prompt:
+                return text
+        return None
 
 
 def batch_losses(
@@ -184,6 +222,7 @@ class Trainer:
         texts = [own.first(hparams.texts_per_role) for own in prepare_texts(base, hparams, train)]
         held_out = min(hparams.stats_examples, len(texts) // 2) if hparams.stats_held_out else 0
         self.train_texts, self.stats_texts = texts[: len(texts) - held_out], texts[len(texts) - held_out :]
+        self.train_examples = train[: len(self.train_texts)]
         self.val_texts = prepare_texts(base, hparams, val[: hparams.val_steps])
         self.trunk = FrozenTrunk(base, cache_dir=hparams.cache_dir or run_dir / "cache")
         self.factors = FactorCache(self.trunk, [t.edit for t in self.train_texts], hparams)
@@ -206,23 +245,48 @@ class Trainer:
         self.normaliser_examples = 0
         if self.loaded is not None:
             return
-        self.mend.warm_up(self.statistics())
+        chosen = self.statistics_examples()
+        self.trunk.fill(
+            [t for e in chosen for own in self.wordings(e) for t in own], show("trunk: texts for statistics")
+        )
+        self.mend.warm_up(self.statistics(chosen), self.paired(chosen) if self.hparams.whiten_pairs else ())
         self.cache["statistics_seconds"] = time.perf_counter() - t2
 
-    def statistics(self) -> Iterator[Factors]:
-        """Factors for the normaliser: of examples held out of training, or of training examples drawn at random."""
-        show, h = self.progress.phase("statistics"), self.hparams
-        texts = self.stats_texts or self.train_texts
+    def statistics_examples(self) -> list[ExampleTexts]:
+        """Examples for the normaliser: held out of training, or drawn from it at random."""
+        texts, h = self.stats_texts or self.train_texts, self.hparams
         order = torch.randperm(len(texts), generator=torch.Generator().manual_seed(h.seed))[: h.stats_examples].tolist()
-        order.sort(key=lambda i: len(texts[i].edit.ids))
         self.normaliser_examples = len(order)
-        for at in range(0, len(order), FACTOR_BATCH):
-            chunk = order[at : at + FACTOR_BATCH]
-            held_out = self.stats_texts and capture_factors(
-                self.trunk, [texts[i].edit for i in chunk], tokens=h.edit_tokens
-            )
-            yield held_out or self.factors.get(chunk)
-            show(at + len(chunk), len(order))
+        return sorted((texts[i] for i in order), key=lambda e: len(e.edit.ids))
+
+    def wordings(self, example: ExampleTexts) -> tuple[list[Tokens], list[Tokens]]:
+        """For the statistics: texts that differ in the prompt's wording only, and others (for `whiten_pairs`)."""
+        if not self.hparams.whiten_pairs:
+            return [example.edit], []
+        alike = [text for text in example.paraphrases if text.targets == example.edit.targets]
+        return [example.edit, *alike], [*example.neighbours, *example.unrelated]
+
+    def statistics(self, examples: Sequence[ExampleTexts]) -> Iterator[Factors]:
+        """Factors of the examples' edits."""
+        show, h = self.progress.phase("statistics"), self.hparams
+        for at in range(0, len(examples), FACTOR_BATCH):
+            texts = [e.edit for e in examples[at : at + FACTOR_BATCH]]
+            yield capture_factors(self.trunk, texts, tokens=h.edit_tokens, reduction=h.loss_reduction)
+            show(at + len(texts), len(examples))
+
+    def paired(self, examples: Sequence[ExampleTexts]) -> Iterator[Wordings]:
+        """Inputs at the scored positions of all texts; a group is one answer token of one example in its wordings."""
+        show = self.progress.phase("statistics of wordings")
+        for at in range(0, len(examples), FACTOR_BATCH):
+            texts, groups, start = [], [], 0
+            for alike, others in map(self.wordings, examples[at : at + FACTOR_BATCH]):
+                texts += [*alike, *others]
+                groups += [start + k for text in alike for k in range(len(text.scored))]
+                groups += [-1 for text in others for _ in text.scored]
+                start += len(alike[0].scored)
+            first = [k == 0 for text in texts for k in range(len(text.scored))]
+            yield capture_inputs(self.trunk, texts), torch.tensor(groups), torch.tensor(first)
+            show(min(at + FACTOR_BATCH, len(examples)), len(examples))
 
     def optimiser(self) -> torch.optim.Optimizer:
         """One optimiser, two groups: transforms (`lr`) and log step sizes (`lr_lr`)."""
@@ -237,7 +301,7 @@ class Trainer:
         """Train until the steps, the time or the patience are used up; the best archive is on disk at the end."""
         self.prepare()
         h = self.hparams
-        optimiser, sampler = self.optimiser(), Sampler(self.train_texts, h)
+        optimiser, sampler = self.optimiser(), Sampler(self.train_texts, self.train_examples, h)
         per_epoch = math.ceil(len(self.train_texts) / (h.batch_size * h.accumulate_bs))
         max_iters = h.max_epochs * per_epoch if h.max_epochs is not None else h.max_iters
         batches, best_step, stopped = iter(sampler), 0, "all steps done"

@@ -34,7 +34,8 @@ def validate(
     losses: dict[str, list[float]] = {role: [] for role in ROLES}
     for at in range(0, len(examples), h.val_batch_size):
         own = examples[at : at + h.val_batch_size]
-        updates = mend(capture_factors(trunk, [e.edit for e in own], tokens=h.edit_tokens), len(own))
+        factors = capture_factors(trunk, [e.edit for e in own], tokens=h.edit_tokens, reduction=h.loss_reduction)
+        updates = mend(factors, len(own))
         updates = {name: u.scaled(strength) for name, u in updates.items()}
         targets = forced(trunk, [[e.edit, *e.paraphrases] for e in own], updates)
         keep = forced(trunk, [[*e.neighbours, *e.unrelated] for e in own], updates, compare=True)

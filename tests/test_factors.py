@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from mendkit.factors import capture_factors, pack, unpack
+from mendkit.factors import capture_factors, capture_inputs, pack, unpack
 from mendkit.losses import edit_nll
 from mendkit.texts import edit_tokens
 from mendkit.trunk import FrozenTrunk, collate
@@ -46,6 +46,24 @@ def test_each_edit_has_the_scale_of_a_single_edit(llama64, cached):
     again = pack(together)
     for name, f in capture_factors(trunk, texts).items():
         assert torch.equal(again[name].rows, f.rows) and torch.equal(again[name].u, f.u)
+
+
+def test_a_summed_loss_counts_every_token_alike(llama64):
+    texts = texts_of(llama64)
+    trunk = FrozenTrunk(llama64)
+    means, sums = (unpack(capture_factors(trunk, texts, reduction=r), len(texts)) for r in ("edit", "sum"))
+    assert len({len(text.targets) for text in texts}) > 1
+    for text, mean, total in zip(texts, means, sums, strict=True):
+        for name, f in mean.items():
+            # Llama's norms compute in float32
+            torch.testing.assert_close(total[name].delta, f.delta * len(text.targets), rtol=1e-3, atol=1e-6)
+
+
+def test_captured_inputs_are_those_of_the_scored_tokens_factors(llama):
+    texts = texts_of(llama)
+    trunk = FrozenTrunk(llama)
+    for name, f in capture_factors(trunk, texts, tokens="scored").items():
+        torch.testing.assert_close(capture_inputs(trunk, texts)[name], f.u)
 
 
 def test_tokens_left_out_are_those_that_cannot_receive_a_gradient(llama):

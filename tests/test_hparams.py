@@ -369,3 +369,20 @@ def test_level_0_imports_only_the_standard_library_yaml_and_errors():
     names = {a.name for n in ast.walk(tree) if isinstance(n, ast.Import) for a in n.names}
     names |= {"." * n.level + n.module for n in ast.walk(tree) if isinstance(n, ast.ImportFrom)}
     assert {n for n in names if n.split(".")[0] not in sys.stdlib_module_names} == {"yaml", ".errors"}
+
+
+def test_options_of_whitening_say_what_they_need():
+    for key in ("whiten_pairs", "unit_response"):
+        assert f"{key}: true needs `whiten`" in refusal(MENDHyperParams, model_name="m", **{key: True})
+    assert "needs `edit_tokens: scored`" in refusal(MENDHyperParams, model_name="m", whiten=0.1, whiten_pairs=True)
+    MENDHyperParams(model_name="m", whiten=0.1, whiten_pairs=True, unit_response=True, edit_tokens="scored")
+
+
+def test_texts_per_role_is_one_number_or_three_and_a_share_is_at_most_one():
+    assert MENDHyperParams(model_name="m", texts_per_role=[4, 1, 2]).texts_per_role == (4, 1, 2)
+    assert MENDHyperParams(model_name="m", texts_per_role=3).texts_per_role == 3
+    for wrong in (0, [1, 2], [1, 0, 1], "two", 1.5):
+        assert "texts_per_role must be an integer >= 1, or three" in refusal(
+            MENDHyperParams, model_name="m", texts_per_role=wrong
+        )
+    assert "borrow must be a finite number >= 0 and <= 1" in refusal(MENDHyperParams, model_name="m", borrow=1.5)

@@ -5,10 +5,11 @@ import pytest
 import torch
 
 from mendkit.edit import side_branches
+from mendkit.errors import DataError
 from mendkit.factors import capture_factors
 from mendkit.hparams import MENDHyperParams
 from mendkit.losses import edit_nll
-from mendkit.mend import MEND, LowRankResidual, RunningMoments, Whitening
+from mendkit.mend import LEAST_RESPONSE, MEND, LowRankResidual, RunningMoments, Whitening
 from mendkit.texts import edit_tokens
 from mendkit.trunk import FrozenTrunk, collate
 from tests.claims import EXAMPLES, scrambled, with_statistics
@@ -61,26 +62,93 @@ def test_a_unit_silent_in_training_does_not_blow_up():
     assert float(moments.normalise(x * 1e9, floor=0.1, clip=10.0)[0, 3]) == 10.0
 
 
-def test_whitening_is_the_ridge_inverse_of_the_covariance_at_unit_mean_square():
+def keys_and_groups(n_groups: int = 60, width: int = 6) -> tuple[torch.Tensor, torch.Tensor]:
+    """Rows of n_groups groups of one to four: a row is what its group shares, noise, and a common offset."""
     generator = torch.Generator().manual_seed(0)
-    x = (
-        torch.randn(500, 6, generator=generator, dtype=torch.float64) @ torch.randn(6, 6, generator=generator).double()
-        + 3
-    )
-    whole, parts = Whitening(6, 0.1).double(), Whitening(6, 0.1).double()
-    whole.add(x)
-    for part in x.split([1, 99, 400]):
-        parts.add(part)
-    covariance = np.cov(x.numpy().T, bias=True)
-    inverse = np.linalg.inv(covariance + 0.1 * covariance.diagonal().mean() * np.eye(6))
-    expected = (x.numpy() - x.numpy().mean(0)) @ inverse
+    groups = torch.repeat_interleave(torch.arange(n_groups), torch.arange(n_groups) % 4 + 1)
+    shared = torch.randn(n_groups, width, generator=generator, dtype=torch.float64) * torch.tensor([2.0, 2, 1, 0, 0, 0])
+    noise = torch.randn(len(groups), width, generator=generator, dtype=torch.float64)
+    return shared[groups] + noise + 3, groups
+
+
+def fitted(x: torch.Tensor, groups: torch.Tensor | None = None, **options) -> Whitening:
+    """Fitted in two parts; every third group is one of first tokens."""
+    whitening = Whitening(x.shape[1], 0.1, pairs=groups is not None, **options).double()
+    for part in (torch.arange(len(x)) < 80, torch.arange(len(x)) >= 80):  # row 80 starts a group
+        own = None if groups is None else groups[part] - int(groups[part].min())
+        whitening.add(x[part], own, None if groups is None else groups[part] % 3 == 0)
+    whitening.fit()
+    return whitening
+
+
+def test_whitening_is_the_ridge_inverse_of_the_second_moment_at_unit_mean_square():
+    x, _ = keys_and_groups()
+    moment = x.numpy().T @ x.numpy() / len(x)
+    expected = x.numpy() @ np.linalg.inv(moment + 0.1 * moment.diagonal().mean() * np.eye(6))
     expected /= np.sqrt((expected**2).mean())
-    for whitening in (whole, parts):
-        whitening.fit()
-        np.testing.assert_allclose(
-            whitening.normalise(x, floor=0.1, clip=None).numpy(), expected, rtol=1e-8, atol=1e-10
-        )
-        assert int(whitening.count) == 500
+    whitening = fitted(x)
+    np.testing.assert_allclose(whitening.normalise(x, floor=0.1, clip=None).numpy(), expected, rtol=1e-8)
+    assert int(whitening.count) == len(x)
+    assert float(whitening.response) == pytest.approx(
+        float((x * whitening.normalise(x, floor=0, clip=None)).sum(1).mean())
+    )
+
+
+def test_paired_whitening_solves_the_least_squares_of_what_a_groups_rows_share():
+    x, groups = keys_and_groups()
+    assert groups[79] != groups[80]
+    paired, plain = fitted(x, groups), fitted(x)
+    moment = x.numpy().T @ x.numpy() / len(x)
+    ridge = 0.1 * moment.diagonal().mean() * np.eye(6)
+    for first in (False, True):
+        rows = [i for i in range(len(x)) if (int(groups[i]) % 3 == 0) == first]
+        target = sum(np.outer(x[i], x[j]) for i in rows for j in rows if i != j and groups[i] == groups[j])
+        residual = (moment + ridge) @ paired.matrix[int(first)].numpy() @ (moment + ridge)  # the normal equations
+        np.testing.assert_allclose(residual / np.linalg.norm(residual), target / np.linalg.norm(target), atol=1e-9)
+
+    def separation(matrix: torch.Tensor) -> float:
+        scores = x @ matrix @ x.T
+        same = (groups[:, None] == groups) & ~torch.eye(len(x), dtype=torch.bool)
+        other = groups[:, None] != groups
+        return float((scores[same].mean() - scores[other].mean()) / scores[other].std())
+
+    assert separation(paired.matrix.sum(0)) > 1.1 * separation(plain.matrix[0])
+
+
+def test_rows_without_a_group_are_only_kept_apart_from_and_some_pair_is_needed():
+    x, groups = keys_and_groups()
+    lone = torch.full((len(x),), -1)
+    with_others = Whitening(6, 0.1, pairs=True).double()
+    with_others.add(torch.cat([x, 5 * x]), torch.cat([groups, lone]), torch.cat([groups, groups]) % 3 == 0)
+    torch.testing.assert_close(with_others._pairs[0], fitted_pairs(x, groups, first=False))
+    torch.testing.assert_close(with_others._second, 26 * x.T @ x)
+    single = Whitening(6, 0.1, pairs=True)
+    single.add(x.float(), torch.arange(len(x)), groups % 3 == 0)
+    with pytest.raises(DataError, match="no example has a paraphrase"):
+        single.fit()
+
+
+def fitted_pairs(x: torch.Tensor, groups: torch.Tensor, *, first: bool) -> torch.Tensor:
+    """Σ x yᵀ over ordered pairs of a group, in a plain loop."""
+    total = torch.zeros(x.shape[1], x.shape[1], dtype=x.dtype)
+    for i, j in zip(*torch.nonzero(groups[:, None] == groups, as_tuple=True), strict=True):
+        if i != j and (int(groups[i]) % 3 == 0) == first:
+            total += torch.outer(x[i], x[j])
+    return total
+
+
+def test_unit_response_makes_every_token_answer_itself_alike():
+    x, groups = keys_and_groups()
+    whitening, first = fitted(x, groups, unit_response=True), groups % 3 == 0
+    plain = torch.where(first[:, None], x @ whitening.matrix[1], x @ whitening.matrix[0])
+    z = whitening.normalise(x, floor=0.1, clip=None, first=first)
+    mean = whitening.response[first.long()]
+    enough = (x * plain).sum(1) > LEAST_RESPONSE * mean
+    assert float(enough.double().mean()) > 0.95
+    torch.testing.assert_close((x * z).sum(1)[enough], mean[enough])
+    faint = 0.1 * x  # a tenth of the input answers itself a hundredth as much: not made longer without end
+    z = whitening.normalise(faint, floor=0.1, clip=None, first=first)
+    torch.testing.assert_close(z, 0.1 * plain / LEAST_RESPONSE)
 
 
 # ------------------------------------------------------------------------------------------------- blocks

@@ -1,6 +1,7 @@
 """Training against a textbook loop, and the promises around it (CORRECTNESS rows 2, 15, 19, 21)."""
 
 import json
+from dataclasses import replace
 
 import pytest
 import torch
@@ -105,7 +106,9 @@ def test_every_role_weighs_as_told(llama):
     mend = scrambled(with_statistics(llama, MEND(llama.sites, h)))
     trunk = FrozenTrunk(llama)
     factors = FactorCache(trunk, [e.edit for e in examples], h.replace(cache_bytes=0))
-    losses = batch_losses(trunk, mend, factors.get([0, 1]), Sampler(examples, h).texts([0, 1]))
+    losses = batch_losses(
+        trunk, mend, factors.get([0, 1]), Sampler(examples, EXAMPLES[: len(examples)], h).texts([0, 1])
+    )
     weights = dict(cedit=2.0, cpara=0.5, cneigh=3.0, cloc=0.25)
     expected = 2 * losses["edit"] + 0.5 * losses["paraphrases"] + 3 * losses["neighbours"] + 0.25 * losses["unrelated"]
     torch.testing.assert_close(total_loss(losses, h.replace(**weights)), expected)
@@ -117,7 +120,7 @@ def test_a_missing_role_fills_up_without_weight(llama):
     h = hparams()
     bare = prepare_texts(llama, h, [EXAMPLES[0].__class__(prompt="The capital of Peru is", target_new="Rome")])
     examples = [*prepare_texts(llama, h, EXAMPLES[:1]), *bare]
-    rows = Sampler(examples, h).texts([0, 1])
+    rows = Sampler(examples, EXAMPLES[: len(examples)], h).texts([0, 1])
     assert [role for role, _ in rows[1]] == ["edit", "", "", ""]
     mend = scrambled(with_statistics(llama, MEND(llama.sites, h)))
     trunk = FrozenTrunk(llama)
@@ -130,7 +133,7 @@ def test_a_missing_role_fills_up_without_weight(llama):
 
 def test_every_example_is_drawn_once_an_epoch(llama):
     examples = prepare_texts(llama, hparams(), EXAMPLES)
-    batches = iter(Sampler(examples, hparams(batch_size=2)))
+    batches = iter(Sampler(examples, EXAMPLES[: len(examples)], hparams(batch_size=2)))
     drawn = [i for _ in range(5) for i in next(batches)]
     assert sorted(drawn[:5]) == sorted(drawn[5:]) == list(range(5))
 
@@ -214,10 +217,63 @@ def test_statistics_may_come_from_examples_held_out_of_training(llama, tmp_path)
     assert all(int(m["u"].count) == int(m["delta"].count) == tokens for m in moments)
 
 
+def test_paired_statistics_are_of_the_answer_tokens_of_all_texts(llama, tmp_path):
+    h = quick(stats_examples=4, whiten=0.1, whiten_pairs=True, unit_response=True, edit_tokens="scored")
+    trainer = Trainer(llama, h, EXAMPLES, EXAMPLES[:1], tmp_path)
+    trainer.prepare()
+    chosen = trainer.statistics_examples()
+    assert len(chosen) == 4
+    tokens = sum(len(text.scored) for e in chosen for text in e.all())
+    assert all(int(m["u"].count) == tokens for m in trainer.mend.moments.values())
+    (inputs, groups, first) = next(iter(trainer.paired(chosen)))
+    assert {len(u) for u in inputs.values()} == {len(groups)} == {len(first)} == {tokens}
+    sizes = torch.bincount(groups[groups >= 0]).tolist()
+    assert sizes == [1 + len(e.paraphrases) for e in chosen for _ in e.edit.scored]
+    assert int((groups < 0).sum()) == sum(len(t.scored) for e in chosen for t in (*e.neighbours, *e.unrelated))
+    assert int(first.sum()) == sum(len(e.all()) for e in chosen)
+    archive = train(h, EXAMPLES, EXAMPLES[:1], base=llama, run_dir=tmp_path / "run").archive
+    mend = load_archive(archive, base=llama).mend  # both matrices and what is divided by survive
+    assert all(len(m["u"].matrix) == 2 and (m["u"].response > 0).all() for m in mend.moments.values())
+
+
+def test_borrowed_texts_are_of_the_right_relation_and_never_name_the_subject(llama):
+    others = [replace(e, relation="seat", subject=f"{e.subject} (seat)") for e in EXAMPLES[3:]]
+    source = [*EXAMPLES[:3], *others]
+    h = hparams(borrow=1.0, neighbours_per_edit=2, unrelated_per_edit=2)
+    texts = prepare_texts(llama, h, source)
+    sampler = Sampler(texts, source, h)
+    seen: dict[str, set] = {"neighbours": set(), "unrelated": set()}
+    for _ in range(40):
+        for role, text in sampler.texts([0])[0]:
+            if role in seen:
+                seen[role].add(text)
+    written = {role: {llama.tokenizer.decode(text.ids) for text in own} for role, own in seen.items()}
+    assert not any("France" in text for own in written.values() for text in own)
+    kin = {t for i in (1, 2) for t in (texts[i].edit, *texts[i].paraphrases, *texts[i].neighbours)}
+    assert seen["neighbours"] == kin | set(texts[0].neighbours)
+    assert any("Chad" in text or "Fiji" in text for text in written["unrelated"])
+    assert not any("United Kingdom" in text or "Japan" in text for text in written["unrelated"])
+    plain = Sampler(texts, source, h.replace(borrow=0.0)).texts([0])[0]
+    assert {text for role, text in plain if role == "neighbours"} == set(texts[0].neighbours)
+
+
+def test_without_a_subject_or_a_relation_nothing_is_borrowed(llama):
+    h = hparams(borrow=1.0)
+    source = [replace(EXAMPLES[0], subject=None), replace(EXAMPLES[1], relation=None), *EXAMPLES[2:]]
+    texts = prepare_texts(llama, h, source)
+    sampler = Sampler(texts, source, h)
+    for _ in range(10):
+        first, second = (dict(rows) for rows in sampler.texts([0, 1]))
+        assert first["neighbours"] in texts[0].neighbours and first["unrelated"] in texts[0].unrelated
+        assert second["neighbours"] in texts[1].neighbours
+
+
 def test_fewer_texts_per_role_keep_the_first(llama, tmp_path):
     trainer = Trainer(llama, quick(texts_per_role=1), EXAMPLES, EXAMPLES[:1], tmp_path)
     assert all(len(own.paraphrases) == len(own.neighbours) == len(own.unrelated) == 1 for own in trainer.train_texts)
     assert len(trainer.val_texts[0].paraphrases) == 2
+    own = Trainer(llama, quick(texts_per_role=[2, 1, 1]), EXAMPLES, EXAMPLES[:1], tmp_path).train_texts[0]
+    assert (len(own.paraphrases), len(own.neighbours), len(own.unrelated)) == (2, 1, 1)
 
 
 def test_an_archive_is_trained_on(llama, tmp_path, caplog):
