@@ -34,6 +34,7 @@ QUESTION = "Answer in a few words, without a full sentence.\nQuestion: {prompt} 
 EDIT_BATCH = 64
 DECODE_BATCH = 64
 RESAMPLES = 2000
+REWORDED = 2
 STOP = re.compile(r"[.\n]")
 
 
@@ -137,6 +138,7 @@ class Card:
     rivals: tuple[Tokens, ...]  # neighbours with known answers, with y instead
     unrelated: tuple[Tokens, ...]
     greedy: tuple[Tokens, ...] = ()  # one neighbour and one unrelated prompt, each with what f writes there
+    reworded: tuple[Tokens, ...] = ()  # paraphrases of other examples of the relation, with their old answers
 
 
 class EvaluationSet:
@@ -168,8 +170,10 @@ class EvaluationSet:
                 self.skipped.append(str(error))
         if not cards:
             raise DataError(f"no example can be scored; first problem: {(self.skipped or ['no example given'])[0]}")
-        self.cards = self._with_greedy(cards)
-        self.trunk.fill([text for card in self.cards for group in _texts(card) for text in group])
+        self.cards = self._with_greedy(self._with_reworded(cards))
+        self.trunk.fill(
+            [text for card in self.cards for text in (*card.targets, *card.old, *card.rivals, *_kept(card))]
+        )
         self.kept_before = forced(self.trunk, [_kept(card) for card in self.cards], None)
         self.before, self.written = self.score(None, range(len(self.cards)))
 
@@ -211,6 +215,23 @@ class EvaluationSet:
             rivals=tuple(read(p.prompt, e.target_new) for p in known),
             unrelated=tuple(read(p.prompt, p.answer) for p in e.unrelated),
         )
+
+    def _with_reworded(self, cards: Sequence[Card]) -> list[Card]:
+        """Add to each card the first paraphrases of the next examples of its relation that do not name its subject."""
+        by_relation: dict[str | None, list[int]] = {}
+        for i, e in enumerate(self.examples):
+            if e.relation and e.paraphrases and e.ground_truth:
+                by_relation.setdefault(e.relation, []).append(i)
+        out = []
+        for i, (e, card) in enumerate(zip(self.examples, cards, strict=True)):
+            kin = sorted(by_relation.get(e.relation, ()), key=lambda j: (j <= i, j))
+            others = [self.examples[j] for j in kin if e.subject and e.subject not in self.examples[j].paraphrases[0]]
+            texts = [
+                tokenize(self.base.tokenizer, o.paraphrases[0], o.ground_truth, max_length=self.hparams.max_length)
+                for o in others[:REWORDED]
+            ]
+            out.append(replace(card, reworded=tuple(texts)))
+        return out
 
     def _with_greedy(self, cards: Sequence[Card]) -> list[Card]:
         """Add to each card what f writes freely after its first neighbour and its first unrelated prompt."""
@@ -269,13 +290,9 @@ class EvaluationSet:
         return answers
 
 
-def _texts(card: Card) -> tuple[tuple[Tokens, ...], ...]:
-    return card.targets, card.old, card.neighbours, card.rivals, card.unrelated, card.greedy
-
-
 def _kept(card: Card) -> tuple[Tokens, ...]:
     """What should stay as it was."""
-    return (*card.neighbours, *card.unrelated, *card.greedy)
+    return (*card.neighbours, *card.unrelated, *card.greedy, *card.reworded)
 
 
 def _prompt(text: Tokens) -> tuple[int, ...]:
@@ -328,7 +345,11 @@ def _probability_values(
 
 
 def _locality_values(card: Card, kept: Sequence[Forced], before: Sequence[Forced]) -> dict[str, float]:
-    """Agreement with f: argmax and KL at answer positions, right answers retained, and f's own greedy output."""
+    """Agreement with f: argmax and KL at answer positions, right answers retained, and f's own greedy output.
+
+    Neighbours share the edit prompt's wording. `reworded_…` are other subjects in a paraphrase's wording: an editor can
+    win paraphrases by answering a whole relation, and only these would show it.
+    """
     n, m = len(card.neighbours), len(card.neighbours) + len(card.unrelated)
     parts = {"neighbourhood": (0, n), "locality": (n, m)}
     out: dict[str, float] = {}
@@ -345,7 +366,11 @@ def _locality_values(card: Card, kept: Sequence[Forced], before: Sequence[Forced
         ]
         if right:
             out[f"{name}.retained"] = fmean(right)
-    greedy = zip([name for name, (a, b) in parts.items() if a < b], kept[m:], strict=True)
+    if card.reworded:
+        rest = kept[-len(card.reworded) :]
+        out["neighbourhood.reworded_agreement"] = fmean(fmean(v.same) for v in rest)
+        out["neighbourhood.reworded_kl_nats"] = fmean(fmean(v.kl) for v in rest)
+    greedy = zip([name for name, (a, b) in parts.items() if a < b], kept[m : m + len(card.greedy)], strict=True)
     return out | {f"{name}.greedy_agreement": float(all(v.same)) for name, v in greedy}
 
 

@@ -191,6 +191,7 @@ class MENDHyperParams:
     accumulate_bs: int = _key(1, low=1)
     texts_per_role: tuple[int, ...] | int | None = _key(None, store=_counts, words="an integer >= 1, or three")
     borrow: float = _key(0.0, low=0, most=1)
+    swap: float = _key(0.0, low=0, most=1)
     paraphrases_per_edit: int = _key(1, low=0)
     neighbours_per_edit: int = _key(1, low=0)
     unrelated_per_edit: int = _key(1, low=0)

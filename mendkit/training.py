@@ -61,38 +61,38 @@ class TrainingResult:
 
 
 class FactorCache:
-    """Factors per example: kept in memory within a byte budget, recomputed from the trunk beyond it."""
+    """Factors per text: kept in memory within a byte budget, recomputed from the trunk beyond it."""
 
-    def __init__(self, trunk: FrozenTrunk, texts: Sequence[Tokens], hparams: MENDHyperParams) -> None:
-        self.trunk, self.texts = trunk, texts
+    def __init__(self, trunk: FrozenTrunk, hparams: MENDHyperParams) -> None:
+        self.trunk = trunk
         self.how = {"tokens": hparams.edit_tokens, "reduction": hparams.loss_reduction}
         self.budget, self.bytes = hparams.cache_bytes, 0
-        self._kept: dict[int, Factors] = {}
+        self._kept: dict[Tokens, Factors] = {}
 
-    def fill(self, progress: Any = None) -> None:
+    def fill(self, texts: Sequence[Tokens], progress: Any = None) -> None:
         """Compute and keep factors, shortest texts first, until the budget is spent."""
-        order = sorted(range(len(self.texts)), key=lambda i: len(self.texts[i].ids))
+        order = sorted(set(texts), key=lambda text: (len(text.ids), text.key))
         for at in range(0, len(order), FACTOR_BATCH):
             if self.bytes >= self.budget:
                 return
             chunk = order[at : at + FACTOR_BATCH]
-            for i, factors in zip(chunk, self._compute(chunk), strict=True):
-                self._kept[i] = factors
+            for text, factors in zip(chunk, self._compute(chunk), strict=True):
+                self._kept[text] = factors
                 self.bytes += sum(4 * (f.u.numel() + f.delta.numel()) for f in factors.values())
             if progress is not None:
                 progress(min(at + FACTOR_BATCH, len(order)), len(order))
 
-    def get(self, index: Sequence[int]) -> Factors:
-        """Packed factors of some examples."""
-        missing = [i for i in index if i not in self._kept]
+    def get(self, texts: Sequence[Tokens]) -> Factors:
+        """Packed factors of some texts."""
+        missing = [text for text in texts if text not in self._kept]
         fresh = dict(zip(missing, self._compute(missing), strict=True)) if missing else {}
-        return pack([self._kept.get(i) or fresh[i] for i in index])
+        return pack([self._kept.get(text) or fresh[text] for text in texts])
 
     def __len__(self) -> int:
         return len(self._kept)
 
-    def _compute(self, index: Sequence[int]) -> list[Factors]:
-        return unpack(capture_factors(self.trunk, [self.texts[i] for i in index], **self.how), len(index))
+    def _compute(self, texts: Sequence[Tokens]) -> list[Factors]:
+        return unpack(capture_factors(self.trunk, texts, **self.how), len(texts))
 
 
 class Sampler:
@@ -100,6 +100,7 @@ class Sampler:
 
     `borrow` is the share of neighbours and unrelated prompts that are other examples' texts, whatever their role: of
     the same relation for neighbours, of another for unrelated prompts, and never one that names the edit's subject.
+    `swap` is the share of edits made with any of an example's wordings; its other wordings are then the paraphrases.
     """
 
     def __init__(
@@ -134,9 +135,11 @@ class Sampler:
         out = []
         for i in index:
             example = self.examples[i]
-            drawn = [("edit", example.edit)]
+            wordings = [example.edit, *example.paraphrases]
+            edit = wordings.pop(int(self._chance() * len(wordings)) if h.swap and self._chance() < h.swap else 0)
+            drawn = [("edit", edit)]
             for role, count in wanted.items():
-                pool = getattr(example, role)
+                pool = wordings if role == "paraphrases" else getattr(example, role)
                 pick = torch.randperm(len(pool), generator=self.generator)[:count].tolist()
                 chosen = [pool[j] for j in pick]
                 if h.borrow and role != "paraphrases":
@@ -225,7 +228,7 @@ class Trainer:
         self.train_examples = train[: len(self.train_texts)]
         self.val_texts = prepare_texts(base, hparams, val[: hparams.val_steps])
         self.trunk = FrozenTrunk(base, cache_dir=hparams.cache_dir or run_dir / "cache")
-        self.factors = FactorCache(self.trunk, [t.edit for t in self.train_texts], hparams)
+        self.factors = FactorCache(self.trunk, hparams)
         self.history: list[dict[str, float]] = []
         self.best: dict[str, float] = {}
         self.archive = run_dir / "archive.safetensors"
@@ -237,7 +240,7 @@ class Trainer:
         self.trunk.fill([t for e in self.train_texts for t in e.all()], show("trunk: training texts"))
         self.trunk.fill([t for e in self.val_texts for t in e.all()], show("trunk: validation texts"))
         t1 = time.perf_counter()
-        self.factors.fill(show("factors"))
+        self.factors.fill([t.edit for t in self.train_texts], show("factors"))
         t2 = time.perf_counter()
         self.cache = {"trunk_seconds": t1 - t0, "factor_seconds": t2 - t1}
         self.cache |= {"factor_bytes": self.factors.bytes, "factor_examples": len(self.factors)}
@@ -333,7 +336,8 @@ class Trainer:
         h, sums = self.hparams, {}
         for _ in range(h.accumulate_bs):
             index = next(batches)
-            losses = batch_losses(self.trunk, self.mend, self.factors.get(index), sampler.texts(index))
+            own = sampler.texts(index)
+            losses = batch_losses(self.trunk, self.mend, self.factors.get([rows[0][1] for rows in own]), own)
             total = total_loss(losses, h) / h.accumulate_bs
             total.backward()
             for name, value in {"loss": total * h.accumulate_bs, **losses}.items():

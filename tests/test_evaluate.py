@@ -1,6 +1,7 @@
 """Scores against oracles: models whose answers are known, and decoding done the long way."""
 
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -91,6 +92,27 @@ def test_greedy_agreement_is_the_same_text_written(llama, prepared, strength):
             with editor.edit(example).scale(strength).applied():
                 after = llama.generate_ids(ids, mask, max_new_tokens=8, stop=True)
             assert row.values[f"{name}.greedy_agreement"] == float(before == after)
+
+
+def test_reworded_neighbours_are_other_subjects_in_a_paraphrases_words(llama, prepared):
+    wanted = [("Norway", "Oslo"), ("Chile", "Santiago")]  # the next two examples of the relation after Japan
+    read = [llama.tokenizer.decode(text.ids) for text in prepared.cards[2].reworded]
+    assert read == [f"{subject} has its seat of government in {truth}" for subject, truth in wanted]
+    editor = editor_for(llama)
+    row = evaluate(editor, prepared).rows[2].values
+    same, kl = [], []
+    for text in prepared.cards[2].reworded:
+        ids, at = torch.tensor([text.ids]), list(text.scored)
+        with torch.no_grad():
+            before = llama.model(input_ids=ids).logits[0, at].log_softmax(-1)
+            with editor.edit(EXAMPLES[2]).applied():
+                after = llama.model(input_ids=ids).logits[0, at].log_softmax(-1)
+        same.append(float((before.argmax(-1) == after.argmax(-1)).double().mean()))
+        kl.append(float((before.exp() * (before - after)).sum(-1).mean()))
+    assert row["neighbourhood.reworded_agreement"] == pytest.approx(sum(same) / 2)
+    assert row["neighbourhood.reworded_kl_nats"] == pytest.approx(sum(kl) / 2, rel=1e-3)
+    bare = EvaluationSet(llama, hparams(), [replace(e, relation=None) for e in EXAMPLES[:2]], max_new_tokens=4)
+    assert not any(card.reworded for card in bare.cards)
 
 
 def test_efficacy_scores_compare_length_normalised_likelihoods(llama, prepared):

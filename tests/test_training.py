@@ -84,10 +84,10 @@ def test_losses_and_gradients_are_the_textbooks(family, cached, request):
     trunk = FrozenTrunk(base)
     if cached:
         trunk.fill([text for example in examples for text in example.all()])
-    factors = FactorCache(trunk, [e.edit for e in examples], h.replace(cache_bytes=10**9))
+    factors = FactorCache(trunk, h.replace(cache_bytes=10**9))
     texts = [{role: getattr(e, role)[0] for role in ("paraphrases", "neighbours", "unrelated")} for e in examples]
     rows = [[("edit", e.edit), *own.items()] for e, own in zip(examples, texts, strict=True)]
-    losses = batch_losses(trunk, mend, factors.get(range(len(examples))), rows)
+    losses = batch_losses(trunk, mend, factors.get([e.edit for e in examples]), rows)
     gradients = torch.autograd.grad(total_loss(losses, h), list(mend.parameters()))
 
     plain = [textbook_losses(base, mend, e.edit, own) for e, own in zip(examples, texts, strict=True)]
@@ -105,9 +105,9 @@ def test_every_role_weighs_as_told(llama):
     examples = prepare_texts(llama, h, EXAMPLES)
     mend = scrambled(with_statistics(llama, MEND(llama.sites, h)))
     trunk = FrozenTrunk(llama)
-    factors = FactorCache(trunk, [e.edit for e in examples], h.replace(cache_bytes=0))
+    factors = FactorCache(trunk, h.replace(cache_bytes=0))
     losses = batch_losses(
-        trunk, mend, factors.get([0, 1]), Sampler(examples, EXAMPLES[: len(examples)], h).texts([0, 1])
+        trunk, mend, factors.get([e.edit for e in examples[:2]]), Sampler(examples, EXAMPLES, h).texts([0, 1])
     )
     weights = dict(cedit=2.0, cpara=0.5, cneigh=3.0, cloc=0.25)
     expected = 2 * losses["edit"] + 0.5 * losses["paraphrases"] + 3 * losses["neighbours"] + 0.25 * losses["unrelated"]
@@ -124,9 +124,9 @@ def test_a_missing_role_fills_up_without_weight(llama):
     assert [role for role, _ in rows[1]] == ["edit", "", "", ""]
     mend = scrambled(with_statistics(llama, MEND(llama.sites, h)))
     trunk = FrozenTrunk(llama)
-    cache = FactorCache(trunk, [e.edit for e in examples], h.replace(cache_bytes=0))
-    both = batch_losses(trunk, mend, cache.get([0, 1]), rows)
-    first = batch_losses(trunk, mend, cache.get([0]), rows[:1])
+    cache = FactorCache(trunk, h.replace(cache_bytes=0))
+    both = batch_losses(trunk, mend, cache.get([e.edit for e in examples]), rows)
+    first = batch_losses(trunk, mend, cache.get([examples[0].edit]), rows[:1])
     for role in ("paraphrases", "neighbours", "unrelated"):
         torch.testing.assert_close(both[role], first[role], rtol=1e-4, atol=1e-6)
 
@@ -255,6 +255,19 @@ def test_borrowed_texts_are_of_the_right_relation_and_never_name_the_subject(lla
     assert not any("United Kingdom" in text or "Japan" in text for text in written["unrelated"])
     plain = Sampler(texts, source, h.replace(borrow=0.0)).texts([0])[0]
     assert {text for role, text in plain if role == "neighbours"} == set(texts[0].neighbours)
+
+
+def test_swapped_edits_are_made_with_any_wording_and_the_others_are_paraphrases(llama):
+    texts = prepare_texts(llama, hparams(), EXAMPLES)
+    wordings = {texts[0].edit, *texts[0].paraphrases}
+    seen = set()
+    sampler = Sampler(texts, EXAMPLES, hparams(swap=1.0, paraphrases_per_edit=9))
+    for _ in range(40):
+        (role, edit), *rest = sampler.texts([0])[0]
+        assert role == "edit" and {text for r, text in rest if r == "paraphrases"} == wordings - {edit}
+        seen.add(edit)
+    assert seen == wordings
+    assert all(Sampler(texts, EXAMPLES, hparams()).texts([0])[0][0][1] == texts[0].edit for _ in range(10))
 
 
 def test_without_a_subject_or_a_relation_nothing_is_borrowed(llama):
