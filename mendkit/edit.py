@@ -42,14 +42,18 @@ class LowRankUpdate:
         """Σ_b ΔW_b as a matrix in (output, input) orientation."""
         return self.coefficient * torch.einsum("bto,bti->oi", self.delta, self.u)
 
-    def branch(self, x: Float[Tensor, "n l i"]) -> Float[Tensor, "n l o"]:
-        """What the update adds to the layer's output for inputs x: row r of x is under edit r // (n / b)."""
-        b = len(self.u)
-        n, length, width = x.shape
-        if n % b:
-            raise MendkitError(f"{n} rows cannot be shared by {b} edits; give every edit the same number of texts")
-        keys = torch.bmm(x.reshape(b, n // b * length, width).to(self.u.dtype), self.u.transpose(1, 2))
-        return torch.bmm(keys * self.coefficient, self.delta).view(n, length, -1)
+    def branch(self, x: Float[Tensor, "*n i"]) -> Float[Tensor, "*n o"]:
+        """What the update adds to the layer's output for inputs x: (n, l, i), row r under edit r // (n / b).
+
+        Some models' layers see rows and positions as one axis, (n · l, i): the order is the same.
+        """
+        b, width = len(self.u), x.shape[-1]
+        if x.shape[0] % b:
+            raise MendkitError(
+                f"{x.shape[0]} rows cannot be shared by {b} edits; give every edit the same number of texts"
+            )
+        keys = torch.bmm(x.reshape(b, -1, width).to(self.u.dtype), self.u.transpose(1, 2))
+        return torch.bmm(keys * self.coefficient, self.delta).view(*x.shape[:-1], -1)
 
 
 Updates = dict[str, LowRankUpdate]

@@ -92,7 +92,8 @@ def capture_factors(
     for name, (u, delta) in record_factors(base, loss).items():
         site = next(site for site in base.sites if site.name == name)
         mask = batch.scored if tokens == "scored" else contributing(site, batch)
-        factors[name] = GradientFactors(wide(u[mask]), wide(delta[mask]), mask.nonzero()[:, 0])
+        u, delta = (x.reshape(*mask.shape, -1)[mask] for x in (u, delta))  # some layers see (n · t, d)
+        factors[name] = GradientFactors(wide(u), wide(delta), mask.nonzero()[:, 0])
     return factors
 
 
@@ -102,7 +103,8 @@ def capture_inputs(trunk: FrozenTrunk, texts: Sequence[Tokens], /) -> Inputs:
     batch = collate(texts, trunk.base.pad_id, trunk.base.device)
     with _record(trunk.base) as record:
         trunk.suffix(texts, batch)
-    return {name: wide(u.detach()[batch.scored]) for name, (u, _) in record.items()}
+    mask = batch.scored
+    return {name: wide(u.detach().reshape(*mask.shape, -1)[mask]) for name, (u, _) in record.items()}
 
 
 def record_factors(

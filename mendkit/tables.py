@@ -231,6 +231,12 @@ def editing_conclusion(trained: EvaluationReport, control: EvaluationReport, cur
         f"{failed} of {len(trained.rows)} edits are not written exactly when the model decodes freely",
         findings.strength(curve),
     ]
+    reworded = trained.summary.get("neighbourhood.reworded_agreement")
+    if reworded is not None:
+        lines.append(
+            f"Other subjects keep their argmax {_mean(trained.summary['neighbourhood.argmax_agreement'])} in the edit "
+            f"prompt's wording and {_mean(reworded)} in a paraphrase's"
+        )
     return "\n".join(f"- {line}." for line in lines)
 
 

@@ -1,5 +1,6 @@
 """Sentences and tables tell what happened, also when it went badly, and no text can break them."""
 
+from dataclasses import replace
 from pathlib import Path
 from statistics import harmonic_mean
 from types import SimpleNamespace
@@ -206,6 +207,15 @@ def test_scores_stand_side_by_side() -> None:
 def test_the_conclusion_names_the_weakest_share_and_the_failures() -> None:
     text = tables.editing_conclusion(_report("trained", [1, 0, 0]), _report("c", [0]), [{"strength": 1, "score": 0.5}])
     assert "does not beat" in text and "`paraphrase.free_exact`, 0.400" in text and "2 of 3 edits" in text
+    assert "in a paraphrase's" not in text
+
+
+def test_the_conclusion_tells_of_other_subjects_in_a_paraphrases_wording() -> None:
+    report, control = _report("trained", [1, 0, 0]), _report("c", [0])
+    summary = {**report.summary, "neighbourhood.reworded_agreement": Interval(0.25, 0.2, 0.3, 3)}
+    summary["neighbourhood.argmax_agreement"] = Interval(0.75, 0.7, 0.8, 3)
+    text = tables.editing_conclusion(replace(report, summary=summary), control, [{"strength": 1, "score": 0.5}])
+    assert "their argmax 0.750 [0.700, 0.800] in the edit prompt's wording and 0.250 [0.200, 0.300] in a par" in text
 
 
 def test_training_results_are_flat_and_hold_both_editors() -> None:
