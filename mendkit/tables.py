@@ -4,10 +4,12 @@ import html
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from statistics import quantiles
 from typing import Any
 
 from . import findings
 from .data import EditExample, tokenize
+from .editor import MENDEditor
 from .evaluate import HARMONIC, EvaluationReport, Interval, normalise
 from .findings import Row
 from .hparams import MENDHyperParams
@@ -232,6 +234,62 @@ def editing_conclusion(trained: EvaluationReport, control: EvaluationReport, cur
         findings.strength(curve),
     ]
     return "\n".join(f"- {line}." for line in lines)
+
+
+# --------------------------------------------------------------------------------------------- inside an edit
+
+
+def inspected(editor: MENDEditor, folder: Path, /, *, examples: Mapping[str, Sequence[EditExample]]) -> str:
+    """What is going to be looked at, as a table: a trained MEND or, said aloud, one that is not."""
+    h, untrained = editor.mend.hparams, "NONE: a MEND at identity initialisation, per-feature statistics, never trained"
+    rows = [("base model", editor.base.name), ("hypernetwork", untrained if editor.name == "untrained" else "trained")]
+    rows += [("tokens that make the update", h.edit_tokens), ("normaliser", _normaliser(h)), ("run folder", folder)]
+    return table(("what", "value"), [*rows, *((f"{name} examples", len(own)) for name, own in examples.items())])
+
+
+def ladder(measured: Sequence[Row], /) -> str:
+    """From the gradient to the trained update, one difference a row (rows of `anatomy`)."""
+    rows = []
+    for own in findings.medians(measured, by=("series",), of=("cosine", "step")):
+        norms = quantiles((row["norm"] for row in measured if row["series"] == own["series"]), n=10)
+        spread = f"{norms[-1] / norms[0]:.3g}" if norms[0] > 0 else "infinite"
+        rows.append((own["series"], f"{own['cosine']:.6f}", f"{own['step']:.4g}", spread))
+    return table(("update", "cosine of −ΔW with ∇L, median", "‖ΔW‖ / ‖∇L‖, median", "spread of ‖ΔW‖ / ‖W‖"), rows)
+
+
+def layers(by_site: Sequence[Row], edit_lrs: Mapping[str, float], /) -> str:
+    """Step size and median relative norm of the updates of every site, before and after training."""
+    rows = [
+        (
+            findings.short_site(r["site"]),
+            r["series"],
+            f"{r['norm']:.2e}",
+            f"{r['cosine']:.3f}",
+            f"{edit_lrs[r['site']]:.2e}",
+        )
+        for r in by_site
+    ]
+    return table(("site", "update", "‖ΔW‖ / ‖W‖", "cosine with ∇L", "learned step size α"), rows)
+
+
+def inside_results(
+    checked: Sequence[Row], measured: Sequence[Row], minus: Sequence[Row], plus: Sequence[Row], /
+) -> Row:
+    """Flat results of notebook 03: `inside.…`."""
+    results = {"rank.gradients": len(checked), "rank.above_tokens": sum(r["rank"] > r["tokens"] for r in checked)}
+    for name in ("error", "scored_error"):
+        results[f"rank.largest_{name}"] = max(row[name] for row in checked)
+    for own in findings.medians(measured, by=("series",), of=("cosine", "step", "norm")):
+        results |= {f"{own['series']}.{name}": own[name] for name in ("cosine", "step", "norm")}
+    for sign, rows in (("minus", minus), ("plus", plus)):
+        results |= {f"{sign}.{abs(row['size']):g}.loss.edit": row["loss.edit"] for row in rows}
+    return {f"inside.{name}": value for name, value in results.items()}
+
+
+def _normaliser(h: MENDHyperParams) -> str:
+    if not h.norm:
+        return "none"
+    return "mean and standard deviation of each feature" if h.whiten is None else "u whitened, delta per feature"
 
 
 # ---------------------------------------------------------------------------------------------------- helpers
