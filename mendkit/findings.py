@@ -182,14 +182,25 @@ def signs(minus: Sequence[Row], plus: Sequence[Row], /) -> str:
 
 
 def normalisers(sweeps: Mapping[str, Sequence[Row]], /) -> str:
-    """How large an update of each kind must be to write half of the edits, and what that costs next door."""
+    """At which size each kind of update writes half of the edits, and what that costs next door."""
     parts = []
     for name, rows in sweeps.items():
         reached = [row for row in rows if row["edit_success"] >= 0.5]
         row = min(reached, key=lambda r: r["size"]) if reached else max(rows, key=lambda r: r["edit_success"])
-        cost = f", neighbours' KL {row['loss.neighbours']:.2f}" if "loss.neighbours" in row else ""
-        parts.append(f"{name}: {row['edit_success']:.2f} at a relative norm of {row['size']:g}{cost}")
-    return "The smallest update that writes half of the edits (else the best): " + "; ".join(parts)
+        cost = f" (neighbours' KL {row['loss.neighbours']:.2g})" if "loss.neighbours" in row else ""
+        none = f"at no norm tried (at most {row['edit_success']:.2f})"
+        parts.append(f"{name} " + (f"at a relative norm of {row['size']:g}{cost}" if reached else none))
+    return f"Half of the edits are written by: {'; '.join(parts)}"
+
+
+def grown(by_site: Sequence[Row], edit_lrs: Mapping[str, float], /, *, start: float) -> str:
+    """How updates grew from the first series of each site to its last, and how the step sizes did."""
+    steps = [abs(value) / start for value in edit_lrs.values()]
+    ratios = {site: [row["norm"] for row in by_site if row["site"] == site] for site in edit_lrs}
+    growth = {site: own[-1] / own[0] for site, own in ratios.items()}
+    low, high = min(growth, key=growth.__getitem__), max(growth, key=growth.__getitem__)
+    ends = " to ".join(f"{growth[site]:.2g} ({short_site(site)})" for site in (low, high))
+    return f"Updates are {ends} times as large as at the start, step sizes {min(steps):.2g} to {max(steps):.2g} times"
 
 
 def alignment(rows: Sequence[Row], /) -> str:

@@ -102,7 +102,8 @@ def rank_rows(base: BaseModel, texts: Sequence[Tokens], /, *, reduction: str = "
             own = {"tokens": len(every[site].u), "full_rank": min(dense.shape)}
             own["rank"] = int(torch.linalg.matrix_rank(dense.to(every[site].u.dtype)))
             for name, factors in (("error", every), ("scored_error", scored)):
-                own[name] = float((factors[site].weight_gradient() - dense).norm() / dense.norm())
+                terms = factors[site].delta.double().T @ factors[site].u.double()  # not the product that autograd forms
+                own[name] = float((terms - dense).norm() / dense.norm())
             rows.append({"example": k, "site": site, **own})
     return rows
 
@@ -159,7 +160,7 @@ def anatomy(base: BaseModel, updates: Mapping[str, Updates], gradient: Updates, 
     return rows
 
 
-def spectra(updates: Mapping[str, Updates], /, *, most: int = 12) -> list[dict[str, Any]]:
+def spectra(updates: Mapping[str, Updates], /, *, most: int = 8) -> list[dict[str, Any]]:
     """Mean over edits and sites of the share of ‖ΔW‖² in the first k = 1 … `most` singular directions, per editor."""
     rows = []
     for series, own in updates.items():

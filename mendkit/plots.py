@@ -330,16 +330,17 @@ def spectra(rows: Sequence[Row], /, *, n: int) -> Chart:
         own = [(row["directions"], row["share"]) for row in rows if row["series"] == series]
         ax.plot(*zip(*own, strict=True), color=colour, marker=marker, ms=4, lw=1.4, label=series)
     ax.set(ylim=(0, 1.03), xlabel="singular directions, the largest first (count)", ylabel="share of ‖ΔW‖², cumulative")
+    ax.set_xticks(sorted({row["directions"] for row in rows}))
     note = f"means over n = {n} edits and all sites"
     return _chart("spectra", findings.spectra(rows), figure, rows, note=note)
 
 
 def _sweeps(name: str, finding: str, sweeps: Mapping[str, Sequence[Row]], /, *, n: int) -> Chart:
     """Edit loss (left) and neighbours' KL (right) against the update's relative norm."""
-    figure, axes = _panels(2, 3.9)
+    figure, axes = _panels(2, 4.7)
     for ax, (key, unit) in zip(axes, (("loss.edit", NATS), ("loss.neighbours", KL)), strict=True):
         for (colour, marker), (series, rows) in zip(SERIES, sweeps.items(), strict=False):
-            found = [(abs(row["size"]), max(row[key], TINY)) for row in rows if row["size"] and key in row]
+            found = [(abs(row["size"]), row[key]) for row in rows if row["size"] and row.get(key, 0) >= TINY]
             if found:
                 ax.plot(*zip(*found, strict=True), color=colour, marker=marker, ms=4, lw=1.4, label=series)
             before = [row[key] for row in rows if not row["size"] and key in row]

@@ -1,6 +1,7 @@
 """Tables and sentences for notebooks: HTML tables with all text escaped, Markdown computed from a run."""
 
 import html
+import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -257,19 +258,17 @@ def ladder(measured: Sequence[Row], /) -> str:
     return table(("update", "cosine of −ΔW with ∇L, median", "‖ΔW‖ / ‖∇L‖, median", "spread of ‖ΔW‖ / ‖W‖"), rows)
 
 
-def layers(by_site: Sequence[Row], edit_lrs: Mapping[str, float], /) -> str:
-    """Step size and median relative norm of the updates of every site, before and after training."""
-    rows = [
-        (
-            findings.short_site(r["site"]),
-            r["series"],
-            f"{r['norm']:.2e}",
-            f"{r['cosine']:.3f}",
-            f"{edit_lrs[r['site']]:.2e}",
-        )
-        for r in by_site
-    ]
-    return table(("site", "update", "‖ΔW‖ / ‖W‖", "cosine with ∇L", "learned step size α"), rows)
+def layers(by_site: Sequence[Row], edit_lrs: Mapping[str, float], /, *, start: float) -> str:
+    """Step size, relative norm and cosine with the gradient of every site, at the start and trained."""
+    rows = []
+    for site, alpha in edit_lrs.items():
+        before, after = (row for row in by_site if row["site"] == site)
+        sizes = (f"{alpha:.2e}", f"{alpha / start:.2f}", f"{before['norm']:.2e}", f"{after['norm']:.2e}")
+        cosine = (f"{before['cosine']:.3f}", f"{after['cosine']:.3f}")
+        rows.append((findings.short_site(site), *sizes, f"{after['norm'] / before['norm']:.2f}", *cosine))
+    kinds = dict.fromkeys(row["series"] for row in by_site)
+    columns = [f"{name}: {kind}" for name in ("‖ΔW‖ / ‖W‖", "cosine with ∇L") for kind in kinds]
+    return table(("site", "step size α", "α / start", *columns[:2], "growth", *columns[2:]), rows)
 
 
 def inside_results(
@@ -280,7 +279,8 @@ def inside_results(
     for name in ("error", "scored_error"):
         results[f"rank.largest_{name}"] = max(row[name] for row in checked)
     for own in findings.medians(measured, by=("series",), of=("cosine", "step", "norm")):
-        results |= {f"{own['series']}.{name}": own[name] for name in ("cosine", "step", "norm")}
+        series = re.sub(r"\W+", "_", own["series"])
+        results |= {f"{series}.{name}": own[name] for name in ("cosine", "step", "norm")}
     for sign, rows in (("minus", minus), ("plus", plus)):
         results |= {f"{sign}.{abs(row['size']):g}.loss.edit": row["loss.edit"] for row in rows}
     return {f"inside.{name}": value for name, value in results.items()}

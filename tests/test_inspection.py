@@ -184,4 +184,15 @@ def test_medians_and_the_sentences_made_of_them() -> None:
     low = {"edit_success": 0.2, "size": 0.01}
     half, most = ({"edit_success": share, "size": 0.1, "loss.neighbours": 0.4} for share in (0.5, 0.9))
     text = findings.normalisers({"raw": [low], "mean": [low, half, {**most, "size": 1.0}]})
-    assert "raw: 0.20 at a relative norm of 0.01;" in text and "mean: 0.50 at a relative norm of 0.1, n" in text
+    assert "raw at no norm tried (at most 0.20); mean at a relative norm of 0.1 (neighbours' KL 0.4)" in text
+
+
+def test_growth_is_of_the_last_series_over_the_first() -> None:
+    by_site = [
+        {"site": s, "series": k, "norm": n, "cosine": 0.5}
+        for s, k, n in [("a", "start", 0.1), ("b", "start", 0.1), ("a", "trained", 0.7), ("b", "trained", 0.05)]
+    ]
+    text = findings.grown(by_site, {"a": 2e-3, "b": -1e-3}, start=1e-3)
+    assert text == "Updates are 0.5 (b) to 7 (a) times as large as at the start, step sizes 1 to 2 times"
+    table = tables.layers(by_site, {"a": 2e-3, "b": 1e-3}, start=1e-3)
+    assert "cosine with ∇L: start" in table and "cosine with ∇L: trained" in table and ">7.00<" in table
