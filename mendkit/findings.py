@@ -199,6 +199,8 @@ def grown(by_site: Sequence[Row], edit_lrs: Mapping[str, float], /, *, start: fl
     ratios = {site: [row["norm"] for row in by_site if row["site"] == site] for site in edit_lrs}
     growth = {site: own[-1] / own[0] for site, own in ratios.items()}
     low, high = min(growth, key=growth.__getitem__), max(growth, key=growth.__getitem__)
+    if max(abs(ratio - 1) for ratio in (*growth.values(), *steps)) < 0.005:
+        return "Updates and step sizes are as large as at the start"
     ends = " to ".join(f"{growth[site]:.2g} ({short_site(site)})" for site in (low, high))
     return f"Updates are {ends} times as large as at the start, step sizes {min(steps):.2g} to {max(steps):.2g} times"
 
@@ -215,9 +217,12 @@ def alignment(rows: Sequence[Row], /) -> str:
 def turned(rows: Sequence[Row], /) -> str:
     """How far updates were turned away from where they started, from the cosine at each site."""
     low, high = (pick(rows, key=lambda row: row["cosine"]) for pick in (min, max))
+    claim = f"The {rows[0]['series']} update's cosine with its start is"
+    if high["cosine"] - low["cosine"] < 0.005:
+        return f"{claim} {low['cosine']:.2f} at every site"
     ends = " to ".join(f"{row['cosine']:.2f} ({short_site(row['site'])})" for row in (low, high))
     middle = median(row["cosine"] for row in rows)
-    return f"The {rows[0]['series']} update's cosine with its start is {middle:.2f}, median over sites; from {ends}"
+    return f"{claim} {middle:.2f}, median over sites; from {ends}"
 
 
 def spectra(rows: Sequence[Row], /) -> str:

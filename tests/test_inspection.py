@@ -181,6 +181,7 @@ def test_medians_and_the_sentences_made_of_them() -> None:
     assert [(r["site"], r["cosine"]) for r in middle] == [("a", pytest.approx(0.2)), ("b", 0.9)]
     assert "x 0.55 (0.20 to 0.90)" in findings.alignment(middle)
     assert "is 0.55, median over sites; from 0.20 (a) to 0.90 (b)" in findings.turned(middle)
+    assert findings.turned(middle[:1]) == "The x update's cosine with its start is 0.20 at every site"
     low = {"edit_success": 0.2, "size": 0.01}
     half, most = ({"edit_success": share, "size": 0.1, "loss.neighbours": 0.4} for share in (0.5, 0.9))
     text = findings.normalisers({"raw": [low], "mean": [low, half, {**most, "size": 1.0}]})
@@ -194,5 +195,7 @@ def test_growth_is_of_the_last_series_over_the_first() -> None:
     ]
     text = findings.grown(by_site, {"a": 2e-3, "b": -1e-3}, start=1e-3)
     assert text == "Updates are 0.5 (b) to 7 (a) times as large as at the start, step sizes 1 to 2 times"
+    same = [{**row, "norm": 0.1} for row in by_site]
+    assert findings.grown(same, {"a": 1e-3, "b": 1e-3}, start=1e-3).endswith("are as large as at the start")
     table = tables.layers(by_site, {"a": 2e-3, "b": 1e-3}, start=1e-3)
     assert "cosine with ∇L: start" in table and "cosine with ∇L: trained" in table and ">7.00<" in table
