@@ -147,6 +147,90 @@ def strength(rows: Sequence[Row], /) -> str:
     return f"No other strength tried scores better than the trained one, {trained:.2f}"
 
 
+# ----------------------------------------------------------------------------------------------- inside an edit
+
+
+def medians(rows: Sequence[Row], /, *, by: Sequence[str], of: Sequence[str]) -> list[dict[str, Any]]:
+    """Medians of some columns over the rows that agree in the columns `by`, in their order."""
+    groups: dict[tuple[Any, ...], list[Row]] = {}
+    for row in rows:
+        groups.setdefault(tuple(row[name] for name in by), []).append(row)
+    middle = {key: {name: median(row[name] for row in own) for name in of} for key, own in groups.items()}
+    return [dict(zip(by, key, strict=True)) | values for key, values in middle.items()]
+
+
+def rank_one(rows: Sequence[Row], /) -> str:
+    """Whether gradients are the sums of their tokens' rank-one terms, and how their ranks compare with the tokens."""
+    worst, above = max(row["error"] for row in rows), sum(row["rank"] > row["tokens"] for row in rows)
+    held = "are" if worst < 1e-3 else "are not"
+    return (
+        f"{len(rows)} gradients {held} the sums of their tokens' rank-one terms (largest relative error {worst:.0e}); "
+        f"{above or 'none'} of them {'have' if above > 1 else 'has'} a rank above its number of tokens"
+    )
+
+
+def signs(minus: Sequence[Row], plus: Sequence[Row], /) -> str:
+    """What the best descending step does to the edit loss, and what the same step uphill does. Rows hold `size`."""
+    before = next(row["loss.edit"] for row in minus if row["size"] == 0)
+    best = min((row for row in minus if row["size"]), key=lambda row: row["loss.edit"])
+    down, up = best["loss.edit"], next(row["loss.edit"] for row in plus if abs(row["size"]) == best["size"])
+    claim = "Minus descends" if down < before else "Minus does not descend"
+    claim += ", plus climbs" if up >= before else ", and so does plus" if down < before else ", plus does"
+    return (
+        f"{claim}: from {before:.2f} nats per token to {down:.2f} and {up:.2f}, at a relative norm of {best['size']:g}"
+    )
+
+
+def normalisers(sweeps: Mapping[str, Sequence[Row]], /) -> str:
+    """At which size each kind of update writes half of the edits, and what that costs next door."""
+    parts = []
+    for name, rows in sweeps.items():
+        reached = [row for row in rows if row["edit_success"] >= 0.5]
+        row = min(reached, key=lambda r: r["size"]) if reached else max(rows, key=lambda r: r["edit_success"])
+        cost = f" (neighbours' KL {row['loss.neighbours']:.2g})" if "loss.neighbours" in row else ""
+        none = f"at no norm tried (at most {row['edit_success']:.2f})"
+        parts.append(f"{name} " + (f"at a relative norm of {row['size']:g}{cost}" if reached else none))
+    return f"Half of the edits are written by: {'; '.join(parts)}"
+
+
+def grown(by_site: Sequence[Row], edit_lrs: Mapping[str, float], /, *, start: float) -> str:
+    """How updates grew from the first series of each site to its last, and how the step sizes did."""
+    steps = [abs(value) / start for value in edit_lrs.values()]
+    ratios = {site: [row["norm"] for row in by_site if row["site"] == site] for site in edit_lrs}
+    growth = {site: own[-1] / own[0] for site, own in ratios.items()}
+    low, high = min(growth, key=growth.__getitem__), max(growth, key=growth.__getitem__)
+    if max(abs(ratio - 1) for ratio in (*growth.values(), *steps)) < 0.005:
+        return "Updates and step sizes are as large as at the start"
+    ends = " to ".join(f"{growth[site]:.2g} ({short_site(site)})" for site in (low, high))
+    return f"Updates are {ends} times as large as at the start, step sizes {min(steps):.2g} to {max(steps):.2g} times"
+
+
+def alignment(rows: Sequence[Row], /) -> str:
+    """How close updates are to the gradient, from the median cosine of each series at each site."""
+    parts = []
+    for series in dict.fromkeys(row["series"] for row in rows):
+        own = [row["cosine"] for row in rows if row["series"] == series]
+        parts.append(f"{series} {median(own):.2f} ({min(own):.2f} to {max(own):.2f})")
+    return f"Cosine with the true gradient, median over sites (and range): {', '.join(parts)}"
+
+
+def turned(rows: Sequence[Row], /) -> str:
+    """How far updates were turned away from where they started, from the cosine at each site."""
+    low, high = (pick(rows, key=lambda row: row["cosine"]) for pick in (min, max))
+    claim = f"The {rows[0]['series']} update's cosine with its start is"
+    if high["cosine"] - low["cosine"] < 0.005:
+        return f"{claim} {low['cosine']:.2f} at every site"
+    ends = " to ".join(f"{row['cosine']:.2f} ({short_site(row['site'])})" for row in (low, high))
+    middle = median(row["cosine"] for row in rows)
+    return f"{claim} {middle:.2f}, median over sites; from {ends}"
+
+
+def spectra(rows: Sequence[Row], /) -> str:
+    """How much of each series' energy the first singular direction holds."""
+    first = [f"{row['share']:.2f} ({row['series']})" for row in rows if row["directions"] == 1]
+    return f"The first singular direction holds a share of an update's energy of {', '.join(first)}"
+
+
 def short_site(name: str, /) -> str:
     """A site's block and layer: `model.layers.27.mlp.up_proj.weight` → `27.mlp.up_proj`."""
     found = re.search(r"(?:^|\.)(\d+\..*)", name.removesuffix(".weight"))

@@ -277,6 +277,82 @@ def strength_curve(rows: Sequence[Row], /, *, n: int) -> Chart:
     return _chart("strength", findings.strength(rows), figure, rows, note=f"n = {n} edits, {ALONE}")
 
 
+# ---------------------------------------------------------------------------------------------- inside an edit
+
+
+SERIES = ((BLUE, "o"), (ORANGE, "s"), (GREEN, "^"), (PURPLE, "D"), (RED, "v"), (BLACK, "x"))
+"""Colours and markers of series that are named by the data."""
+
+
+def ranks(rows: Sequence[Row], /) -> Chart:
+    """Numerical rank of each gradient against its number of tokens (`rank`, `tokens`, `error` of each row)."""
+    figure, (ax,) = _panels(1, 3.8)
+    most = max(row["tokens"] for row in rows)
+    ax.plot([0, most], [0, most], color=GREY, lw=1, ls="--", label="rank = tokens")
+    ax.scatter([r["tokens"] for r in rows], [r["rank"] for r in rows], s=22, color=BLUE, alpha=0.35, linewidths=0)
+    ax.set(xlabel="tokens that contribute (count)", ylabel="numerical rank of ∇L (count)", xlim=(0, None))
+    ax.set_ylim(0, None)
+    full = min(row["full_rank"] for row in rows)
+    note = f"n = {len(rows)} gradients (texts × sites), dense, by autograd; a full rank would be {full} or more"
+    return _chart("ranks", findings.rank_one(rows), figure, rows, note=note)
+
+
+def signs(minus: Sequence[Row], plus: Sequence[Row], /, *, n: int) -> Chart:
+    """Edit loss and neighbours' KL of the untrained update with either sign (`sweep` rows; size 0 is unedited)."""
+    series = {"minus: W − α Σ δ uᵀ": minus, "plus: W + α Σ δ uᵀ": plus}
+    return _sweeps("signs", findings.signs(minus, plus), series, n=n)
+
+
+def normalisers(sweeps: Mapping[str, Sequence[Row]], /, *, n: int) -> Chart:
+    """Edit loss and neighbours' KL of untrained updates that differ in what normalises the factors (`sweep` rows)."""
+    return _sweeps("normalisers", findings.normalisers(sweeps), sweeps, n=n)
+
+
+def alignment(rows: Sequence[Row], /, *, n: int) -> Chart:
+    """Median cosine of −ΔW with the true gradient by site (`site`, `series`, `cosine` of each row)."""
+    sites = list(dict.fromkeys(row["site"] for row in rows))
+    figure, (ax,) = _panels(1, 2 + 0.24 * len(sites))
+    ax.axvline(0, color=GREY, lw=1)
+    for (colour, marker), series in zip(SERIES, dict.fromkeys(row["series"] for row in rows), strict=False):
+        own = [(row["cosine"], sites.index(row["site"])) for row in rows if row["series"] == series]
+        ax.plot(*zip(*own, strict=True), marker, color=colour, ms=6, label=series)
+    _categories(ax, [findings.short_site(site) for site in sites])
+    ax.set(xlim=(min(-0.1, *(row["cosine"] * 1.1 for row in rows)), 1.03), ylabel="edit site (block.layer)")
+    ax.set_xlabel("cosine of −ΔW with the true gradient ∇L (1: the same direction)")
+    note = f"medians over n = {n} edits"
+    return _chart("alignment", findings.alignment(rows), figure, rows, note=note)
+
+
+def spectra(rows: Sequence[Row], /, *, n: int) -> Chart:
+    """Share of ‖ΔW‖² in the first k singular directions (`series`, `directions`, `share` of each row)."""
+    figure, (ax,) = _panels(1, 3.8)
+    for (colour, marker), series in zip(SERIES, dict.fromkeys(row["series"] for row in rows), strict=False):
+        own = [(row["directions"], row["share"]) for row in rows if row["series"] == series]
+        ax.plot(*zip(*own, strict=True), color=colour, marker=marker, ms=4, lw=1.4, label=series)
+    ax.set(ylim=(0, 1.03), xlabel="singular directions, the largest first (count)", ylabel="share of ‖ΔW‖², cumulative")
+    ax.set_xticks(sorted({row["directions"] for row in rows}))
+    note = f"means over n = {n} edits and all sites"
+    return _chart("spectra", findings.spectra(rows), figure, rows, note=note)
+
+
+def _sweeps(name: str, finding: str, sweeps: Mapping[str, Sequence[Row]], /, *, n: int) -> Chart:
+    """Edit loss (left) and neighbours' KL (right) against the update's relative norm."""
+    figure, axes = _panels(2, 4.7)
+    for ax, (key, unit) in zip(axes, (("loss.edit", NATS), ("loss.neighbours", KL)), strict=True):
+        for (colour, marker), (series, rows) in zip(SERIES, sweeps.items(), strict=False):
+            found = [(abs(row["size"]), row[key]) for row in rows if row["size"] and row.get(key, 0) >= TINY]
+            if found:
+                ax.plot(*zip(*found, strict=True), color=colour, marker=marker, ms=4, lw=1.4, label=series)
+            before = [row[key] for row in rows if not row["size"] and key in row]
+            if before and key == "loss.edit":
+                ax.axhline(before[0], color=GREY, lw=1, ls="--")
+        ax.set(xscale="log", yscale="log", xlabel="relative norm ‖ΔW‖ / ‖W‖ (log scale)", ylabel=unit)
+        ax.yaxis.set_major_formatter(lambda value, _: f"{value:g}")
+    rows = [{"series": series, **row} for series, own in sweeps.items() for row in own]
+    note = f"dashed: unedited; n = {n} edits, {ALONE}; an edit's mean norm, over all sites"
+    return _chart(name, finding, figure, rows, note=note)
+
+
 # ---------------------------------------------------------------------------------------------------- helpers
 
 

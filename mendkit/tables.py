@@ -1,13 +1,16 @@
 """Tables and sentences for notebooks: HTML tables with all text escaped, Markdown computed from a run."""
 
 import html
+import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from statistics import quantiles
 from typing import Any
 
 from . import findings
 from .data import EditExample, tokenize
+from .editor import MENDEditor
 from .evaluate import HARMONIC, EvaluationReport, Interval, normalise
 from .findings import Row
 from .hparams import MENDHyperParams
@@ -238,6 +241,61 @@ def editing_conclusion(trained: EvaluationReport, control: EvaluationReport, cur
             f"prompt's wording and {_mean(reworded)} in a paraphrase's"
         )
     return "\n".join(f"- {line}." for line in lines)
+
+
+# --------------------------------------------------------------------------------------------- inside an edit
+
+
+def inspected(editor: MENDEditor, folder: Path, /, *, examples: Mapping[str, Sequence[EditExample]]) -> str:
+    """What is going to be looked at, as a table: a trained MEND or, said aloud, one that is not."""
+    h, untrained = editor.mend.hparams, "NONE: a MEND at identity initialisation, per-feature statistics, never trained"
+    rows = [("base model", editor.base.name), ("hypernetwork", untrained if editor.name == "untrained" else "trained")]
+    rows += [("tokens that make the update", h.edit_tokens), ("normaliser", _normaliser(h)), ("run folder", folder)]
+    return table(("what", "value"), [*rows, *((f"{name} examples", len(own)) for name, own in examples.items())])
+
+
+def ladder(measured: Sequence[Row], /) -> str:
+    """From the gradient to the trained update, one difference a row (rows of `anatomy`)."""
+    rows = []
+    for own in findings.medians(measured, by=("series",), of=("cosine", "step")):
+        norms = quantiles((row["norm"] for row in measured if row["series"] == own["series"]), n=10)
+        spread = f"{norms[-1] / norms[0]:.3g}" if norms[0] > 0 else "infinite"
+        rows.append((own["series"], f"{own['cosine']:.6f}", f"{own['step']:.4g}", spread))
+    return table(("update", "cosine of −ΔW with ∇L, median", "‖ΔW‖ / ‖∇L‖, median", "spread of ‖ΔW‖ / ‖W‖"), rows)
+
+
+def layers(by_site: Sequence[Row], edit_lrs: Mapping[str, float], /, *, start: float) -> str:
+    """Step size, relative norm and cosine with the gradient of every site, at the start and trained."""
+    rows = []
+    for site, alpha in edit_lrs.items():
+        before, after = (row for row in by_site if row["site"] == site)
+        sizes = (f"{alpha:.2e}", f"{alpha / start:.2f}", f"{before['norm']:.2e}", f"{after['norm']:.2e}")
+        cosine = (f"{before['cosine']:.3f}", f"{after['cosine']:.3f}")
+        rows.append((findings.short_site(site), *sizes, f"{after['norm'] / before['norm']:.2f}", *cosine))
+    kinds = dict.fromkeys(row["series"] for row in by_site)
+    columns = [f"{name}: {kind}" for name in ("‖ΔW‖ / ‖W‖", "cosine with ∇L") for kind in kinds]
+    return table(("site", "step size α", "α / start", *columns[:2], "growth", *columns[2:]), rows)
+
+
+def inside_results(
+    checked: Sequence[Row], measured: Sequence[Row], minus: Sequence[Row], plus: Sequence[Row], /
+) -> Row:
+    """Flat results of notebook 03: `inside.…`."""
+    results = {"rank.gradients": len(checked), "rank.above_tokens": sum(r["rank"] > r["tokens"] for r in checked)}
+    for name in ("error", "scored_error"):
+        results[f"rank.largest_{name}"] = max(row[name] for row in checked)
+    for own in findings.medians(measured, by=("series",), of=("cosine", "step", "norm")):
+        series = re.sub(r"\W+", "_", own["series"])
+        results |= {f"{series}.{name}": own[name] for name in ("cosine", "step", "norm")}
+    for sign, rows in (("minus", minus), ("plus", plus)):
+        results |= {f"{sign}.{abs(row['size']):g}.loss.edit": row["loss.edit"] for row in rows}
+    return {f"inside.{name}": value for name, value in results.items()}
+
+
+def _normaliser(h: MENDHyperParams) -> str:
+    if not h.norm:
+        return "none"
+    return "mean and standard deviation of each feature" if h.whiten is None else "u whitened, delta per feature"
 
 
 # ---------------------------------------------------------------------------------------------------- helpers

@@ -39,6 +39,7 @@ from .validation import validate
 logger = logging.getLogger(__name__)
 
 FACTOR_BATCH = 32
+FEW_PAIRED = 300
 STRUCTURE = (
     *("rank", "n_hidden", "init", "norm", "combine", "one_sided", "x_only", "delta_only", "shared", "norm_stats"),
     *("update_sign", "std_floor", "std_eps", "z_clip", "edit_tokens", "loss_reduction", "whiten"),
@@ -249,6 +250,12 @@ class Trainer:
         if self.loaded is not None:
             return
         chosen = self.statistics_examples()
+        if self.hparams.whiten_pairs and len(chosen) < FEW_PAIRED:
+            logger.warning(
+                "whiten_pairs: statistics of %d examples are poor (it was tuned with 700, and 48 fail); give more "
+                "training examples and `stats_examples`, or set `whiten_pairs: false`",
+                len(chosen),
+            )
         self.trunk.fill(
             [t for e in chosen for own in self.wordings(e) for t in own], show("trunk: texts for statistics")
         )

@@ -17,7 +17,7 @@ LEVELS = [
     {"editor", "foreign"},
     {"conformance"},
     {"validation", "evaluate"},
-    {"baselines", "training"},
+    {"baselines", "inspection", "training"},
     {"tables", "notebook", "report_page", "report", "__init__"},
     {"__main__"},
 ]

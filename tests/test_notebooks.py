@@ -24,7 +24,7 @@ from mendkit.runs import project_path
 from tests.tiny import save_tiny
 
 ROOT = Path(__file__).parents[1]
-TRAIN, EDIT = "01_train_without_archive.ipynb", "02_edit_with_archive.ipynb"
+TRAIN, EDIT, INSIDE = "01_train_without_archive.ipynb", "02_edit_with_archive.ipynb", "03_inside_mend.ipynb"
 PARAMETERS = {
     TRAIN: {
         "config": ("str", "configs/smollm2-135m.yaml"),
@@ -47,11 +47,25 @@ PARAMETERS = {
         "shown": ("int", 4),
         "out": ("str", "runs/02_edit_with_archive"),
     },
+    INSIDE: {
+        "config": ("str", "configs/smollm2-135m.yaml"),
+        "overrides": ("list", []),
+        "archive": ("str", "runs/01_train_without_archive/archive.safetensors"),
+        "data": ("str", "facts:test"),
+        "examples": ("int", 24),
+        "statistics_data": ("str", "facts:train"),
+        "statistics_limit": ("int", 64),
+        "dense": ("int", 4),
+        "sizes": ("list", [0.0001, 0.0003, 0.001, 0.003, 0.01, 0.03, 0.1, 0.3]),
+        "out": ("str", "runs/03_inside_mend"),
+    },
 }
 FIGURES = {
     TRAIN: {"loss_curves", "validation", "step_sizes", "control"},
     EDIT: {"next_tokens", "headline", "by_relation", "probability_shifts", "strength"},
+    INSIDE: {"ranks", "signs", "normalisers", "alignment", "spectra", "step_sizes"},
 }
+FEW = {"examples": 5, "statistics_limit": 8, "dense": 2, "sizes": [0.001, 0.1]}  # enough to run notebook 03
 
 
 def read(name: str) -> NotebookNode:
@@ -169,7 +183,7 @@ def run(name: str, executed: Path, *, cwd: Path = ROOT, **parameters: Any) -> No
 
 @pytest.fixture(scope="module")
 def tiny(tmp_path_factory: pytest.TempPathFactory) -> SimpleNamespace:
-    """Both notebooks, one after the other, on a tiny random model: their folder, notebooks and results."""
+    """The notebooks, one after the other, on a tiny random model: their folder, notebooks and results."""
     folder = tmp_path_factory.mktemp("notebooks")
     model = save_tiny(folder / "model")
     overrides = [
@@ -181,12 +195,14 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> SimpleNamespace:
         "rank=8",
     ]
     sizes = {"train_limit": 24, "validation_limit": 6}
-    out = {TRAIN: folder / "train", EDIT: folder / "edit"}
+    out = {TRAIN: folder / "train", EDIT: folder / "edit", INSIDE: folder / "inside"}
     executed = {TRAIN: run(TRAIN, folder / "01.ipynb", overrides=overrides, out=str(out[TRAIN]), **sizes)}
     sizes = {"test_limit": 6, "validation_limit": 4, "max_new_tokens": 8, "shown": 2}
     archive = str(out[TRAIN] / "archive.safetensors")
     own = {"overrides": overrides[:1], "archive": archive, "out": str(out[EDIT])}
     executed[EDIT] = run(EDIT, folder / "02.ipynb", **own, **sizes)
+    own = {**own, **FEW, "out": str(out[INSIDE])}
+    executed[INSIDE] = run(INSIDE, folder / "03.ipynb", **own)
     results = {name: json.loads((out[name] / "results.json").read_text()) for name in out}
     return SimpleNamespace(out=out, executed=executed, results=results, overrides=overrides)
 
@@ -236,6 +252,27 @@ def test_the_headline_figure_is_drawn_from_the_results(tiny: SimpleNamespace) ->
 
 
 @pytest.mark.slow
+def test_inside_mend_the_gradient_is_a_sum_of_rank_one_terms_and_identity_descends_it(tiny: SimpleNamespace) -> None:
+    results = tiny.results[INSIDE]
+    assert results["inside.rank.largest_error"] < 1e-4 and results["inside.rank.above_tokens"] == 0
+    assert results["inside.gradient_all_tokens.cosine"] == pytest.approx(1, abs=1e-5)
+    assert results["inside.trained.cosine"] < 0.99 and abs(results["inside.init_xavier.cosine"]) < 0.9
+    assert results["inside.minus.0.001.loss.edit"] < results["inside.minus.0.loss.edit"]
+    assert results["inside.minus.0.loss.edit"] < results["inside.plus.0.001.loss.edit"]
+
+
+@pytest.mark.slow
+def test_inside_mend_without_an_archive_says_that_nothing_was_trained(tiny: SimpleNamespace, tmp_path: Path) -> None:
+    own = {"overrides": tiny.overrides[:1], "archive": "", "out": str(tmp_path / "out")}
+    executed = run(INSIDE, tmp_path / "executed.ipynb", **own, **FEW)
+    assert any("never trained" in str(output.get("data")) for cell in code(executed) for output in cell.outputs)
+    results = json.loads((tmp_path / "out" / "results.json").read_text())
+    assert results["inside.untrained.cosine"] == pytest.approx(results["inside.normalised_per_feature.cosine"])
+    assert "inside.trained.cosine" not in results
+    assert all(value == pytest.approx(1) for name, value in results.items() if name.startswith("inside.turned."))
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "parameters", "said"),
     [
@@ -243,6 +280,7 @@ def test_the_headline_figure_is_drawn_from_the_results(tiny: SimpleNamespace) ->
         (TRAIN, {"overrides": ["rnak=8"]}, "rank"),
         (EDIT, {"archive": "no/such.safetensors"}, "no such archive"),
         (EDIT, {"test_data": "no/such.json"}, "no such file"),
+        (INSIDE, {"archive": "no/such.safetensors"}, "no such archive"),
     ],
 )
 def test_a_mistake_is_told_before_anything_is_written(

@@ -70,6 +70,13 @@ SHIFTS = [
     {"before.log_p.new": -6.0 - i, "log_p.new": -0.1 * i, "before.log_p.old": -1.0, "log_p.old": -2.0 - i}
     for i in range(9)
 ]
+RANKS = [{"site": SITES[0], "tokens": t, "rank": t - t // 5, "full_rank": 576, "error": 1e-6} for t in range(1, 20)]
+SIZES = [{"size": s, "loss.edit": 5 - 40 * s, "loss.neighbours": s, "edit_success": 9 * s} for s in (0, 0.01, 0.1)]
+UPHILL = [{**row, "size": -row["size"], "loss.edit": 5 + 90 * row["size"]} for row in SIZES]
+COSINES = [
+    {"site": s, "series": k, "cosine": c - i / 9} for i, s in enumerate(SITES) for k, c in (("a", 0.9), ("b", 0.3))
+]
+ENERGY = [{"series": s, "directions": k, "share": 1 - x / k} for s, x in (("a", 0.5), ("b", 0.9)) for k in range(1, 13)]
 
 
 def summary(*means: float) -> dict[str, SimpleNamespace]:
@@ -95,6 +102,13 @@ def charts() -> Iterator[Chart]:
     yield plots.probability_shifts(SHIFTS)
     yield plots.probability_shifts([{"log_p.new": -1.0, "before.log_p.new": -3.0}])
     yield plots.strength_curve(STRENGTHS, n=10)
+    yield plots.ranks(RANKS)
+    yield plots.signs(SIZES, UPHILL, n=5)
+    yield plots.normalisers(
+        {"gradient, scored tokens": SIZES, "per feature": [{"size": 0.1, "loss.edit": 1, "edit_success": 1}]}, n=5
+    )
+    yield plots.alignment(COSINES, n=5)
+    yield plots.spectra(ENERGY, n=5)
 
 
 CHARTS = {f"{chart.name}-{i}": chart for i, chart in enumerate(charts())}
@@ -179,6 +193,16 @@ def test_the_headline_figure_draws_the_intervals_it_was_given() -> None:
     assert rows["unedited", METRICS[0]] == 0.05 and rows["unedited", METRICS[2]] == 1.0  # compared with itself
     ends = [x for x, _ in (line.get_data() for line in chart.figure.axes[0].get_lines()) if len(x) == 2]
     assert [pytest.approx(x) for x in ([0.8, 1.0], [0.4, 0.6])] == [ends[2], ends[1]]
+
+
+def test_sizes_are_drawn_without_the_unedited_model_which_is_a_line() -> None:
+    chart = plots.signs(SIZES, UPHILL, n=5)
+    minus, plus = (lines(chart)[name] for name in ("minus: W − α Σ δ uᵀ", "plus: W + α Σ δ uᵀ"))
+    assert minus == ([0.01, 0.1], [4.6, 1.0]) and plus[0] == [0.01, 0.1] and plus[1] == pytest.approx([5.9, 14.0])
+    assert any([*map(float, d.get_ydata())] == [5, 5] for d in chart.figure.axes[0].get_lines())
+    assert len(chart.rows) == 6 and {row["series"] for row in chart.rows} == set(lines(chart)) - {
+        k for k in lines(chart) if k.startswith("_")
+    }
 
 
 def test_a_metric_that_the_data_lack_is_left_out() -> None:

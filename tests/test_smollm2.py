@@ -16,7 +16,9 @@ from mendkit.trunk import FrozenTrunk, collate
 ROOT = Path(__file__).parents[1]
 SETTINGS = (
     "train_limit=96 validation_limit=24 test_limit=24 shown=2 max_new_tokens=8 max_iters=30 val_interval=30 "
-    "val_steps=24 rank=64 stats_examples=96 warmup_iters=5"
+    "val_steps=24 rank=64 stats_examples=96 warmup_iters=5 texts_per_role=2 "
+    # 48 examples are too few for the statistics of pairs: the published gradient, plainly whitened
+    "whiten_pairs=false unit_response=false loss_reduction=edit edit_lr=1e-3"
 )
 
 
