@@ -158,12 +158,12 @@ class Whitening(nn.Module):
         self, x: Float[Tensor, "n d"], *, floor: float, clip: float | None, first: Bool[Tensor, " n"] | None = None
     ) -> Float[Tensor, "n d"]:
         """Keys of the rows, clipped to ±clip (`floor` is the per-feature normaliser's)."""
-        kind = 0 if first is None or len(self.matrix) == 1 else first.long()
-        z = torch.stack([x @ matrix.to(x.dtype) for matrix in self.matrix])
-        z = z[0] if isinstance(kind, int) else torch.where(first[:, None], z[1], z[0])
+        z, mean = x @ self.matrix[0].to(x.dtype), self.response[0].expand(len(x))
+        if len(self.matrix) == 2:
+            z, mean = torch.where(first[:, None], x @ self.matrix[1].to(x.dtype), z), self.response[first.long()]
         if self.unit_response:
-            response = (x * z).sum(1, keepdim=True) / self.response[kind].to(x.dtype).reshape(-1, 1)
-            z = z / response.clamp(min=LEAST_RESPONSE)
+            response = (x * z).sum(1) / mean.to(x.dtype)
+            z = z / response.clamp(min=LEAST_RESPONSE)[:, None]
         return z if clip is None else z.clamp(-clip, clip)
 
 
@@ -323,11 +323,10 @@ class MEND(nn.Module):
         if not h.norm:
             return factors.u, factors.delta
         moments, limits = self.moments[stats_name(site, h)], {"floor": h.std_floor, "clip": h.z_clip}
+        delta = moments["delta"].normalise(factors.delta, **limits)
         if h.whiten_pairs:  # only scored tokens make the update, so an edit's first one predicts its answer's first
-            limits_u = limits | {"first": torch.diff(factors.rows, prepend=factors.rows.new_full((1,), -1)) != 0}
-        else:
-            limits_u = limits
-        return moments["u"].normalise(factors.u, **limits_u), moments["delta"].normalise(factors.delta, **limits)
+            limits["first"] = torch.diff(factors.rows, prepend=factors.rows.new_full((1,), -1)) != 0
+        return moments["u"].normalise(factors.u, **limits), delta
 
 
 PARTS = (":u", ":delta")
