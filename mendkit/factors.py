@@ -109,8 +109,11 @@ def capture_inputs(trunk: FrozenTrunk, texts: Sequence[Tokens], /) -> Inputs:
 
 def record_factors(
     base: BaseModel, loss: Callable[[], Float[Tensor, ""]], /
-) -> dict[str, tuple[Float[Tensor, "e t i"], Float[Tensor, "e t o"]]]:
-    """(u, delta) of every site and every position for the scalar that `loss()` computes with the model."""
+) -> dict[str, tuple[Float[Tensor, "*n i"], Float[Tensor, "*n o"]]]:
+    """(u, delta) of every site and every position for the scalar that `loss()` computes with the model.
+
+    Both are (e, t, …), or (e · t, …) where a layer sees rows and positions as one axis.
+    """
     with torch.enable_grad(), _record(base) as record:
         value = loss()
         deltas = torch.autograd.grad(value, [record[site.name][1] for site in base.sites])
