@@ -113,6 +113,8 @@ def test_reworded_neighbours_are_other_subjects_in_a_paraphrases_words(llama, pr
     assert row["neighbourhood.reworded_kl_nats"] == pytest.approx(sum(kl) / 2, rel=1e-3)
     bare = EvaluationSet(llama, hparams(), [replace(e, relation=None) for e in EXAMPLES[:2]], max_new_tokens=4)
     assert not any(card.reworded for card in bare.cards)
+    two = EvaluationSet(llama, hparams(), EXAMPLES[:2], max_new_tokens=4)  # nobody is a neighbour of their own
+    assert [len(card.reworded) for card in two.cards] == [1, 1]
 
 
 def test_efficacy_scores_compare_length_normalised_likelihoods(llama, prepared):
