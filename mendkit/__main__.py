@@ -111,7 +111,7 @@ def _edit(args: argparse.Namespace) -> int:
         before = editor.base.generate(example.prompt, max_new_tokens=args.max_new_tokens)
         with editor.edit(example).applied():
             after = editor.base.generate(example.prompt, max_new_tokens=args.max_new_tokens)
-        success = normalise(after) == normalise(example.target_new)
+        success = normalise(after) == normalise(editor.base.said(example.target_new))
         row = {"prompt": example.prompt, "target_new": example.target_new, "before": before, "after": after}
         rows.append(row | {"success": success})
         if not args.json:

@@ -1,7 +1,8 @@
 """Edit examples: reading them, and turning them into tokens whose scored positions are exact.
 
-A prompt and its answer are tokenised **once, as one text**, and the answer is found by character offsets
-(CORRECTNESS rows 17 and 18): no slicing by length, no BOS or missing space inside a target.
+For a causal model a prompt and its answer are tokenised **once, as one text**, and the answer is found by character
+offsets (CORRECTNESS rows 17 and 18): no slicing by length, no BOS or missing space inside a target. An encoder and a
+decoder read two texts, tokenised one by one; a classifier reads the prompt, and its answer is a class.
 """
 
 import json
@@ -32,6 +33,7 @@ class EditExample:
     """One edit: make `prompt` continue with `target_new`, and everything that should and should not follow from it.
 
     `paraphrases` should follow the edit; `neighbours` (same relation, other subject) and `unrelated` prompts not.
+    For a classifier a prompt is a claim, and an answer the name of a class.
     `ground_truth` is the answer before the edit (y° in the metrics).
     """
 
@@ -48,17 +50,22 @@ class EditExample:
 
 @dataclass(frozen=True)
 class Tokens:
-    """A tokenised text. Position `scored[k]` predicts `targets[k]`; without an answer the last position is scored."""
+    """A tokenised text. Position `scored[k]` predicts `targets[k]`; without an answer the last position is scored.
+
+    With a `decoder` (sequence to sequence) the encoder reads `ids`, and positions are the decoder's. A classifier's one
+    scored position is that which its head reads, its target a class.
+    """
 
     ids: tuple[int, ...]
     scored: tuple[int, ...]
     targets: tuple[int, ...] = ()  # empty if the text has no answer
     ends: bool = False  # whether the last target is the end-of-text token added to the answer
+    decoder: tuple[int, ...] = ()  # what the decoder reads
 
     @property
-    def key(self) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    def key(self) -> tuple[tuple[int, ...], ...]:
         """What the frozen model's values for this text depend on."""
-        return self.ids, self.scored
+        return (self.ids, self.scored, self.decoder) if self.decoder else (self.ids, self.scored)
 
 
 def join(prompt: str, answer: str) -> str:
@@ -77,8 +84,7 @@ def tokenize(
     text = prompt if answer is None else join(prompt, answer)
     encoded = tokenizer(text, return_offsets_mapping=True, return_special_tokens_mask=True, add_special_tokens=True)
     ids, own = list(encoded["input_ids"]), [not special for special in encoded["special_tokens_mask"]]
-    if len(ids) > max_length:
-        raise DataError(f"{text[:60]!r}… has {len(ids)} tokens, the limit is {max_length}; raise `max_length`")
+    _check_length(text, ids, max_length)
     if answer is None:
         return Tokens(tuple(ids), (max((p for p, kept in enumerate(own) if kept), default=len(ids) - 1),))
     # where a token ends decides: some tokenizers leave the space before it out of its offsets, or give a space none
@@ -92,6 +98,59 @@ def tokenize(
         ids = [*ids[: positions[-1] + 1], tokenizer.eos_token_id]
         positions.append(len(ids) - 1)
     return Tokens(tuple(ids), tuple(p - 1 for p in positions), tuple(ids[p] for p in positions), ends)
+
+
+def tokenize_pair(
+    tokenizer: Any,
+    prompt: str,
+    answer: str | None = None,
+    /,
+    *,
+    start: int,
+    add_eos: bool = False,
+    max_length: int = 512,
+) -> Tokens:
+    """Tokenise a prompt for an encoder and its answer, by itself, for a decoder that starts with the token `start`.
+
+    The tokenizer's special tokens before an answer (BART's `<s>`) are given to the decoder and not scored; without an
+    answer the position that predicts its first token is. `add_eos` and errors as in `tokenize`.
+    """
+    ids = tokenizer(prompt)["input_ids"]
+    encoded = tokenizer(text_target="a" if answer is None else answer, return_special_tokens_mask=True)
+    written = [p for p, special in enumerate(encoded["special_tokens_mask"]) if not special]
+    if not ids or not written:
+        raise DataError(
+            f"answer {answer!r} of prompt {prompt!r} has no token to predict; give a non-empty prompt and answer"
+        )
+    _check_length(prompt, ids, max_length)
+    lead = (start, *encoded["input_ids"][: written[0]])
+    if answer is None:
+        return Tokens(tuple(ids), (len(lead) - 1,), decoder=lead)
+    targets = tuple(encoded["input_ids"][written[0] : written[-1] + 1])
+    ends = add_eos and targets[-1] != tokenizer.eos_token_id
+    targets += (tokenizer.eos_token_id,) if ends else ()
+    decoder = (*lead, *targets[:-1])
+    _check_length(answer, decoder, max_length)
+    return Tokens(tuple(ids), tuple(range(len(lead) - 1, len(decoder))), targets, ends, decoder)
+
+
+def tokenize_claim(
+    tokenizer: Any, claim: str, label: int | None = None, /, *, position: int, max_length: int = 512
+) -> Tokens:
+    """Tokenise a claim for a classifier whose head reads the token at `position` (0 or -1); `label` is its class.
+
+    Raises DataError if the claim has no token, or more than `max_length`.
+    """
+    ids = tuple(tokenizer(claim)["input_ids"])
+    if not ids:
+        raise DataError("a claim without tokens cannot be classified; give at least one character")
+    _check_length(claim, ids, max_length)
+    return Tokens(ids, (position % len(ids),), () if label is None else (label,))
+
+
+def _check_length(text: str, ids: Sequence[int], limit: int) -> None:
+    if len(ids) > limit:
+        raise DataError(f"{text[:60]!r}… has {len(ids)} tokens, the limit is {limit}; raise `max_length`")
 
 
 # ---------------------------------------------------------------------------------------------------------- reading
@@ -129,7 +188,9 @@ def read_examples(
 ) -> Examples:
     """Read edit examples from a file, or the kit's own facts by `"facts:train"`, `"facts:validation"`, `"facts:test"`.
 
-    Recognised by their fields: CounterFact (EasyEdit's form), zsRE (MEND's form), and the kit's own JSON lines.
+    Recognised by their fields: CounterFact (EasyEdit's form), zsRE (MEND's form), and the kit's own JSON lines. Claims
+    for a classifier, such as FEVER's, are the kit's own form with labels for answers: `{"prompt": claim, "target_new":
+    "REFUTES", "paraphrases": [claim, …], "unrelated": [{"prompt": claim, "answer": "SUPPORTS"}, …]}`.
     A bad record raises DataError naming file, record and field; with `skip_invalid` it is left out, counted
     (`.skipped`) and logged. `limit` keeps the first n valid records. With a `tokenizer`, a target of more than
     `max_target_tokens` tokens is a bad record, too.

@@ -5,7 +5,8 @@ y° the old one. Teacher forcing reads the given answer; free decoding is greedy
 or ".". Where reading y under f' shows that every argmax, the end included, is y's own token, greedy decoding must
 retrace y and is not run; likewise f' writes what f wrote exactly if it retraces it. P(·) compares length-normalised
 log-likelihoods. Edits whose new answer f already writes are counted, not scored. Intervals are 95 % bootstrap
-intervals over edits.
+intervals over edits. A classifier writes the label that it predicts; a question form and answers that compete on a
+neighbour do not apply to it.
 """
 
 import json
@@ -20,12 +21,13 @@ from typing import Any
 
 import numpy as np
 
-from .data import EditExample, Tokens, tokenize
+from .data import EditExample, Tokens
 from .edit import Updates, side_branches
 from .editor import MENDEditor, scaled
 from .errors import DataError, MendkitError
+from .families import CLASSIFIER
 from .hparams import MENDHyperParams
-from .models import BaseModel
+from .models import BaseModel, continued, prompt_of
 from .scoring import Forced, forced, select
 from .texts import edit_tokens
 from .trunk import FrozenTrunk
@@ -193,7 +195,9 @@ class EvaluationSet:
         for card, e, target, pair, kept, old, texts in zip(
             cards, examples, targets, pairs, after, before, written, strict=True
         ):
-            row = _target_values(e, card, target, texts) | _probability_values(card, target, pair, kept)
+            row = _target_values(self.base.said(e.target_new), card, target, texts) | _probability_values(
+                card, target, pair, kept
+            )
             values.append(row | (_locality_values(card, kept, old) if updates else {}))
         return values, written
 
@@ -201,10 +205,11 @@ class EvaluationSet:
 
     def _card(self, e: EditExample) -> Card:
         base, h = self.base, self.hparams
-        prompts = (e.prompt, QUESTION.format(prompt=e.prompt), *e.paraphrases)
+        classifies = base.family == CLASSIFIER
+        prompts = (e.prompt, e.prompt if classifies else QUESTION.format(prompt=e.prompt), *e.paraphrases)
 
         def read(prompt: str, answer: str | None) -> Tokens:
-            return tokenize(base.tokenizer, prompt, answer, max_length=h.max_length)
+            return base.tokenize(prompt, answer, max_length=h.max_length)
 
         known = [p for p in e.neighbours if p.answer is not None]
         return Card(
@@ -212,7 +217,7 @@ class EvaluationSet:
             targets=tuple(edit_tokens(base, h, e, prompt) for prompt in prompts),
             old=tuple(read(p, e.ground_truth) for p in (e.prompt, *e.paraphrases)) if e.ground_truth else (),
             neighbours=tuple(read(p.prompt, p.answer) for p in known or e.neighbours),
-            rivals=tuple(read(p.prompt, e.target_new) for p in known),
+            rivals=() if classifies else tuple(read(p.prompt, e.target_new) for p in known),
             unrelated=tuple(read(p.prompt, p.answer) for p in e.unrelated),
         )
 
@@ -227,7 +232,7 @@ class EvaluationSet:
             kin = sorted(by_relation.get(e.relation, ()), key=lambda j: (j <= i, j))
             others = [self.examples[j] for j in kin if e.subject and e.subject not in self.examples[j].paraphrases[0]]
             texts = [
-                tokenize(self.base.tokenizer, o.paraphrases[0], o.ground_truth, max_length=self.hparams.max_length)
+                self.base.tokenize(o.paraphrases[0], o.ground_truth, max_length=self.hparams.max_length)
                 for o in others[:REWORDED]
             ]
             out.append(replace(card, reworded=tuple(texts)))
@@ -235,29 +240,28 @@ class EvaluationSet:
 
     def _with_greedy(self, cards: Sequence[Card]) -> list[Card]:
         """Add to each card what f writes freely after its first neighbour and its first unrelated prompt."""
-        prompts = [_prompt(text) for card in cards for text in (*card.neighbours[:1], *card.unrelated[:1])]
-        unique = sorted(set(prompts), key=lambda ids: (len(ids), ids))
+        firsts = [text for card in cards for text in (*card.neighbours[:1], *card.unrelated[:1])]
+        prompts = [prompt_of(self.base, text) for text in firsts]
+        unique = sorted(set(prompts), key=lambda prompt: (len(prompt.ids), prompt.key))
         written = dict(zip(unique, self._write(unique, None), strict=True))
         queue = iter(prompts)
         out = []
         for card in cards:
-            greedy = []
-            for _ in (*card.neighbours[:1], *card.unrelated[:1]):
-                prompt = next(queue)
-                ids = (*prompt, *written[prompt])
-                greedy.append(Tokens(ids, tuple(range(len(prompt) - 1, len(ids) - 1)), tuple(written[prompt])))
-            out.append(replace(card, greedy=tuple(greedy)))
+            own = [next(queue) for _ in (*card.neighbours[:1], *card.unrelated[:1])]
+            out.append(replace(card, greedy=tuple(continued(self.base, prompt, written[prompt]) for prompt in own)))
         return out
 
-    def _write(self, prompts: Sequence[Sequence[int]], updates: Updates | None) -> list[list[int]]:
-        """Free decoding after each prompt (token ids), prompt r under edit r; an end of text is part of the result."""
+    def _write(self, prompts: Sequence[Tokens], updates: Updates | None) -> list[list[int]]:
+        """Free decoding after each prompt, prompt r under edit r; an end of text is part of the result."""
         out: list[list[int]] = []
         for at in range(0, len(prompts), DECODE_BATCH):
             rows = prompts[at : at + DECODE_BATCH]
-            ids, mask = self.base.left_pad(rows)
             own = select(updates, range(at, at + len(rows))) if updates else {}
             with side_branches(self.base, own):
-                new = self.base.generate_ids(ids, mask, max_new_tokens=self.max_new_tokens, stop=True)
+                new = self.base.write(rows, max_new_tokens=self.max_new_tokens, stop=True)
+            if self.base.family == CLASSIFIER:
+                out += new
+                continue
             ended = [
                 len(row) < self.max_new_tokens and not STOP.search(self.base.new_text([], row, stop=False))
                 for row in new
@@ -279,11 +283,11 @@ class EvaluationSet:
             may_retrace = self.hparams.add_eos and not STOP.search(example.target_new)
             for j, (text, value) in enumerate(zip(card.targets, read, strict=True)):
                 if may_retrace and value.argmax == text.targets:
-                    answers[i][j] = f" {example.target_new}"
+                    answers[i][j] = f" {self.base.said(example.target_new)}"
                 else:
                     todo.append((i, j))
         todo.sort(key=lambda at: len(cards[at[0]].targets[at[1]].ids))
-        prompts = [_prompt(cards[i].targets[j]) for i, j in todo]
+        prompts = [prompt_of(self.base, cards[i].targets[j]) for i, j in todo]
         own = select(updates, [i for i, _ in todo]) if updates and todo else None
         for (i, j), prompt, new in zip(todo, prompts, self._write(prompts, own) if todo else [], strict=True):
             answers[i][j] = self.base.new_text(prompt, new)
@@ -295,16 +299,13 @@ def _kept(card: Card) -> tuple[Tokens, ...]:
     return (*card.neighbours, *card.unrelated, *card.greedy, *card.reworded)
 
 
-def _prompt(text: Tokens) -> tuple[int, ...]:
-    return text.ids[: text.scored[0] + 1]
-
-
-def _target_values(e: EditExample, card: Card, read: Sequence[Forced], written: Sequence[str]) -> dict[str, float]:
+def _target_values(target: str, card: Card, read: Sequence[Forced], written: Sequence[str]) -> dict[str, float]:
     """Success on the edit prompt (bare and as a question) and on the paraphrases."""
-    scores = [_success(e.target_new, t, v, w) for t, v, w in zip(card.targets, read, written, strict=True)]
+    scores = [_success(target, t, v, w) for t, v, w in zip(card.targets, read, written, strict=True)]
     bare, question, paraphrases = scores[0], scores[1], scores[2:]
     out = {f"edit_success.{name}": value for name, value in bare.items()}
-    out["edit_success.free_exact_question"] = question["free_exact"]
+    if card.prompts[1] != card.prompts[0]:
+        out["edit_success.free_exact_question"] = question["free_exact"]
     if paraphrases:
         out |= {f"paraphrase.{name}": fmean(s[name] for s in paraphrases) for name in bare}
     out["edit_success.paper"] = fmean(s["tf_exact"] for s in (bare, *paraphrases))  # MEND, equation 1

@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from .data import EditExample, Probe, Tokens, tokenize
+from .data import EditExample, Probe, Tokens
 from .errors import DataError
 from .hparams import MENDHyperParams
 from .models import BaseModel
@@ -38,8 +38,7 @@ class ExampleTexts:
 
 def edit_tokens(base: BaseModel, hparams: MENDHyperParams, example: EditExample, prompt: str | None = None) -> Tokens:
     """`prompt` (default: the edit prompt) with the example's new answer; raises DataError if the answer is too long."""
-    tokens = tokenize(
-        base.tokenizer,
+    tokens = base.tokenize(
         example.prompt if prompt is None else prompt,
         example.target_new,
         add_eos=hparams.add_eos,
@@ -57,7 +56,7 @@ def prepare_texts(base: BaseModel, h: MENDHyperParams, examples: Sequence[EditEx
     """Tokenise every text of the examples once."""
 
     def keep(probe: Probe) -> Tokens:
-        return tokenize(base.tokenizer, probe.prompt, probe.answer, max_length=h.max_length)
+        return base.tokenize(probe.prompt, probe.answer, max_length=h.max_length)
 
     return [
         ExampleTexts(

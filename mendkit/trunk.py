@@ -3,9 +3,10 @@
 An edit changes only its sites, so the hidden states entering the lowest edited block (the *trunk states*) and the
 unedited model's last hidden state at the scored positions (the *reference*) are constants of a frozen model.
 `FrozenTrunk` computes both in one pass per text, keeps them in a file, and runs the rest of the model (the *suffix*)
-from them: the block list is swapped for one whose lower entries hand the stored states on, so that any decoder's own
-code does the work. Logits are computed only at scored positions. A model without a clean split runs whole, with the
-same numbers. Axes: n texts, t padded tokens, d width, s scored positions, v vocabulary.
+from them: the block list is swapped for one whose lower entries hand the stored states on, so that any model's own code
+does the work. Logits are computed only at scored positions. A classifier's reference is its logits. A model without a
+clean split, such as one of an encoder and a decoder, runs whole, with the same numbers.
+Axes: n texts, t padded tokens, l padded tokens of a decoder (else t), d width, s scored positions, v vocabulary.
 """
 
 import hashlib
@@ -25,6 +26,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
 from .data import Tokens
+from .families import CLASSIFIER
 from .models import BaseModel, model_fingerprint
 
 logger = logging.getLogger(__name__)
@@ -38,8 +40,9 @@ class TextBatch:
 
     input_ids: Int[Tensor, "n t"]
     attention_mask: Int[Tensor, "n t"]
-    scored: Bool[Tensor, "n t"]
+    scored: Bool[Tensor, "n l"]
     targets: Int[Tensor, " s"]  # the token each scored position predicts, -100 where the text has no answer
+    decoder_ids: Int[Tensor, "n l"] | None = None  # causal attention: its padding needs no mask
 
     @property
     def rows(self) -> Int[Tensor, " s"]:
@@ -52,16 +55,20 @@ class TextBatch:
 
 def collate(texts: Sequence[Tokens], pad_id: int, device: torch.device | str = "cpu", /) -> TextBatch:
     """Right-pad texts into one batch."""
-    n, t = len(texts), max(len(text.ids) for text in texts)
-    ids = torch.full((n, t), pad_id, dtype=torch.long)
-    mask, scored = torch.zeros((n, t), dtype=torch.long), torch.zeros((n, t), dtype=torch.bool)
+
+    def padded(rows: Sequence[Sequence[int]], filler: int) -> Tensor:
+        width = max(map(len, rows))
+        return torch.tensor([[*row, *[filler] * (width - len(row))] for row in rows], device=device)
+
+    ids = padded([text.ids for text in texts], pad_id)
+    mask = padded([[1] * len(text.ids) for text in texts], 0)
+    decoder = padded([text.decoder for text in texts], pad_id) if texts[0].decoder else None
+    scored = torch.zeros((ids if decoder is None else decoder).shape, dtype=torch.bool)
     targets: list[int] = []
     for row, text in enumerate(texts):
-        ids[row, : len(text.ids)] = torch.tensor(text.ids)
-        mask[row, : len(text.ids)] = 1
         scored[row, list(text.scored)] = True
         targets.extend(text.targets or [-100] * len(text.scored))
-    return TextBatch(ids.to(device), mask.to(device), scored.to(device), torch.tensor(targets, device=device))
+    return TextBatch(ids, mask, scored.to(device), torch.tensor(targets, device=device), decoder)
 
 
 class _Handover(nn.Module):
@@ -98,17 +105,18 @@ def _start_at(base: BaseModel, first: int, states: Tensor) -> Iterator[None]:
 
 
 @contextmanager
-def only_scored(base: BaseModel, scored: Bool[Tensor, "n t"]) -> Iterator[list[Tensor]]:
-    """Within the context the output layer sees only scored positions; yields a list that receives what it saw."""
-    seen: list[Tensor] = []
+def only_scored(base: BaseModel, scored: Bool[Tensor, "n l"]) -> Iterator[None]:
+    """Within the context the output layer sees only scored positions; a classifier's head reads one anyway."""
+    if base.family == CLASSIFIER:
+        yield
+        return
 
     def select(_: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-        seen.append(args[0][scored])
-        return (seen[-1], *args[1:])
+        return (args[0][scored], *args[1:])
 
     handle = base.model.get_output_embeddings().register_forward_pre_hook(select)
     try:
-        yield seen
+        yield
     finally:
         handle.remove()
 
@@ -170,7 +178,10 @@ class FrozenTrunk:
             torch.from_numpy(reference[at : at + len(text.scored)])
             for text, (_, _, reference, at) in ((text, self._rows[text.key]) for text in texts)
         ]
-        hidden = torch.cat(parts).to(self.base.device, self.base.dtype)[:, None]
+        kept = torch.cat(parts).to(self.base.device, self.base.dtype)
+        if self.base.family == CLASSIFIER:
+            return kept
+        hidden = kept[:, None]
         ids = torch.zeros(hidden.shape[:2], dtype=torch.long, device=self.base.device)
         with _start_at(self.base, self.base.blocks.last + 1, hidden):
             return self.base.model(input_ids=ids, use_cache=False).logits[:, 0]
@@ -178,8 +189,7 @@ class FrozenTrunk:
     # ------------------------------------------------------------------------------------------------- computing
 
     def _forward(self, batch: TextBatch) -> Tensor:
-        model = self.base.model
-        return model(input_ids=batch.input_ids, attention_mask=batch.attention_mask, use_cache=False).logits
+        return self.base.forward(batch.input_ids, batch.attention_mask, batch.decoder_ids)
 
     @property
     def _width(self) -> int:
@@ -194,10 +204,10 @@ class FrozenTrunk:
         states, references, done = [], [], 0
         for chunk in _chunks(texts):
             batch = collate(chunk, self.base.pad_id, self.base.device)
-            entering, leaving = self._watch(batch)
+            entering, reference = self._watch(batch)
             keep = batch.attention_mask.bool()
             states.append(entering[keep].to("cpu", self._store_dtype).numpy())
-            references.append(leaving[batch.scored].to("cpu", self._store_dtype).numpy())
+            references.append(reference.to("cpu", self._store_dtype).numpy())
             done += len(chunk)
             if progress is not None:
                 progress(done, len(texts))
@@ -205,7 +215,8 @@ class FrozenTrunk:
         return self._store(texts, *result)
 
     def _watch(self, batch: TextBatch) -> tuple[Tensor, Tensor]:
-        """Hidden states entering the lowest edited block and leaving the last block."""
+        """Hidden states (n, t, d) entering the lowest edited block, and references (s, d): those leaving the last block
+        at the scored positions, or a classifier's logits (n, v)."""
         blocks = self.base.model.get_submodule(self.base.blocks.path)
         seen: dict[str, Tensor] = {}
 
@@ -221,11 +232,11 @@ class FrozenTrunk:
         ]
         try:
             with only_scored(self.base, batch.scored & False):
-                self._forward(batch)
+                logits = self._forward(batch)
         finally:
             for handle in handles:
                 handle.remove()
-        return seen["in"], seen["out"]
+        return seen["in"], logits if self.base.family == CLASSIFIER else seen["out"][batch.scored]
 
     # ------------------------------------------------------------------------------------------------- on disk
 

@@ -8,8 +8,8 @@ import mendkit
 LEVELS = [
     {"errors", "findings"},
     {"hparams", "losses", "plots", "runs", "checkpoints", "sites"},
-    {"bundled"},
-    {"models", "data", "listing"},
+    {"bundled", "data", "families"},
+    {"models", "listing"},
     {"texts", "trunk"},
     {"factors", "edit"},
     {"mend", "scoring"},

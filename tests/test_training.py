@@ -13,7 +13,7 @@ from mendkit.mend import MEND
 from mendkit.texts import edit_tokens, prepare_texts
 from mendkit.training import FactorCache, Sampler, Trainer, batch_losses, learning_rate_factor, total_loss, train
 from mendkit.trunk import FrozenTrunk, collate
-from tests.claims import EXAMPLES, scrambled, with_statistics
+from tests.claims import EXAMPLES, plain_logits, scrambled, with_statistics
 from tests.test_mend import hparams
 
 
@@ -24,14 +24,10 @@ def quick(**changes):
 def textbook_losses(base, mend, example, texts):
     """One edit the plain way: gradient on the weights, dense update, full passes of the edited and the base model."""
 
-    def read(ids, weights):
-        override = {site.name: weights[site.name] for site in base.sites}
-        return torch.func.functional_call(base.model, override, (torch.tensor([ids]),)).logits[0]
-
     def nll(text, weights):
         batch = collate([text], base.pad_id)
         rows = torch.zeros(len(text.scored), dtype=torch.long)
-        return edit_nll(read(text.ids, weights)[list(text.scored)], batch.targets, rows, 1)[0]
+        return edit_nll(plain_logits(base, text, weights), batch.targets, rows, 1)[0]
 
     clean = {site.name: base.site_module(site).weight for site in base.sites}
     seen = {}
@@ -47,7 +43,7 @@ def textbook_losses(base, mend, example, texts):
     edited = {}
     for i, (site, delta) in enumerate(zip(base.sites, deltas, strict=True)):
         u = seen[site.name][0].detach()[0]
-        keep = list(example.scored) if site.scored_only else list(range(max(example.scored) + 1))
+        keep = delta[0].any(1).nonzero()[:, 0].tolist()  # exactly zero where no gradient can come
         change = torch.zeros(site.d_out, site.d_in, dtype=torch.float64)
         moments = mend.moments[site.name.replace(".", "-")]
         for t in keep:
@@ -67,9 +63,8 @@ def textbook_losses(base, mend, example, texts):
         edited[site.name] = clean[site.name] + (change.T if site.transposed else change)
     losses = {"edit": nll(example, edited), "paraphrases": nll(texts["paraphrases"], edited)}
     for role in ("neighbours", "unrelated"):
-        scored = list(texts[role].scored)
-        rows = torch.zeros(len(scored), dtype=torch.long)
-        before, after = read(texts[role].ids, clean)[scored], read(texts[role].ids, edited)[scored]
+        rows = torch.zeros(len(texts[role].scored), dtype=torch.long)
+        before, after = (plain_logits(base, texts[role], weights) for weights in (clean, edited))
         losses[role] = locality_kl(before.detach(), after, rows, 1)[0]
     return losses
 

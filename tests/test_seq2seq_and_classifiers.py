@@ -1,0 +1,484 @@
+"""Claims about sequence-to-sequence models and classifiers: what holds for a causal model holds for them.
+
+Oracles: the tokens' own spelling, one text at a time through the whole model, a plain loop with dense weights.
+"""
+
+import json
+import re
+from dataclasses import replace
+
+import pytest
+import torch
+import transformers
+from torch import nn
+from transformers import AutoConfig, DistilBertConfig, GPT2Config, LlamaConfig
+
+from mendkit.__main__ import main
+from mendkit.archive import load_archive
+from mendkit.checkpoints import _loader
+from mendkit.data import tokenize_pair, write_examples
+from mendkit.editor import MENDEditor
+from mendkit.errors import DataError, HyperParamError, ModelError
+from mendkit.evaluate import EvaluationSet, evaluate
+from mendkit.factors import capture_factors, capture_inputs
+from mendkit.foreign import export_archive, import_archive
+from mendkit.losses import edit_nll
+from mendkit.mend import MEND
+from mendkit.models import BaseModel, load_model, prompt_of
+from mendkit.scoring import next_tokens
+from mendkit.texts import edit_tokens, prepare_texts
+from mendkit.training import FactorCache, batch_losses, total_loss, train
+from mendkit.trunk import FrozenTrunk, collate
+from tests.claims import EXAMPLES, LABELLED, plain_logits, scrambled
+from tests.families import KIND_OF, other_base
+from tests.kinds import BOS, EOS, UNK, tokenizer_of
+from tests.test_alignment import ANSWERS, KIND, PROMPTS, spelling
+from tests.test_mend import hparams
+from tests.test_training import textbook_losses
+from tests.tiny import save_tiny, tiny_tokenizer
+
+CASE = pytest.mark.parametrize("case", KIND_OF)
+SEQ2SEQ = pytest.mark.parametrize("case", ["t5", "bart"])
+
+
+def examples_of(base):
+    """Examples that suit the family; labels in the model's own words for three classes."""
+    if base.labels is None:
+        return EXAMPLES
+    if len(base.labels.names) == 2:
+        return LABELLED
+    own = {"unrelated": LABELLED[0].unrelated[:1]}
+    return tuple(replace(e, target_new=e.target_new.lower(), **own) for e in LABELLED)
+
+
+# ------------------------------------------------------------------------------------------------- alignment
+
+
+@KIND
+@pytest.mark.parametrize("add_eos", [False, True])
+def test_a_decoders_scored_positions_predict_exactly_the_answers_characters(kind, add_eos):
+    tokenizer, start, count = tokenizer_of(kind), 77, 0
+    plain = (lambda s: "".join(s.lower().split()).encode()) if kind.startswith("WordPiece") else str.encode
+    for prompt, answer in ((p, a) for p in PROMPTS[:2] for a in ANSWERS):
+        text = tokenize_pair(tokenizer, prompt, answer, start=start, add_eos=add_eos)
+        assert list(text.ids) == tokenizer(prompt)["input_ids"]
+        names = tokenizer.convert_ids_to_tokens(list(text.targets))
+        assert (names[-1] == EOS) == add_eos == text.ends and not {BOS, EOS} & set(names[:-1])
+        spelt = b"".join(spelling(kind, name) for name in names[: len(names) - add_eos])
+        if UNK not in names and not (kind.startswith("WordPiece") and "é" in answer):
+            assert plain(answer) in (spelt, spelt.removeprefix(b" ")), (answer, names)
+            count += 1
+        first = text.scored[0]  # a decoder's input is its output, one later
+        assert text.scored == tuple(range(first, first + len(text.targets)))
+        assert text.decoder[0] == start and text.decoder[first + 1 :] == text.targets[:-1]
+        lead = tokenizer.convert_ids_to_tokens(list(text.decoder[1 : first + 1]))
+        assert lead == ([BOS] if tokenizer("a")["input_ids"][0] == tokenizer.bos_token_id else [])
+        bare = tokenize_pair(tokenizer, prompt, start=start)
+        assert (bare.decoder, bare.scored, bare.targets) == (text.decoder[: first + 1], (first,), ())
+    assert count >= 6
+
+
+@KIND
+@pytest.mark.parametrize("case", ["t5", "bert"])
+def test_padding_on_either_side_does_not_change_the_loss(kind, case):
+    base = other_base(case, kind)
+    pairs = zip(PROMPTS, ANSWERS if case == "t5" else ["true", "REFUTES", "0", "Supports"], strict=False)
+    texts = [base.tokenize(prompt, answer, add_eos=True) for prompt, answer in pairs]
+    assert len({len(text.ids) for text in texts}) > 2
+    targets = [torch.tensor(text.targets) for text in texts]
+    with torch.no_grad():
+        alone = torch.stack(
+            [nn.functional.cross_entropy(plain_logits(base, t), y) for t, y in zip(texts, targets, strict=True)]
+        )
+        trunk, batch = FrozenTrunk(base), collate(texts, base.pad_id)
+        for _ in range(2):  # without and with a cache
+            got = edit_nll(trunk.suffix(texts, batch), batch.targets, batch.rows, len(texts))
+            torch.testing.assert_close(got, alone, rtol=1e-4, atol=1e-5)
+            trunk.fill(texts)
+        ids, mask = base.left_pad([text.ids for text in texts])
+        if case == "t5":  # relative positions
+            logits = base.model(input_ids=ids, attention_mask=mask, decoder_input_ids=batch.decoder_ids).logits
+        else:  # absolute ones; the head would read the padding, so it is handed what stands in its place
+            where = (mask.cumsum(1) - 1).clamp(min=0)
+            hidden = base.model.bert(input_ids=ids, attention_mask=mask, position_ids=where).last_hidden_state
+            first = hidden[torch.arange(len(ids)), mask.argmax(1)][:, None]
+            logits = base.model.classifier(base.model.bert.pooler(first))
+            logits = torch.stack([logits * 0, logits], 2)
+        for row, text in enumerate(texts):
+            own = logits[row, list(text.scored)]
+            torch.testing.assert_close(nn.functional.cross_entropy(own, targets[row]), alone[row], rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize(("case", "count"), [("t5", 0), ("bart", 0), ("bert", 1), ("bert, 3 classes", 1)])
+def test_the_trunk_gives_the_whole_models_logits(case, count):
+    base = other_base(case)
+    texts = [text for e in prepare_texts(base, hparams(), examples_of(base)[:2]) for text in e.all()]
+    trunk, batch = FrozenTrunk(base), collate(texts, base.pad_id)
+    assert trunk.split == bool(count) and trunk.fill(texts) == count * len({text.key for text in texts})
+    with torch.no_grad():
+        expected = torch.cat([plain_logits(base, text) for text in texts])
+        for got in (trunk.suffix(texts, batch), trunk.before(texts, batch), FrozenTrunk(base).suffix(texts, batch)):
+            torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-4 * float(expected.abs().max()))
+
+
+# ------------------------------------------------------------------------------------------- the textbook loop
+
+
+def exact(base: BaseModel, monkeypatch) -> BaseModel:
+    """In float64, where T5 goes to float32 too (its normalisation, its attention's softmax)."""
+    base.model.double()
+    monkeypatch.setattr(torch.Tensor, "float", torch.Tensor.double)
+    for module in base.model.modules():
+        if hasattr(module, "variance_epsilon"):
+            module.forward = lambda x, m=module: m.weight * x * (x.pow(2).mean(-1, True) + m.variance_epsilon).rsqrt()
+    return base
+
+
+@CASE
+def test_losses_and_gradients_are_the_textbooks(case, monkeypatch):
+    base = exact(other_base(case), monkeypatch)
+    h = hparams(edit_lr=1e-3)
+    examples = prepare_texts(base, h, examples_of(base)[:3])
+    mend = MEND(base.sites, h).double()
+    mend.warm_up([capture_factors(FrozenTrunk(base), [e.edit for e in examples])])
+    mend = scrambled(mend)
+    trunk = FrozenTrunk(base)
+    trunk.fill([text for example in examples for text in example.all()])
+    factors = FactorCache(trunk, h)
+    texts = [{role: getattr(e, role)[0] for role in ("paraphrases", "neighbours", "unrelated")} for e in examples]
+    rows = [[("edit", e.edit), *own.items()] for e, own in zip(examples, texts, strict=True)]
+    losses = batch_losses(trunk, mend, factors.get([e.edit for e in examples]), rows)
+    gradients = torch.autograd.grad(total_loss(losses, h), list(mend.parameters()))
+
+    plain = [textbook_losses(base, mend, e.edit, own) for e, own in zip(examples, texts, strict=True)]
+    expected = {role: torch.stack([p[role] for p in plain]).mean() for role in losses}
+    for role, value in expected.items():
+        torch.testing.assert_close(losses[role], value, rtol=1e-9, atol=1e-11)
+        assert float(value.detach()) > 1e-6
+    wanted = torch.autograd.grad(total_loss(expected, h), list(mend.parameters()))
+    for gradient, value in zip(gradients, wanted, strict=True):
+        torch.testing.assert_close(gradient, value, rtol=1e-7, atol=1e-10)
+
+
+@CASE
+def test_factors_rebuild_the_gradient_of_the_weights(case, monkeypatch):
+    base = exact(other_base(case), monkeypatch)
+    texts = [edit_tokens(base, hparams(), example) for example in examples_of(base)[:3]]
+    factors = capture_factors(FrozenTrunk(base), texts)
+    weights = {site.name: base.site_module(site).weight.detach().requires_grad_() for site in base.sites}
+    nlls = [nn.functional.cross_entropy(plain_logits(base, t, weights), torch.tensor(t.targets)) for t in texts]
+    for name, gradient in zip(weights, torch.autograd.grad(sum(nlls), list(weights.values())), strict=True):
+        assert float(gradient.abs().max()) > 0
+        torch.testing.assert_close(factors[name].weight_gradient(), gradient, rtol=1e-9, atol=1e-12)
+        assert (factors[name].delta != 0).any(1).all()  # and no token is there for nothing
+
+
+# ------------------------------------------------------------------------------------------------- the whole way
+
+
+@pytest.fixture(scope="module", params=[*KIND_OF])
+def trained(request, tmp_path_factory):
+    """A saved model of a family, loaded again and trained for three steps; the archive can be exported."""
+    folder = tmp_path_factory.mktemp("family")
+    saved = other_base(request.param)
+    path = save_tiny(folder / "model", saved)
+    base = load_model(path)
+    assert base.family == saved.family and base.sites == saved.sites and base.name == "model"
+    inner = tuple(site.name for site in base.sites)
+    h = hparams(norm_stats="shape", z_clip=None, inner_params=inner, edit_lr=1e-2, lr=1e-2).replace(
+        model_name=str(path), max_iters=3, val_interval=3, batch_size=2
+    )
+    result = train(h, examples_of(base), examples_of(base)[:2], base=base, run_dir=folder / "run")
+    assert result.history[-1]["step"] == 3 and 0 <= result.best["val.score"] <= 1
+    return h.replace(archive=str(result.archive)), base, folder
+
+
+def reading(base):
+    """Logits of some texts, each by itself."""
+    texts = [text for e in prepare_texts(base, hparams(), examples_of(base)[:2]) for text in e.all()]
+    with torch.no_grad():
+        return torch.cat([plain_logits(base, text) for text in texts])
+
+
+def test_edits_are_made_added_up_undone_and_merged(trained):
+    h, base, _ = trained
+    editor = MENDEditor.from_hparams(h, base=base)
+    a, b, c, *_ = examples_of(base)
+    before, bits = reading(base), {name: value.clone() for name, value in base.model.state_dict().items()}
+    for edit in (editor.edit(a), editor.edit([a, b, c])):
+        with edit.applied():
+            edited = reading(base)
+        assert torch.equal(reading(base), before) and float((edited - before).abs().max()) > 1e-3
+        merged = BaseModel(type(base.model)(base.model.config), base.tokenizer, name="merged")
+        merged.model.load_state_dict(bits)
+        with torch.no_grad():
+            for name, change in edit.dense().items():
+                merged.model.get_parameter(name).add_(change)
+        torch.testing.assert_close(reading(merged), edited, rtol=1e-3, atol=1e-4 * float(before.abs().max()))
+    with editor.session() as session:
+        first = session.edit(a)
+        once = reading(base)
+        second = session.edit(b)
+        assert not torch.equal(second.updates[base.sites[-1].name].u, editor.edit(b).updates[base.sites[-1].name].u)
+        session.undo()
+        assert torch.equal(reading(base), once) and first.active
+    assert torch.equal(reading(base), before)
+    assert all(torch.equal(value, bits[name]) for name, value in base.model.state_dict().items())
+
+
+def test_an_archive_goes_out_and_comes_back_with_every_bit(trained):
+    h, base, folder = trained
+    export_archive(h.archive, folder / "archive.pt", base=base)
+    path = import_archive(folder / "archive.pt", h, out=folder / "back.safetensors", base=base)
+    again, original = (load_archive(p, base=base) for p in (path, h.archive))
+    texts = [edit_tokens(base, h, example) for example in examples_of(base)]
+    editors = [MENDEditor(base, archive.mend) for archive in (again, original)]
+    for name, update in editors[0].updates(texts).items():
+        other = editors[1].updates(texts)[name]
+        assert torch.equal(update.u, other.u) and torch.equal(update.delta, other.delta)
+        assert float(update.coefficient) == pytest.approx(float(other.coefficient), rel=1e-6)
+
+
+def test_evaluation_reads_and_writes_under_each_edit(trained):
+    """Oracle: each edit applied by itself, the prompt read and answered by the plain model."""
+    h, base, _ = trained
+    editor, examples = MENDEditor.from_hparams(h, base=base), examples_of(base)
+    prepared = EvaluationSet(base, h, examples, max_new_tokens=4)
+    assert not prepared.skipped
+    updates = editor.updates([card.targets[0] for card in prepared.cards], trunk=prepared.trunk)
+    values, written = prepared.score(updates, range(len(examples)))
+    for example, card, row, texts in zip(examples, prepared.cards, values, written, strict=True):
+        with editor.edit(example).applied(), torch.no_grad():
+            log_p = plain_logits(base, card.targets[0]).log_softmax(-1)
+            alone = base.generate_batch(card.prompts, max_new_tokens=4)
+        own = len(card.targets[0].targets) - card.targets[0].ends
+        nll = nn.functional.nll_loss(log_p[:own], torch.tensor(card.targets[0].targets[:own]))
+        assert row["log_p.new"] == pytest.approx(-float(nll), rel=1e-3, abs=1e-4)
+        assert [text.strip() for text in texts] == [text.strip() for text in alone]
+        assert ("edit_success.free_exact_question" in row) == (base.labels is None)
+    if base.labels is None:
+        greedy = prepared.cards[0].greedy[0]
+        prompt = prompt_of(base, greedy)
+        assert plain_logits(base, greedy).argmax(-1).tolist() == list(greedy.targets)
+        assert base.write([prompt], max_new_tokens=4, stop=True)[0] == [t for t in greedy.targets if t != base.eos_id]
+    report = evaluate(editor, prepared, strength=0.0)
+    assert report.summary["neighbourhood.argmax_agreement"].mean == 1.0
+
+
+# ------------------------------------------------------------------------------------------------- decoding
+
+
+@SEQ2SEQ
+def test_decoding_is_greedy_whatever_the_checkpoint_says(case):
+    base = other_base(case)
+    settings = base.model.generation_config
+    settings.repetition_penalty, settings.num_beams, settings.do_sample, settings.max_length = 5.0, 3, True, 3
+    settings.forced_bos_token_id, settings.forced_eos_token_id, settings.no_repeat_ngram_size = 5, 6, 1
+    prompts = [prompt for e in EXAMPLES[:3] for prompt in (e.prompt, *e.paraphrases)]
+    expected = []
+    for prompt in prompts:
+        text, new = base.tokenize(prompt), []
+        for _ in range(7):
+            longer = replace(text, decoder=(*text.decoder, *new), scored=(len(text.decoder) + len(new) - 1,))
+            new.append(int(plain_logits(base, longer).argmax()))
+            if new[-1] == base.eos_id:
+                break
+        expected.append(base.tokenizer.decode(new, skip_special_tokens=True))
+    assert base.generate_batch(prompts, max_new_tokens=7, stop=False) == expected
+    assert [base.generate(prompt, max_new_tokens=7, stop=False) for prompt in prompts] == expected
+    assert len(set(expected)) > 2 and base.model.generation_config is settings
+
+
+@CASE
+def test_next_tokens_are_those_of_the_answer(case):
+    base = other_base(case)
+    prompt = examples_of(base)[0].prompt
+    p = plain_logits(base, base.tokenize(prompt))[0].softmax(-1)
+    names = base.labels.names if base.labels else [base.tokenizer.decode([i]) for i in range(len(p))]
+    word, at = (
+        ("Refutes", 0) if base.labels else ("Lima", base.tokenizer("Lima", add_special_tokens=False).input_ids[0])
+    )
+    told = next_tokens(base, prompt, k=1, among=[word])
+    best = int(p.argmax())
+    assert told == {names[i]: pytest.approx(float(p[i]), rel=1e-4) for i in (best, at)}
+    assert next(iter(told)) == names[best] and len(told) == 2 - (best == at)
+
+
+def test_a_text_without_tokens_or_too_long_is_refused():
+    t5, bart, bert = (other_base(case) for case in ("t5", "bart", "bert"))
+    with pytest.raises(DataError, match=r"answer '' of prompt 'a' has no token"):
+        t5.tokenize("a", "")
+    for base, text in ((t5, ("Lima " * 30, "Rome")), (t5, ("a", "Lima " * 30)), (bert, ("Lima " * 30,))):
+        with pytest.raises(DataError, match=r"Lima.*tokens, the limit is 20; raise `max_length`"):
+            base.tokenize(*text, max_length=20)
+    bart.model.config.max_position_embeddings = 8
+    with pytest.raises(DataError, match="exceed the 8 positions"):
+        bart.generate("The capital of the United Kingdom is", max_new_tokens=2)
+    ids, mask = t5.left_pad([[5, 6], [7]])
+    with pytest.raises(DataError, match="on the right"):
+        t5.generate_ids(ids, mask, ids[:, :1], max_new_tokens=2, stop=False)
+
+
+# ------------------------------------------------------------------------------------------------- classifiers
+
+
+def test_labels_are_found_in_any_spelling_and_an_unknown_one_names_the_legal_ones():
+    one, three = other_base("bert"), other_base("bert, 3 classes")
+    for label, text in {0: ("REFUTES", "false", "0", "Refutes "), 1: ("SUPPORTS", "True", "1")}.items():
+        assert all(one.tokenize("Gold is dry", word).targets == (label,) for word in text)
+        assert {one.said(word) for word in text} == {("REFUTES", "SUPPORTS")[label]}
+    assert [three.tokenize("Gold", word).targets[0] for word in ("REFUTES", "supports", "nei")] == [0, 1, 2]
+    with pytest.raises(DataError, match=r"label 'maybe' is none.*refutes, false, 0, supports, true, 1"):
+        one.tokenize("Gold is dry", "maybe")
+    with pytest.raises(DataError, match=r"label 'true' is none.*refutes, supports, nei"):
+        three.tokenize("Gold is dry", "true")
+
+
+def test_one_logit_is_two_classes():
+    base = other_base("bert")
+    text = base.tokenize("Gold is a metal")
+    z = base.model(input_ids=torch.tensor([text.ids])).logits[0, 0]
+    p = FrozenTrunk(base).suffix([text], collate([text], base.pad_id)).softmax(-1)[0]
+    torch.testing.assert_close(p, torch.stack([1 - z.sigmoid(), z.sigmoid()]), rtol=1e-5, atol=1e-6)
+    assert base.generate("Gold is a metal") == ("SUPPORTS" if z > 0 else "REFUTES")
+
+
+_SMALL = {"num_attention_heads": 2, "hidden_size": 16, "num_hidden_layers": 2}
+OTHER_HEADS = {  # class -> its configuration, the position that its head reads
+    "GPT2ForSequenceClassification": (GPT2Config(n_embd=16, n_layer=2, n_head=2, vocab_size=400), -1),
+    "LlamaForSequenceClassification": (LlamaConfig(**_SMALL, intermediate_size=24, vocab_size=400, num_labels=3), -1),
+    "DistilBertForSequenceClassification": (DistilBertConfig(dim=16, n_layers=2, n_heads=2, hidden_dim=24), 0),
+}
+
+
+@pytest.mark.parametrize("name", OTHER_HEADS)
+def test_the_position_that_a_head_reads_is_found_and_factors_follow_it(name):
+    config, position = OTHER_HEADS[name]
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        model = getattr(transformers, name)(config)
+    model.config.pad_token_id = None if position else 1
+    base = BaseModel(model, tiny_tokenizer(), name=name)
+    assert (base.family, base.head.position) == ("classifier", position)
+    names = [label for label in base.labels.names]
+    texts = [base.tokenize(e.prompt, names[i % 2]) for i, e in enumerate(EXAMPLES[:3])]
+    trunk, batch = FrozenTrunk(base), collate(texts, base.pad_id)
+    trunk.fill(texts)
+    expected = torch.cat([plain_logits(base, text) for text in texts])
+    torch.testing.assert_close(trunk.suffix(texts, batch), expected, rtol=1e-4, atol=1e-5)
+    factors = capture_factors(trunk, texts)
+    weights = {site.name: base.site_module(site).weight.detach().requires_grad_() for site in base.sites}
+    nlls = [nn.functional.cross_entropy(plain_logits(base, t, weights), torch.tensor(t.targets)) for t in texts]
+    gradients = torch.autograd.grad(sum(nlls), list(weights.values()))
+    for site, gradient in zip(base.sites, gradients, strict=True):
+        gradient = gradient.T if site.transposed else gradient
+        torch.testing.assert_close(factors[site.name].weight_gradient(), gradient, rtol=1e-3, atol=1e-6)
+        assert (factors[site.name].delta != 0).any(1).all()
+
+
+class _Mean(nn.Module):
+    """Gives every position the mean of all."""
+
+    def forward(self, x: torch.Tensor, *_: object, **__: object) -> torch.Tensor:
+        return x.mean(1, keepdim=True).expand_as(x)
+
+
+def test_a_head_that_reads_all_tokens_has_factors_everywhere_and_no_scored_ones():
+    model = other_base("bert").model
+    model.bert.pooler = nn.Sequential(_Mean(), model.bert.pooler)
+    base = BaseModel(model, other_base("bert").tokenizer, name="mean")
+    assert base.head.position is None and not any(site.scored_only for site in base.sites)
+    texts = [base.tokenize("Gold is a metal", "true")]
+    assert all(len(f.u) == len(texts[0].ids) for f in capture_factors(FrozenTrunk(base), texts).values())
+    with pytest.raises(HyperParamError, match=r"scored has no meaning.*reads several tokens; set `edit_tokens: all`"):
+        capture_factors(FrozenTrunk(base), texts, tokens="scored")
+
+
+def test_scored_tokens_are_a_decoders_or_the_one_that_a_head_reads():
+    t5, bert = other_base("t5"), other_base("bert")
+    texts = [edit_tokens(t5, hparams(), example) for example in EXAMPLES[:2]]
+    for call in (lambda: capture_factors(FrozenTrunk(t5), texts, tokens="scored"),
+                 lambda: capture_inputs(FrozenTrunk(t5), texts)):  # fmt: skip
+        with pytest.raises(HyperParamError, match=r"no meaning for encoder\.block\.1.*`inner_params` of the decoder"):
+            call()
+    decoder = t5.with_sites([site.name for site in t5.sites if not t5.sees_encoder(site)])
+    cross = t5.with_sites(["decoder.block.2.layer.1.EncDecAttention.k.weight"])
+    count = sum(len(text.scored) for text in texts)
+    assert {len(f.u) for f in capture_factors(FrozenTrunk(decoder), texts, tokens="scored").values()} == {count}
+    (f,) = capture_factors(FrozenTrunk(cross), texts).values()
+    assert len(f.u) == sum(len(text.ids) for text in texts)  # keys are made of the encoder's output
+    claim = [bert.tokenize("Gold is a metal", "true")]
+    for name, f in capture_factors(FrozenTrunk(bert), claim, tokens="scored").items():
+        whole = capture_factors(FrozenTrunk(bert), claim)[name]
+        torch.testing.assert_close(f.u[0], whole.u[0]) and torch.testing.assert_close(f.delta[0], whole.delta[0])
+        assert len(f.u) == 1
+
+
+def test_classes_without_names_and_several_labels_at_once_are_refused():
+    base = other_base("bert, 3 classes")
+    base.model.config.id2label = {0: "a", 1: "b"}
+    with pytest.raises(ModelError, match="3 logits, its config's id2label 2 names"):
+        BaseModel(base.model, base.tokenizer, name="x")
+    base.model.config.problem_type = "multi_label_classification"
+    with pytest.raises(ModelError, match="several labels at once"):
+        BaseModel(base.model, base.tokenizer, name="x")
+    t5 = other_base("t5")
+    t5.model.config.decoder_start_token_id = t5.model.generation_config.decoder_start_token_id = None
+    with pytest.raises(ModelError, match="no decoder_start_token_id"):
+        BaseModel(t5.model, t5.tokenizer, name="x")
+
+
+_OWN_CODE = {"AutoModelForSequenceClassification": "m.OwnClassifier", "AutoModelForCausalLM": "m.OwnWriter"}
+
+
+@pytest.mark.parametrize(
+    ("kind", "architectures", "more", "loader"),
+    [
+        ("t5", ["T5WithLMHeadModel"], {}, "AutoModelForSeq2SeqLM"),  # as T5 3B's own file says
+        ("bart", ["BartModel"], {}, "AutoModelForSeq2SeqLM"),
+        ("bart", ["BartForSequenceClassification"], {}, "AutoModelForSequenceClassification"),
+        ("bart", ["BartForCausalLM"], {"is_encoder_decoder": False}, "AutoModelForCausalLM"),
+        ("bert", ["BertForSequenceClassification"], {}, "AutoModelForSequenceClassification"),
+        ("bert", ["BertForMaskedLM"], {}, None),
+        ("gpt2", ["GPT2ForSequenceClassification"], {}, "AutoModelForSequenceClassification"),
+        ("gpt2", None, {}, "AutoModelForCausalLM"),
+        ("gpt2", ["Own"], {"auto_map": _OWN_CODE}, "AutoModelForCausalLM"),
+        ("gpt2", ["OwnClassifier"], {"auto_map": _OWN_CODE}, "AutoModelForSequenceClassification"),
+    ],
+)  # fmt: skip
+def test_the_config_decides_how_a_model_is_loaded(kind, architectures, more, loader):
+    found = _loader(AutoConfig.for_model(kind, architectures=architectures, **more))
+    assert (found and found.__name__) == loader
+
+
+# ------------------------------------------------------------------------------------------------- command line
+
+
+@pytest.mark.parametrize("case", ["bart", "bert"])
+def test_the_command_line_trains_edits_and_evaluates(case, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    base = other_base(case)
+    save_tiny("model", base)
+    examples = examples_of(base)
+    write_examples(examples, "data.jsonl")
+    sites = "".join(f"- {site.name}\n" for site in base.sites)
+    sizes = "rank: 4\nbatch_size: 2\nmax_iters: 2\nval_interval: 1\nnorm_stats: shape\nz_clip: null\n"
+    (tmp_path / "c.yaml").write_text(f"model_name: model\n{sizes}inner_params:\n{sites}")
+    data = ["--train-data", "data.jsonl", "--validation-data", "data.jsonl"]
+    archive = "archive=run/archive.safetensors"
+    edit = ["--prompt", examples[0].prompt, "--target", examples[0].target_new, "--max-new-tokens", "4"]
+    assert main(["train", "c.yaml", "--out", "run", *data]) == 0
+    assert main(["inspect", "run/archive.safetensors"]) == 0
+    assert type(base.model).__name__ in capsys.readouterr().out
+    assert main(["edit", "c.yaml", archive, *edit, "--json"]) == 0
+    before = json.loads(capsys.readouterr().out)
+    assert main(["export", "run/archive.safetensors", "c.yaml", "--out", "out"]) == 0
+    assert main(["import", "out/archive.pt", "c.yaml", "--out", "in"]) == 0
+    capsys.readouterr()
+    assert main(["edit", "c.yaml", "archive=in/archive.safetensors", *edit, "--json"]) == 0
+    assert json.loads(capsys.readouterr().out) == before
+    assert main(["evaluate", "c.yaml", archive, "--data", "data.jsonl", "--max-new-tokens", "4"]) == 0
+    assert re.search(r"edit_success\.free_exact +\d", capsys.readouterr().out)
+    if case == "bert":
+        assert main(["edit", "c.yaml", archive, "--prompt", "Gold is a metal", "--target", "perhaps"]) == 2
+        assert "legal labels" in capsys.readouterr().err
