@@ -27,7 +27,7 @@ from .editor import MENDEditor, scaled
 from .errors import DataError, MendkitError
 from .families import CLASSIFIER
 from .hparams import MENDHyperParams
-from .models import BaseModel, continued, prompt_of
+from .models import BaseModel
 from .scoring import Forced, forced, select
 from .texts import edit_tokens
 from .trunk import FrozenTrunk
@@ -241,14 +241,14 @@ class EvaluationSet:
     def _with_greedy(self, cards: Sequence[Card]) -> list[Card]:
         """Add to each card what f writes freely after its first neighbour and its first unrelated prompt."""
         firsts = [text for card in cards for text in (*card.neighbours[:1], *card.unrelated[:1])]
-        prompts = [prompt_of(self.base, text) for text in firsts]
+        prompts = [self.base.prompt_of(text) for text in firsts]
         unique = sorted(set(prompts), key=lambda prompt: (len(prompt.ids), prompt.key))
         written = dict(zip(unique, self._write(unique, None), strict=True))
         queue = iter(prompts)
         out = []
         for card in cards:
             own = [next(queue) for _ in (*card.neighbours[:1], *card.unrelated[:1])]
-            out.append(replace(card, greedy=tuple(continued(self.base, prompt, written[prompt]) for prompt in own)))
+            out.append(replace(card, greedy=tuple(self.base.continued(prompt, written[prompt]) for prompt in own)))
         return out
 
     def _write(self, prompts: Sequence[Tokens], updates: Updates | None) -> list[list[int]]:
@@ -287,7 +287,7 @@ class EvaluationSet:
                 else:
                     todo.append((i, j))
         todo.sort(key=lambda at: len(cards[at[0]].targets[at[1]].ids))
-        prompts = [prompt_of(self.base, cards[i].targets[j]) for i, j in todo]
+        prompts = [self.base.prompt_of(cards[i].targets[j]) for i, j in todo]
         own = select(updates, [i for i, _ in todo]) if updates and todo else None
         for (i, j), prompt, new in zip(todo, prompts, self._write(prompts, own) if todo else [], strict=True):
             answers[i][j] = self.base.new_text(prompt, new)

@@ -9,6 +9,7 @@ LEVELS = [
     {"errors", "findings"},
     {"hparams", "losses", "plots", "runs", "checkpoints", "sites"},
     {"bundled", "data", "families"},
+    {"text_model"},
     {"models", "listing"},
     {"texts", "trunk"},
     {"factors", "edit"},

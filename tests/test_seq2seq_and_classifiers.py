@@ -24,7 +24,7 @@ from mendkit.factors import capture_factors, capture_inputs
 from mendkit.foreign import export_archive, import_archive
 from mendkit.losses import edit_nll
 from mendkit.mend import MEND
-from mendkit.models import BaseModel, load_model, prompt_of
+from mendkit.models import BaseModel, load_model
 from mendkit.scoring import next_tokens
 from mendkit.texts import edit_tokens, prepare_texts
 from mendkit.training import FactorCache, batch_losses, total_loss, train
@@ -258,7 +258,7 @@ def test_evaluation_reads_and_writes_under_each_edit(trained):
         assert ("edit_success.free_exact_question" in row) == (base.labels is None)
     if base.labels is None:
         greedy = prepared.cards[0].greedy[0]
-        prompt = prompt_of(base, greedy)
+        prompt = base.prompt_of(greedy)
         assert plain_logits(base, greedy).argmax(-1).tolist() == list(greedy.targets)
         assert base.write([prompt], max_new_tokens=4, stop=True)[0] == [t for t in greedy.targets if t != base.eos_id]
     report = evaluate(editor, prepared, strength=0.0)
