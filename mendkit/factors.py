@@ -17,7 +17,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
 from .data import Tokens
-from .errors import HyperParamError
+from .errors import HyperParamError, ModelError
 from .families import CLASSIFIER
 from .losses import edit_nll, wide
 from .models import BaseModel, Site
@@ -164,12 +164,19 @@ def _scored(base: BaseModel, site: Site, batch: TextBatch) -> Bool[Tensor, "n l"
 
 @contextmanager
 def _record(base: BaseModel) -> Iterator[dict[str, tuple[Tensor, Tensor]]]:
-    """Within the context every site's (input, output) is recorded; the graph starts at the lowest site's output."""
+    """Within the context every site's (input, output) is recorded; the graph starts at the lowest site's output.
+
+    Raises ModelError for a layer that runs twice, as ALBERT's do.
+    """
     seen: dict[str, tuple[Tensor, Tensor]] = {}
     handles = []
 
     def hook_for(name: str):
         def hook(_: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> Tensor:
+            if name in seen:
+                raise ModelError(
+                    f"{name} is used more than once in a pass: its factors are not one layer's; edit another"
+                )
             if not output.requires_grad:
                 output = output.detach().requires_grad_()
             seen[name] = (args[0], output)

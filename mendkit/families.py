@@ -70,11 +70,11 @@ def probe_head(model: PreTrainedModel, ids: Int[Tensor, "1 t"]) -> Head:
     try:
         with torch.enable_grad():
             logits = model(input_ids=ids, attention_mask=torch.ones_like(ids)).logits
-            grads = torch.autograd.grad(logits[0, 0], seen) if seen else []
+            grads = torch.autograd.grad(logits[0, 0], seen[-1:], allow_unused=True) if seen else [None]
     finally:
         for handle in handles:
             handle.remove()
-    used = grads[0].reshape(ids.shape[1], -1).any(1).nonzero()[:, 0].tolist() if grads else []
+    used = [] if grads[0] is None else grads[0].reshape(ids.shape[1], -1).any(1).nonzero()[:, 0].tolist()
     positions = {(0,): 0, (ids.shape[1] - 1,): -1} if ids.shape[1] > 1 else {}
     return Head(_labels(model, logits.shape[1]), positions.get(tuple(used)))
 

@@ -107,7 +107,7 @@ _CLASSES = {0: "Refutes", 1: "Supports", 2: "NEI"}
 KIND_OF = {  # case -> its family above, its kind of tokenizer, the spread of its weights, more of its configuration
     "t5": ("t5", "unigram, EOS", 0.3, {}),
     "t5-v1.1": ("t5-v1.1", "unigram, EOS", 0.3, {}),
-    "bart": ("bart", "byte-level, BOS and EOS", 0.15, {"forced_eos_token_id": None}),
+    "bart": ("bart", "byte-level, BOS and EOS", 0.15, {}),
     "bert": ("bert", "WordPiece, lower case", 0.6, {"num_labels": 1}),
     "bert, 3 classes": (
         "bert", "WordPiece, lower case", 0.6,

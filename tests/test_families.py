@@ -1,4 +1,7 @@
-"""Claims about families: which layers `auto` picks, and that factors and trunk are right in every causal one."""
+"""Claims about families: which layers `auto` picks, and that factors and trunk are right in every causal one.
+
+The other families' factors and trunk: test_seq2seq_and_classifiers.py.
+"""
 
 import pytest
 import torch

@@ -11,12 +11,12 @@ import pytest
 import torch
 import transformers
 from torch import nn
-from transformers import AutoConfig, DistilBertConfig, GPT2Config, LlamaConfig
+from transformers import AlbertConfig, AutoConfig, DistilBertConfig, GPT2Config, LlamaConfig
 
 from mendkit.__main__ import main
 from mendkit.archive import load_archive
 from mendkit.checkpoints import _loader
-from mendkit.data import tokenize_pair, write_examples
+from mendkit.data import read_examples, tokenize_pair, write_examples
 from mendkit.editor import MENDEditor
 from mendkit.errors import DataError, HyperParamError, ModelError
 from mendkit.evaluate import EvaluationSet, evaluate
@@ -360,8 +360,7 @@ def test_the_position_that_a_head_reads_is_found_and_factors_follow_it(name):
     model.config.pad_token_id = None if position else 1
     base = BaseModel(model, tiny_tokenizer(), name=name)
     assert (base.family, base.head.position) == ("classifier", position)
-    names = [label for label in base.labels.names]
-    texts = [base.tokenize(e.prompt, names[i % 2]) for i, e in enumerate(EXAMPLES[:3])]
+    texts = [base.tokenize(e.prompt, base.labels.names[i % 2]) for i, e in enumerate(EXAMPLES[:3])]
     trunk, batch = FrozenTrunk(base), collate(texts, base.pad_id)
     trunk.fill(texts)
     expected = torch.cat([plain_logits(base, text) for text in texts])
@@ -414,6 +413,15 @@ def test_scored_tokens_are_a_decoders_or_the_one_that_a_head_reads():
         assert len(f.u) == 1
 
 
+def test_a_layer_that_runs_twice_is_refused():
+    sizes = {"num_hidden_layers": 3, "num_attention_heads": 2, "intermediate_size": 24, "vocab_size": 400}
+    config = AlbertConfig(embedding_size=16, hidden_size=16, **sizes)  # three times one layer
+    base = BaseModel(transformers.AlbertForSequenceClassification(config), tiny_tokenizer(), name="albert")
+    assert base.blocks is None
+    with pytest.raises(ModelError, match=r"ffn\.weight is used more than once"):
+        capture_factors(FrozenTrunk(base), [base.tokenize("Gold is a metal", "LABEL_1")])
+
+
 def test_classes_without_names_and_several_labels_at_once_are_refused():
     base = other_base("bert, 3 classes")
     base.model.config.id2label = {0: "a", 1: "b"}
@@ -461,6 +469,7 @@ def test_the_command_line_trains_edits_and_evaluates(case, tmp_path, monkeypatch
     save_tiny("model", base)
     examples = examples_of(base)
     write_examples(examples, "data.jsonl")
+    assert tuple(read_examples("data.jsonl")) == examples  # claims are the kit's own form
     sites = "".join(f"- {site.name}\n" for site in base.sites)
     sizes = "rank: 4\nbatch_size: 2\nmax_iters: 2\nval_interval: 1\nnorm_stats: shape\nz_clip: null\n"
     (tmp_path / "c.yaml").write_text(f"model_name: model\n{sizes}inner_params:\n{sites}")
