@@ -325,6 +325,13 @@ def model_fingerprint(base: BaseModel) -> dict[str, Any]:
     }
 
 
+def weights_sha256(base: BaseModel) -> str:
+    """SHA-256 over all parameters and buffers in their own dtype, whatever the sites; remembered likewise."""
+    tensors = dict(base.model.named_parameters())
+    key = ("all", _state(tensors))
+    return base.remembered(key, lambda: _digest([*tensors.items(), *base.model.named_buffers()], None))
+
+
 def _state(parameters: Mapping[str, nn.Parameter]) -> tuple[Any, ...]:
     """Changes when a parameter is replaced or written to in place."""
     return tuple((name, value.data_ptr(), value._version) for name, value in parameters.items())

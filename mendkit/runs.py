@@ -56,20 +56,25 @@ def seed_everything(seed: int) -> None:
     torch.manual_seed(seed)
 
 
-def write_json(path: str | Path, values: Any) -> Path:
-    """Write JSON atomically."""
-    path = Path(path)
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}-", text=True)
+def atomically(path: Path, write: Callable[[str], object]) -> Path:
+    """Let `write` fill a temporary file, and rename it to `path`; what was there stays if that fails."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}-")
+    os.close(handle)
     try:
-        with os.fdopen(handle, "w", encoding="utf-8") as file:
-            json.dump(values, file, indent=1, ensure_ascii=False)
-            file.write("\n")
+        write(temporary)
         os.chmod(temporary, 0o644)
         os.replace(temporary, path)
     except BaseException:
         os.unlink(temporary)
         raise
     return path
+
+
+def write_json(path: str | Path, values: Any) -> Path:
+    """Write JSON atomically."""
+    text = json.dumps(values, indent=1, ensure_ascii=False) + "\n"
+    return atomically(Path(path), lambda temporary: Path(temporary).write_text(text, encoding="utf-8"))
 
 
 def peak_memory_gb() -> float:

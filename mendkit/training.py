@@ -33,7 +33,7 @@ from .mend import MEND, Wordings
 from .models import BaseModel, load_model
 from .runs import Progress, open_run, provenance
 from .texts import ROLES, ExampleTexts, prepare_texts, role_weights
-from .trunk import FrozenTrunk, collate
+from .trunk import FrozenTrunk, collate, trunk_cache
 from .validation import validate
 
 logger = logging.getLogger(__name__)
@@ -228,7 +228,7 @@ class Trainer:
         self.train_texts, self.stats_texts = texts[: len(texts) - held_out], texts[len(texts) - held_out :]
         self.train_examples = train[: len(self.train_texts)]
         self.val_texts = prepare_texts(base, hparams, val[: hparams.val_steps])
-        self.trunk = FrozenTrunk(base, cache_dir=hparams.cache_dir or run_dir / "cache")
+        self.trunk = FrozenTrunk(base, cache=trunk_cache(base, hparams.cache_dir, limit=hparams.disk_cache_bytes))
         self.factors = FactorCache(self.trunk, hparams)
         self.history: list[dict[str, float]] = []
         self.best: dict[str, float] = {}
@@ -407,7 +407,7 @@ def train(
     """Train a hypernetwork on `train_examples` and write the archive that is best on `val_examples`.
 
     `hparams.archive` null starts anew, a path goes on from it (its sites and the hypernetwork's shape are kept). Writes
-    `archive.safetensors`, `history.jsonl` and the texts' cache into `run_dir`. Raises MendkitError if there is
+    `archive.safetensors` and `history.jsonl` into `run_dir`. Raises MendkitError if there is
     nothing to train or validate on, or if the gradient is no longer finite.
     """
     if not train_examples or not val_examples:

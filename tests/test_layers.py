@@ -9,7 +9,7 @@ LEVELS = [
     {"errors", "findings"},
     {"hparams", "losses", "plots", "runs", "checkpoints", "sites"},
     {"bundled"},
-    {"models", "data", "listing"},
+    {"models", "data", "listing", "cache"},
     {"texts", "trunk"},
     {"factors", "edit"},
     {"mend", "scoring"},
