@@ -93,10 +93,10 @@ def in_notebook() -> bool:
 
 class Progress:
     """One live line: in a terminal rewritten in place, in a notebook (live, executed or exported) one display that is
-    updated, elsewhere a log line now and then."""
+    updated, elsewhere a log line now and then. Nothing at all if `silent`."""
 
-    def __init__(self, title: str) -> None:
-        self.title = title
+    def __init__(self, title: str, *, silent: bool = False) -> None:
+        self.title, self.silent = title, silent
         self._handle: Any = None
         self._last = 0.0
 
@@ -104,7 +104,7 @@ class Progress:
         """Show `text` as the live line; at most four times a second unless forced."""
         now = time.monotonic()
         quiet = 0.25 if in_notebook() or sys.stderr.isatty() else 30.0
-        if not force and now - self._last < quiet:
+        if self.silent or (not force and now - self._last < quiet):
             return
         self._last = now
         line = f"{self.title}: {text}"

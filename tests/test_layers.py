@@ -7,7 +7,7 @@ import mendkit
 
 LEVELS = [
     {"errors", "findings"},
-    {"hparams", "losses", "plots", "runs", "checkpoints", "sites"},
+    {"hparams", "losses", "plots", "runs", "checkpoints", "sites", "distributed"},
     {"bundled"},
     {"models", "data", "listing", "cache"},
     {"texts", "trunk"},
