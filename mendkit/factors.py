@@ -92,7 +92,7 @@ def capture_factors(
     for name, (u, delta) in record_factors(base, loss).items():
         site = next(site for site in base.sites if site.name == name)
         mask = batch.scored if tokens == "scored" else contributing(site, batch)
-        u, delta = (x.reshape(*mask.shape, -1)[mask] for x in (u, delta))  # some layers see (n · t, d)
+        u, delta = (x.to(mask.device).reshape(*mask.shape, -1)[mask] for x in (u, delta))  # some layers see (n · t, d)
         factors[name] = GradientFactors(wide(u), wide(delta), mask.nonzero()[:, 0])
     return factors
 
@@ -104,7 +104,7 @@ def capture_inputs(trunk: FrozenTrunk, texts: Sequence[Tokens], /) -> Inputs:
     with _record(trunk.base) as record:
         trunk.suffix(texts, batch)
     mask = batch.scored
-    return {name: wide(u.detach().reshape(*mask.shape, -1)[mask]) for name, (u, _) in record.items()}
+    return {name: wide(u.detach().to(mask.device).reshape(*mask.shape, -1)[mask]) for name, (u, _) in record.items()}
 
 
 def record_factors(

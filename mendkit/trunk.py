@@ -102,7 +102,7 @@ def only_scored(base: BaseModel, scored: Bool[Tensor, "n t"]) -> Iterator[list[T
     seen: list[Tensor] = []
 
     def select(_: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-        seen.append(args[0][scored])
+        seen.append(args[0][scored.to(args[0].device)])
         return (seen[-1], *args[1:])
 
     handle = base.model.get_output_embeddings().register_forward_pre_hook(select)
@@ -221,8 +221,8 @@ class FrozenTrunk:
             batch = collate(chunk, self.base.pad_id, self.base.device)
             entering, leaving = self._watch(batch)
             keep = batch.attention_mask.bool()
-            states.append(entering[keep].to("cpu", self._store_dtype).numpy())
-            references.append(leaving[batch.scored].to("cpu", self._store_dtype).numpy())
+            states.append(entering[keep.to(entering.device)].to("cpu", self._store_dtype).numpy())
+            references.append(leaving[batch.scored.to(leaving.device)].to("cpu", self._store_dtype).numpy())
             done += len(chunk)
             if progress is not None:
                 progress(done, len(texts))

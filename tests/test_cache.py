@@ -219,7 +219,7 @@ import mendkit.cache, mendkit.trunk
 from tests.test_cache import every_text, logits, trunk
 from tests.tiny import tiny_llama
 folder, what = Path(sys.argv[1]), sys.argv[2]
-mendkit.trunk.SHARD_BYTES, mendkit.trunk.TOKENS_PER_PASS = 8000, 64
+mendkit.trunk.SHARD_BYTES = mendkit.trunk.TOKENS_PER_PASS = 1  # every text is a pass and a shard
 base = tiny_llama()
 texts, own = every_text(base), trunk(base, folder)
 if what == "dies":
@@ -231,7 +231,7 @@ if what == "dies":
 else:
     count, compute = [], own._compute
     def slowly(some, show):
-        time.sleep(0.1)
+        time.sleep(0.05)
         count.extend(some)
         return compute(some, show)
     own._compute = slowly
@@ -248,7 +248,6 @@ def child(folder: Path, what: str) -> subprocess.Popen:
     return subprocess.Popen(command, cwd=Path(__file__).parents[1], stdout=subprocess.PIPE, stderr=subprocess.PIPE)
 
 
-@pytest.mark.slow
 def test_two_processes_at_once_share_the_work_and_get_it_right(llama, tmp_path, caplog, monkeypatch):
     texts = every_text(llama)
     results = []
@@ -257,7 +256,7 @@ def test_two_processes_at_once_share_the_work_and_get_it_right(llama, tmp_path, 
         assert process.returncode == 0, err.decode()
         results.append(json.loads(out))
     distinct = len({text.key for text in texts})
-    assert max(count for count, _ in results) < distinct <= sum(count for count, _ in results)
+    assert distinct <= sum(count for count, _ in results) < 1.5 * distinct
     assert results[0][1] == pytest.approx(float(logits(FrozenTrunk(llama), texts).double().sum()), rel=1e-5)
     assert results[1][1] == pytest.approx(results[0][1], rel=1e-6)
     assert computed(trunk(llama, tmp_path), texts, monkeypatch) == 0
@@ -278,6 +277,5 @@ def test_a_process_killed_while_it_writes_leaves_nothing_that_is_read(llama, tmp
     assert torch.equal(logits(after, texts), logits(trunk_in_memory(llama, texts), texts)) and not caplog.text
     assert left.exists()  # it might still be written to
     os.utime(left, (time.time() - STALE_SECONDS - 60,) * 2)
-    trunk(llama, tmp_path / ".").fill([texts[0], *every_text(llama)])
     trunk(tiny_llama(seed=1), tmp_path).fill(texts)
     assert not left.exists()
