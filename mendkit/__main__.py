@@ -21,6 +21,7 @@ from .archive import inspect_archive, load_archive
 from .checkpoints import silence_transformers
 from .conformance import conformance, conformance_table, reference_folders
 from .data import EditExample, read_examples
+from .distributed import Team, process_count
 from .editor import MENDEditor
 from .errors import MendkitError
 from .evaluate import EvaluationReport, evaluate, normalise
@@ -54,6 +55,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = parser.parse_intermixed_args(words[1:])
     args.parser, args.name, args.command = parser, words[0], shlex.join(["python", "-m", "mendkit", *words])
     try:
+        if process_count() > 1 and args.name != "train":
+            raise MendkitError(f"{args.name} runs in one process; only `train` can be started in several")
         return command.run(args)
     except MendkitError as error:
         sys.stderr.write(f"error: {error}\n")
@@ -73,8 +76,11 @@ def _say(text: str) -> None:
 
 def _train(args: argparse.Namespace) -> int:
     hparams = _hparams(args)
+    team = Team(hparams.device)
+    logger.setLevel(logging.ERROR if team.rank else logging.INFO)
     out = args.out or Path(hparams.results_dir) / "train"
-    old = _existing(out, (ARCHIVE, "history.jsonl", "results.json", "run.json"), args.overwrite)
+    written = (ARCHIVE, "history.jsonl", "results.json", "run.json")
+    old = team.first(lambda: _existing(out, written, args.overwrite))
     examples = read_examples(args.train_data, limit=args.train_limit)
     validation = read_examples(args.validation_data, limit=args.validation_limit)
     if hparams.archive is not None:
@@ -83,9 +89,12 @@ def _train(args: argparse.Namespace) -> int:
     if hparams.archive is not None:
         load_archive(hparams.archive, base=base)
         old = [path for path in old if path.resolve() != Path(hparams.archive).resolve()]
-    _open(out, old)
+    team.first(lambda: _open(out, old))
     logger.info("training on %d examples, validating on %d, in %s", len(examples), len(validation), out)
     result = train(hparams, examples, validation, base=base, run_dir=out)
+    team.leave()
+    if team.rank:
+        return 0
     logger.info("%s", result.stopped)
     scores = {name.replace("val.", "validation."): v for name, v in result.best.items() if "val." in name}
     values = {"seconds": result.seconds, "best_step": result.best["step"], "stopped": result.stopped}

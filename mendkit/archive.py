@@ -8,9 +8,7 @@ the one it was trained for is refused (CORRECTNESS rows 3, 23, 24).
 
 import hashlib
 import json
-import os
-import tempfile
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -23,6 +21,7 @@ from .errors import ArchiveError, HyperParamError
 from .hparams import MENDHyperParams
 from .mend import MEND
 from .models import BaseModel, model_fingerprint
+from .runs import atomically
 
 FORMAT = "mendkit-1"
 LOSS_REDUCTION = {
@@ -67,21 +66,6 @@ def save_archive(
     }
     text = json.dumps(metadata, sort_keys=True)
     return atomically(path, lambda temporary: save_file(tensors, temporary, metadata={"mendkit": text}))
-
-
-def atomically(path: Path, write: Callable[[str], object]) -> Path:
-    """Let `write` fill a temporary file, and rename it to `path`; what was there stays if that fails."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}-")
-    os.close(handle)
-    try:
-        write(temporary)
-        os.chmod(temporary, 0o644)
-        os.replace(temporary, path)
-    except BaseException:
-        os.unlink(temporary)
-        raise
-    return path
 
 
 def inspect_archive(path: str | Path) -> dict[str, Any]:

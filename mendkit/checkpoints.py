@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import os
 import re
 from collections.abc import Iterator
 from pathlib import Path
@@ -67,7 +68,8 @@ def silence_transformers() -> Iterator[None]:
 def choose_device(device: str) -> torch.device:
     """The torch device of a name ("auto": the first GPU or the CPU). Raises ModelError if it is missing."""
     if device == "auto":
-        return torch.device("cuda:0" if torch.cuda.is_available() else "cpu")
+        own = os.environ.get("LOCAL_RANK", "0")  # of several processes each has a GPU of its own
+        return torch.device(f"cuda:{own}" if torch.cuda.is_available() else "cpu")
     try:
         chosen = torch.device(device)
         torch.empty(0, device=chosen)

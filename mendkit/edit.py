@@ -83,7 +83,7 @@ def side_branches(base: BaseModel, updates: Mapping[str, LowRankUpdate]) -> Iter
 def _attach(base: BaseModel, updates: Mapping[str, LowRankUpdate]) -> list[torch.utils.hooks.RemovableHandle]:
     def hook_for(update: LowRankUpdate):
         def hook(_: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> Tensor:
-            return output + update.branch(args[0]).to(output.dtype)
+            return output + update.branch(args[0].to(update.u.device)).to(output)
 
         return hook
 
@@ -150,7 +150,7 @@ class Edit:
 
     def relative_norm(self) -> dict[str, float]:
         """‖ΔW‖_F / ‖W‖_F of every site."""
-        weight = {site.name: self.base.site_module(site).weight for site in self.base.sites}
+        weight = {site.name: self.base.site_weight(site) for site in self.base.sites}
         return {n: float(d.norm() / weight[n].float().norm()) for n, d in self.dense().items()}
 
 

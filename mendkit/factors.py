@@ -97,7 +97,7 @@ def capture_factors(
     for name, (u, delta) in record_factors(base, loss).items():
         site = next(site for site in base.sites if site.name == name)
         mask = _scored(base, site, batch) if tokens == "scored" else contributing(base, site, batch)
-        u, delta = (x.reshape(*mask.shape, -1)[mask] for x in (u, delta))  # some layers see (n · t, d)
+        u, delta = (x.to(mask.device).reshape(*mask.shape, -1)[mask] for x in (u, delta))  # some layers see (n · t, d)
         factors[name] = GradientFactors(wide(u), wide(delta), mask.nonzero()[:, 0])
     return factors
 
@@ -114,7 +114,7 @@ def capture_inputs(trunk: FrozenTrunk, texts: Sequence[Tokens], /) -> Inputs:
     inputs: Inputs = {}
     for site in trunk.base.sites:
         mask, u = _scored(trunk.base, site, batch), record[site.name][0].detach()
-        inputs[site.name] = wide(u.reshape(*mask.shape, -1)[mask])
+        inputs[site.name] = wide(u.to(mask.device).reshape(*mask.shape, -1)[mask])
     return inputs
 
 

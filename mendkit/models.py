@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate.utils import align_module_device
 from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
@@ -45,6 +46,8 @@ class BaseModel(TextModel):
         name: str,
         inner_params: str | Sequence[str] = "auto",
     ) -> None:
+        if model.get_input_embeddings().weight.device.type == "meta":
+            raise ModelError(f"{name}: the device map keeps the input embeddings on no device; give them cpu or a GPU")
         super().__init__(model, tokenizer, name=name)
         self._place(inner_params)
 
@@ -70,6 +73,10 @@ class BaseModel(TextModel):
     def site_module(self, site: Site) -> nn.Module:
         """The Linear or Conv1D of a site."""
         return self.model.get_submodule(site.module)
+
+    def site_weight(self, site: Site) -> Tensor:
+        """A site's weight, from wherever a device map keeps it."""
+        return _values(self.model, site.name, self.site_module(site).weight)
 
     def _find_blocks(self) -> Blocks | None:
         found = find_blocks(self.model)
@@ -142,10 +149,17 @@ def model_fingerprint(base: BaseModel) -> dict[str, Any]:
         "name": base.name,
         "class": type(base.model).__name__,
         "sites": [{"name": name, "shape": list(weight.shape)} for name, weight in edited],
-        "sites_sha256": _digest(edited, torch.float32),
-        "trunk_sha256": base.remembered(_state(parameters), lambda: _digest(parameters.items(), None)),
+        "sites_sha256": _digest(base.model, edited, torch.float32),
+        "trunk_sha256": base.remembered(_state(parameters), lambda: _digest(base.model, parameters.items(), None)),
         "tokenizer_sha256": base.remembered("tokenizer", lambda: _tokenizer_digest(base.tokenizer)),
     }
+
+
+def weights_sha256(base: BaseModel) -> str:
+    """SHA-256 over all parameters and buffers in their own dtype, whatever the sites; remembered likewise."""
+    tensors = dict(base.model.named_parameters())
+    every = [*tensors.items(), *base.model.named_buffers()]
+    return base.remembered(("all", _state(tensors)), lambda: _digest(base.model, every, None))
 
 
 def _state(parameters: Mapping[str, nn.Parameter]) -> tuple[Any, ...]:
@@ -153,10 +167,19 @@ def _state(parameters: Mapping[str, nn.Parameter]) -> tuple[Any, ...]:
     return tuple((name, value.data_ptr(), value._version) for name, value in parameters.items())
 
 
-def _digest(tensors: Iterable[tuple[str, Tensor]], dtype: torch.dtype | None) -> str:
+def _values(model: nn.Module, name: str, tensor: Tensor) -> Tensor:
+    """A parameter or buffer by its name, read from where a device map keeps it if that is no device."""
+    if tensor.device.type != "meta":
+        return tensor
+    module, _, leaf = name.rpartition(".")
+    with align_module_device(model.get_submodule(module), "cpu"):
+        return getattr(model.get_submodule(module), leaf).detach().clone()
+
+
+def _digest(model: nn.Module, tensors: Iterable[tuple[str, Tensor]], dtype: torch.dtype | None) -> str:
     digest = hashlib.sha256()
     for name, tensor in tensors:
-        value = tensor.detach().to("cpu", dtype or tensor.dtype).contiguous()
+        value = _values(model, name, tensor).detach().to("cpu", dtype or tensor.dtype).contiguous()
         digest.update(f"{name} {value.dtype} {tuple(value.shape)}\n".encode())
         digest.update(value.reshape(-1).view(torch.uint8).numpy())
     return digest.hexdigest()

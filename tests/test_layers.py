@@ -7,9 +7,9 @@ import mendkit
 
 LEVELS = [
     {"errors", "findings"},
-    {"hparams", "losses", "plots", "runs", "checkpoints", "sites"},
+    {"hparams", "losses", "plots", "runs", "checkpoints", "sites", "distributed"},
     {"bundled", "data", "families"},
-    {"text_model"},
+    {"text_model", "cache"},
     {"models", "listing"},
     {"texts", "trunk"},
     {"factors", "edit"},
