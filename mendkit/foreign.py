@@ -21,8 +21,9 @@ from jaxtyping import Float
 from torch import Tensor
 from torch.serialization import get_unsafe_globals_in_checkpoint, safe_globals
 
-from .archive import atomically, load_archive, save_archive
+from .archive import load_archive, save_archive
 from .errors import ArchiveError
+from .files import atomically
 from .hparams import MENDHyperParams
 from .mend import MEND, PARTS, RunningMoments, group_name, stats_name, transformed
 from .models import BaseModel, Site, load_model
