@@ -17,14 +17,16 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from .adapter import ADAPTER_FILES
 from .archive import inspect_archive, load_archive
 from .checkpoints import silence_transformers
 from .conformance import conformance, conformance_table, reference_folders
 from .data import EditExample, read_examples
 from .distributed import Team, process_count
+from .edit_command import before_and_after, read_stream, shown, write_files
 from .editor import MENDEditor
 from .errors import MendkitError
-from .evaluate import EvaluationReport, evaluate, normalise
+from .evaluate import EvaluationReport, evaluate
 from .foreign import export_archive, import_archive, read_foreign
 from .hparams import MENDHyperParams, parse_overrides
 from .listing import list_layers, table
@@ -34,6 +36,8 @@ from .runs import peak_memory_gb, write_json
 from .training import train
 
 logger = logging.getLogger("mendkit")
+
+MODEL_FILES = ("config.json", "model.safetensors", "model.safetensors.index.json")
 
 EXIT_CODES = """\
 exit status: 0 all of it was done; 1 a notebook of the report failed, a comparison missed, or an unexpected error
@@ -108,33 +112,60 @@ def _train(args: argparse.Namespace) -> int:
 def _edit(args: argparse.Namespace) -> int:
     if bool(args.data) == bool(args.prompt) or bool(args.prompt) != bool(args.target):
         args.parser.error("give --prompt and --target, or --data")
+    if args.adapter_rank and not args.save_adapter:
+        args.parser.error("--adapter-rank says how to write an adapter; give --save-adapter, too")
     hparams = _hparams(args)
     old = _existing(args.out, ("results.json", "rows.jsonl"), args.overwrite)
-    if args.data:
-        examples = list(read_examples(args.data, limit=args.limit))
+    files = _edit_files(args)
+    if args.data == "-":
+        examples = read_stream(sys.stdin, limit=args.limit)
+    elif args.data:
+        examples = read_examples(args.data, limit=args.limit)
     else:
         examples = [EditExample(prompt=args.prompt, target_new=args.target)]
-    editor = MENDEditor.from_hparams(hparams)
-    rows = []
-    for example in examples:
-        before = editor.base.generate(example.prompt, max_new_tokens=args.max_new_tokens)
-        with editor.edit(example).applied():
-            after = editor.base.generate(example.prompt, max_new_tokens=args.max_new_tokens)
-        success = normalise(after) == normalise(editor.base.said(example.target_new))
-        row = {"prompt": example.prompt, "target_new": example.target_new, "before": before, "after": after}
-        rows.append(row | {"success": success})
+    if files and len(examples) > 1 and not args.together:
+        raise MendkitError(
+            f"{', '.join(files)}: one edit can be written, these are {len(examples)} separate ones; "
+            "give --together to make them one, or --limit 1"
+        )
+    editor, rows = MENDEditor.from_hparams(hparams), []
+    for group in [examples] if args.together else [[example] for example in examples]:
+        edit, new = before_and_after(editor, group, strength=args.strength, max_new_tokens=args.max_new_tokens)
+        rows += new
         if not args.json:
-            mark = "as told" if success else f"told: {example.target_new}"
-            _say(f"{example.prompt}\n  before: {before.strip()}\n  after:  {after.strip()}  ({mark})")
-    share = sum(row["success"] for row in rows) / len(rows)
+            _say("\n".join(map(shown, new)))
     if args.json:
         _say(json.dumps(rows, indent=1, ensure_ascii=False))
+    results = {"edit.free_exact": sum(row["success"] for row in rows) / len(rows), "edit.free_exact.n": len(rows)}
+    results |= write_files(
+        edit, merged=args.save_merged, adapter=args.save_adapter, rank=args.adapter_rank, saved=args.save_edit
+    )
     if args.out:
         _open(args.out, old)
         lines = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
         (args.out / "rows.jsonl").write_text(lines, encoding="utf-8")
-        write_json(args.out / "results.json", {"edit.free_exact": share, "edit.free_exact.n": len(rows)})
+        write_json(args.out / "results.json", results)
     return 0
+
+
+def _edit_files(args: argparse.Namespace) -> list[str]:
+    """The options that write the edit itself; refuses to write over anything unasked, or two things to one place."""
+    model, adapter, file = args.save_merged, args.save_adapter, args.save_edit
+    if model and adapter and model.resolve() == adapter.resolve():
+        raise MendkitError(f"--save-merged and --save-adapter are both {model}; give each a folder of its own")
+    _existing(model, MODEL_FILES, args.overwrite, "--save-merged")
+    _existing(adapter, ADAPTER_FILES, args.overwrite, "--save-adapter")
+    if file and file.is_dir():
+        raise MendkitError(f"{file} is a folder; give --save-edit a file")
+    if file:
+        _existing(file.parent, (file.name,), args.overwrite, "--save-edit")
+    for option, folder, others in (("--save-merged", model, ADAPTER_FILES), ("--save-adapter", adapter, MODEL_FILES)):
+        if folder and any((folder / name).exists() for name in others):
+            raise MendkitError(
+                f"{folder}: transformers reads a model and an adapter there as one; give another {option}"
+            )
+    given = {"--save-merged": model, "--save-adapter": adapter, "--save-edit": file}
+    return [option for option, path in given.items() if path]
 
 
 def _evaluate(args: argparse.Namespace) -> int:
@@ -275,16 +306,16 @@ def _hparams(args: argparse.Namespace) -> MENDHyperParams:
     return MENDHyperParams.from_hparams(config, **parse_overrides(settings))
 
 
-def _existing(out: Path | None, names: Sequence[str], overwrite: bool) -> list[Path]:
+def _existing(out: Path | None, names: Sequence[str], overwrite: bool, option: str = "--out") -> list[Path]:
     """Files of an earlier run that this one would overwrite; refused unless asked for."""
     if out is None:
         return []
     if out.exists() and not out.is_dir():
-        raise MendkitError(f"{out} is a file; give --out a folder")
+        raise MendkitError(f"{out} is a file; give {option} a folder")
     found = [out / name for name in names if (out / name).exists()]
     if found and not overwrite:
         held = ", ".join(path.name for path in found)
-        raise MendkitError(f"{out} holds {held} of an earlier run; give another --out, or --overwrite")
+        raise MendkitError(f"{out} holds {held} of an earlier run; give another {option}, or --overwrite")
     return found
 
 
@@ -304,6 +335,16 @@ def _count(text: str) -> int:
     return int(text)
 
 
+def _number(text: str) -> float:
+    try:
+        value = float(text)
+    except ValueError:
+        value = math.nan
+    if not math.isfinite(value):
+        raise argparse.ArgumentTypeError(f"expected a number, got {text!r}")
+    return value
+
+
 # ---------------------------------------------------------------------------------------------------- parsers
 
 
@@ -317,7 +358,17 @@ def _options_train(parser: argparse.ArgumentParser) -> None:
 def _options_edit(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--prompt", metavar="P", help="what to edit, such as 'The capital of France is'")
     parser.add_argument("--target", metavar="T", help="how the prompt shall go on")
-    parser.add_argument("--data", metavar="FILE", help="examples instead, each edited alone, or facts:test")
+    parser.add_argument(
+        "--data",
+        metavar="FILE",
+        help="examples instead, or facts:test; -: lines of JSON or prompt<TAB>target from stdin",
+    )
+    parser.add_argument("--together", action="store_true", help="make all examples one edit (default: each alone)")
+    parser.add_argument("--strength", type=_number, default=1.0, metavar="S", help="times the update (default: 1)")
+    parser.add_argument("--save-adapter", type=Path, metavar="DIR", help="write the edit as a PEFT LoRA adapter")
+    parser.add_argument("--adapter-rank", type=_count, metavar="N", help="its rank at most (default: the edit's own)")
+    parser.add_argument("--save-merged", type=Path, metavar="DIR", help="write the edited model for transformers")
+    parser.add_argument("--save-edit", type=Path, metavar="FILE", help="write the edit for `Edit.load`")
     _options_decoding(parser)
 
 
@@ -355,7 +406,8 @@ COMMANDS = {
     ),
     "edit": _Command(
         _edit, _options_edit,
-        "make single edits with an archive and print what the model writes before and after",
+        "make edits with an archive and print what the model writes before and after;\n"
+        "one edit can be kept: as an adapter, as an edited model, or as a file",
         "archive=runs/first/archive.safetensors --prompt 'The capital of France is' --target Lyon",
     ),
     "evaluate": _Command(

@@ -18,4 +18,4 @@ class ModelError(MendkitError):
 
 
 class ArchiveError(MendkitError):
-    """An archive is missing, damaged, or belongs to another base model."""
+    """An archive or a saved edit is missing, damaged, or belongs to another base model."""
