@@ -17,7 +17,7 @@ LEVELS = [
     {"editor", "foreign"},
     {"conformance"},
     {"validation", "evaluate"},
-    {"baselines", "inspection", "training"},
+    {"baselines", "inspection", "training", "textbook"},
     {"tables", "notebook", "report_page", "report", "__init__"},
     {"__main__"},
 ]
