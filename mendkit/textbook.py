@@ -109,7 +109,7 @@ def edited_weights(base: BaseModel, mend: MEND, edit: Tokens) -> Weights:
 
 
 def textbook_losses(base: BaseModel, mend: MEND, texts: Sequence[tuple[str, Tokens]], /) -> dict[str, Tensor]:
-    """The loss of each role for one edit: the first text is the edit, every role has one loss, the mean of its texts."""
+    """The loss of each role for one edit, the mean of its texts; the first text is the edit."""
     edited = edited_weights(base, mend, texts[0][1])
     losses: dict[str, Tensor] = {}
     for local in (False, True):

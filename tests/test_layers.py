@@ -18,7 +18,7 @@ LEVELS = [
     {"conformance"},
     {"validation", "evaluate"},
     {"baselines", "inspection", "training", "textbook"},
-    {"tables", "notebook", "report_page", "report", "__init__"},
+    {"tables", "notebook", "report_page", "report", "bench", "__init__"},
     {"__main__"},
 ]
 LEVEL = {name: level for level, names in enumerate(LEVELS) for name in names}
