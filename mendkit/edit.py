@@ -93,7 +93,7 @@ def padded(values: Float[Tensor, "n d"], rows: Int[Tensor, " n"], n_edits: int, 
 @contextmanager
 def side_branches(base: BaseModel, updates: Mapping[str, LowRankUpdate]) -> Iterator[None]:
     """Within the context every site adds its update's branch; afterwards the hooks are gone. Contexts nest (add up)."""
-    handles = _attach(base, updates)
+    handles = attach(base, updates)
     try:
         yield
     finally:
@@ -111,7 +111,8 @@ class _Branch:
         return output + self.update.branch(args[0].to(self.update.u.device)).to(output)
 
 
-def _attach(base: BaseModel, updates: Mapping[str, LowRankUpdate]) -> list[torch.utils.hooks.RemovableHandle]:
+def attach(base: BaseModel, updates: Mapping[str, LowRankUpdate]) -> list[torch.utils.hooks.RemovableHandle]:
+    """Let every site add its update's branch from now on, until the handles are removed."""
     sites = {site.name: site for site in base.sites}
     return [base.site_module(sites[name]).register_forward_hook(_Branch(u)) for name, u in updates.items()]
 
@@ -151,7 +152,7 @@ class Edit:
         """Apply until `undo`. Raises MendkitError if it is applied already."""
         if self.active:
             raise MendkitError("this edit is applied already; undo it first")
-        self._handles = _attach(self.base, self.updates)
+        self._handles = attach(self.base, self.updates)
         return self
 
     def undo(self) -> None:

@@ -222,6 +222,16 @@ def learning_rate_factor(step: int, h: MENDHyperParams, max_iters: int) -> float
     return warm * (0.1 + 0.9 * 0.5 * (1 + math.cos(math.pi * min(step / max_iters, 1.0))))
 
 
+def make_optimiser(mend: MEND, h: MENDHyperParams, /) -> torch.optim.Optimizer:
+    """One optimiser, two groups: transforms (`lr`) and log step sizes (`lr_lr`)."""
+    transforms = [p for n, p in mend.named_parameters() if n != "log_edit_lr"]
+    groups = [
+        {"params": transforms, "lr": h.lr, "base": h.lr},
+        {"params": [mend.log_edit_lr], "lr": h.lr_lr, "base": h.lr_lr},
+    ]
+    return getattr(torch.optim, h.opt)(groups)
+
+
 class Trainer:
     """State of one training run; `run()` is the loop."""
 
@@ -324,20 +334,11 @@ class Trainer:
             yield capture_inputs(self.trunk, texts), torch.tensor(groups), torch.tensor(first)
             show(min(at + FACTOR_BATCH, len(examples)), len(examples))
 
-    def optimiser(self) -> torch.optim.Optimizer:
-        """One optimiser, two groups: transforms (`lr`) and log step sizes (`lr_lr`)."""
-        transforms = [p for n, p in self.mend.named_parameters() if n != "log_edit_lr"]
-        groups = [
-            {"params": transforms, "lr": self.hparams.lr, "base": self.hparams.lr},
-            {"params": [self.mend.log_edit_lr], "lr": self.hparams.lr_lr, "base": self.hparams.lr_lr},
-        ]
-        return getattr(torch.optim, self.hparams.opt)(groups)
-
     def run(self) -> TrainingResult:
         """Train until the steps, the time or the patience are used up; the best archive is on disk at the end."""
         self.prepare()
         h = self.hparams
-        optimiser, sampler = self.optimiser(), Sampler(self.train_texts, self.train_examples, h)
+        optimiser, sampler = make_optimiser(self.mend, h), Sampler(self.train_texts, self.train_examples, h)
         per_epoch = math.ceil(len(self.train_texts) / (h.batch_size * h.accumulate_bs))
         max_iters = h.max_epochs * per_epoch if h.max_epochs is not None else h.max_iters
         batches, best_step, stopped = iter(sampler), 0, "all steps done"

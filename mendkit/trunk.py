@@ -125,11 +125,12 @@ class FrozenTrunk:
 
     `fill(texts)` computes what is missing, unless `cache` has it on disk, and puts it there. States are kept in the
     model's dtype (bfloat16 as float32). A text's values can differ in their last bits with the texts that shared its
-    pass; those on disk are of the pass that came first.
+    pass; those on disk are of the pass that came first. `label_only` false computes the logits of every position, as
+    others do, to show what that costs.
     """
 
-    def __init__(self, base: BaseModel, *, cache: TextCache | None = None) -> None:
-        self.base, self.cache = base, cache
+    def __init__(self, base: BaseModel, *, cache: TextCache | None = None, label_only: bool = True) -> None:
+        self.base, self.cache, self.label_only = base, cache, label_only
         self.split = base.blocks is not None and base.blocks.first > 0
         self._rows: dict[Any, tuple[np.ndarray, np.ndarray]] = {}  # states, reference
 
@@ -166,16 +167,18 @@ class FrozenTrunk:
         Side branches and hooks that are installed on the edit sites take effect; gradients flow to them.
         """
         with ExitStack() as stack:
-            stack.enter_context(only_scored(self.base, batch.scored))
+            if self.label_only:
+                stack.enter_context(only_scored(self.base, batch.scored))
             if self.split and all(text.key in self._rows for text in texts):
                 states = self.states(texts, batch.input_ids.shape[1])
                 stack.enter_context(_start_at(self.base, self.base.blocks.first, states))
-            return self._forward(batch)
+            logits = self._forward(batch)
+        return logits if self.label_only else logits[batch.scored]
 
     @torch.no_grad()
     def before(self, texts: Sequence[Tokens], batch: TextBatch, /) -> Float[Tensor, "s v"]:
         """The unedited model's logits at the scored positions: only the output layer runs on cached references."""
-        if any(text.key not in self._rows for text in texts):
+        if not self.label_only or any(text.key not in self._rows for text in texts):
             return self.suffix(texts, batch)
         parts = [torch.from_numpy(self._rows[text.key][1]) for text in texts]
         kept = torch.cat(parts).to(self.base.device, self.base.dtype)

@@ -19,8 +19,8 @@ LEVELS = [
     {"editor", "foreign"},
     {"conformance"},
     {"validation", "evaluate"},
-    {"baselines", "inspection", "training", "edit_command"},
-    {"tables", "notebook", "report_page", "report", "__init__"},
+    {"baselines", "inspection", "training", "textbook", "edit_command"},
+    {"tables", "notebook", "report_page", "report", "bench", "__init__"},
     {"__main__"},
 ]
 LEVEL = {name: level for level, names in enumerate(LEVELS) for name in names}

@@ -22,7 +22,7 @@ from mendkit.errors import DataError, HyperParamError, ModelError
 from mendkit.evaluate import EvaluationSet, evaluate
 from mendkit.factors import capture_factors, capture_inputs
 from mendkit.foreign import export_archive, import_archive
-from mendkit.losses import edit_nll
+from mendkit.losses import edit_nll, locality_kl
 from mendkit.mend import MEND
 from mendkit.models import BaseModel, load_model
 from mendkit.scoring import next_tokens
@@ -34,7 +34,6 @@ from tests.families import KIND_OF, other_base
 from tests.kinds import BOS, EOS, UNK, tokenizer_of
 from tests.test_alignment import ANSWERS, KIND, PROMPTS, spelling
 from tests.test_mend import hparams
-from tests.test_training import textbook_losses
 from tests.tiny import save_tiny, tiny_tokenizer
 
 CASE = pytest.mark.parametrize("case", KIND_OF)
@@ -122,6 +121,54 @@ def test_the_trunk_gives_the_whole_models_logits(case, count):
 
 
 # ------------------------------------------------------------------------------------------- the textbook loop
+
+
+def textbook_losses(base, mend, example, texts):
+    """One edit the plain way: gradient on the weights, dense update, full passes of the edited and the base model."""
+
+    def nll(text, weights):
+        batch = collate([text], base.pad_id)
+        rows = torch.zeros(len(text.scored), dtype=torch.long)
+        return edit_nll(plain_logits(base, text, weights), batch.targets, rows, 1)[0]
+
+    clean = {site.name: base.site_module(site).weight for site in base.sites}
+    seen = {}
+    handles = [
+        base.site_module(s).register_forward_hook(lambda m, a, o, n=s.name: seen.__setitem__(n, (a[0], o)))
+        for s in base.sites
+    ]
+    leaves = {name: w.clone().requires_grad_() for name, w in clean.items()}
+    loss = nll(example, leaves)
+    deltas = torch.autograd.grad(loss, [seen[s.name][1] for s in base.sites])
+    for handle in handles:
+        handle.remove()
+    edited = {}
+    for i, (site, delta) in enumerate(zip(base.sites, deltas, strict=True)):
+        u = seen[site.name][0].detach()[0]
+        keep = delta[0].any(1).nonzero()[:, 0].tolist()  # exactly zero where no gradient can come
+        change = torch.zeros(site.d_out, site.d_in, dtype=torch.float64)
+        moments = mend.moments[site.name.replace(".", "-")]
+        for t in keep:
+            z = []
+            for kind, x in (("u", u[t]), ("delta", delta[0, t])):
+                std = (moments[kind].m2 / (moments[kind].count - 1)).sqrt()
+                std = torch.maximum(std, mend.hparams.std_floor * std.median())
+                z.append(((x - moments[kind].mean) / std).clamp(-mend.hparams.z_clip, mend.hparams.z_clip))
+            z = torch.cat(z)
+            group = next(g for g, names in mend.groups.items() if site.name in names)
+            layer = mend.groups[group].index(site.name)
+            for block in mend.blocks[group]:
+                inner = block.scale[layer] * (block.U @ (block.V @ z) + block.bias) + block.shift[layer]
+                z = z + torch.relu(inner)
+            change = change + torch.outer(z[site.d_in :], z[: site.d_in])
+        change = -mend.log_edit_lr[i].exp() * change
+        edited[site.name] = clean[site.name] + (change.T if site.transposed else change)
+    losses = {"edit": nll(example, edited), "paraphrases": nll(texts["paraphrases"], edited)}
+    for role in ("neighbours", "unrelated"):
+        rows = torch.zeros(len(texts[role].scored), dtype=torch.long)
+        before, after = (plain_logits(base, texts[role], weights) for weights in (clean, edited))
+        losses[role] = locality_kl(before.detach(), after, rows, 1)[0]
+    return losses
 
 
 def exact(base: BaseModel, monkeypatch) -> BaseModel:
