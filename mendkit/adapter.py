@@ -27,7 +27,7 @@ ADAPTER_FILES = ("adapter_model.safetensors", "adapter_config.json")
 
 @dataclass(frozen=True)
 class LoRA:
-    """One site's adapter, ΔW ≈ B A in (output, input) orientation."""
+    """One site's adapter, ΔW ≈ B A in (output, input) orientation, on the CPU."""
 
     A: Float[Tensor, "r i"]
     B: Float[Tensor, "o r"]
@@ -36,8 +36,8 @@ class LoRA:
     @classmethod
     def of(cls, u: Float[Tensor, "t i"], delta: Float[Tensor, "t o"], /, *, rank: int | None = None) -> "LoRA":
         """The adapter of ΔW = deltaᵀ u, of its own rank or of `rank` at most; at least 1, as PEFT has no rank 0."""
-        q_out, r_out = torch.linalg.qr(delta.double().T)
-        q_in, r_in = torch.linalg.qr(u.double().T)
+        q_out, r_out = torch.linalg.qr(delta.cpu().double().T)
+        q_in, r_in = torch.linalg.qr(u.cpu().double().T)
         left, values, right = torch.linalg.svd(r_out @ r_in.T, full_matrices=False)
         noise = values[0] * max(u.shape[1], delta.shape[1]) * torch.finfo(values.dtype).eps
         r = max(1, min(int((values > noise).sum()), rank or len(values)))
@@ -63,8 +63,8 @@ def write_adapter(folder: str | Path, base: BaseModel, loras: Mapping[str, LoRA]
     sites, tensors = [site for site in base.sites if site.name in loras], {}
     for site in sites:
         prefix = f"base_model.model.{site.module}"
-        tensors[f"{prefix}.lora_A.weight"] = loras[site.name].A.detach().cpu().contiguous()
-        tensors[f"{prefix}.lora_B.weight"] = loras[site.name].B.detach().cpu().contiguous()
+        tensors[f"{prefix}.lora_A.weight"] = loras[site.name].A.contiguous()
+        tensors[f"{prefix}.lora_B.weight"] = loras[site.name].B.contiguous()
     ranks = {site.module: len(loras[site.name].A) for site in sites}
     config = json.dumps(_config(base, sites, ranks), indent=2) + "\n"
     weights, settings = (make_folder(folder) / name for name in ADAPTER_FILES)

@@ -23,6 +23,7 @@ from safetensors import safe_open
 from torch import Tensor, nn
 
 from .adapter import AdapterSite, LoRA, write_adapter
+from .checkpoints import silence_transformers
 from .data import EditExample, Probe
 from .errors import ArchiveError, MendkitError
 from .files import Kind, checked_tensor, make_folder, matching_base, read_metadata, save_tensors
@@ -226,8 +227,9 @@ class Edit:
         if folder.resolve() == Path(self.base.model.name_or_path or "/").resolve():
             raise MendkitError(f"{folder} holds the base model itself; give another folder")
         merged = self.merged()
-        merged.base.model.save_pretrained(folder)
-        merged.base.tokenizer.save_pretrained(folder)
+        with silence_transformers():
+            merged.base.model.save_pretrained(folder)
+            merged.base.tokenizer.save_pretrained(folder)
         return merged.sites
 
     def save(self, path: str | Path) -> Path:
