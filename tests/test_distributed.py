@@ -1,6 +1,7 @@
 """Several processes train what one would have trained; a process that fails takes the others along."""
 
 import json
+import os
 import subprocess
 import sys
 import threading
@@ -64,7 +65,9 @@ train(hparams(**RUNS["plain"]), EXAMPLES, EXAMPLES[:2], base=base, run_dir=folde
 def launch(*words: str) -> subprocess.CompletedProcess:
     """Run Python in two processes; the limit is there lest a hanging test should hang all of them."""
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", *words]
-    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=600)
+    paths = os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])
+    environment = os.environ | {"PYTHONPATH": paths}
+    return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=600)
 
 
 @pytest.fixture(scope="module")
