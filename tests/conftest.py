@@ -22,7 +22,7 @@ from tests.tiny import tiny_gpt2, tiny_llama  # noqa: E402
 
 @pytest.fixture(autouse=True)
 def own_cache(tmp_path_factory, monkeypatch) -> Path:
-    """No test reads what another one or the user has computed, and none leaves anything in the user's cache."""
+    """No test reads what another one or the user has computed, unless it starts processes of its own."""
     folder = tmp_path_factory.mktemp("cache")
     monkeypatch.setattr("mendkit.cache.default_folder", lambda: folder)
     return folder
