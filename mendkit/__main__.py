@@ -20,7 +20,7 @@ from typing import Any
 from .archive import inspect_archive, load_archive
 from .checkpoints import silence_transformers
 from .conformance import conformance, conformance_table, reference_folders
-from .data import EditExample, read_examples
+from .data import EditExample
 from .editor import MENDEditor
 from .errors import MendkitError
 from .evaluate import EvaluationReport, evaluate, normalise
@@ -28,6 +28,7 @@ from .foreign import export_archive, import_archive, read_foreign
 from .hparams import MENDHyperParams, parse_overrides
 from .listing import list_layers, table
 from .models import load_model
+from .readers import read_examples
 from .report import ARCHIVE, default_config, plan_report, run_report
 from .runs import peak_memory_gb, write_json
 from .training import train

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from .data import EditExample, Probe, Tokens, tokenize
-from .errors import DataError
+from .errors import LimitError
 from .hparams import MENDHyperParams
 from .models import BaseModel
 
@@ -37,7 +37,7 @@ class ExampleTexts:
 
 
 def edit_tokens(base: BaseModel, hparams: MENDHyperParams, example: EditExample, prompt: str | None = None) -> Tokens:
-    """`prompt` (default: the edit prompt) with the example's new answer; raises DataError if the answer is too long."""
+    """`prompt` (default: the edit prompt) with the example's new answer; raises LimitError if that is too long."""
     tokens = tokenize(
         base.tokenizer,
         example.prompt if prompt is None else prompt,
@@ -46,7 +46,7 @@ def edit_tokens(base: BaseModel, hparams: MENDHyperParams, example: EditExample,
         max_length=hparams.max_length,
     )
     if len(tokens.targets) > hparams.max_target_tokens:
-        raise DataError(
+        raise LimitError(
             f"target_new {example.target_new!r} has {len(tokens.targets)} tokens, the limit is "
             f"{hparams.max_target_tokens}; shorten it or raise `max_target_tokens`"
         )
