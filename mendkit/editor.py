@@ -22,6 +22,11 @@ class MENDEditor:
     def __init__(self, base: BaseModel, mend: MEND, /, *, name: str = "MEND") -> None:
         self.base, self.mend, self.name = base, mend, name
 
+    @property
+    def hparams(self) -> MENDHyperParams:
+        """The hypernetwork's own."""
+        return self.mend.hparams
+
     @classmethod
     def from_hparams(cls, hparams: MENDHyperParams, *, base: BaseModel | None = None) -> "MENDEditor":
         """Load the base model (unless given) and the archive that `hparams` name.

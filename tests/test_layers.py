@@ -6,14 +6,14 @@ from pathlib import Path
 import mendkit
 
 LEVELS = [
-    {"errors", "findings"},
+    {"errors", "findings", "scores"},
     {"hparams", "losses", "plots", "runs", "checkpoints", "sites"},
     {"bundled"},
     {"models", "data", "listing"},
     {"texts", "trunk", "layouts"},
     {"factors", "edit", "readers"},
-    {"mend", "scoring"},
-    {"archive"},
+    {"mend", "scoring", "many"},
+    {"archive", "heldout", "metrics"},
     {"editor", "foreign"},
     {"conformance"},
     {"validation", "evaluate"},
