@@ -1,7 +1,7 @@
 """mendkit: train and use MEND model editors (Mitchell et al., "Fast Model Editing at Scale", ICLR 2022)."""
 
 from .archive import inspect_archive, load_archive, save_archive
-from .baselines import identity_editor, tune_identity
+from .baselines import FineTuning, best_of, fact_in_context, identity_editor, tune_identity
 from .data import EditExample, Probe
 from .edit import Edit, LowRankUpdate
 from .editor import EditSession, MENDEditor
@@ -24,8 +24,9 @@ from .validation import strength_curve
 
 __all__ = [
     "ArchiveError", "BaseModel", "DataError", "Edit", "EditExample", "EditSession", "EvaluationReport",
-    "EvaluationSet", "HyperParamError", "Interval", "LowRankUpdate", "MENDEditor", "MENDHyperParams", "MendkitError",
-    "ModelError", "Probe", "TrainingResult", "evaluate", "export_archive", "identity_editor", "import_archive",
-    "inspect_archive", "load_archive", "load_model", "next_tokens", "read_examples", "read_questions", "read_text",
-    "save_archive", "split_examples", "strength_curve", "train", "tune_identity", "with_unrelated", "write_examples",
+    "EvaluationSet", "FineTuning", "HyperParamError", "Interval", "LowRankUpdate", "MENDEditor",
+    "MENDHyperParams", "MendkitError", "ModelError", "Probe", "TrainingResult", "best_of", "evaluate",
+    "export_archive", "fact_in_context", "identity_editor", "import_archive", "inspect_archive", "load_archive",
+    "load_model", "next_tokens", "read_examples", "read_questions", "read_text", "save_archive", "split_examples",
+    "strength_curve", "train", "tune_identity", "with_unrelated", "write_examples",
 ]  # fmt: skip

@@ -20,7 +20,7 @@ from typing import Any
 
 import torch
 
-from .data import EditExample, Tokens, join, tokenize
+from .data import EditExample, Tokens, tokenize
 from .edit import Updates, side_branches
 from .editor import scaled
 from .errors import DataError, HyperParamError, LimitError
@@ -31,7 +31,7 @@ from .metrics import Card, answers_probe, locality_values, normalise, probabilit
 from .models import BaseModel
 from .scores import HARMONIC, EditRow, EvaluationReport, Interval, summarise
 from .scoring import Forced, forced, select
-from .texts import edit_tokens
+from .texts import edit_tokens, told
 from .trunk import FrozenTrunk
 
 __all__ = [
@@ -84,7 +84,7 @@ class EvaluationSet:
                 continue
             try:
                 card = self._card(example)
-                for prompt in (*_told(example), *example.generation_prompts):
+                for prompt in (*(told(example, p.prompt) for p in example.portability), *example.generation_prompts):
                     tokenize(base.tokenizer, prompt, max_length=hparams.max_length)
                 cards.append(card)
                 self.examples.append(example)
@@ -128,6 +128,15 @@ class EvaluationSet:
     def to_edit(self) -> list[int]:
         """The examples whose new answer f does not write already."""
         return [i for i, values in enumerate(self.before) if values["edit_success.free_exact"] != 1.0]
+
+    def row(self, i: int, after: dict[str, float], written: Sequence[str]) -> EditRow:
+        """One example's values and texts after an edit, beside those before it."""
+        e, values = self.examples[i], after | {f"before.{name}": value for name, value in self.before[i].items()}
+        outputs = [
+            {"prompt": prompt, "before": old, "after": new}
+            for prompt, old, new in zip(self.cards[i].prompts, self.written[i], written, strict=True)
+        ]
+        return EditRow(i, e.id, e.relation, e.prompt, e.target_new, e.ground_truth, values, tuple(outputs))
 
     # ------------------------------------------------------------------------------------------------- preparing
 
@@ -225,8 +234,8 @@ class EvaluationSet:
 
     def _implied(self) -> list[list[bool]]:
         """For each implied question of each example, whether f answers it when told the new fact before it."""
-        told = [(i, prompt) for i, e in enumerate(self.examples) for prompt in _told(e)]
-        said = iter(self._say([prompt for _, prompt in told], [i for i, _ in told], None))
+        prompts = [told(e, probe.prompt) for e in self.examples for probe in e.portability]
+        said = iter(self._say(prompts, range(len(prompts)), None))
         return [[answers_probe(next(said), probe) for probe in e.portability] for e in self.examples]
 
     def _free_values(self, index: Sequence[int], updates: Updates | None) -> list[dict[str, float]]:
@@ -267,11 +276,6 @@ class EvaluationSet:
             for r, row in zip(rows, new, strict=True):
                 out[r] = self.base.new_text(_prompt(ids[r]), row, stop=tokens is None)
         return out
-
-
-def _told(e: EditExample) -> list[str]:
-    """The implied questions with the new fact before them."""
-    return [f"{join(e.prompt, e.target_new)}.\n{probe.prompt}" for probe in e.portability]
 
 
 def _kept(card: Card) -> tuple[Tokens, ...]:
@@ -344,7 +348,7 @@ class _Run:
             norm = torch.stack(list(relative_norms(self.editor.base, updates).values())).amax(0).tolist()
             for i, after, texts, lost, most in zip(index, values, written, drawdown, norm, strict=True):
                 after |= {"edit.seconds": seconds, "norm.relative_max": most} | lost
-                rows.append(self._row(i, after, texts))
+                rows.append(self.on.row(i, after, texts))
         return self._report("single", rows, {})
 
     def batches(self, k: int) -> EvaluationReport:
@@ -363,7 +367,7 @@ class _Run:
             for part in _chunks(group, EDIT_BATCH):
                 values, written = self.on.score(updates, part)
                 rows += [
-                    self._row(i, v | {"edit.seconds": seconds}, w)
+                    self.on.row(i, v | {"edit.seconds": seconds}, w)
                     for i, v, w in zip(part, values, written, strict=True)
                 ]
         shared = {name: fmean(values[name] for values in models) for name in models[0]}
@@ -383,7 +387,7 @@ class _Run:
                 seconds = (time.perf_counter() - t0) / len(block)
                 values, written = self.on.score(so_far(steps, total), block)
                 rows += [
-                    self._row(i, v | {"edit.seconds": seconds}, w)
+                    self.on.row(i, v | {"edit.seconds": seconds}, w)
                     for i, v, w in zip(block, values, written, strict=True)
                 ]
                 total = together(*([total] if total else []), *steps)
@@ -420,15 +424,6 @@ class _Run:
         each = {name: float(norm) for name, norm in relative_norms(self.editor.base, updates).items()}
         norms = {"norm.relative_max": max(each.values())} | {f"norm.relative.{name}": v for name, v in each.items()}
         return norms | self._drawdowns(updates, 1)[0]
-
-    def _row(self, i: int, after: dict[str, float], written: Sequence[str]) -> EditRow:
-        e, card, on = self.on.examples[i], self.on.cards[i], self.on
-        values = after | {f"before.{name}": value for name, value in on.before[i].items()}
-        outputs = [
-            {"prompt": prompt, "before": old, "after": new}
-            for prompt, old, new in zip(card.prompts, on.written[i], written, strict=True)
-        ]
-        return EditRow(i, e.id, e.relation, e.prompt, e.target_new, e.ground_truth, values, tuple(outputs))
 
     def _report(
         self, mode: str, rows: Sequence[EditRow], values: Mapping[str, float], counts: Mapping[str, int] | None = None

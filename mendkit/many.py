@@ -101,4 +101,4 @@ def norms(update: LowRankUpdate) -> Float[Tensor, " b"]:
 def relative_norms(base: BaseModel, updates: Mapping[str, LowRankUpdate], /) -> dict[str, Float[Tensor, " b"]]:
     """‖ΔW_b‖_F / ‖W‖_F of every site."""
     modules = {site.name: base.site_module(site) for site in base.sites}
-    return {name: norms(u) / float(modules[name].weight.float().norm()) for name, u in updates.items()}
+    return {name: norms(u) / float(modules[name].weight.double().norm()) for name, u in updates.items()}

@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from .data import EditExample, Probe, Tokens, tokenize
+from .data import EditExample, Probe, Tokens, join, tokenize
 from .errors import LimitError
 from .hparams import MENDHyperParams
 from .models import BaseModel
@@ -51,6 +51,11 @@ def edit_tokens(base: BaseModel, hparams: MENDHyperParams, example: EditExample,
             f"{hparams.max_target_tokens}; shorten it or raise `max_target_tokens`"
         )
     return tokens
+
+
+def told(example: EditExample, prompt: str) -> str:
+    """A prompt with the example's new fact before it."""
+    return f"{join(example.prompt, example.target_new)}.\n{prompt}"
 
 
 def prepare_texts(base: BaseModel, h: MENDHyperParams, examples: Sequence[EditExample]) -> list[ExampleTexts]:
