@@ -91,6 +91,6 @@ def test_the_fact_in_context_is_read_before_every_prompt(llama):
             same.append(float((best[0] == best[1]).double().mean()))
         assert row.values["neighbourhood.argmax_agreement"] == pytest.approx(sum(same) / len(same))
         assert row.values["before.log_p.new"] == on.before[row.index]["log_p.new"] != row.values["log_p.new"]
-    short = EvaluationSet(llama, hparams(max_length=80), EXAMPLES[:1], max_new_tokens=4)
-    with pytest.raises(LimitError, match="raise `max_length`"):
+    short = EvaluationSet(llama, hparams(max_length=80), EXAMPLES[:2], max_new_tokens=4)
+    with pytest.raises(LimitError, match=r"with the fact before it: .* raise `max_length`"):
         fact_in_context(short)
