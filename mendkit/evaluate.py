@@ -21,7 +21,8 @@ from typing import Any
 import torch
 
 from .data import EditExample, Tokens, tokenize
-from .edit import Updates, side_branches
+from .decoding import write
+from .edit import Updates
 from .editor import scaled
 from .errors import DataError, HyperParamError, LimitError
 from .heldout import TEXT_TOKENS, HeldOutText, ngram_entropy_bits
@@ -30,7 +31,7 @@ from .many import Editor, one_after_another, relative_norms, so_far, together
 from .metrics import Card, answers_probe, locality_values, normalise, probability_values, target_values
 from .models import BaseModel
 from .scores import HARMONIC, EditRow, EvaluationReport, Interval, summarise
-from .scoring import Forced, forced, select
+from .scoring import Forced, forced
 from .texts import edit_tokens, told
 from .trunk import FrozenTrunk
 
@@ -43,7 +44,6 @@ logger = logging.getLogger(__name__)
 MODES = ("single", "batch", "sequential")
 QUESTION = "Answer in a few words, without a full sentence.\nQuestion: {prompt} …?\nAnswer:"
 EDIT_BATCH = 64
-DECODE_BATCH = 64
 SEQUENCE_BLOCK = 16
 AFTER = (1, 10, 100, 1000)
 REWORDED = 2
@@ -118,7 +118,7 @@ class EvaluationSet:
         for card, e, target, pair, kept, old, texts in zip(
             cards, examples, targets, pairs, after, before, written, strict=True
         ):
-            row = target_values(e, card, target, texts) | probability_values(card, target, pair, kept)
+            row = target_values(e.target_new, card, target, texts) | probability_values(card, target, pair, kept)
             values.append(row | (locality_values(card, kept, old) if updates else {}))
         for row, more in zip(values, self._free_values(index, updates), strict=True):
             row |= more
@@ -178,7 +178,7 @@ class EvaluationSet:
         """Add to each card what f writes freely after its first neighbour and its first unrelated prompt."""
         prompts = [_prompt(text) for card in cards for text in (*card.neighbours[:1], *card.unrelated[:1])]
         unique = sorted(set(prompts), key=lambda ids: (len(ids), ids))
-        written = dict(zip(unique, self._write(unique, None), strict=True))
+        written = dict(zip(unique, self._write(unique, range(len(unique)), None), strict=True))
         queue = iter(prompts)
         out = []
         for card in cards:
@@ -190,21 +190,15 @@ class EvaluationSet:
             out.append(replace(card, greedy=tuple(greedy)))
         return out
 
-    def _write(self, prompts: Sequence[Sequence[int]], updates: Updates | None) -> list[list[int]]:
-        """Free decoding after each prompt (token ids), prompt r under edit r; an end of text is part of the result."""
-        out: list[list[int]] = []
-        for at in range(0, len(prompts), DECODE_BATCH):
-            rows = prompts[at : at + DECODE_BATCH]
-            ids, mask = self.base.left_pad(rows)
-            own = select(updates, range(at, at + len(rows))) if updates else {}
-            with side_branches(self.base, own):
-                new = self.base.generate_ids(ids, mask, max_new_tokens=self.max_new_tokens, stop=True)
-            ended = [
-                len(row) < self.max_new_tokens and not STOP.search(self.base.new_text([], row, stop=False))
-                for row in new
-            ]
-            out += [row + [self.base.eos_id] * end for row, end in zip(new, ended, strict=True)]
-        return out
+    def _write(
+        self, prompts: Sequence[Sequence[int]], edits: Sequence[int], updates: Updates | None
+    ) -> list[list[int]]:
+        """Free decoding after each prompt (token ids), prompt r under edit `edits[r]`; an end of text is part of it."""
+        new = write(self.base, prompts, updates, edits, max_new_tokens=self.max_new_tokens, stop=True)
+        ended = [
+            len(row) < self.max_new_tokens and not STOP.search(self.base.new_text([], row, stop=False)) for row in new
+        ]
+        return [row + [self.base.eos_id] * end for row, end in zip(new, ended, strict=True)]
 
     def _answers(
         self,
@@ -225,8 +219,7 @@ class EvaluationSet:
                     todo.append((i, j))
         todo.sort(key=lambda at: len(cards[at[0]].targets[at[1]].ids))
         prompts = [_prompt(cards[i].targets[j]) for i, j in todo]
-        own = select(updates, [i for i, _ in todo]) if updates and todo else None
-        for (i, j), prompt, new in zip(todo, prompts, self._write(prompts, own) if todo else [], strict=True):
+        for (i, j), prompt, new in zip(todo, prompts, self._write(prompts, [i for i, _ in todo], updates), strict=True):
             answers[i][j] = self.base.new_text(prompt, new)
         return answers
 
@@ -266,15 +259,12 @@ class EvaluationSet:
         """Greedy text after each prompt, prompt r under edit `edits[r]`: an answer, or `tokens` tokens without stop."""
         ids = [tokenize(self.base.tokenizer, p, max_length=self.hparams.max_length) for p in prompts]
         order = sorted(range(len(ids)), key=lambda r: len(ids[r].ids))
+        limit = self.max_new_tokens if tokens is None else tokens
+        rows, own = [_prompt(ids[r]) for r in order], [edits[r] for r in order]
+        new = write(self.base, rows, updates, own, max_new_tokens=limit, stop=tokens is None)
         out = [""] * len(ids)
-        for at in range(0, len(order), DECODE_BATCH):
-            rows = order[at : at + DECODE_BATCH]
-            batch, mask = self.base.left_pad([_prompt(ids[r]) for r in rows])
-            with side_branches(self.base, select(updates, [edits[r] for r in rows]) if updates else {}):
-                limit = self.max_new_tokens if tokens is None else tokens
-                new = self.base.generate_ids(batch, mask, max_new_tokens=limit, stop=tokens is None)
-            for r, row in zip(rows, new, strict=True):
-                out[r] = self.base.new_text(_prompt(ids[r]), row, stop=tokens is None)
+        for r, prompt, row in zip(order, rows, new, strict=True):
+            out[r] = self.base.new_text(prompt, row, stop=tokens is None)
         return out
 
 

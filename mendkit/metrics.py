@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from statistics import fmean
 
-from .data import EditExample, Probe, Tokens
+from .data import Probe, Tokens
 from .scoring import Forced
 
 
@@ -37,9 +37,9 @@ def answers_probe(said: str, probe: Probe) -> bool:
     return normalise(said) in {normalise(name) for name in (probe.answer or "", *probe.aliases)}
 
 
-def target_values(e: EditExample, card: Card, read: Sequence[Forced], written: Sequence[str]) -> dict[str, float]:
+def target_values(target: str, card: Card, read: Sequence[Forced], written: Sequence[str]) -> dict[str, float]:
     """Success on the edit prompt (bare and as a question) and on the paraphrases."""
-    scores = [_success(e.target_new, t, v, w) for t, v, w in zip(card.targets, read, written, strict=True)]
+    scores = [_success(target, t, v, w) for t, v, w in zip(card.targets, read, written, strict=True)]
     bare, question, paraphrases = scores[0], scores[1], scores[2:]
     out = {f"edit_success.{name}": value for name, value in bare.items()}
     out["edit_success.free_exact_question"] = question["free_exact"]

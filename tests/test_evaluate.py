@@ -1,5 +1,6 @@
 """Scores against oracles: models whose answers are known, and decoding done the long way."""
 
+import copy
 import math
 from dataclasses import replace
 
@@ -7,6 +8,7 @@ import pytest
 import torch
 
 from mendkit.data import EditExample, Tokens
+from mendkit.decoding import write
 from mendkit.edit import side_branches
 from mendkit.errors import DataError, HyperParamError
 from mendkit.evaluate import EvaluationSet, Interval, evaluate, normalise
@@ -132,6 +134,33 @@ def test_efficacy_scores_compare_length_normalised_likelihoods(llama, prepared):
     assert values["edit_success.es"] == float(scores["New York City"] > scores["Tokyo"])
 
 
+@pytest.mark.parametrize("family", ["llama", "gpt2"])
+@pytest.mark.parametrize(("n", "stop"), [(1, True), (9, True), (9, False)])
+def test_rows_that_leave_the_batch_change_nothing_of_what_is_written(family, n, stop, request, monkeypatch):
+    """Two prompts under each edit, of different lengths and ends, against each alone; and with all rows kept."""
+    base = request.getfixturevalue(family)
+    editor = editor_for(base)
+    updates = editor.updates([editor.tokens(e) for e in EXAMPLES])
+    texts = [p for e in EXAMPLES for p in (e.prompt, e.neighbours[0].prompt)] + ["Q: Who? A:"] * 5
+    edits = [k // 2 if k < 10 else k - 10 for k in range(15)]
+    ids = [base.tokenizer(p)["input_ids"] for p in texts]
+    monkeypatch.setattr("mendkit.decoding.ROWS", 7)
+    base._stop_ids()
+    monkeypatch.setitem(base._memo, "stop_ids", frozenset(range(0, 400, 2)))  # half of all tokens end a row
+    written = write(base, ids, updates, edits, max_new_tokens=n, stop=stop)
+    for row, prompt, edit in zip(written, ids, edits, strict=True):
+        with editor.edit(EXAMPLES[edit]).applied():
+            (alone,) = base.generate_ids(*base.left_pad([prompt]), max_new_tokens=n, stop=stop)
+        assert row == alone
+    assert len({len(row) for row in written}) > 1 or n == 1 or not stop
+    whole = copy.copy(base)
+    whole._memo = {**base._memo, "cache_bytes": 0}
+    assert write(whole, ids, updates, edits, max_new_tokens=n, stop=stop) == written
+    assert write(base, ids[:3], None, [0] * 3, max_new_tokens=n, stop=stop) == [
+        base.generate_ids(*base.left_pad([prompt]), max_new_tokens=n, stop=stop)[0] for prompt in ids[:3]
+    ]
+
+
 def test_scores_of_hand_made_readings():
     """Two target tokens and the end of text; two paraphrases, one of them read wrongly; y° and a neighbour."""
 
@@ -142,10 +171,9 @@ def test_scores_of_hand_made_readings():
         return Forced(argmax, logp[: len(argmax)], kl, same)
 
     y, old = text(5, 6, 0), text(7, ends=False)
-    e = EditExample("p", "New York", ground_truth="Rome", paraphrases=("q", "r"))
     card = Card(("p", "?", "q", "r"), (y,) * 4, (old,) * 3, (old, old), (old,), (text(8, ends=False),), (y, y))
     targets = [read(5, 6, 9), read(5, 6, 0), read(5, 4, 0), read(4, 4, 0)]
-    values = target_values(e, card, targets, [" New York!", "the new york", " New York City", "Rome"])
+    values = target_values("New York", card, targets, [" New York!", "the new york", " New York City", "Rome"])
     assert values == {
         "edit_success.tf_token": 1.0, "edit_success.tf_exact": 1.0, "edit_success.free_exact": 1.0,
         "edit_success.free_contains": 1.0, "edit_success.free_exact_question": 1.0,

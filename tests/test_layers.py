@@ -13,7 +13,7 @@ LEVELS = [
     {"texts", "trunk", "layouts"},
     {"factors", "edit", "readers"},
     {"mend", "scoring", "many"},
-    {"archive", "heldout", "metrics"},
+    {"archive", "heldout", "metrics", "decoding"},
     {"editor", "foreign"},
     {"conformance"},
     {"validation", "evaluate"},
