@@ -4,9 +4,9 @@ f is the unedited model, f' the edited one. An edit is made on a fresh model (mo
 (mode "batch"), or after others (mode "sequential"). y is the new answer, y° the old one. Teacher forcing reads the
 given answer; free decoding is greedy and stops at the end of text, a newline or ".". Where reading y under f' shows
 that every argmax, the end included, is y's own token, greedy decoding must retrace y and is not run; likewise f' writes
-what f wrote exactly if it retraces it. P(·) compares length-normalised
-log-likelihoods. Edits whose new answer f already writes are counted, not scored. Intervals are 95 % bootstrap
-intervals over edits.
+what f wrote exactly if it retraces it. P(·) compares length-normalised log-likelihoods. Edits whose new answer f
+already writes are counted, not scored. Intervals are 95 % bootstrap intervals over edits; edits that one model holds
+together are not independent, and then the intervals are too narrow.
 """
 
 import logging
