@@ -13,6 +13,7 @@ from jaxtyping import Int
 from torch import Tensor
 
 from .edit import Updates, side_branches
+from .errors import ModelError
 from .models import BaseModel
 from .scoring import select
 
@@ -29,10 +30,12 @@ def write(
     *,
     max_new_tokens: int,
     stop: bool,
+    endless: bool = False,
 ) -> list[list[int]]:
     """The new ids after each prompt (token ids), as `generate_ids` gives them; prompt r under edit `edits[r]`.
 
-    Fastest for prompts in the order of their lengths.
+    `endless`: no row may end its text, each gets all its tokens. Fastest for prompts in the order of their lengths.
+    Raises ModelError for endless text from a model that `generate_ids` has to decode.
     """
     out: list[list[int]] = []
     per_token = _cache_bytes(base)
@@ -42,12 +45,15 @@ def write(
         ids, mask = base.left_pad(prompts[at : at + size])
         own = select(updates, edits[at : at + size]) if updates else {}
         if not per_token:
+            if endless:
+                raise ModelError(f"{base.name} cannot write on past its end of text; leave `fluency` out")
             with side_branches(base, own):
                 out += base.generate_ids(ids, mask, max_new_tokens=max_new_tokens, stop=stop)
             continue
         base._check_lengths(mask, max_new_tokens)
         ends = base._end_ids()
-        out += _write(base, ids, mask, own, max_new_tokens, ends, ends | base._stop_ids() if stop else ends)
+        stops = frozenset() if endless else ends | base._stop_ids() if stop else ends
+        out += _write(base, ids, mask, own, max_new_tokens, ends, stops)
     return out
 
 
@@ -61,7 +67,8 @@ def _write(
     ends: frozenset[int],
     stops: frozenset[int],
 ) -> list[list[int]]:
-    """`left` tokens for every row, or up to one of `stops`; those in `ends` are not part of what is written."""
+    """`left` tokens for every row, or up to one of `stops`; those in `ends` are not part of what is written, and not
+    chosen where they do not stop."""
     written: list[list[int]] = [[] for _ in ids]
     alive, positions, cache = list(range(len(ids))), (mask.cumsum(1) - 1).clamp(min=0), None
     last_only = {"logits_to_keep": 1} if "logits_to_keep" in _takes(base) else {}
@@ -73,7 +80,10 @@ def _write(
                     input_ids=ids, attention_mask=mask, position_ids=positions, past_key_values=cache, use_cache=True,
                     **last_only,
                 )  # fmt: skip
-                ids, cache, left = output.logits[:, -1:].argmax(-1), output.past_key_values, left - 1
+                logits, cache, left = output.logits[:, -1:], output.past_key_values, left - 1
+                if not ends & stops:
+                    logits[..., sorted(ends)] = -torch.inf
+                ids = logits.argmax(-1)
                 mask, positions = torch.cat([mask, mask.new_ones(len(mask), 1)], 1), positions[:, -1:] + 1
                 for k, token in enumerate(ids[:, 0].tolist()):
                     if not over[k]:

@@ -256,12 +256,14 @@ class EvaluationSet:
     def _say(
         self, prompts: Sequence[str], edits: Sequence[int], updates: Updates | None, *, tokens: int | None = None
     ) -> list[str]:
-        """Greedy text after each prompt, prompt r under edit `edits[r]`: an answer, or `tokens` tokens without stop."""
+        """Greedy text after each prompt, prompt r under edit `edits[r]`: an answer, or `tokens` tokens without end."""
         ids = [tokenize(self.base.tokenizer, p, max_length=self.hparams.max_length) for p in prompts]
         order = sorted(range(len(ids)), key=lambda r: len(ids[r].ids))
         limit = self.max_new_tokens if tokens is None else tokens
         rows, own = [_prompt(ids[r]) for r in order], [edits[r] for r in order]
-        new = write(self.base, rows, updates, own, max_new_tokens=limit, stop=tokens is None)
+        new = write(
+            self.base, rows, updates, own, max_new_tokens=limit, stop=tokens is None, endless=tokens is not None
+        )
         out = [""] * len(ids)
         for r, prompt, row in zip(order, rows, new, strict=True):
             out[r] = self.base.new_text(prompt, row, stop=tokens is None)

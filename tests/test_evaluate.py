@@ -10,7 +10,7 @@ import torch
 from mendkit.data import EditExample, Tokens
 from mendkit.decoding import write
 from mendkit.edit import side_branches
-from mendkit.errors import DataError, HyperParamError
+from mendkit.errors import DataError, HyperParamError, ModelError
 from mendkit.evaluate import EvaluationSet, Interval, evaluate, normalise
 from mendkit.metrics import Card, locality_values, probability_values, target_values
 from mendkit.scoring import Forced, forced, next_tokens, select
@@ -156,6 +156,8 @@ def test_rows_that_leave_the_batch_change_nothing_of_what_is_written(family, n, 
     whole = copy.copy(base)
     whole._memo = {**base._memo, "cache_bytes": 0}
     assert write(whole, ids, updates, edits, max_new_tokens=n, stop=stop) == written
+    with pytest.raises(ModelError, match="leave `fluency` out"):
+        write(whole, ids, updates, edits, max_new_tokens=n, stop=False, endless=True)
     assert write(base, ids[:3], None, [0] * 3, max_new_tokens=n, stop=stop) == [
         base.generate_ids(*base.left_pad([prompt]), max_new_tokens=n, stop=stop)[0] for prompt in ids[:3]
     ]
