@@ -12,6 +12,7 @@ import logging
 import math
 import shlex
 import sys
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -22,16 +23,18 @@ from .archive import inspect_archive, load_archive
 from .bench import MODELS, QUICK, Settings, bench_table, run_bench
 from .checkpoints import silence_transformers
 from .conformance import conformance, conformance_table, reference_folders
-from .data import EditExample, read_examples
+from .data import EditExample
 from .distributed import Team, process_count
 from .edit_command import before_and_after, read_stream, shown, write_files
 from .editor import MENDEditor
 from .errors import MendkitError
-from .evaluate import EvaluationReport, evaluate
+from .evaluate import MODES, EvaluationReport, EvaluationSet, evaluate
 from .foreign import export_archive, import_archive, read_foreign
+from .heldout import TEXT_TOKENS
 from .hparams import MENDHyperParams, parse_overrides
 from .listing import list_layers, table
 from .models import load_model
+from .readers import read_examples, read_questions, read_text, with_unrelated
 from .report import ARCHIVE, default_config, plan_report, run_report
 from .runs import open_run, peak_memory_gb, write_json
 from .training import train
@@ -39,6 +42,7 @@ from .training import train
 logger = logging.getLogger("mendkit")
 
 MODEL_FILES = ("config.json", "model.safetensors", "model.safetensors.index.json")
+DEFAULT_K = 25
 
 EXIT_CODES = """\
 exit status: 0 all of it was done; 1 a notebook of the report failed, a comparison missed, or an unexpected error
@@ -170,13 +174,29 @@ def _edit_files(args: argparse.Namespace) -> list[str]:
 
 
 def _evaluate(args: argparse.Namespace) -> int:
+    k = args.k or (DEFAULT_K if args.mode == "batch" else None)
+    if k is not None and args.mode != "batch":
+        args.parser.error("--k goes with --mode batch")
     hparams = _hparams(args)
     old = _existing(args.out, ("results.json", "rows.jsonl"), args.overwrite)
-    examples = read_examples(args.data, limit=args.limit)
+    examples = read_examples(args.data, limit=args.limit, skip_invalid=args.skip_invalid)
+    text = read_text(args.text) if args.text else None
+    if args.unrelated:
+        examples = with_unrelated(examples, read_questions(args.unrelated))
     editor = MENDEditor.from_hparams(hparams)
-    logger.info("scoring %d edits, each on a fresh model", len(examples))
-    report = evaluate(editor, examples, mode=args.mode, max_new_tokens=args.max_new_tokens)
-    results = report.results() | {"seconds": report.seconds, "peak_memory_gb": peak_memory_gb()}
+    logger.info("scoring %d edits, mode %s", len(examples), args.mode)
+    start = time.perf_counter()
+    on = EvaluationSet(
+        editor.base,
+        editor.hparams,
+        examples,
+        max_new_tokens=args.max_new_tokens,
+        text=text,
+        text_tokens=args.text_tokens,
+        fluency=args.fluency,
+    )
+    report = evaluate(editor, on, mode=args.mode, k=k)
+    results = report.results() | {"seconds": time.perf_counter() - start, "peak_memory_gb": peak_memory_gb()}
     if args.out:
         _open(args.out, old)
         report.save_rows(args.out / "rows.jsonl")
@@ -194,9 +214,9 @@ def _table(report: EvaluationReport) -> str:
             old = "–" if before is None else f"{before.mean:.3f}"
             spread = f"[{value.low:.3f}, {value.high:.3f}]"
             lines.append(f"{name:34}{old:>8}{value.mean:>8.3f}  {spread:18}{value.n:>5}")
-    lines += [f"{k:34}{'':8}{v:>8.3f}" for k, v in report.results().items() if ".score." in k]
+    lines += [f"{k:34}{'':8}{v:>8.3f}" for k, v in (report.harmonic | dict(report.values)).items()]
     lines.append(", ".join(f"{n} {name.replace('_', ' ')}" for name, n in report.counts.items()))
-    return "\n".join(lines)
+    return "\n\n".join([*map(_table, report.earlier), f"{report.mode}\n" + "\n".join(lines)])
 
 
 def _inspect(args: argparse.Namespace) -> int:
@@ -395,7 +415,22 @@ def _options_edit(parser: argparse.ArgumentParser) -> None:
 
 def _options_evaluate(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--data", default="facts:test", metavar="FILE", help="default: facts:test")
-    parser.add_argument("--mode", default="single", choices=["single"], help="each edit on a fresh model")
+    parser.add_argument(
+        "--mode",
+        default="single",
+        choices=MODES,
+        help="each edit on a fresh model (default), k at once, or all in a row",
+    )
+    parser.add_argument(
+        "--k", type=_count, metavar="K", help=f"edits made at once in mode batch (default: {DEFAULT_K})"
+    )
+    parser.add_argument("--text", metavar="FILE", help="held-out text for drawdown of perplexity and accuracy (slow)")
+    parser.add_argument(
+        "--text-tokens", type=_count, default=TEXT_TOKENS, metavar="N", help=f"of its tokens (default: {TEXT_TOKENS})"
+    )
+    parser.add_argument("--fluency", action="store_true", help="entropy of 100 freely written tokens, too (slow)")
+    parser.add_argument("--unrelated", metavar="FILE", help="NQ-open questions as further unrelated prompts")
+    parser.add_argument("--skip-invalid", action="store_true", help="leave invalid records out and count them")
     _options_decoding(parser)
 
 
@@ -450,7 +485,7 @@ COMMANDS = {
     "evaluate": _Command(
         _evaluate, _options_evaluate,
         "score an archive's edits on examples",
-        "archive=runs/first/archive.safetensors --limit 50 --out runs/scores",
+        "archive=runs/first/archive.safetensors --limit 50 --mode sequential --out runs/scores",
     ),
     "inspect": _Command(
         _inspect, None, "print what an archive says of itself", "runs/first/archive.safetensors --json",

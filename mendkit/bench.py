@@ -28,13 +28,14 @@ from transformers import AutoTokenizer, GPT2Config, GPT2LMHeadModel
 from . import textbook
 from .bundled import BUNDLED, bundled_model
 from .checkpoints import silence_transformers
-from .data import EditExample, Tokens, read_examples
+from .data import EditExample, Tokens
 from .edit import attach
 from .editor import MENDEditor
 from .errors import MendkitError
 from .hparams import MENDHyperParams
 from .mend import MEND
 from .models import BaseModel, load_model
+from .readers import read_examples
 from .runs import peak_memory_gb, provenance
 from .texts import edit_tokens, prepare_texts
 from .training import FactorCache, batch_losses, make_optimiser, total_loss

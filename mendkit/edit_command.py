@@ -8,11 +8,12 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
-from .data import EditExample, Examples, read_examples
+from .data import EditExample
 from .edit import Edit
 from .editor import MENDEditor
 from .errors import DataError
 from .evaluate import normalise
+from .readers import Examples, read_examples
 
 logger = logging.getLogger(__name__)
 

@@ -24,6 +24,11 @@ class MENDEditor:
         self.base, self.mend, self.name = base, mend, name
         self.archive = archive  # the SHA-256 of the hypernetwork's file, if it comes from one
 
+    @property
+    def hparams(self) -> MENDHyperParams:
+        """The hypernetwork's own."""
+        return self.mend.hparams
+
     @classmethod
     def from_hparams(cls, hparams: MENDHyperParams, *, base: BaseModel | None = None) -> "MENDEditor":
         """Load the base model (unless given) and the archive that `hparams` name.

@@ -13,6 +13,10 @@ class DataError(MendkitError):
     """A record or data file is wrong: the message names file, record and field."""
 
 
+class LimitError(DataError):
+    """A text or target has more tokens than the settings allow."""
+
+
 class ModelError(MendkitError):
     """A base model cannot be loaded, or has no such edit site."""
 

@@ -29,8 +29,8 @@ class Forced:
 
 
 def select(updates: Updates, index: Sequence[int]) -> dict[str, LowRankUpdate]:
-    """The updates of some of the edits, in the order of `index`."""
-    return {name: update.select(list(index)) for name, update in updates.items()}
+    """The updates of some of the edits, in the order of `index`; a single edit serves them all as it is."""
+    return {name: u if len(u) == 1 else u.select(list(index)) for name, u in updates.items()}
 
 
 @torch.no_grad()

@@ -105,7 +105,7 @@ def test_other_mistakes_as_well(here, typed, capsys):
     [
         "", "fly", "edit tiny.yaml", "edit tiny.yaml --prompt P", "inspect", "report --json", "train --limit",
         "edit tiny.yaml --data f --prompt P --target T", "evaluate --mode all", "evaluate --max-new-tokens x",
-        f"edit tiny.yaml {EDIT} --adapter-rank 3", f"edit tiny.yaml {EDIT} --strength nan",
+        "evaluate tiny.yaml --k 3", f"edit tiny.yaml {EDIT} --adapter-rank 3", f"edit tiny.yaml {EDIT} --strength nan",
     ],
 )  # fmt: skip
 def test_wrong_usage_ends_with_status_2(here, typed, capsys):
@@ -294,6 +294,27 @@ def test_evaluate_prints_a_table_or_json_and_nothing_else(here, capsys):
     steady = {k: v for k, v in saved.items() if k not in unsteady and "edit.seconds" not in k}
     assert printed.items() >= steady.items() and steady["single.edits.scored"] == 4
     assert main([*command, "--out", "scores"]) == 2  # nothing is written over
+
+
+def test_evaluate_names_results_by_the_number_of_edits(here, capsys):
+    Path("text.txt").write_text("The capital of France is Paris. " * 9, encoding="utf-8")
+    Path("nq.jsonl").write_text('{"question": "who is y", "answer": ["Z"]}\n' * 3, encoding="utf-8")
+    data = (ROOT / "mendkit/facts/test.jsonl").read_text(encoding="utf-8").splitlines()[:5]
+    Path("data.jsonl").write_text("\n".join([*data, '{"prompt": ""}']), encoding="utf-8")
+    command = ["evaluate", "tiny.yaml", "archive=archive.safetensors", "--max-new-tokens", "4", "--data", "data.jsonl"]
+    assert main(command) == 2
+    assert capsys.readouterr().err.startswith("error: data.jsonl:6: ")
+    options = ["--skip-invalid", "--text", "text.txt", "--text-tokens", "40", "--fluency", "--json"]
+    assert main([*command, *options, "--mode", "batch", "--k", "2"]) == 0
+    results = json.loads(capsys.readouterr().out)
+    assert results["batch_2.edits.invalid_records"] == 1 and results["batch_2.edits.left_out"] == 1
+    for name in ("drawdown.perplexity", "before.perplexity", "fluency.entropy_bits", "norm.relative_max"):
+        assert f"batch_2.{name}" in results
+    assert main([*command, "--skip-invalid", "--mode", "sequential", "--unrelated", "nq.jsonl"]) == 2
+    assert "give more questions" in capsys.readouterr().err
+    assert main([*command, "--skip-invalid", "--mode", "sequential"]) == 0
+    table = capsys.readouterr().out
+    assert table.startswith("sequential_1\n") and "\nsequential_5\n" in table and "retention.first_10" in table
 
 
 def test_inspect_is_for_people_and_for_programs(here, capsys):

@@ -6,16 +6,16 @@ from pathlib import Path
 import mendkit
 
 LEVELS = [
-    {"errors", "findings"},
+    {"errors", "findings", "scores"},
     {"hparams", "losses", "plots", "runs", "checkpoints", "sites", "distributed"},
     {"bundled", "data", "families"},
-    {"text_model", "cache"},
-    {"models", "listing"},
+    {"text_model", "cache", "layouts"},
+    {"models", "listing", "readers"},
     {"texts", "trunk", "files"},
     {"factors", "adapter", "merge"},
     {"edit"},
-    {"mend", "scoring"},
-    {"archive"},
+    {"mend", "scoring", "many"},
+    {"archive", "heldout", "metrics", "decoding"},
     {"editor", "foreign"},
     {"conformance"},
     {"validation", "evaluate"},

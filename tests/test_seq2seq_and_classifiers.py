@@ -16,7 +16,7 @@ from transformers import AlbertConfig, AutoConfig, DistilBertConfig, GPT2Config,
 from mendkit.__main__ import main
 from mendkit.archive import load_archive
 from mendkit.checkpoints import _loader
-from mendkit.data import read_examples, tokenize_pair, write_examples
+from mendkit.data import tokenize_pair
 from mendkit.editor import MENDEditor
 from mendkit.errors import DataError, HyperParamError, ModelError
 from mendkit.evaluate import EvaluationSet, evaluate
@@ -25,6 +25,7 @@ from mendkit.foreign import export_archive, import_archive
 from mendkit.losses import edit_nll, locality_kl
 from mendkit.mend import MEND
 from mendkit.models import BaseModel, load_model
+from mendkit.readers import read_examples, write_examples
 from mendkit.scoring import next_tokens
 from mendkit.texts import edit_tokens, prepare_texts
 from mendkit.training import FactorCache, batch_losses, total_loss, train
