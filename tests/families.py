@@ -116,17 +116,27 @@ KIND_OF = {  # case -> its family above, its kind of tokenizer, the spread of it
 }  # fmt: skip
 """Sequence-to-sequence models and classifiers with the tokenizer that they come with."""
 
+_OF_CAUSAL = {
+    "byte-level": ("gpt2", "gptj", "gpt-neo", "qwen2", "qwen3", "phi", "llama"),
+    "byte-level, BOS": ("opt", "llama"),
+    "metaspace, normaliser, BOS": ("llama", "phi3"),
+    "metaspace, normaliser, no prefix, BOS": ("gemma2", "gemma3"),
+    "metaspace, pre-tokenizer, BOS": ("mistral",),
+}
+CAUSAL_KIND_OF = {f"{f}: {kind}": (f, kind, 0.15, {}) for kind, families in _OF_CAUSAL.items() for f in families}
+"""The causal families, with the tokenizers of SmolLM, Llama 3 and Llama 2 for Llama's."""
+
 
 def other_base(case: str, kind: str | None = None) -> BaseModel:
-    """A case of `KIND_OF` as a base model, or with another kind of tokenizer. BERT's has no end of text."""
-    family, own, spread, more = KIND_OF[case]
+    """A case of the two above as a base model, or with another kind of tokenizer. BERT's has no end of text."""
+    family, own, spread, more = (KIND_OF | CAUSAL_KIND_OF)[case]
     tokenizer = tokenizer_of(kind or own)
     ids = {"eos_token_id": tokenizer.eos_token_id, "pad_token_id": tokenizer.pad_token_id}
     if family == "bert":
         tokenizer = transformers.PreTrainedTokenizerFast(
             tokenizer_object=tokenizer.backend_tokenizer, cls_token=BOS, sep_token=EOS, pad_token=PAD, unk_token=UNK
         )
-    else:
+    elif family not in CAUSAL:
         more = {"decoder_start_token_id": ids["eos_token_id" if family == "bart" else "pad_token_id"], **more}
     model = FAMILIES[family].build(vocab_size=len(tokenizer), **ids, **more)
     model.config.architectures = [type(model).__name__]
