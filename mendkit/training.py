@@ -216,7 +216,7 @@ def make_optimiser(mend: MEND, h: MENDHyperParams, /) -> torch.optim.Optimizer:
         {"params": transforms, "lr": h.lr, "base": h.lr},
         {"params": [mend.log_edit_lr], "lr": h.lr_lr, "base": h.lr_lr},
     ]
-    return getattr(torch.optim, h.opt)(groups)
+    return getattr(torch.optim, h.opt)(groups, fused=True)  # one pass over parameters, gradients and moments
 
 
 class Trainer:
