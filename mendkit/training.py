@@ -195,8 +195,8 @@ def batch_losses(
     keep = torch.tensor([role in ("neighbours", "unrelated") for role in roles], device=logits.device)
     at = keep[batch.rows]
     by_row = torch.zeros(len(rows), dtype=wide(logits).dtype, device=logits.device)
-    if not bool(keep.all()):
-        by_row = by_row + edit_nll(logits[~at], batch.targets[~at], batch.rows[~at], len(rows))
+    if not bool(keep.all()):  # cross entropy ignores a target of -100, at less cost than choosing rows of logits
+        by_row = by_row + edit_nll(logits, batch.targets.masked_fill(at, -100), batch.rows, len(rows))
     if bool(keep.any()):
         kept = [row for row, k in zip(rows, keep.tolist(), strict=True) if k]
         before = trunk.before(kept, collate(kept, trunk.base.pad_id, trunk.base.device))
@@ -229,7 +229,7 @@ def make_optimiser(mend: MEND, h: MENDHyperParams, /) -> torch.optim.Optimizer:
         {"params": transforms, "lr": h.lr, "base": h.lr},
         {"params": [mend.log_edit_lr], "lr": h.lr_lr, "base": h.lr_lr},
     ]
-    return getattr(torch.optim, h.opt)(groups)
+    return getattr(torch.optim, h.opt)(groups, fused=True)  # one pass over parameters, gradients and moments
 
 
 class Trainer:
