@@ -337,8 +337,8 @@ def _example(record: Mapping[str, Any]) -> EditExample:
     """An example from what `asdict` made of it, read back from JSON."""
 
     def restored(value: Any) -> Any:
-        if isinstance(value, list):
-            return tuple(Probe(**item) if isinstance(item, dict) else item for item in value)
-        return value
+        if isinstance(value, dict):
+            return Probe(**{field: restored(own) for field, own in value.items()})
+        return tuple(map(restored, value)) if isinstance(value, list) else value
 
     return EditExample(**{field: restored(value) for field, value in record.items()})
