@@ -9,16 +9,14 @@ from collections.abc import Sequence
 from dataclasses import replace
 from statistics import fmean, harmonic_mean
 
-import torch
-
 from .data import EditExample, Probe, Tokens
-from .edit import Edit, LowRankUpdate, Updates, padded, side_branches
+from .edit import Edit, LowRankUpdate, Updates, padded, relative_norms, side_branches, side_by_side
 from .editor import MENDEditor, scaled
 from .errors import HyperParamError, LimitError
 from .evaluate import HARMONIC, EvaluationReport, EvaluationSet, evaluate
 from .factors import capture_factors
 from .hparams import MENDHyperParams
-from .many import Editor, relative_norms, together
+from .many import Editor, together
 from .mend import MEND
 from .models import BaseModel
 from .scores import summarise
@@ -90,7 +88,7 @@ class FineTuning:
             if at_once:
                 made = together(*([made] if made else []), scaled(step, 1 / n))
             else:
-                made = {name: _longer(made[name], u) if made else u for name, u in step.items()}
+                made = {name: side_by_side([made[name], u]) if made else u for name, u in step.items()}
             made = self._capped(made)
         return made
 
@@ -107,11 +105,6 @@ class FineTuning:
             name: (self.cap / n.clamp(min=1e-30)).clamp(max=1) for name, n in relative_norms(self.base, updates).items()
         }
         return {name: replace(u, delta=u.delta * share[name][:, None, None].to(u.delta)) for name, u in updates.items()}
-
-
-def _longer(a: LowRankUpdate, b: LowRankUpdate) -> LowRankUpdate:
-    delta = torch.cat([a.coefficient * a.delta, b.coefficient * b.delta], 1)
-    return LowRankUpdate(torch.cat([a.u, b.u], 1), delta, 1.0)
 
 
 def best_of(editors: Sequence[Editor], on: EvaluationSet, /) -> tuple[Editor, tuple[EvaluationReport, ...]]:

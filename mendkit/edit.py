@@ -64,6 +64,16 @@ class LowRankUpdate:
         """Σ_b ΔW_b as a matrix in (output, input) orientation."""
         return self.coefficient * torch.einsum("bto,bti->oi", self.delta, self.u)
 
+    def inner(self, other: "LowRankUpdate") -> Float[Tensor, " b"]:
+        """⟨ΔW_b, ΔW'_b⟩ of every edit, in float64 and without ΔW: c c' Σ_st (u_s · u'_t)(delta_s · delta'_t)."""
+        keys = torch.bmm(self.u.double(), other.u.double().mT)
+        values = torch.bmm(self.delta.double(), other.delta.double().mT)
+        return (keys * values).sum((1, 2)) * (float(self.coefficient) * float(other.coefficient))
+
+    def norms(self) -> Float[Tensor, " b"]:
+        """‖ΔW_b‖_F of every edit."""
+        return self.inner(self).clamp(min=0).sqrt()
+
     def branch(self, x: Float[Tensor, "*n i"]) -> Float[Tensor, "*n o"]:
         """What the update adds to the layer's output for inputs x: (n, l, i), row r under edit r // (n / b).
 
@@ -80,6 +90,23 @@ class LowRankUpdate:
 
 Updates = dict[str, LowRankUpdate]
 """Updates by site name."""
+
+
+def side_by_side(parts: Sequence[LowRankUpdate], /) -> LowRankUpdate:
+    """The sum of several updates of the same b edits at one site: their tokens side by side, with coefficient 1."""
+    u, delta = torch.cat([p.u for p in parts], 1), torch.cat([p.delta * p.coefficient for p in parts], 1)
+    return LowRankUpdate(u, delta, 1.0)
+
+
+def summed(update: LowRankUpdate, /) -> LowRankUpdate:
+    """The sum of an update's b edits as one edit (b = 1)."""
+    return replace(update, u=update.u.flatten(0, 1)[None], delta=update.delta.flatten(0, 1)[None])
+
+
+def relative_norms(base: BaseModel, updates: Mapping[str, LowRankUpdate], /) -> dict[str, Float[Tensor, " b"]]:
+    """‖ΔW_b‖_F / ‖W‖_F of every site and edit."""
+    weights = {site.name: base.site_weight(site) for site in base.sites}
+    return {name: update.norms() / float(weights[name].double().norm()) for name, update in updates.items()}
 
 
 def padded(values: Float[Tensor, "n d"], rows: Int[Tensor, " n"], n_edits: int, /) -> Float[Tensor, "{n_edits} t d"]:
@@ -142,7 +169,7 @@ class Edit:
     @property
     def updates(self) -> Updates:
         """The updates at the edit's strength, all examples' tokens side by side as one edit (b = 1)."""
-        return {name: _summed(u).scaled(self.strength) for name, u in self._unit.items()}
+        return {name: summed(u).scaled(self.strength) for name, u in self._unit.items()}
 
     @property
     def active(self) -> bool:
@@ -186,8 +213,7 @@ class Edit:
 
     def relative_norm(self) -> dict[str, float]:
         """‖ΔW‖_F / ‖W‖_F of every site."""
-        weight = {site.name: self.base.site_weight(site) for site in self.base.sites}
-        return {n: float(d.norm() / weight[n].float().norm()) for n, d in self.dense().items()}
+        return {name: float(norm) for name, norm in relative_norms(self.base, self.updates).items()}
 
     # ------------------------------------------------------------------------------------------------- artefacts
 
@@ -253,9 +279,7 @@ class Edit:
         base, each = _common_base(edits), [edit.updates for edit in edits]
         updates: Updates = {}
         for site in base.sites:
-            parts = [found[site.name] for found in each if site.name in found]
-            u, delta = torch.cat([p.u for p in parts], 1), torch.cat([p.delta * p.coefficient for p in parts], 1)
-            updates[site.name] = LowRankUpdate(u, delta, 1.0)
+            updates[site.name] = side_by_side([found[site.name] for found in each if site.name in found])
         examples, archives = [example for edit in edits for example in edit.examples], {edit.archive for edit in edits}
         return cls(base, updates, examples, archive=archives.pop() if len(archives) == 1 else None)
 
@@ -265,10 +289,6 @@ def _common_base(edits: Sequence[Edit]) -> BaseModel:
     if not edits or any(edit.base.model is not edits[0].base.model for edit in edits):
         raise MendkitError(f"expected one edit or several of the same model, got {len(edits)}; combine those of one")
     return edits[0].base.with_sites(tuple(dict.fromkeys(name for edit in edits for name in edit.updates)))
-
-
-def _summed(update: LowRankUpdate) -> LowRankUpdate:
-    return replace(update, u=update.u.flatten(0, 1)[None], delta=update.delta.flatten(0, 1)[None])
 
 
 def _oriented(update: LowRankUpdate, site: Site) -> Tensor:

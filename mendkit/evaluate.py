@@ -11,7 +11,6 @@ a question form and answers that compete on a neighbour do not apply to it.
 """
 
 import logging
-import re
 import time
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
@@ -23,17 +22,18 @@ import torch
 
 from .data import EditExample, Tokens
 from .decoding import WHOLE_ROWS, write
-from .edit import Updates, side_branches
+from .edit import Updates, relative_norms, side_branches
 from .editor import scaled
 from .errors import DataError, HyperParamError, LimitError, MendkitError
 from .families import CAUSAL, CLASSIFIER
 from .heldout import TEXT_TOKENS, HeldOutText, ngram_entropy_bits
 from .hparams import MENDHyperParams
-from .many import Editor, one_after_another, relative_norms, so_far, together
+from .many import Editor, one_after_another, so_far, together
 from .metrics import Card, answers_probe, locality_values, normalise, probability_values, target_values
 from .models import BaseModel
 from .scores import HARMONIC, EditRow, EvaluationReport, Interval, summarise
 from .scoring import Forced, forced, select
+from .text_model import STOP
 from .texts import edit_tokens, told
 from .trunk import FrozenTrunk
 
@@ -50,7 +50,6 @@ SEQUENCE_BLOCK = 16
 AFTER = (1, 10, 100, 1000)
 REWORDED = 2
 GENERATIONS, FLUENCY_TOKENS = 3, 100
-STOP = re.compile(r"[.\n]")
 
 
 class EvaluationSet:

@@ -3,7 +3,7 @@
 A gradient and an update are both low-rank, A = c Σ_t δ_t u_tᵀ, so no dense matrix is needed except in the check that
 this form is right (`rank_rows`; section 3.1 of the paper):
 
-    ⟨A, B⟩ = c_A c_B Σ_st (u_s · u_t)(δ_s · δ_t),    ‖A‖² = ⟨A, A⟩,    cos = ⟨−ΔW, ∇L⟩ / (‖ΔW‖ ‖∇L‖),
+    cos = ⟨−ΔW, ∇L⟩ / (‖ΔW‖ ‖∇L‖), with ⟨A, B⟩ and ‖A‖ of `LowRankUpdate`,
     singular values of A = those of |c| R_δ R_uᵀ, with δᵀ = Q_δ R_δ and uᵀ = Q_u R_u.
 
 All in float64. Axes: b edits, t (s) tokens of an edit, i layer input, o layer output, k singular values.
@@ -108,22 +108,10 @@ def rank_rows(base: BaseModel, texts: Sequence[Tokens], /, *, reduction: str = "
     return rows
 
 
-def inner(a: LowRankUpdate, b: LowRankUpdate, /) -> Float[Tensor, " b"]:
-    """⟨A, B⟩ of every edit as a Gram product."""
-    keys = torch.bmm(a.u.double(), b.u.double().transpose(1, 2))
-    values = torch.bmm(a.delta.double(), b.delta.double().transpose(1, 2))
-    return (keys * values).sum((1, 2)) * (float(a.coefficient) * float(b.coefficient))
-
-
-def norms(a: LowRankUpdate, /) -> Float[Tensor, " b"]:
-    """‖A‖_F of every edit."""
-    return inner(a, a).clamp(min=0).sqrt()
-
-
 def cosines(a: LowRankUpdate, b: LowRankUpdate, /) -> Float[Tensor, " b"]:
     """cos(A, B) of every edit; 0 where one of them is 0."""
-    size = norms(a) * norms(b)
-    return torch.where(size > 0, inner(a, b) / size, 0.0)
+    size = a.norms() * b.norms()
+    return torch.where(size > 0, a.inner(b) / size, 0.0)
 
 
 def singular_values(a: LowRankUpdate, /) -> Float[Tensor, "b k"]:
@@ -152,8 +140,8 @@ def anatomy(base: BaseModel, updates: Mapping[str, Updates], gradient: Updates, 
     for series, own in updates.items():
         for site in base.sites:
             update, true = own[site.name], gradient[site.name]
-            size, weight = norms(update), float(base.site_weight(site).double().norm())
-            values = {"cosine": -cosines(update, true), "step": size / norms(true), "norm": size / weight}
+            size, weight = update.norms(), float(base.site_weight(site).double().norm())
+            values = {"cosine": -cosines(update, true), "step": size / true.norms(), "norm": size / weight}
             for k in range(len(size)):
                 numbers = {name: float(value[k]) for name, value in values.items()}
                 rows.append({"series": series, "site": site.name, "example": k, **numbers})
@@ -178,6 +166,6 @@ def sweep(trunk: FrozenTrunk, mend: MEND, examples: Sequence[ExampleTexts], /, *
     """
     updates = updates_of(trunk, mend, [example.edit for example in examples])
     weight = sum(float(trunk.base.site_weight(site).double().norm()) ** 2 for site in mend.sites) ** 0.5
-    unit = float(sum(norms(update) ** 2 for update in updates.values()).sqrt().mean()) / weight
+    unit = float(sum(update.norms() ** 2 for update in updates.values()).sqrt().mean()) / weight
     pairs, h = [(size, size / unit) for size in sizes], mend.hparams
     return [{"size": r, "strength": s, **validate(trunk, mend, examples, h, strength=s)} for r, s in pairs]

@@ -6,7 +6,7 @@ about as much to apply as the layer itself. Edits of a sequence are scored in bl
 there before the block and under the block's own edits up to its own.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol, runtime_checkable
 
@@ -15,9 +15,8 @@ from jaxtyping import Float
 from torch import Tensor
 
 from .data import Tokens
-from .edit import LowRankUpdate, Updates, side_branches
+from .edit import LowRankUpdate, Updates, side_branches, side_by_side, summed
 from .hparams import MENDHyperParams
-from .models import BaseModel
 from .trunk import FrozenTrunk
 
 
@@ -54,14 +53,12 @@ def together(*updates: Updates) -> Updates:
 
 
 def _compact(parts: Sequence[LowRankUpdate]) -> LowRankUpdate:
-    u = torch.cat([p.u.flatten(0, 1) for p in parts])
-    delta = torch.cat([(p.coefficient * p.delta).flatten(0, 1) for p in parts])
-    i, o = u.shape[1], delta.shape[1]
-    if len(u) > 2 * min(i, o):
-        change = delta.T @ u
-        one = torch.eye(min(i, o), dtype=u.dtype, device=u.device)
-        u, delta = (one, change.T) if i <= o else (change, one)
-    return LowRankUpdate(u[None], delta[None], 1.0)
+    whole = side_by_side([summed(part) for part in parts])
+    i, o = whole.u.shape[2], whole.delta.shape[2]
+    if whole.u.shape[1] <= 2 * min(i, o):
+        return whole
+    change, one = whole.dense()[None], torch.eye(min(i, o), dtype=whole.u.dtype, device=whole.u.device)[None]
+    return LowRankUpdate(one, change.mT, 1.0) if i <= o else LowRankUpdate(change, one, 1.0)
 
 
 def one_after_another(
@@ -81,24 +78,10 @@ def so_far(steps: Sequence[Updates], before: Updates) -> Updates:
     out: dict[str, LowRankUpdate] = {}
     for name in steps[0]:
         counts = torch.tensor([step[name].u.shape[1] for step in steps])
-        u = torch.cat([step[name].u for step in steps], 1).expand(len(steps), -1, -1)
-        delta = torch.cat([step[name].coefficient * step[name].delta for step in steps], 1)
+        whole = side_by_side([step[name] for step in steps])
         made = torch.arange(len(steps)).repeat_interleave(counts)  # the step of each token
         there = made[None, :] <= torch.arange(len(steps))[:, None]
-        delta = delta * there[:, :, None].to(delta)
+        u, delta = whole.u.expand(len(steps), -1, -1), whole.delta * there[:, :, None].to(whole.delta)
         below = before.get(name)
         out[name] = OnTop(u, delta, 1.0, below) if below is not None else LowRankUpdate(u, delta, 1.0)
     return out
-
-
-def norms(update: LowRankUpdate) -> Float[Tensor, " b"]:
-    """‖ΔW_b‖_F without ΔW: the sum over all pairs of tokens of (u_s · u_t)(delta_s · delta_t) is its square."""
-    u, delta = update.u.double(), update.delta.double()
-    square = (torch.bmm(u, u.mT) * torch.bmm(delta, delta.mT)).sum((1, 2))
-    return square.clamp(min=0).sqrt() * abs(float(update.coefficient))
-
-
-def relative_norms(base: BaseModel, updates: Mapping[str, LowRankUpdate], /) -> dict[str, Float[Tensor, " b"]]:
-    """‖ΔW_b‖_F / ‖W‖_F of every site."""
-    modules = {site.name: base.site_module(site) for site in base.sites}
-    return {name: norms(u) / float(modules[name].weight.double().norm()) for name, u in updates.items()}

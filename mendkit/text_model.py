@@ -30,7 +30,8 @@ from .errors import DataError, HyperParamError
 from .families import CAUSAL, CLASSIFIER, SEQ2SEQ, Head, Labels, family_of, probe_head, start_id
 from .losses import two_classes
 
-_STOP = re.compile(r"[\n.]")
+STOP = re.compile(r"[\n.]")
+"""Where an answer ends, if it does not end by itself."""
 
 
 class TextModel:
@@ -210,7 +211,7 @@ class TextModel:
         whole = self.tokenizer.decode([*prompt_ids, *new_ids], **options)
         joined = whole.startswith(before)
         text = whole[len(before) :] if joined else self.tokenizer.decode(list(new_ids), **options)
-        return _STOP.split(text, maxsplit=1)[0] if stop else text
+        return STOP.split(text, maxsplit=1)[0] if stop else text
 
     def generate_ids(
         self,
@@ -287,7 +288,7 @@ class TextModel:
         def compute() -> frozenset[int]:
             single = [[index] for index in range(_vocabulary(self.model))]
             texts = self.tokenizer.backend_tokenizer.decode_batch(single, skip_special_tokens=True)
-            return frozenset(index for index, text in enumerate(texts) if _STOP.search(text))
+            return frozenset(index for index, text in enumerate(texts) if STOP.search(text))
 
         return self.remembered("stop_ids", compute)
 

@@ -12,7 +12,7 @@ from mendkit.edit import LowRankUpdate, side_branches
 from mendkit.errors import DataError
 from mendkit.evaluate import EvaluationSet, evaluate, normalise
 from mendkit.heldout import HeldOutText, ngram_entropy_bits, windows
-from mendkit.many import norms, one_after_another, relative_norms, so_far, together
+from mendkit.many import one_after_another, so_far, together
 from mendkit.trunk import FrozenTrunk
 from tests.claims import EXAMPLES
 from tests.test_edit import editor_for, logits
@@ -45,10 +45,11 @@ def test_edits_held_together_are_the_sum_of_their_weight_changes_and_do_not_grow
 def test_norms_of_low_rank_changes_are_those_of_the_matrices(llama):
     several = update(3, 5, 6, 4)
     dense = [float(several.select([b]).dense().norm()) for b in range(3)]
-    assert norms(several).tolist() == pytest.approx(dense)
+    assert several.norms().tolist() == pytest.approx(dense)
     edit = editor_for(llama).edit(list(EXAMPLES[:2]))
-    whole = {name: float(n) for name, n in relative_norms(llama, edit.updates).items()}
-    assert whole == pytest.approx(edit.relative_norm(), rel=1e-5)
+    weights = {site.name: llama.site_module(site).weight for site in llama.sites}
+    expected = {name: float(change.norm() / weights[name].norm()) for name, change in edit.dense().items()}
+    assert edit.relative_norm() == pytest.approx(expected, rel=1e-5)
 
 
 # ------------------------------------------------------------------------------------------------- in a row
