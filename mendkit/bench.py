@@ -33,13 +33,13 @@ from .edit import attach
 from .editor import MENDEditor
 from .errors import MendkitError
 from .hparams import MENDHyperParams
-from .mend import MEND
+from .mend import MEND, stats_name
 from .models import BaseModel, load_model
 from .readers import read_examples
 from .runs import peak_memory_gb, provenance
 from .texts import edit_tokens, prepare_texts
 from .training import FactorCache, batch_losses, make_optimiser, total_loss
-from .trunk import FrozenTrunk
+from .trunk import FrozenTrunk, collate
 
 logger = logging.getLogger(__name__)
 
@@ -159,7 +159,7 @@ def make_mend(base: BaseModel, h: MENDHyperParams, rows: Sequence[Row], /) -> ME
             torch.nn.init.normal_(parameter, std=0.1 / parameter.shape[1] ** 0.5, generator=generator)
     for (_, edit), *_ in rows:
         for name, (u, delta) in textbook.factors(base, edit).items():
-            moments = mend.moments[textbook.stats_name(next(s for s in base.sites if s.name == name), h)]
+            moments = mend.moments[stats_name(next(s for s in base.sites if s.name == name), h)]
             moments["u"].add(u)
             moments["delta"].add(delta)
     return mend
@@ -350,7 +350,7 @@ def edit_in_turn(
     """Seconds of each way to make one edit, and the error of the kit's edited logits."""
     editor, seconds = MENDEditor(base, mend), {}
     text = editor.tokens(example)
-    batch = textbook.collate([text], base.pad_id, base.device)
+    batch = collate([text], base.pad_id, base.device)
     seconds[TEXTBOOK], clean = _timed(lambda: textbook.put(base, plain_edit(base, mend, example)))
     expected = textbook.logits(base, batch, {})[batch.scored]
     textbook.put(base, clean)

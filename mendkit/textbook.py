@@ -17,6 +17,7 @@ from torch import Tensor
 
 from .data import Tokens
 from .errors import MendkitError
+from .families import CAUSAL
 from .hparams import MENDHyperParams
 from .losses import edit_nll, locality_kl, wide
 from .mend import MEND, RunningMoments, group_name, stats_name
@@ -33,8 +34,10 @@ RECIPE = {
 }
 
 
-def check_recipe(h: MENDHyperParams, /) -> None:
-    """Raises MendkitError if `h` asks for something that the textbook does not do."""
+def check_recipe(base: BaseModel, h: MENDHyperParams, /) -> None:
+    """Raises MendkitError if `h` asks for something that the textbook does not do, or `base` is no causal model."""
+    if base.family != CAUSAL:
+        raise MendkitError(f"{base.name} is a {base.family} model; the textbook reads and edits causal models only")
     for key, value in RECIPE.items():
         if getattr(h, key) != value:
             raise MendkitError(f"{key}: the textbook knows {value!r} only, got {getattr(h, key)!r}; set it so")
@@ -101,7 +104,7 @@ def change(mend: MEND, site: Site, u: Float[Tensor, "t i"], delta: Float[Tensor,
 
 def edited_weights(base: BaseModel, mend: MEND, edit: Tokens) -> Weights:
     """The weights after one edit; gradients flow to the hypernetwork."""
-    check_recipe(mend.hparams)
+    check_recipe(base, mend.hparams)
     clean, own = clean_weights(base), factors(base, edit)
     changes = {site.name: change(mend, site, *own[site.name]) for site in base.sites}
     turned = {site.name: changes[site.name].T if site.transposed else changes[site.name] for site in base.sites}

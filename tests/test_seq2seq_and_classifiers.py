@@ -16,13 +16,15 @@ from transformers import AlbertConfig, AutoConfig, DistilBertConfig, GPT2Config,
 from mendkit.__main__ import main
 from mendkit.checkpoints import _loader
 from mendkit.data import tokenize_pair
-from mendkit.errors import DataError, HyperParamError, ModelError
+from mendkit.errors import DataError, HyperParamError, MendkitError, ModelError
+from mendkit.evaluate import EvaluationSet
 from mendkit.factors import capture_factors, capture_inputs
 from mendkit.losses import edit_nll, locality_kl
 from mendkit.mend import MEND
 from mendkit.models import BaseModel
 from mendkit.readers import read_examples, write_examples
 from mendkit.scoring import next_tokens
+from mendkit.textbook import check_recipe
 from mendkit.texts import edit_tokens, prepare_texts
 from mendkit.training import FactorCache, batch_losses, total_loss
 from mendkit.trunk import FrozenTrunk, collate
@@ -215,6 +217,20 @@ def test_factors_rebuild_the_gradient_of_the_weights(case, monkeypatch):
         assert float(gradient.abs().max()) > 0
         torch.testing.assert_close(factors[name].weight_gradient(), gradient, rtol=1e-9, atol=1e-12)
         assert (factors[name].delta != 0).any(1).all()  # and no token is there for nothing
+
+
+@pytest.mark.parametrize("case", ["t5", "bert"])
+@pytest.mark.parametrize("asked", [{"fluency": True}, {"text": "Rome is a city in Italy."}])
+def test_scores_of_free_and_held_out_text_need_a_causal_model(case, asked):
+    base = other_base(case)
+    with pytest.raises(MendkitError, match="need a causal model"):
+        EvaluationSet(base, hparams(), examples_of(base)[:1], **asked)
+
+
+def test_the_textbook_reads_causal_models_only():
+    base = other_base("t5")
+    with pytest.raises(MendkitError, match="causal models only"):
+        check_recipe(base, hparams())
 
 
 # ------------------------------------------------------------------------------------------------- decoding
