@@ -76,6 +76,7 @@ class _Rule:
     words: str = ""  # what `store` expects, or why so little is legal
 
     def expected(self) -> str:
+        """What a legal value is, in words."""
         kinds = {int: "an integer", float: "a finite number", bool: "true or false", str: "non-empty text"}
         text = (self.store and self.words) or kinds.get(self.kind, "null")
         if self.legal:

@@ -245,6 +245,7 @@ def _engine(place: _Place, show: Callable[[str], None], log: BinaryIO) -> type:
             cls, nb_man: Any, kernel_name: str, *, start_timeout: int, execution_timeout: int | None,
             iopub_timeout: int, coalesce_streams: bool, **_: Any,
         ) -> Any:  # fmt: skip
+            """Run the notebook; papermill calls it so."""
             client = Client(
                 nb_man, kernel_name=kernel_name, startup_timeout=start_timeout, timeout=execution_timeout,
                 iopub_timeout=iopub_timeout, coalesce_streams=coalesce_streams,
