@@ -17,6 +17,7 @@ from torch import Tensor
 from .data import Tokens
 from .edit import LowRankUpdate, Updates, side_branches, side_by_side, summed
 from .hparams import MENDHyperParams
+from .models import BaseModel
 from .trunk import FrozenTrunk
 
 
