@@ -18,6 +18,7 @@ LEVELS = [
     {"conformance"},
     {"validation", "evaluate"},
     {"baselines", "inspection", "training", "textbook"},
+    {"ways"},
     {"tables", "notebook", "report_page", "report", "bench", "__init__"},
     {"__main__"},
 ]
