@@ -21,11 +21,12 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from . import textbook
 from .checkpoints import silence_transformers
-from .data import EditExample, read_examples
+from .data import EditExample
 from .edit import attach
 from .editor import MENDEditor
 from .mend import MEND
 from .models import BaseModel
+from .readers import read_examples
 from .runs import peak_memory_gb, provenance
 from .texts import edit_tokens
 from .training import make_optimiser
