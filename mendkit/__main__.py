@@ -20,7 +20,7 @@ from typing import Any
 
 from .adapter import ADAPTER_FILES
 from .archive import inspect_archive, load_archive
-from .bench import MODELS, QUICK, Settings, bench_table, run_bench
+from .bench import bench_table, run_bench
 from .checkpoints import silence_transformers
 from .conformance import conformance, conformance_table, reference_folders
 from .data import EditExample
@@ -38,6 +38,7 @@ from .readers import read_examples, read_questions, read_text, with_unrelated
 from .report import ARCHIVE, default_config, plan_report, run_report
 from .runs import open_run, peak_memory_gb, write_json
 from .training import train
+from .ways import MODELS, QUICK, Settings
 
 logger = logging.getLogger("mendkit")
 
@@ -300,22 +301,28 @@ def _conformance(args: argparse.Namespace) -> int:
 
 def _bench(args: argparse.Namespace) -> int:
     old = _existing(args.out, ("run.json", "results.json"), args.overwrite)
-    names = {"batch": args.batch, "rank": args.rank, "repeats": args.repeats}
-    own = (QUICK if args.quick else {}) | {name: value for name, value in names.items() if value is not None}
+    given = {"batch": args.batch, "rank": args.rank, "repeats": args.repeats}
+    own = (QUICK if args.quick else {}) | {name: value for name, value in given.items() if value is not None}
     settings = [Settings(model, **own) for model in args.models.split(",")]
+    draw = _charts_of_costs() if args.out else None  # before anything is measured, which takes long
     if args.out:
         _open(args.out, old)
         open_run(args.out)
     results = run_bench(settings, deep=args.depths)
-    if args.out:
-        from .plots import costs_of_training, depth_curve, memory_of_training  # matplotlib comes with notebooks only
-
+    if draw:
         write_json(args.out / "results.json", results)
-        charts = [costs_of_training(results), memory_of_training(results)]
-        for chart in [*charts, *([depth_curve(results["depths"])] if args.depths else [])]:
+        for chart in draw(results):
             chart.save(args.out / "figures")
     _say(json.dumps(results, indent=1) if args.json else bench_table(results))
     return 0 if all(own["equal"] for name, own in results.items() if name != "depths") else 1
+
+
+def _charts_of_costs() -> Callable[[dict[str, Any]], list[Any]]:
+    try:
+        from .plots import charts_of_costs
+    except ImportError as error:
+        raise MendkitError(f"{error}; figures need more packages: leave out --out, or see pyproject.toml") from error
+    return charts_of_costs
 
 
 def _report(args: argparse.Namespace) -> int:

@@ -356,6 +356,12 @@ def _sweeps(name: str, finding: str, sweeps: Mapping[str, Sequence[Row]], /, *, 
 # ------------------------------------------------------------------------------------------------------- costs
 
 
+def charts_of_costs(results: Mapping[str, Any], /) -> list[Chart]:
+    """Every figure of `run_bench`'s results."""
+    charts = [costs_of_training(results), memory_of_training(results)]
+    return charts + ([depth_curve(results["depths"])] if "depths" in results else [])
+
+
 def costs_of_training(results: Mapping[str, Any], /) -> Chart:
     """Seconds per edit of every way to train, a panel for each model (`run_bench`'s results)."""
     models = {name: own for name, own in results.items() if "train" in own}

@@ -6,10 +6,10 @@ import math
 import pytest
 import torch
 
-from mendkit import bench
-from mendkit.bench import KIT, TEXTBOOK, WAYS, Settings, Way
+from mendkit import bench, textbook, ways
 from mendkit.errors import MendkitError
 from mendkit.training import make_optimiser
+from mendkit.ways import KIT, TEXTBOOK, WAYS, Settings, Way
 from tests.claims import EXAMPLES
 
 TINY = {"batch": 4, "rank": 8, "repeats": 2}
@@ -23,12 +23,12 @@ def settings(tmp_path) -> Settings:
 
 def gradients(base, settings):
     """What every way finds, double throughout."""
-    h = bench.recipe(settings, base)
-    _, rows = bench.draw(base, h, EXAMPLES)
-    mend = bench.make_mend(base, h, rows).double()
+    h = ways.recipe(settings, base)
+    _, rows = ways.draw(base, h, EXAMPLES)
+    mend = ways.make_mend(base, h, rows).double()
     adam = make_optimiser(mend, h)
-    ways = {name: Way(base, mend, rows, savings=own, optimiser=adam) for name, own in WAYS.items()}
-    return {name: bench.gradients(way) for name, way in ways.items()}
+    own = {name: Way(base, mend, rows, savings=use, optimiser=adam) for name, use in WAYS.items()}
+    return {name: ways.gradients(way) for name, way in own.items()}
 
 
 @pytest.mark.parametrize("family", ["llama64", "gpt264"])
@@ -38,7 +38,7 @@ def test_every_way_to_train_has_the_textbooks_losses_and_gradients(family, setti
     assert set(losses) == {"edit", "paraphrases", "neighbours"}
     assert all(float(g.norm()) > 0 for g in grads.values())  # nothing agrees for being zero
     for name in WAYS:
-        assert bench.largest_error(found[TEXTBOOK], found[name]) < 1e-10, name
+        assert ways.largest_error(found[TEXTBOOK], found[name]) < 1e-10, name
 
 
 def test_what_is_compared_reports_ratios_and_equality(llama, settings):
@@ -46,7 +46,9 @@ def test_what_is_compared_reports_ratios_and_equality(llama, settings):
     assert result["equal"] is True and set(result["error"]) == {*WAYS, "edit"}
     assert 0 < result["error"][KIT] < result["tolerance"]
     assert set(result["train"]) == set(WAYS) and result["train"][TEXTBOOK]["ratio"] == 1
-    assert result["train_ratio"] == result["train"][KIT]["ratio"] and result["edit_ratio"] == result["edit"]["ratio"]
+    assert (
+        result["train_ratio"] == result["train"][KIT]["ratio"] and result["edit_ratio"] == result["edit"]["kit_ratio"]
+    )
     plain, ours = (result["train"][name]["gflop_per_edit"] for name in (TEXTBOOK, KIT))
     assert plain > ours > 0
     assert result["workload"]["edits_per_step"] == 4 and result["workload"]["texts_per_edit"] == 3
@@ -54,13 +56,13 @@ def test_what_is_compared_reports_ratios_and_equality(llama, settings):
 
 
 def test_a_wrong_way_is_not_equal(llama, settings, monkeypatch):
-    right = bench.batch_losses
+    right = ways.batch_losses
 
     def wrong(trunk, *rest):
         losses = right(trunk, *rest)
         return losses | {"edit": losses["edit"] * (1.01 if not trunk.label_only else 1)}
 
-    monkeypatch.setattr(bench, "batch_losses", wrong)
+    monkeypatch.setattr(ways, "batch_losses", wrong)
     result = bench.compare(llama, settings, EXAMPLES)
     assert result["equal"] is False
     assert [n for n, error in result["error"].items() if error > result["tolerance"]] == ["logits of all positions"]
@@ -68,11 +70,11 @@ def test_a_wrong_way_is_not_equal(llama, settings, monkeypatch):
 
 def test_what_is_missing_or_nan_is_an_infinite_error():
     one = {"edit": 1.0}, {"U": torch.ones(2)}
-    assert bench.largest_error(one, one) == 0
-    assert bench.largest_error(one, ({"edit": 1.0}, {})) == math.inf
-    assert bench.largest_error(one, ({"edit": math.nan}, one[1])) == math.inf
-    assert bench.largest_error(one, ({"edit": 1.0}, {"U": torch.tensor([1.0, math.nan])})) == math.inf
-    assert bench.largest_error(one, ({"edit": 1.1}, {"U": torch.ones(2)})) == pytest.approx(0.1)
+    assert ways.largest_error(one, one) == 0
+    assert ways.largest_error(one, ({"edit": 1.0}, {})) == math.inf
+    assert ways.largest_error(one, ({"edit": math.nan}, one[1])) == math.inf
+    assert ways.largest_error(one, ({"edit": 1.0}, {"U": torch.tensor([1.0, math.nan])})) == math.inf
+    assert ways.largest_error(one, ({"edit": 1.1}, {"U": torch.ones(2)})) == pytest.approx(0.1)
 
 
 def test_editing_leaves_the_model_as_it_was(settings, llama):
@@ -104,9 +106,9 @@ def test_a_model_that_is_not_there_is_an_error():
 
 
 def test_the_textbook_refuses_what_it_does_not_do(llama, settings):
-    h = bench.recipe(settings, llama)
-    _, rows = bench.draw(llama, h, EXAMPLES)
-    mend = bench.make_mend(llama, h, rows)
+    h = ways.recipe(settings, llama)
+    _, rows = ways.draw(llama, h, EXAMPLES)
+    mend = ways.make_mend(llama, h, rows)
     mend.hparams = h.replace(loss_reduction="sum")
     with pytest.raises(MendkitError, match="loss_reduction"):
-        bench.textbook.textbook_losses(llama, mend, rows[0])
+        textbook.textbook_losses(llama, mend, rows[0])

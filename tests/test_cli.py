@@ -325,3 +325,61 @@ def test_inspect_is_for_people_and_for_programs(here, capsys):
         assert part in text
     assert main(["inspect", "archive.safetensors", "--json"]) == 0
     assert json.loads(capsys.readouterr().out) == metadata
+
+
+# ------------------------------------------------------------------------------------------- benchmark
+
+MEASURED = {  # the form of what `run_bench` returns, with figures that no machine has
+    "train_ratio": 4.0,
+    "edit_ratio": 2.0,
+    "memory_ratio": 0.5,
+    "equal": True,
+    "error": {"kit": 1e-6},
+    "train": {
+        way: {"edits_per_second": n, "seconds_per_edit": 1 / n, "ratio": n, "gflop_per_edit": 3.0}
+        | {"share_of_matmul_rate": 0.5}
+        for way, n in (("textbook", 1.0), ("kit", 4.0))
+    },
+    "edit": {f"{k}_seconds": 0.1 for k in ("textbook", "kit", "kit_cached", "kit_batched")},
+    "memory": {way: {"above_gb": 1.5, "training_peak_gb": 2.5} for way in ("textbook", "kit")},
+    "caches": {f"{c}_{k}": 1.0 for c in ("trunk", "factor") for k in ("seconds_per_edit", "pays_after_epochs")},
+    "matmul_gflop_per_s": 100.0,
+    "workload": {"edits_per_step": 3},
+}
+
+
+@pytest.fixture
+def measured(monkeypatch):
+    """What the command asked to be measured; its answer is MEASURED for every model."""
+    asked = []
+
+    def run(settings, deep=()):
+        asked.append((settings, deep))
+        return {s.model: MEASURED for s in settings}
+
+    monkeypatch.setattr("mendkit.__main__.run_bench", run)
+    return asked
+
+
+def test_bench_prints_one_object_with_every_models_ratios(here, capsys, measured):
+    words = ["bench", "--models", "tiny.yaml,gpt2-xl-shape", "--repeats", "7", "--rank", "5", "--depths", "4,6"]
+    assert main([*words, "--json", "--out", "costs"]) == 0
+    printed = json.loads(capsys.readouterr().out)
+    assert printed == read("costs/results.json") == {"tiny.yaml": MEASURED, "gpt2-xl-shape": MEASURED}
+    ((settings, deep),) = measured
+    assert [(s.model, s.repeats, s.rank, s.batch) for s in settings] == [
+        ("tiny.yaml", 7, 5, 16), ("gpt2-xl-shape", 7, 5, 16)
+    ]  # fmt: skip
+    assert deep == (4, 6)
+    assert {p.name for p in Path("costs/figures").glob("*.png")} == {"costs_of_training.png", "memory_of_training.png"}
+    assert main([*words, "--out", "costs"]) == 2  # nothing is written over
+
+
+def test_bench_is_for_people_too_and_fails_if_the_numbers_differ(here, capsys, measured, monkeypatch):
+    assert main(["bench", "--models", "tiny.yaml", "--quick"]) == 0
+    assert "training 4.0, edit 2.0, memory 0.5" in capsys.readouterr().out
+    assert measured[0][0][0].rank < 100
+    monkeypatch.setitem(MEASURED, "equal", False)
+    assert main(["bench", "--models", "tiny.yaml"]) == 1
+    assert "NOT EQUAL" in capsys.readouterr().out
+    assert main(["bench", "--models", "nowhere"]) == 2

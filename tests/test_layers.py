@@ -20,6 +20,7 @@ LEVELS = [
     {"conformance"},
     {"validation", "evaluate"},
     {"baselines", "inspection", "training", "textbook", "edit_command"},
+    {"ways"},
     {"tables", "notebook", "report_page", "report", "bench", "__init__"},
     {"__main__"},
 ]

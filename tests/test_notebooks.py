@@ -25,6 +25,7 @@ from tests.tiny import save_tiny
 
 ROOT = Path(__file__).parents[1]
 TRAIN, EDIT, INSIDE = "01_train_without_archive.ipynb", "02_edit_with_archive.ipynb", "03_inside_mend.ipynb"
+COSTS = "07_what_training_costs.ipynb"
 PARAMETERS = {
     TRAIN: {
         "config": ("str", "configs/smollm2-135m.yaml"),
@@ -59,11 +60,20 @@ PARAMETERS = {
         "sizes": ("list", [0.0001, 0.0003, 0.001, 0.003, 0.01, 0.03, 0.1, 0.3]),
         "out": ("str", "runs/03_inside_mend"),
     },
+    COSTS: {
+        "models": ("list", ["smollm2-135m", "gpt2-xl-shape"]),
+        "batch": ("int", 16),
+        "rank": ("int", 1920),
+        "repeats": ("int", 3),
+        "depths": ("list", [12, 24, 48]),
+        "out": ("str", "runs/07_what_training_costs"),
+    },
 }
 FIGURES = {
     TRAIN: {"loss_curves", "validation", "step_sizes", "control"},
     EDIT: {"next_tokens", "headline", "by_relation", "probability_shifts", "strength"},
     INSIDE: {"ranks", "signs", "normalisers", "alignment", "spectra", "step_sizes"},
+    COSTS: {"costs_of_training", "memory_of_training"},
 }
 FEW = {"examples": 5, "statistics_limit": 8, "dense": 2, "sizes": [0.001, 0.1]}  # enough to run notebook 03
 
@@ -195,7 +205,7 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> SimpleNamespace:
         "rank=8",
     ]
     sizes = {"train_limit": 24, "validation_limit": 6}
-    out = {TRAIN: folder / "train", EDIT: folder / "edit", INSIDE: folder / "inside"}
+    out = {TRAIN: folder / "train", EDIT: folder / "edit", INSIDE: folder / "inside", COSTS: folder / "costs"}
     executed = {TRAIN: run(TRAIN, folder / "01.ipynb", overrides=overrides, out=str(out[TRAIN]), **sizes)}
     sizes = {"test_limit": 6, "validation_limit": 4, "max_new_tokens": 8, "shown": 2}
     archive = str(out[TRAIN] / "archive.safetensors")
@@ -203,6 +213,9 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> SimpleNamespace:
     executed[EDIT] = run(EDIT, folder / "02.ipynb", **own, **sizes)
     own = {**own, **FEW, "out": str(out[INSIDE])}
     executed[INSIDE] = run(INSIDE, folder / "03.ipynb", **own)
+    (folder / "tiny.yaml").write_text(f"model_name: {model}\n")
+    sizes = {"models": [str(folder / "tiny.yaml")], "batch": 2, "rank": 8, "repeats": 2, "depths": []}
+    executed[COSTS] = run(COSTS, folder / "07.ipynb", out=str(out[COSTS]), **sizes)
     results = {name: json.loads((out[name] / "results.json").read_text()) for name in out}
     return SimpleNamespace(out=out, executed=executed, results=results, overrides=overrides)
 
@@ -259,6 +272,16 @@ def test_inside_mend_the_gradient_is_a_sum_of_rank_one_terms_and_identity_descen
     assert results["inside.trained.cosine"] < 0.99 and abs(results["inside.init_xavier.cosine"]) < 0.9
     assert results["inside.minus.0.001.loss.edit"] < results["inside.minus.0.loss.edit"]
     assert results["inside.minus.0.loss.edit"] < results["inside.plus.0.001.loss.edit"]
+
+
+@pytest.mark.slow
+def test_costs_are_measured_on_equal_numbers(tiny: SimpleNamespace) -> None:
+    (own,) = tiny.results[COSTS].values()
+    assert own["equal"] is True and own["workload"]["edits_per_step"] == 2
+    memory = own["memory"]
+    assert own["memory_ratio"] == memory["textbook"]["above_gb"] / memory["kit"]["above_gb"]
+    assert all(0 < found["above_gb"] < found["peak_gb"] for found in memory.values())
+    assert memory.keys() == own["train"].keys()
 
 
 @pytest.mark.slow
