@@ -27,7 +27,7 @@ from .evaluate import EvaluationReport, evaluate, normalise
 from .foreign import export_archive, import_archive, read_foreign
 from .hparams import MENDHyperParams, parse_overrides
 from .listing import list_layers, table
-from .models import load_model
+from .models import load_for_training, load_model
 from .report import ARCHIVE, default_config, plan_report, run_report
 from .runs import peak_memory_gb, write_json
 from .training import train
@@ -79,13 +79,13 @@ def _train(args: argparse.Namespace) -> int:
     validation = read_examples(args.validation_data, limit=args.validation_limit)
     if hparams.archive is not None:
         inspect_archive(hparams.archive)  # before the model is loaded, which may take long
-    base = load_model(hparams)
+    base = load_for_training(hparams)
     if hparams.archive is not None:
         load_archive(hparams.archive, base=base)
         old = [path for path in old if path.resolve() != Path(hparams.archive).resolve()]
     _open(out, old)
     logger.info("training on %d examples, validating on %d, in %s", len(examples), len(validation), out)
-    result = train(hparams, examples, validation, base=base, run_dir=out)
+    result = train(hparams, examples, validation, base=base, run_dir=out, done_with_base=True)
     logger.info("%s", result.stopped)
     scores = {name.replace("val.", "validation."): v for name, v in result.best.items() if "val." in name}
     values = {"seconds": result.seconds, "best_step": result.best["step"], "stopped": result.stopped}

@@ -120,13 +120,11 @@ def read_checkpoint(
     """
     remote = {"trust_remote_code": trust_remote_code}
     is_file = isinstance(place, Path) and place.is_file()
-    _check_causal(read_config(place, trust_remote_code=trust_remote_code), place)
+    check_causal(read_config(place, trust_remote_code=trust_remote_code), place)
     own = None
     if tokenizer is not None or not is_file:
-        where = place if tokenizer is None else Path(tokenizer) if Path(tokenizer).is_dir() else tokenizer
-        with _explained("the tokenizer of", where):
-            own = AutoTokenizer.from_pretrained(where, **remote)
-    with _explained("the model", place):
+        own = read_tokenizer(place, tokenizer, trust_remote_code=trust_remote_code)
+    with explained("the model", place):
         if is_file:
             model, found = load_gguf(place, DTYPES.get(dtype, torch.float32))
             return model, own or found
@@ -141,11 +139,20 @@ def read_checkpoint(
     return model, own
 
 
+def read_tokenizer(
+    place: str | Path, tokenizer: str | None = None, *, trust_remote_code: bool = False
+) -> PreTrainedTokenizerBase:
+    """The tokenizer of a folder or hub id, or that of another one (`tokenizer`); raises ModelError."""
+    where = place if tokenizer is None else Path(tokenizer) if Path(tokenizer).is_dir() else tokenizer
+    with explained("the tokenizer of", where):
+        return AutoTokenizer.from_pretrained(where, trust_remote_code=trust_remote_code)
+
+
 def read_config(place: str | Path, *, trust_remote_code: bool = False) -> PreTrainedConfig:
     """The configuration of a model folder or GGUF file (Path) or of a hub id (str); raises ModelError."""
     is_file = isinstance(place, Path) and place.is_file()
     folder, file = (place.parent, {"gguf_file": place.name}) if is_file else (place, {})
-    with _explained("the configuration of", place):
+    with explained("the configuration of", place):
         return AutoConfig.from_pretrained(folder, **file, trust_remote_code=trust_remote_code)
 
 
@@ -159,14 +166,14 @@ def skeleton(source: str | Path, *, trust_remote_code: bool = False) -> PreTrain
     config = read_config(place, trust_remote_code=trust_remote_code)
     declared = [getattr(transformers, name, None) for name in config.architectures or ()]
     known = next((kind for kind in declared if kind is not None), None)
-    with _explained("a model from the configuration of", place), torch.device("meta"):
+    with explained("a model from the configuration of", place), torch.device("meta"):
         if _is_causal(config) or known is None:
             return AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
         return known(config)
 
 
 @contextlib.contextmanager
-def _explained(what: str, place: str | Path) -> Iterator[None]:
+def explained(what: str, place: str | Path) -> Iterator[None]:
     """Turns whatever a reader raises for a missing, damaged or unknown file into one ModelError."""
     try:
         yield
@@ -189,7 +196,7 @@ def _is_causal(config: PreTrainedConfig) -> bool:
     return not getattr(config, "is_encoder_decoder", False) and (fits or own_code)
 
 
-def _check_causal(config: PreTrainedConfig, place: str | Path) -> None:
+def check_causal(config: PreTrainedConfig, place: str | Path) -> None:
     if not _is_causal(config):
         what = ", ".join(config.architectures or ()) or f"model_type {config.model_type}"
         raise ModelError(

@@ -104,6 +104,10 @@ def _to_device(value: Any) -> str:
     return text
 
 
+def _switch(value: Any) -> bool | str:
+    return value if value == "auto" else _to_kind(value, bool)
+
+
 def _names(value: Any) -> str | tuple[str, ...]:
     if value == "auto":
         return value
@@ -215,6 +219,8 @@ class MENDHyperParams:
     max_length: int = _key(512, low=2)
     cache_dir: str | None = None
     cache_bytes: int = _key(1_500_000_000, low=0, store=_to_bytes, words="bytes, or text such as '1.5GB',")
+    release_trunk: bool | str = _key("auto", store=_switch, words="auto, true or false")
+    stream_trunk: bool | str = _key("auto", store=_switch, words="auto, true or false")
     results_dir: str = "runs"
 
     def __post_init__(self) -> None:

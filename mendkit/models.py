@@ -14,7 +14,7 @@ import json
 import logging
 import re
 import time
-from collections.abc import Callable, Collection, Hashable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Hashable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -36,11 +36,25 @@ from .checkpoints import (
     locate,
     prepare_tokenizer,
     read_checkpoint,
+    read_tokenizer,
     silence_transformers,
 )
 from .errors import DataError, HyperParamError, ModelError
+from .hollow import (
+    WHOLE,
+    Weights,
+    empty_out,
+    fill_rest,
+    guard,
+    hollow_model,
+    is_hollow,
+    probe_hollow,
+    put,
+    trunk_names,
+)
 from .hparams import MENDHyperParams
-from .sites import Blocks, Site, find_blocks, probe_chain, resolve_sites
+from .runs import free_memory
+from .sites import Blocks, Site, find_blocks, resolve_sites
 
 _STOP = re.compile(r"[\n.]")
 
@@ -51,8 +65,8 @@ class BaseModel:
     """A causal language model, frozen and in eval mode, with its fast tokenizer and its edit sites.
 
     Takes the given model over: its parameters no longer require gradients, and a tokenizer without a padding
-    token pads with its end-of-text token. `name` is for people. Raises ModelError for a tokenizer without
-    offsets or end-of-text token, and as `resolve_sites`.
+    token pads with its end-of-text token. `name` is for people, `weights` the files that the model came from. Raises
+    ModelError for a tokenizer without offsets or end-of-text token, and as `resolve_sites`.
     """
 
     def __init__(
@@ -62,12 +76,15 @@ class BaseModel:
         *,
         name: str,
         inner_params: str | Sequence[str] = "auto",
+        weights: Weights | None = None,
     ) -> None:
-        self.model = model.eval().requires_grad_(False)
+        self.model, self.weights = model.eval().requires_grad_(False), weights
         self.tokenizer, self.name = prepare_tokenizer(tokenizer, _vocabulary(model), name), name
         self._memo: dict[Hashable, Any] = {}
         self.sites: tuple[Site, ...] = resolve_sites(model, inner_params)
         self.blocks: Blocks | None = self._find_blocks()
+        if self.released:
+            self._guard()
 
     def with_sites(self, inner_params: str | Sequence[str]) -> BaseModel:
         """The same model and tokenizer, shared, with other edit sites; raises as `resolve_sites`."""
@@ -102,12 +119,55 @@ class BaseModel:
             self._memo[key] = compute()
         return self._memo[key]
 
+    @property
+    def released(self) -> int:
+        """How many blocks, from the first on, have no weights in memory."""
+        found = find_blocks(self.model)
+        hollow = [any(map(is_hollow, block.parameters())) for block in found[1]] if found else []
+        return [*hollow, False].index(False)
+
+    def release_trunk(self) -> None:
+        """Free the weights below the lowest edited block, and the input embeddings unless they are the output's, too.
+
+        The model is changed for all who share it: what needs it whole raises ModelError until `restore_trunk`. Texts
+        whose trunk states are cached need it no more. Raises ModelError if nothing lies below the lowest edited block.
+        """
+        if self.blocks is None or self.blocks.first == 0:
+            raise ModelError(
+                f"{self.name}: no plain chain of blocks lies below the edits, so there is nothing to release; edit "
+                "later blocks, or set `release_trunk: false`"
+            )
+        if self.released:
+            return
+        trunk = model_fingerprint(self)["trunk_sha256"]
+        empty_out(self.model, trunk_names(self.model, self.blocks.path, self.blocks.first), self.device)
+        self._guard()
+        self.remembered(_state(dict(_unedited(self))), lambda: trunk)
+
+    def restore_trunk(self) -> None:
+        """Read back what `release_trunk` freed. Raises ModelError if the model did not come from safetensors files."""
+        if not self.released:
+            return
+        if self.weights is None:
+            raise ModelError(f"{self.name}: no safetensors files to read its weights from; load the model again")
+        for name, value in list(self.model.named_parameters(remove_duplicate=False)):
+            if is_hollow(value):
+                put(self.model, [name], self.weights.read(name, value.dtype).to(self.device))
+        for handle in self._memo.pop("guards"):
+            handle.remove()
+
+    def _guard(self) -> None:
+        remedy = f"{self.name} was released or is streamed (`release_trunk`, `stream_trunk`): load it again"
+        remedy += ", or call restore_trunk()" if self.weights else ""
+        blocks = find_blocks(self.model)[1][: self.released]
+        self._memo["guards"] = [guard(block, remedy) for block in blocks]
+
     def _find_blocks(self) -> Blocks | None:
         found = find_blocks(self.model)
         if found is None or any(site.block is None for site in self.sites):
             return None
         path, blocks = found
-        as_tuple = self.remembered("as_tuple", lambda: probe_chain(self.model, blocks, self.eos_id))
+        as_tuple = self.remembered("as_tuple", lambda: probe_hollow(self.model, self.released, self.eos_id))
         if as_tuple is None:
             logger.info("%s: %s is no plain chain of blocks, so nothing below the edits is cached", self.name, path)
             return None
@@ -301,8 +361,49 @@ def load_model(
     name = place.resolve().name if isinstance(place, Path) else place
     with silence_transformers():
         model, own = read_checkpoint(place, dtype=dtype, trust_remote_code=trust_remote_code, tokenizer=tokenizer)
-        base = BaseModel(model.to(target), own, name=name, inner_params=inner_params)
+        files = Weights.of(place, model.base_model_prefix)
+        base = BaseModel(model.to(target), own, name=name, inner_params=inner_params, weights=files)
     logger.info("%s loaded in %.1f s (%s, %s)", name, time.perf_counter() - start, base.dtype, base.device)
+    return base
+
+
+def load_for_training(hparams: MENDHyperParams) -> BaseModel:
+    """`load_model`, or `load_streamed` where `stream_trunk` says so; raises as they do."""
+    stream = hparams.stream_trunk
+    if stream == "auto":
+        place = bundled_model() if hparams.model_name == BUNDLED else locate(hparams.model_name)
+        files, free = Weights.of(place, ""), free_memory(choose_device(hparams.device))
+        need = files.bytes(DTYPES.get(hparams.dtype)) if files else 0
+        stream = need > free
+        if stream:
+            logger.warning("%s needs %.1f GB, %.1f GB are free: its blocks are streamed", place, need / 1e9, free / 1e9)
+    return load_streamed(hparams) if stream else load_model(hparams)
+
+
+def load_streamed(hparams: MENDHyperParams) -> BaseModel:
+    """Load only what training needs after the trunk pass: the blocks from the lowest edited one on, and the output.
+
+    The other weights stay in the checkpoint's safetensors files; `FrozenTrunk` reads them block by block. Raises
+    ModelError as `load_model` does, and where no chain of blocks lies below the edits.
+    """
+    start, target = time.perf_counter(), choose_device(hparams.device)
+    place = bundled_model() if hparams.model_name == BUNDLED else locate(hparams.model_name)
+    name = place.resolve().name if isinstance(place, Path) else place
+    trust = {"trust_remote_code": hparams.trust_remote_code}
+    with silence_transformers():
+        model, weights = hollow_model(place, dtype=hparams.dtype, **trust)
+        sites, found = resolve_sites(model, hparams.inner_params), find_blocks(model)
+        first = 0 if found is None else min((-1 if site.block is None else site.block) for site in sites)
+        if first < 1:
+            raise ModelError(f"{name}: no list of blocks lies below the edits, so nothing can be streamed; {WHOLE}")
+        below = trunk_names(model, found[0], first)
+        fill_rest(model, below, weights, target)
+        empty_out(model, below, target)
+        tokenizer = read_tokenizer(place, hparams.tokenizer_name, **trust)
+        base = BaseModel(model, tokenizer, name=name, inner_params=hparams.inner_params, weights=weights)
+        if base.blocks is None:
+            raise ModelError(f"{name}: its blocks are no plain chain, so nothing can be streamed; {WHOLE}")
+    logger.info("%s: the last blocks loaded in %.1f s (%s)", name, time.perf_counter() - start, base.dtype)
     return base
 
 
@@ -313,16 +414,29 @@ def model_fingerprint(base: BaseModel) -> dict[str, Any]:
     `trunk_sha256` all other parameters in their own dtype (remembered until one changes in place);
     `tokenizer_sha256` the tokenizer's serialisation without the padding and truncation of its last call.
     """
-    parameters = dict(base.model.named_parameters())
-    edited = [(site.name, parameters.pop(site.name)) for site in base.sites]
+    edited = [(site.name, base.site_module(site).weight) for site in base.sites]
+    others = dict(_unedited(base))
     return {
         "name": base.name,
         "class": type(base.model).__name__,
         "sites": [{"name": name, "shape": list(weight.shape)} for name, weight in edited],
         "sites_sha256": _digest(edited, torch.float32),
-        "trunk_sha256": base.remembered(_state(parameters), lambda: _digest(parameters.items(), None)),
+        "trunk_sha256": base.remembered(_state(others), lambda: _digest(_whole(base, others), None)),
         "tokenizer_sha256": base.remembered("tokenizer", lambda: _tokenizer_digest(base.tokenizer)),
     }
+
+
+def _unedited(base: BaseModel) -> Iterator[tuple[str, nn.Parameter]]:
+    sites = {site.name for site in base.sites}
+    return (item for item in base.model.named_parameters() if item[0] not in sites)
+
+
+def _whole(base: BaseModel, parameters: Mapping[str, nn.Parameter]) -> Iterator[tuple[str, Tensor]]:
+    """The same with the values of hollow ones, one at a time."""
+    for name, value in parameters.items():
+        if is_hollow(value) and base.weights is None:
+            raise ModelError(f"{base.name} was released, and now other sites are asked for; load the model again")
+        yield name, base.weights.read(name, value.dtype) if is_hollow(value) else value
 
 
 def _state(parameters: Mapping[str, nn.Parameter]) -> tuple[Any, ...]:

@@ -30,7 +30,7 @@ from .factors import Factors, capture_factors, capture_inputs, pack, unpack
 from .hparams import MENDHyperParams
 from .losses import edit_nll, locality_kl, wide
 from .mend import MEND, Wordings
-from .models import BaseModel, load_model
+from .models import BaseModel, load_for_training
 from .runs import Progress, open_run, provenance
 from .texts import ROLES, ExampleTexts, prepare_texts, role_weights
 from .trunk import FrozenTrunk, collate
@@ -212,7 +212,9 @@ def learning_rate_factor(step: int, h: MENDHyperParams, max_iters: int) -> float
 class Trainer:
     """State of one training run; `run()` is the loop."""
 
-    def __init__(self, base: BaseModel, hparams: MENDHyperParams, train, val, run_dir: Path) -> None:
+    def __init__(
+        self, base: BaseModel, hparams: MENDHyperParams, train, val, run_dir: Path, *, done_with_base: bool = False
+    ) -> None:
         self.started = time.perf_counter()
         self.progress = Progress("MEND")
         self.loaded = None
@@ -233,34 +235,45 @@ class Trainer:
         self.history: list[dict[str, float]] = []
         self.best: dict[str, float] = {}
         self.archive = run_dir / "archive.safetensors"
+        self.normaliser_examples = 0
+        self.release = hparams.release_trunk is True or (
+            hparams.release_trunk == "auto" and done_with_base and self.trunk.split
+        )
 
     def prepare(self) -> None:
         """Fill the caches and build (or load) the hypernetwork with its statistics."""
         show = self.progress.phase
         t0 = time.perf_counter()
-        self.trunk.fill([t for e in self.train_texts for t in e.all()], show("trunk: training texts"))
-        self.trunk.fill([t for e in self.val_texts for t in e.all()], show("trunk: validation texts"))
+        chosen = self.statistics_examples() if self.loaded is None else []
+        self.fill_trunk(chosen)
         t1 = time.perf_counter()
         self.factors.fill([t.edit for t in self.train_texts], show("factors"))
         t2 = time.perf_counter()
         self.cache = {"trunk_seconds": t1 - t0, "factor_seconds": t2 - t1}
         self.cache |= {"factor_bytes": self.factors.bytes, "factor_examples": len(self.factors)}
         self.mend = self.loaded or MEND(self.base.sites, self.hparams).to(self.base.device)
-        self.normaliser_examples = 0
         if self.loaded is not None:
             return
-        chosen = self.statistics_examples()
         if self.hparams.whiten_pairs and len(chosen) < FEW_PAIRED:
             logger.warning(
                 "whiten_pairs: statistics of %d examples are poor (it was tuned with 700, and 48 fail); give more "
                 "training examples and `stats_examples`, or set `whiten_pairs: false`",
                 len(chosen),
             )
-        self.trunk.fill(
-            [t for e in chosen for own in self.wordings(e) for t in own], show("trunk: texts for statistics")
-        )
         self.mend.warm_up(self.statistics(chosen), self.paired(chosen) if self.hparams.whiten_pairs else ())
         self.cache["statistics_seconds"] = time.perf_counter() - t2
+
+    def fill_trunk(self, chosen: Sequence[ExampleTexts]) -> None:
+        """Trunk states of all texts, those of the statistics' examples included; then the trunk may be released."""
+        texts = {"training texts": [t for e in self.train_texts for t in e.all()]}
+        texts["validation texts"] = [t for e in self.val_texts for t in e.all()]
+        texts["texts for statistics"] = [t for e in chosen for own in self.wordings(e) for t in own]
+        if self.base.released:  # the checkpoint is read once for all of them
+            texts = {"all texts": [text for own in texts.values() for text in own]}
+        for name, own in texts.items():
+            self.trunk.fill(own, self.progress.phase(f"trunk: {name}"))
+        if self.release:
+            self.base.release_trunk()
 
     def statistics_examples(self) -> list[ExampleTexts]:
         """Examples for the normaliser: held out of training, or drawn from it at random."""
@@ -403,15 +416,19 @@ def train(
     *,
     base: BaseModel | None = None,
     run_dir: str | Path,
+    done_with_base: bool = False,
 ) -> TrainingResult:
     """Train a hypernetwork on `train_examples` and write the archive that is best on `val_examples`.
 
     `hparams.archive` null starts anew, a path goes on from it (its sites and the hypernetwork's shape are kept). Writes
-    `archive.safetensors`, `history.jsonl` and the texts' cache into `run_dir`. Raises MendkitError if there is
+    `archive.safetensors`, `history.jsonl` and the texts' cache into `run_dir`. `done_with_base`: `base` serves this
+    training alone, so that `release_trunk: auto` may free what lies below the edits. Raises MendkitError if there is
     nothing to train or validate on, or if the gradient is no longer finite.
     """
     if not train_examples or not val_examples:
         raise MendkitError("training needs at least one training and one validation example")
     run = open_run(run_dir, hparams)
     (run / "history.jsonl").unlink(missing_ok=True)
-    return Trainer(base or load_model(hparams), hparams, train_examples, val_examples, run).run()
+    done_with_base = done_with_base or base is None
+    base = base or load_for_training(hparams)
+    return Trainer(base, hparams, train_examples, val_examples, run, done_with_base=done_with_base).run()

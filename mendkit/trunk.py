@@ -25,6 +25,8 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
 from .data import Tokens
+from .errors import ModelError
+from .hollow import present, standing_in, trunk_names
 from .models import BaseModel, model_fingerprint
 
 logger = logging.getLogger(__name__)
@@ -64,37 +66,12 @@ def collate(texts: Sequence[Tokens], pad_id: int, device: torch.device | str = "
     return TextBatch(ids.to(device), mask.to(device), scored.to(device), torch.tensor(targets, device=device))
 
 
-class _Handover(nn.Module):
-    """Stands in for a block below the first that runs; index 0 hands the stored states in, the others pass them on."""
-
-    def __init__(self, block: nn.Module, states: Tensor | None, as_tuple: bool) -> None:
-        super().__init__()
-        self._block = [block]  # a list: its parameters stay out of this module
-        self._states, self._as_tuple = states, as_tuple
-
-    def __getattr__(self, name: str) -> Any:
-        try:
-            return super().__getattr__(name)
-        except AttributeError:
-            return getattr(super().__getattribute__("_block")[0], name)
-
-    def forward(self, hidden: Tensor, *_: Any, **__: Any) -> Any:
-        out = hidden if self._states is None else self._states
-        return (out,) if self._as_tuple else out
-
-
 @contextmanager
-def _start_at(base: BaseModel, first: int, states: Tensor) -> Iterator[None]:
-    """Within the context the model's blocks below `first` are replaced by `states` (n, t, d)."""
-    parent_name, _, name = base.blocks.path.rpartition(".")
-    parent = base.model.get_submodule(parent_name)
-    blocks = getattr(parent, name)
-    lower = [_Handover(b, states if i == 0 else None, base.blocks.as_tuple) for i, b in enumerate(blocks[:first])]
-    setattr(parent, name, nn.ModuleList([*lower, *blocks[first:]]))
-    try:
+def _start_at(base: BaseModel, first: int, states: Tensor | None, *, last: int | None = None) -> Iterator[None]:
+    """Within the context only the model's blocks `first` to `last` run, on `states` (n, t, d)."""
+    path, as_tuple = base.blocks.path, base.blocks.as_tuple
+    with standing_in(base.model, path, as_tuple, first=first, last=last, states=states):
         yield
-    finally:
-        setattr(parent, name, blocks)
 
 
 @contextmanager
@@ -117,7 +94,8 @@ class FrozenTrunk:
     """Trunk states and references of a set of texts, for one base model and its edit sites.
 
     `fill(texts)` computes what is missing; `cache_dir` keeps the values of each filled set in one file, keyed by the
-    model's and the texts' hashes and written atomically. States are kept in the model's dtype (bfloat16 as float32).
+    model's and the texts' hashes and written atomically. States are kept in the model's dtype (bfloat16 as its bits in
+    uint16, which numpy has). Blocks whose weights are not in memory are read from the checkpoint, one at a time.
     """
 
     def __init__(self, base: BaseModel, *, cache_dir: str | Path | None = None) -> None:
@@ -143,11 +121,21 @@ class FrozenTrunk:
 
     def states(self, texts: Sequence[Tokens], t: int) -> Float[Tensor, "n t d"]:
         """Trunk states of `texts`, right-padded with zeros to `t` tokens."""
-        out = torch.zeros((len(texts), t, self._width), dtype=self._store_dtype)
-        for row, text in enumerate(texts):
-            states, at, _, _ = self._rows[text.key]
-            out[row, : len(text.ids)] = torch.from_numpy(states[at : at + len(text.ids)])
-        return out.to(self.base.device, self.base.dtype)
+        rows = [self._rows[text.key] for text in texts]
+        out = torch.zeros((len(texts), t, self._width), dtype=self.base.dtype)
+        for own, text, (states, at, _, _) in zip(out, texts, rows, strict=True):
+            own[: len(text.ids)] = _tensor(states[at : at + len(text.ids)], out.dtype)
+        return out.to(self.base.device)
+
+    def holds(self, texts: Sequence[Tokens]) -> bool:
+        """Whether the values of all these texts are in memory."""
+        return all(text.key in self._rows for text in texts)
+
+    def references(self, texts: Sequence[Tokens]) -> Float[Tensor, "s d"]:
+        """The unedited model's last hidden states at the scored positions of `texts`."""
+        rows = [(self._rows[text.key], len(text.scored)) for text in texts]
+        parts = [_tensor(reference[at : at + n], self.base.dtype) for (_, _, reference, at), n in rows]
+        return torch.cat(parts).to(self.base.device)
 
     def suffix(self, texts: Sequence[Tokens], batch: TextBatch, /) -> Float[Tensor, "s v"]:
         """Logits at the scored positions, from the cached trunk where there is one.
@@ -156,7 +144,7 @@ class FrozenTrunk:
         """
         with ExitStack() as stack:
             stack.enter_context(only_scored(self.base, batch.scored))
-            if self.split and all(text.key in self._rows for text in texts):
+            if self.split and self.holds(texts):
                 states = self.states(texts, batch.input_ids.shape[1])
                 stack.enter_context(_start_at(self.base, self.base.blocks.first, states))
             return self._forward(batch)
@@ -164,13 +152,9 @@ class FrozenTrunk:
     @torch.no_grad()
     def before(self, texts: Sequence[Tokens], batch: TextBatch, /) -> Float[Tensor, "s v"]:
         """The unedited model's logits at the scored positions: only the output layer runs on cached references."""
-        if any(text.key not in self._rows for text in texts):
+        if not self.holds(texts):
             return self.suffix(texts, batch)
-        parts = [
-            torch.from_numpy(reference[at : at + len(text.scored)])
-            for text, (_, _, reference, at) in ((text, self._rows[text.key]) for text in texts)
-        ]
-        hidden = torch.cat(parts).to(self.base.device, self.base.dtype)[:, None]
+        hidden = self.references(texts)[:, None]
         ids = torch.zeros(hidden.shape[:2], dtype=torch.long, device=self.base.device)
         with _start_at(self.base, self.base.blocks.last + 1, hidden):
             return self.base.model(input_ids=ids, use_cache=False).logits[:, 0]
@@ -185,27 +169,67 @@ class FrozenTrunk:
     def _width(self) -> int:
         return next(iter(self._rows.values()))[0].shape[1]
 
-    @property
-    def _store_dtype(self) -> torch.dtype:
-        return torch.float32 if self.base.dtype == torch.bfloat16 else self.base.dtype
-
     @torch.no_grad()
     def _compute(self, texts: Sequence[Tokens], progress: Any) -> tuple[np.ndarray, np.ndarray]:
-        states, references, done = [], [], 0
-        for chunk in _chunks(texts):
+        first, streamed = self.base.blocks.first, self.base.released > 0
+        states, references, done = self._stream(texts, progress) if streamed else [], [], 0
+        for i, chunk in enumerate(_chunks(texts)):
             batch = collate(chunk, self.base.pad_id, self.base.device)
-            entering, leaving = self._watch(batch)
             keep = batch.attention_mask.bool()
-            states.append(entering[keep].to("cpu", self._store_dtype).numpy())
-            references.append(leaving[batch.scored].to("cpu", self._store_dtype).numpy())
+            if streamed:
+                leaving = self._run(batch, first, self.base.blocks.last, unpacked(states[i], keep, self.base.dtype))
+            else:
+                entering, leaving = self._watch(batch)
+                states.append(_array(entering[keep]))
+            references.append(_array(leaving[batch.scored]))
             done += len(chunk)
             if progress is not None:
                 progress(done, len(texts))
-        result = np.concatenate(states), np.concatenate(references)
-        return self._store(texts, *result)
+        return self._store(texts, _joined(states), _joined(references))
+
+    def _stream(self, texts: Sequence[Tokens], progress: Any) -> list[np.ndarray]:
+        """States entering the lowest edited block, by chunk: every hollow block is read, run on all texts, and freed."""
+        base, path = self.base, self.base.blocks.path
+        if base.weights is None or base.released < base.blocks.first:
+            raise ModelError(
+                f"{base.name} was released and {len(texts)} texts are not cached; load the model again, or call "
+                "restore_trunk()"
+            )
+        names = trunk_names(base.model, path, base.blocks.first)
+        states: list[np.ndarray] = []
+        for block in range(base.blocks.first):
+            wanted = f"{path}.{block}."
+            own = [n for n in names if n.startswith(wanted) or (block == 0 and not n.startswith(f"{path}."))]
+            with present(base.model, own, base.weights, base.device):
+                for i, chunk in enumerate(_chunks(texts)):
+                    batch = collate(chunk, base.pad_id, base.device)
+                    keep = batch.attention_mask.bool()
+                    given = unpacked(states[i], keep, base.dtype) if block else None
+                    leaving = _array(self._run(batch, block, block, given)[keep])
+                    states[i : i + 1] = [leaving]
+            if progress is not None:
+                progress(block + 1, base.blocks.first)
+        return states
+
+    def _run(self, batch: TextBatch, first: int, last: int, states: Tensor | None) -> Tensor:
+        """Hidden states (n, t, d) leaving block `last` if `states` enter block `first` (None: the embeddings)."""
+        with _start_at(self.base, first, states, last=last), self._seen(first, last) as seen:
+            self._silently(batch)
+        return seen["out"]
 
     def _watch(self, batch: TextBatch) -> tuple[Tensor, Tensor]:
         """Hidden states entering the lowest edited block and leaving the last block."""
+        with self._seen(self.base.blocks.first, self.base.blocks.last) as seen:
+            self._silently(batch)
+        return seen["in"], seen["out"]
+
+    def _silently(self, batch: TextBatch) -> None:
+        with only_scored(self.base, batch.scored & False):
+            self._forward(batch)
+
+    @contextmanager
+    def _seen(self, first: int, last: int) -> Iterator[dict[str, Tensor]]:
+        """Within the context what enters block `first` and what leaves block `last` is recorded."""
         blocks = self.base.model.get_submodule(self.base.blocks.path)
         seen: dict[str, Tensor] = {}
 
@@ -216,16 +240,14 @@ class FrozenTrunk:
             seen["out"] = output[0] if isinstance(output, tuple) else output
 
         handles = [
-            blocks[self.base.blocks.first].register_forward_pre_hook(entering, with_kwargs=True),
-            blocks[self.base.blocks.last].register_forward_hook(leaving),
+            blocks[first].register_forward_pre_hook(entering, with_kwargs=True),
+            blocks[last].register_forward_hook(leaving),
         ]
         try:
-            with only_scored(self.base, batch.scored & False):
-                self._forward(batch)
+            yield seen
         finally:
             for handle in handles:
                 handle.remove()
-        return seen["in"], seen["out"]
 
     # ------------------------------------------------------------------------------------------------- on disk
 
@@ -259,6 +281,34 @@ class FrozenTrunk:
                 os.unlink(temporary)
                 raise
         return states, reference
+
+
+def _array(values: Tensor) -> np.ndarray:
+    """Values in host memory, bit for bit: bfloat16, which numpy lacks, as uint16."""
+    values = values.cpu()
+    return (values.view(torch.uint16) if values.dtype == torch.bfloat16 else values).numpy()
+
+
+def _joined(parts: list[np.ndarray]) -> np.ndarray:
+    """The rows of all parts, which are freed on the way."""
+    out, at = np.empty((sum(map(len, parts)), *parts[0].shape[1:]), parts[0].dtype), 0
+    while parts:
+        part = parts.pop(0)
+        out[at : at + len(part)] = part
+        at += len(part)
+    return out
+
+
+def _tensor(values: np.ndarray, dtype: torch.dtype) -> Tensor:
+    tensor = torch.from_numpy(values)
+    return tensor.view(dtype) if tensor.dtype == torch.uint16 else tensor.to(dtype)
+
+
+def unpacked(values: np.ndarray, keep: Bool[Tensor, "n t"], dtype: torch.dtype) -> Float[Tensor, "n t d"]:
+    """Packed values of the tokens to keep, zeros elsewhere."""
+    out = torch.zeros((*keep.shape, values.shape[1]), dtype=dtype, device=keep.device)
+    out[keep] = _tensor(values, dtype).to(keep.device)
+    return out
 
 
 def _chunks(texts: Sequence[Tokens]) -> Iterator[list[Tokens]]:

@@ -8,7 +8,7 @@ import mendkit
 LEVELS = [
     {"errors", "findings"},
     {"hparams", "losses", "plots", "runs", "checkpoints", "sites"},
-    {"bundled"},
+    {"bundled", "hollow"},
     {"models", "data", "listing"},
     {"texts", "trunk"},
     {"factors", "edit"},
