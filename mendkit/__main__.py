@@ -1,4 +1,4 @@
-"""Command line: `python -m mendkit {train,edit,evaluate,inspect,import,export,conformance,sites,report}`.
+"""Command line: `python -m mendkit {train,edit,evaluate,inspect,import,export,conformance,sites,plan,report}`.
 
 Results go to stdout, progress and messages to stderr. What can be wrong is looked at before
 anything is written, and nothing is overwritten unasked.
@@ -21,6 +21,7 @@ from .archive import inspect_archive, load_archive
 from .checkpoints import silence_transformers
 from .conformance import conformance, conformance_table, reference_folders
 from .data import EditExample, read_examples
+from .dryrun import Machine
 from .editor import MENDEditor
 from .errors import MendkitError
 from .evaluate import EvaluationReport, evaluate, normalise
@@ -28,6 +29,8 @@ from .foreign import export_archive, import_archive, read_foreign
 from .hparams import MENDHyperParams, parse_overrides
 from .listing import list_layers, table
 from .models import load_for_training, load_model
+from .plan import PLANNED, fitting, plan
+from .plan import table as plan_table
 from .report import ARCHIVE, default_config, plan_report, run_report
 from .runs import peak_memory_gb, write_json
 from .training import train
@@ -197,6 +200,24 @@ def _sites(args: argparse.Namespace) -> int:
     return 0
 
 
+def _plan(args: argparse.Namespace) -> int:
+    hparams = _hparams(args)
+    examples = read_examples(args.train_data, limit=args.train_limit)
+    validation = read_examples(args.validation_data, limit=args.validation_limit)
+    machine = Machine.measured(PLANNED)
+    own = plan(hparams, examples, validation, machine=machine)
+    values = asdict(own) | {"peak": own.peak, "training_peak": own.training_peak, "seconds": own.seconds}
+    lines = [plan_table(own)]
+    if args.memory is not None and own.peak > args.memory:
+        settings, other = fitting(hparams, examples, validation, budget=args.memory, machine=machine)
+        values |= {"settings": settings, "peak_with_settings": other.peak}
+        words = " ".join(f"{name}={str(value).lower()}" for name, value in settings.items())
+        fits = "fits" if other.peak <= args.memory else "still does not fit"
+        lines.append(f"\nmore than {args.memory / 1e9:.1f} GB; with {words} it {fits}:\n{plan_table(other)}")
+    _say(json.dumps(values, indent=1) if args.json else "\n".join(lines))
+    return 0
+
+
 def _import(args: argparse.Namespace) -> int:
     _existing(args.out, (ARCHIVE, "results.json"), args.overwrite)
     hparams = _hparams(args)
@@ -295,6 +316,10 @@ def _count(text: str) -> int:
     return int(text)
 
 
+def _bytes(text: str) -> int:
+    return MENDHyperParams(model_name="any", cache_bytes=text).cache_bytes
+
+
 # ---------------------------------------------------------------------------------------------------- parsers
 
 
@@ -303,6 +328,12 @@ def _options_train(parser: argparse.ArgumentParser) -> None:
         source = f"facts:{split}"
         parser.add_argument(f"--{split}-data", default=source, metavar="FILE", help=f"default: {source}")
         parser.add_argument(f"--{split}-limit", type=_count, metavar="N", help="use the first N examples")
+
+
+def _options_plan(parser: argparse.ArgumentParser) -> None:
+    _options_train(parser)
+    parser.add_argument("--data", dest="train_data", metavar="FILE", help="the same as --train-data")
+    parser.add_argument("--memory", type=_bytes, metavar="SIZE", help="propose settings that fit, such as 8GB")
 
 
 def _options_edit(parser: argparse.ArgumentParser) -> None:
@@ -379,6 +410,12 @@ COMMANDS = {
         "`inner_params: auto` picks there; reads the model's configuration only, no weights",
         "openai-community/gpt2 --all",
     ),
+    "plan": _Command(
+        _plan, _options_plan,
+        "predict memory and time of every phase of training, before anything is loaded: from the\n"
+        "shapes of model and texts, and a short measurement of this machine",
+        "configs/llama-7b.yaml --memory 8GB",
+    ),
     "report": _Command(
         _report, None,
         "run the notebooks and lay index.html over them: `archive: null` trains, then edits;\n"
@@ -389,7 +426,7 @@ COMMANDS = {
 }  # fmt: skip
 
 
-READERS = ("inspect", "sites")
+READERS = ("inspect", "plan", "sites")
 """Commands that write nothing."""
 
 

@@ -320,13 +320,18 @@ class Trainer:
         ]
         return getattr(torch.optim, self.hparams.opt)(groups)
 
+    def steps(self) -> int:
+        """Optimiser steps that the hyperparameters ask for."""
+        h = self.hparams
+        per_epoch = math.ceil(len(self.train_texts) / (h.batch_size * h.accumulate_bs))
+        return h.max_iters if h.max_epochs is None else h.max_epochs * per_epoch
+
     def run(self) -> TrainingResult:
         """Train until the steps, the time or the patience are used up; the best archive is on disk at the end."""
         self.prepare()
         h = self.hparams
         optimiser, sampler = self.optimiser(), Sampler(self.train_texts, self.train_examples, h)
-        per_epoch = math.ceil(len(self.train_texts) / (h.batch_size * h.accumulate_bs))
-        max_iters = h.max_epochs * per_epoch if h.max_epochs is not None else h.max_iters
+        max_iters = self.steps()
         batches, best_step, stopped = iter(sampler), 0, "all steps done"
         loop_start = time.perf_counter()
         self.validate(0)

@@ -7,7 +7,7 @@ import mendkit
 
 LEVELS = [
     {"errors", "findings"},
-    {"hparams", "losses", "plots", "runs", "checkpoints", "sites"},
+    {"hparams", "losses", "plots", "runs", "checkpoints", "sites", "architectures", "dryrun"},
     {"bundled", "hollow"},
     {"models", "data", "listing"},
     {"texts", "trunk"},
@@ -18,6 +18,7 @@ LEVELS = [
     {"conformance"},
     {"validation", "evaluate"},
     {"baselines", "inspection", "training"},
+    {"plan"},
     {"tables", "notebook", "report_page", "report", "__init__"},
     {"__main__"},
 ]
