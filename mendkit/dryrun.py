@@ -9,6 +9,7 @@ value, it gets 1. Index tensors may be real: masks then choose as many rows as t
 from __future__ import annotations
 
 import hashlib
+import math
 import statistics
 import time
 import weakref
@@ -29,6 +30,8 @@ aten = torch.ops.aten
 _INDEXED = (aten.index.Tensor, aten.index_put.default, aten.index_put_.default, aten._index_put_impl_.default)
 ROWS = (4, 32, 256, 2048)
 """Rows of the left factor at which a machine's rates are measured."""
+SIZES = (2**12, 2**16, 2**20, 2**25)
+"""Bytes that an operation of the other kind makes or changes, at which they are measured."""
 
 
 @dataclass(frozen=True)
@@ -36,25 +39,26 @@ class Machine:
     """What one machine does in a second."""
 
     flops: dict[tuple[torch.dtype, int], float]  # by dtype and rows of the left factor, one of ROWS
-    bytes: float  # read and written by operations that only move or map values
-    operations: float  # smallest ones, one after another
+    bytes: dict[int, float]  # read and written by operations that only move or map values, by one of SIZES
     hashed: float  # bytes of SHA-256
 
     @classmethod
     def measured(cls, dtypes: Sequence[torch.dtype], *, seconds: float = 2.0) -> Machine:
         """Measure this machine (CPU, with the threads that torch uses here) for about so many seconds."""
-        share = seconds / (len(dtypes) * len(ROWS) + 3)
+        share = seconds / (len(dtypes) * len(ROWS) + len(SIZES) + 1)
         flops = {}
         for dtype in dtypes:
             right = torch.ones(1024, 1024, dtype=dtype)
             for rows in ROWS:
                 left = torch.ones(rows, 1024, dtype=dtype)
                 flops[dtype, rows] = 2 * rows * 1024**2 / _seconds(lambda a=left, b=right: a @ b, share)
-        large, small = torch.ones(2**23), torch.ones(4)
-        moved = 2 * large.nbytes / _seconds(lambda: large * 2.0, share)
+        moved = {}
+        for size in SIZES:
+            value = torch.ones(size // 4)
+            moved[size] = 2 * size / _seconds(lambda x=value: x * 2.0, share)
         text = bytes(2**20)
         hashed = len(text) / _seconds(lambda: hashlib.sha256(text).digest(), share)
-        return cls(flops, moved, 1 / _seconds(lambda: small * 2.0, share), hashed)
+        return cls(flops, moved, hashed)
 
 
 def _seconds(call: Callable[[], Any], budget: float) -> float:
@@ -72,16 +76,15 @@ def _seconds(call: Callable[[], Any], budget: float) -> float:
 
 @dataclass(frozen=True)
 class Work:
-    """What was done: floating-point operations by (dtype, one of ROWS), bytes moved by the rest, number of all."""
+    """What was done: floating-point operations by (dtype, one of ROWS), bytes moved by the rest, by one of SIZES."""
 
-    flops: Counter[tuple[torch.dtype, int]]
-    bytes: float
-    operations: float
+    flops: dict[tuple[torch.dtype, int], float]
+    bytes: dict[int, float]
 
     def seconds(self, machine: Machine) -> float:
         """How long `machine` takes for it."""
         products = sum(count / machine.flops[kind] for kind, count in self.flops.items())
-        return products + self.bytes / machine.bytes + self.operations / machine.operations
+        return products + sum(count / machine.bytes[size] for size, count in self.bytes.items())
 
 
 class DryRun(TorchDispatchMode):
@@ -91,7 +94,7 @@ class DryRun(TorchDispatchMode):
         super().__init__()
         self.live = self.peak = 0  # bytes
         self.flops: Counter[tuple[torch.dtype, int]] = Counter()
-        self.bytes = self.operations = 0
+        self.bytes: Counter[int] = Counter()
         self._known = {value.untyped_storage()._cdata for value in given}
         self._values = _Values()
 
@@ -105,12 +108,12 @@ class DryRun(TorchDispatchMode):
 
     def restart(self) -> int:
         """Start counting anew: the peak from what lives now. Returns what lives."""
-        self.peak, self.flops, self.bytes, self.operations = self.live, Counter(), 0, 0
+        self.peak, self.flops, self.bytes = self.live, Counter(), Counter()
         return self.live
 
     def work(self) -> Work:
         """What was done since the last restart."""
-        return Work(Counter(self.flops), self.bytes, self.operations)
+        return Work(dict(self.flops), dict(self.bytes))
 
     def __torch_dispatch__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
         kwargs = kwargs or {}
@@ -138,24 +141,25 @@ class DryRun(TorchDispatchMode):
                 self.live += storage.nbytes()
                 fresh += value.nbytes
         self.peak = max(self.peak, self.live)
-        self.operations += 1
         packet, name = func._overloadpacket, func._schema.name
         if packet in flop_registry:
             left = next(x for x in args if isinstance(x, Tensor) and x.dim() > 1 and x.is_floating_point())
             rows = made[0].shape[-2] if "backward" not in name else left.shape[-2]
-            self.flops[left.dtype, _nearest(rows)] += flop_registry[packet](*args, **kwargs, out_val=out)
+            self.flops[left.dtype, _nearest(rows, ROWS)] += flop_registry[packet](*args, **kwargs, out_val=out)
         elif packet is aten.linalg_inv_ex:
             self.flops[made[0].dtype, ROWS[-1]] += 2 * made[0].shape[-1] ** 3
         elif fresh or name.endswith("_"):
-            self.bytes += fresh + sum(x.nbytes for x in tree_leaves((args, kwargs)) if isinstance(x, Tensor))
+            size = sum(value.nbytes for value in made)
+            moved = size + sum(x.nbytes for x in tree_leaves((args, kwargs)) if isinstance(x, Tensor))
+            self.bytes[_nearest(size, SIZES)] += max(moved, SIZES[0])  # the smallest take as long as a small one
 
     def _freed(self, key: int, size: int) -> None:
         self._known.discard(key)
         self.live -= size
 
 
-def _nearest(rows: int) -> int:
-    return min(ROWS, key=lambda own: abs(np.log(own / max(rows, 1))))
+def _nearest(count: int, measured: Sequence[int]) -> int:
+    return min(measured, key=lambda own: abs(math.log(own / max(count, 1))))
 
 
 def _positions(index: Sequence[Tensor | None]) -> list[Tensor | None]:

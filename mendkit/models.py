@@ -53,7 +53,7 @@ from .hollow import (
     trunk_names,
 )
 from .hparams import MENDHyperParams
-from .runs import free_memory
+from .runs import free_memory, return_memory
 from .sites import Blocks, Site, find_blocks, resolve_sites
 
 _STOP = re.compile(r"[\n.]")
@@ -141,8 +141,11 @@ class BaseModel:
             return
         trunk = model_fingerprint(self)["trunk_sha256"]
         empty_out(self.model, trunk_names(self.model, self.blocks.path, self.blocks.first), self.device)
+        for value in self.model.parameters():  # a view of a file would keep all its pages
+            value.data = value.data if is_hollow(value) else value.data.clone()
         self._guard()
         self.remembered(_state(dict(_unedited(self))), lambda: trunk)
+        return_memory()
 
     def restore_trunk(self) -> None:
         """Read back what `release_trunk` freed. Raises ModelError if the model did not come from safetensors files."""

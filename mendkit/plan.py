@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
 import psutil
@@ -22,9 +22,9 @@ from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from .architectures import published
 from .archive import inspect_archive
-from .checkpoints import DTYPES, choose_device, locate, read_tokenizer, silence_transformers, skeleton
+from .checkpoints import DTYPES, choose_device, read_tokenizer, silence_transformers, skeleton
 from .data import EditExample, Tokens
-from .dryrun import DryRun, Machine, Work
+from .dryrun import SIZES, DryRun, Machine, Work
 from .errors import MendkitError
 from .hollow import trunk_names
 from .hparams import MENDHyperParams
@@ -64,7 +64,7 @@ class Plan:
     tokens: int
     phases: tuple[Phase, ...]
     parts: dict[str, int]  # bytes held through training, by what they are, and of a step's working memory
-    idle: int  # bytes of this process with nothing loaded
+    idle: int  # bytes of this process with the model's code and tokenizer, and no weights
 
     @property
     def peak(self) -> int:
@@ -174,13 +174,13 @@ def plan(
     """
     if not train or not validation:
         raise MendkitError("a plan needs at least one training and one validation example")
-    idle = psutil.Process().memory_info().rss
     if hparams.archive is not None:
         theirs = inspect_archive(hparams.archive)
         kept = {key: theirs["hparams"][key] for key in STRUCTURE if key in theirs["hparams"]}
         sites = tuple(site["name"] for site in theirs["base_model"]["sites"])
         hparams = hparams.replace(archive=None, inner_params=sites, **kept)
     base, exact = shape_model(hparams, (*train, *validation))
+    idle = psutil.Process().memory_info().rss
     machine = machine or Machine.measured(PLANNED)
     return _Planner(base, hparams, train, validation, machine).plan(idle, exact)
 
@@ -220,7 +220,7 @@ class _Planner:
 
     def _reading(self, size: int) -> float:
         """Seconds to read weights from files that lie in memory already, and to hash them."""
-        return size * (2 / self.machine.bytes + 1 / self.machine.hashed)
+        return size * (2 / self.machine.bytes[SIZES[-1]] + 1 / self.machine.hashed)
 
     def _texts(self) -> list[Tokens]:
         """Every text of the trunk pass, shortest first."""
@@ -349,7 +349,7 @@ def _weight_bytes(base: BaseModel) -> tuple[int, int, int]:
 def scaled(work: Work, factor: float) -> Work:
     """So many times the work."""
     flops = {kind: count * factor for kind, count in work.flops.items()}
-    return replace(work, flops=flops, bytes=work.bytes * factor, operations=work.operations * factor)
+    return Work(flops, {size: count * factor for size, count in work.bytes.items()})
 
 
 def _measured(run: DryRun, call: Callable[[], object]) -> tuple[Work, int]:

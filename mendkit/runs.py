@@ -1,5 +1,6 @@
 """Run folders: parameters, provenance, results and progress."""
 
+import ctypes
 import json
 import logging
 import os
@@ -95,6 +96,13 @@ def free_memory(device: torch.device) -> int:
         return min(free, int(limit) - int(used))
     except (OSError, ValueError):  # no such group, or no limit ("max")
         return free
+
+
+def return_memory() -> None:
+    """Give freed memory back to the system where the C library keeps it for later (glibc)."""
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None) if sys.platform == "linux" else None
+    if trim is not None:
+        trim(0)
 
 
 def in_notebook() -> bool:

@@ -31,7 +31,7 @@ from .hparams import MENDHyperParams
 from .losses import edit_nll, locality_kl, wide
 from .mend import MEND, Wordings
 from .models import BaseModel, load_for_training
-from .runs import Progress, open_run, provenance
+from .runs import Progress, open_run, provenance, return_memory
 from .texts import ROLES, ExampleTexts, prepare_texts, role_weights
 from .trunk import FrozenTrunk, collate
 from .validation import validate
@@ -261,6 +261,7 @@ class Trainer:
                 len(chosen),
             )
         self.mend.warm_up(self.statistics(chosen), self.paired(chosen) if self.hparams.whiten_pairs else ())
+        return_memory()
         self.cache["statistics_seconds"] = time.perf_counter() - t2
 
     def fill_trunk(self, chosen: Sequence[ExampleTexts]) -> None:
@@ -274,6 +275,7 @@ class Trainer:
             self.trunk.fill(own, self.progress.phase(f"trunk: {name}"))
         if self.release:
             self.base.release_trunk()
+        return_memory()
 
     def statistics_examples(self) -> list[ExampleTexts]:
         """Examples for the normaliser: held out of training, or drawn from it at random."""

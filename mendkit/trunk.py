@@ -188,7 +188,7 @@ class FrozenTrunk:
         return self._store(texts, _joined(states), _joined(references))
 
     def _stream(self, texts: Sequence[Tokens], progress: Any) -> list[np.ndarray]:
-        """States entering the lowest edited block, by chunk: every hollow block is read, run on all texts, and freed."""
+        """States entering the lowest edited block, by chunk: each hollow block is read, run on all texts, freed."""
         base, path = self.base, self.base.blocks.path
         if base.weights is None or base.released < base.blocks.first:
             raise ModelError(

@@ -65,11 +65,11 @@ def test_what_needs_the_whole_model_says_what_to_do():
     base.release_trunk()  # nothing more to do
     batch = collate(texts, base.pad_id)
     for call in (lambda: base.generate("The capital"), lambda: trunk.suffix(texts, batch)):
-        with pytest.raises(ModelError, match="released or is streamed.*load it again$"):
+        with pytest.raises(ModelError, match=r"released or is streamed.*load it again$"):
             call()
     with pytest.raises(ModelError, match=r"texts are not cached; load the model again"):
         trunk.fill(texts)
-    with pytest.raises(ModelError, match="no safetensors files.*load the model again"):
+    with pytest.raises(ModelError, match=r"no safetensors files.*load the model again"):
         base.restore_trunk()
     with pytest.raises(ModelError, match="other sites are asked for"):
         model_fingerprint(base.with_sites(["model.layers.3.mlp.up_proj.weight"]))

@@ -126,7 +126,7 @@ def test_auto_streams_where_the_model_does_not_fit(tmp_path, monkeypatch, caplog
 def test_what_cannot_be_streamed_is_refused_with_a_remedy(tmp_path):
     hparams = folder_of(tmp_path, tiny_llama().model)
     lowest = hparams.replace(inner_params=["model.layers.0.mlp.up_proj.weight"])
-    with pytest.raises(ModelError, match="no list of blocks lies below the edits.*`stream_trunk: false`"):
+    with pytest.raises(ModelError, match=r"no list of blocks lies below the edits.*`stream_trunk: false`"):
         load_streamed(lowest)
     weights = tmp_path / "model.safetensors"
     tensors = load_file(weights)
@@ -140,6 +140,6 @@ def test_what_cannot_be_streamed_is_refused_with_a_remedy(tmp_path):
     with pytest.raises(ModelError, match="cannot load the weights of"):
         load_streamed(hparams)
     weights.unlink()
-    with pytest.raises(ModelError, match="has no safetensors files.*`stream_trunk: false`"):
+    with pytest.raises(ModelError, match=r"has no safetensors files.*`stream_trunk: false`"):
         load_streamed(hparams)
     assert save_tiny(tmp_path / "again") and Weights.of("owner/name", "") is None
