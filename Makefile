@@ -1,5 +1,6 @@
 # make report   train, edit and report under $(OUT), with CONFIG=, ARGS="key=value ..."
 # make test     lint and tests            make lint   lint only
+# make bench    what training and editing cost against a textbook MEND, under runs/bench (OUT=, ARGS=)
 # make lab      JupyterLab on notebooks/  make clean  remove .venv and caches, never runs/
 #
 # The first use makes .venv with PYTHON (3.11 or newer) from constraints.txt.
@@ -14,13 +15,17 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check
 PINS := pyproject.toml constraints.txt
 
 .DELETE_ON_ERROR:
-.PHONY: help report test lint lab clean
+.PHONY: help report bench test lint lab clean
 
 help:
 	@sed -n '/^#/!q; s/^# \{0,1\}//p' Makefile
 
 report: .venv/.installed-notebooks
 	$(BIN)/python -m mendkit report $(CONFIG) $(ARGS) --out "$(OUT)"
+
+bench: OUT := $(if $(filter file,$(origin OUT)),runs/bench,$(OUT))
+bench: .venv/.installed-notebooks
+	$(BIN)/python -m mendkit bench $(ARGS) --out "$(OUT)"
 
 test: lint
 	$(BIN)/python -m pytest -q --durations=10

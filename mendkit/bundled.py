@@ -47,7 +47,7 @@ logger = logging.getLogger(__name__)
 
 
 def cache_root() -> Path:
-    """Folder for converted models: $MENDKIT_CACHE, else $XDG_CACHE_HOME/mendkit, else ~/.cache/mendkit."""
+    """Folder for models and computed values: $MENDKIT_CACHE, else $XDG_CACHE_HOME/mendkit, else ~/.cache/mendkit."""
     if given := os.environ.get("MENDKIT_CACHE"):
         return Path(given).expanduser()
     if given := os.environ.get("XDG_CACHE_HOME"):

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import os
 import re
 from collections.abc import Iterator
 from pathlib import Path
@@ -17,13 +18,19 @@ import transformers
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
+    AutoModelForSeq2SeqLM,
+    AutoModelForSequenceClassification,
     AutoTokenizer,
     PreTrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
     modeling_gguf_pytorch_utils,
 )
-from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+from transformers.models.auto.modeling_auto import (
+    MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
+    MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES,
+    MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES,
+)
 from transformers.utils import logging as transformers_logging
 
 from .errors import ModelError
@@ -61,7 +68,8 @@ def silence_transformers() -> Iterator[None]:
 def choose_device(device: str) -> torch.device:
     """The torch device of a name ("auto": the first GPU or the CPU). Raises ModelError if it is missing."""
     if device == "auto":
-        return torch.device("cuda:0" if torch.cuda.is_available() else "cpu")
+        own = os.environ.get("LOCAL_RANK", "0")  # of several processes each has a GPU of its own
+        return torch.device(f"cuda:{own}" if torch.cuda.is_available() else "cpu")
     try:
         chosen = torch.device(device)
         torch.empty(0, device=chosen)
@@ -116,11 +124,11 @@ def read_checkpoint(
     """Model and tokenizer of a folder or GGUF file (Path) or of a hub id (str).
 
     `dtype` "auto" is the checkpoint's own (GGUF: float32); `tokenizer` is another folder or hub id. Raises
-    ModelError if anything cannot be read, if it is no causal language model, or if weights are missing.
+    ModelError if anything cannot be read, if the config names no model that can be edited, or if weights are missing.
     """
     remote = {"trust_remote_code": trust_remote_code}
     is_file = isinstance(place, Path) and place.is_file()
-    check_causal(read_config(place, trust_remote_code=trust_remote_code), place)
+    loader = checked_loader(read_config(place, trust_remote_code=trust_remote_code), place)
     own = None
     if tokenizer is not None or not is_file:
         own = read_tokenizer(place, tokenizer, trust_remote_code=trust_remote_code)
@@ -128,13 +136,13 @@ def read_checkpoint(
         if is_file:
             model, found = load_gguf(place, DTYPES.get(dtype, torch.float32))
             return model, own or found
-        model, report = AutoModelForCausalLM.from_pretrained(
+        model, report = loader.from_pretrained(
             place, dtype=DTYPES.get(dtype, "auto"), output_loading_info=True, **remote
         )
     if missing := sorted(report["missing_keys"]):
         raise ModelError(
             f"the checkpoint {place} lacks {len(missing)} weights ({', '.join(missing[:3])}), which would be "
-            "random; give a complete checkpoint of a causal language model"
+            f"random; give a complete checkpoint for {loader.__name__}"
         )
     return model, own
 
@@ -159,7 +167,7 @@ def read_config(place: str | Path, *, trust_remote_code: bool = False) -> PreTra
 def skeleton(source: str | Path, *, trust_remote_code: bool = False) -> PreTrainedModel:
     """The model of a folder, GGUF file or hub id without weights: every parameter is on the meta device.
 
-    Needs the configuration only. A causal language model is built as it is loaded, another as the class that its
+    Needs the configuration only. A model that can be edited is built as it is loaded, another as the class that its
     configuration names. Raises ModelError as reading a checkpoint does, and for a configuration that builds nothing.
     """
     place = locate(source)
@@ -167,9 +175,8 @@ def skeleton(source: str | Path, *, trust_remote_code: bool = False) -> PreTrain
     declared = [getattr(transformers, name, None) for name in config.architectures or ()]
     known = next((kind for kind in declared if kind is not None), None)
     with explained("a model from the configuration of", place), torch.device("meta"):
-        if _is_causal(config) or known is None:
-            return AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
-        return known(config)
+        loader = _loader(config) or (AutoModelForCausalLM if known is None else None)
+        return known(config) if loader is None else loader.from_config(config, trust_remote_code=trust_remote_code)
 
 
 @contextlib.contextmanager
@@ -188,40 +195,73 @@ def explained(what: str, place: str | Path) -> Iterator[None]:
         raise ModelError(f"cannot load {what} {str(place)!r}: {reason}; {remedy}") from error
 
 
-def _is_causal(config: PreTrainedConfig) -> bool:
-    declared, known = tuple(config.architectures or ()), MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
-    causal = {entry for value in known.values() for entry in ((value,) if isinstance(value, str) else value)}
-    own_code = "AutoModelForCausalLM" in (getattr(config, "auto_map", None) or {})
-    fits = any(entry in causal for entry in declared) if declared else config.model_type in known
-    return not getattr(config, "is_encoder_decoder", False) and (fits or own_code)
+_LOADERS = {
+    AutoModelForSequenceClassification: MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES,
+    AutoModelForSeq2SeqLM: MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES,
+    AutoModelForCausalLM: MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
+}
 
 
-def check_causal(config: PreTrainedConfig, place: str | Path) -> None:
-    if not _is_causal(config):
+def _loader(config: PreTrainedConfig) -> Any | None:
+    """The class that loads a model of this configuration; None if it names none that can be edited.
+
+    What `architectures` declares decides. Without a head there, an encoder-decoder writes text (BART's and T5's own
+    checkpoints declare names such as BartModel); what declares nothing, or code of its own, goes by its kind.
+    """
+    declared, own_code = tuple(config.architectures or ()), getattr(config, "auto_map", None) or {}
+    for loader, known in _LOADERS.items():
+        heads = {entry for value in known.values() for entry in ((value,) if isinstance(value, str) else value)}
+        heads.add(str(own_code.get(loader.__name__)).rpartition(".")[2])
+        if any(name in heads for name in declared):
+            return loader
+    for loader in reversed(_LOADERS):
+        if loader.__name__ in own_code:
+            return loader
+    encodes = getattr(config, "is_encoder_decoder", False)
+    if encodes and config.model_type in MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES:
+        return AutoModelForSeq2SeqLM
+    causal = not declared and not encodes and config.model_type in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+    return AutoModelForCausalLM if causal else None
+
+
+def is_causal(config: PreTrainedConfig) -> bool:
+    """Whether a model of this configuration is loaded as a causal language model."""
+    return _loader(config) is AutoModelForCausalLM
+
+
+def checked_loader(config: PreTrainedConfig, place: str | Path) -> Any:
+    """The class that loads a model of this configuration; raises ModelError if it cannot be edited."""
+    loader = _loader(config)
+    if loader is None:
         what = ", ".join(config.architectures or ()) or f"model_type {config.model_type}"
         raise ModelError(
-            f"{place} is no causal language model: its config says {what}; this version edits causal models "
-            "such as LlamaForCausalLM or GPT2LMHeadModel: give one, or the bundled smollm2-135m"
+            f"{place} is no model that can be edited: its config says {what}; give a causal language model "
+            "(LlamaForCausalLM), a sequence-to-sequence model (T5ForConditionalGeneration), a classifier with a "
+            "trained head (BertForSequenceClassification), or the bundled smollm2-135m"
         )
+    return loader
 
 
-def prepare_tokenizer(tokenizer: PreTrainedTokenizerBase, vocabulary: int, name: str) -> PreTrainedTokenizerBase:
+def prepare_tokenizer(
+    tokenizer: PreTrainedTokenizerBase, vocabulary: int, name: str, *, needs_end: bool = True
+) -> PreTrainedTokenizerBase:
     """The same tokenizer, padding with its end-of-text token if it has no padding token of its own.
 
-    Raises ModelError unless it is fast (targets are found by its offsets) and its end-of-text token is one of
-    the model's `vocabulary` tokens.
+    Raises ModelError unless it is fast (targets are found by its offsets) and its end-of-text token (or, if it needs
+    none, its padding token) is one of the model's `vocabulary` tokens.
     """
     if not getattr(tokenizer, "is_fast", False) or not tokenizer("a")["input_ids"]:
         raise ModelError(
             f"{name}: {type(tokenizer).__name__} is not a fast tokenizer with a vocabulary, whose offsets "
             "tell where a target is; give a folder with a tokenizer.json, or set `tokenizer_name`"
         )
-    end = tokenizer.eos_token_id
-    if end is None or end >= vocabulary:
+    end, pad = tokenizer.eos_token_id, tokenizer.pad_token_id
+    pads = pad is not None and pad < vocabulary
+    if (needs_end or not pads) and (end is None or end >= vocabulary):
         raise ModelError(
             f"{name}: the tokenizer's end-of-text token is {tokenizer.eos_token!r} (id {end}), the model has "
             f"{vocabulary} tokens; set `eos_token` in tokenizer_config.json, or another `tokenizer_name`"
         )
-    if tokenizer.pad_token_id is None or tokenizer.pad_token_id >= vocabulary:
+    if not pads:
         tokenizer.pad_token = tokenizer.eos_token
     return tokenizer

@@ -3,20 +3,42 @@
 An edit's weight change at a site is ΔW = c Σ_t δ̃_t ũ_tᵀ with c = sign · α · strength (sign −1: MEND, Algorithm 2).
 While an edit is applied, a forward hook on the layer adds its branch; the weights are never written, so undoing an
 edit restores the model bit for bit (CORRECTNESS row 16). Only `dense` and `merged` know a weight's orientation.
+
+An edit leaves the process in three ways: as a LoRA adapter (`save_adapter`), merged into a copy of the weights
+(`merged`, `save_merged`), and as the kit's own file with every bit (`save`, `load`).
 Axes: b independent edits, t tokens of an edit, i layer input, o layer output.
 """
 
+import hashlib
+import json
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
 
 import torch
 from jaxtyping import Float, Int
+from safetensors import safe_open
 from torch import Tensor, nn
 
-from .data import EditExample
-from .errors import MendkitError
-from .models import BaseModel
+from .adapter import AdapterSite, LoRA, write_adapter
+from .checkpoints import silence_transformers
+from .data import EditExample, Probe
+from .errors import ArchiveError, MendkitError
+from .files import Kind, checked_tensor, make_folder, matching_base, read_metadata, save_tensors
+from .merge import Merged, MergedSite, merge
+from .models import BaseModel, model_fingerprint
+from .sites import Site
+
+EDIT = Kind(
+    format="mendkit-edit-1",
+    noun="saved edit",
+    made="made",
+    if_missing="write one with `Edit.save`, or correct the path",
+    if_pickle="write one with `Edit.save`",
+    if_another_model="load the model it was made for, or make the edit anew on this one",
+)
 
 
 @dataclass(frozen=True)
@@ -72,7 +94,7 @@ def padded(values: Float[Tensor, "n d"], rows: Int[Tensor, " n"], n_edits: int, 
 @contextmanager
 def side_branches(base: BaseModel, updates: Mapping[str, LowRankUpdate]) -> Iterator[None]:
     """Within the context every site adds its update's branch; afterwards the hooks are gone. Contexts nest (add up)."""
-    handles = _attach(base, updates)
+    handles = attach(base, updates)
     try:
         yield
     finally:
@@ -80,27 +102,40 @@ def side_branches(base: BaseModel, updates: Mapping[str, LowRankUpdate]) -> Iter
             handle.remove()
 
 
-def _attach(base: BaseModel, updates: Mapping[str, LowRankUpdate]) -> list[torch.utils.hooks.RemovableHandle]:
-    def hook_for(update: LowRankUpdate):
-        def hook(_: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> Tensor:
-            return output + update.branch(args[0]).to(output.dtype)
+class _Branch:
+    """The forward hook of one update at one site."""
 
-        return hook
+    def __init__(self, update: LowRankUpdate) -> None:
+        self.update = update
 
+    def __call__(self, _: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> Tensor:
+        return output + self.update.branch(args[0].to(self.update.u.device)).to(output)
+
+
+def attach(base: BaseModel, updates: Mapping[str, LowRankUpdate]) -> list[torch.utils.hooks.RemovableHandle]:
+    """Let every site add its update's branch from now on, until the handles are removed."""
     sites = {site.name: site for site in base.sites}
-    return [base.site_module(sites[name]).register_forward_hook(hook_for(u)) for name, u in updates.items()]
+    return [base.site_module(sites[name]).register_forward_hook(_Branch(u)) for name, u in updates.items()]
 
 
 class Edit:
     """A weight change of one base model, made from one example or several at once (their updates are summed).
 
     `applied()` is the way to use it; `apply()` and `undo()` are for interactive work. `strength` multiplies the update.
+    `archive` is the SHA-256 of the archive's file that made it, None if it was made without one.
     """
 
     def __init__(
-        self, base: BaseModel, updates: Updates, examples: Sequence[EditExample], /, *, strength: float = 1.0
+        self,
+        base: BaseModel,
+        updates: Updates,
+        examples: Sequence[EditExample],
+        /,
+        *,
+        strength: float = 1.0,
+        archive: str | None = None,
     ) -> None:
-        self.base, self.examples, self.strength = base, tuple(examples), float(strength)
+        self.base, self.examples, self.strength, self.archive = base, tuple(examples), float(strength), archive
         self._unit = updates
         self._handles: list[torch.utils.hooks.RemovableHandle] = []
 
@@ -118,7 +153,7 @@ class Edit:
         """Apply until `undo`. Raises MendkitError if it is applied already."""
         if self.active:
             raise MendkitError("this edit is applied already; undo it first")
-        self._handles = _attach(self.base, self.updates)
+        self._handles = attach(self.base, self.updates)
         return self
 
     def undo(self) -> None:
@@ -141,18 +176,169 @@ class Edit:
 
     def scale(self, factor: float) -> "Edit":
         """A new edit, `factor` times as strong (0: none, 1: the same, 2: twice)."""
-        return Edit(self.base, self._unit, self.examples, strength=self.strength * factor)
+        strength = self.strength * factor
+        return Edit(self.base, self._unit, self.examples, strength=strength, archive=self.archive)
 
     def dense(self) -> dict[str, Tensor]:
         """ΔW of every site as a matrix in the orientation of the site's own weight, float32."""
-        transposed = {site.name: site.transposed for site in self.base.sites}
-        return {n: (u.dense().T if transposed[n] else u.dense()) for n, u in self.updates.items()}
+        sites = {site.name: site for site in self.base.sites}
+        return {name: _oriented(update, sites[name]) for name, update in self.updates.items()}
 
     def relative_norm(self) -> dict[str, float]:
         """‖ΔW‖_F / ‖W‖_F of every site."""
-        weight = {site.name: self.base.site_module(site).weight for site in self.base.sites}
+        weight = {site.name: self.base.site_weight(site) for site in self.base.sites}
         return {n: float(d.norm() / weight[n].float().norm()) for n, d in self.dense().items()}
+
+    # ------------------------------------------------------------------------------------------------- artefacts
+
+    def save_adapter(self, folder: str | Path, rank: int | None = None) -> tuple[AdapterSite, ...]:
+        """Write the edit as a PEFT LoRA adapter, of `rank` at most (default: the edit's own, at most its tokens).
+
+        `peft.PeftModel.from_pretrained(model, folder)` then gives the edited model's logits within rounding.
+        Returns each site's rank and what truncation lost.
+        """
+        if rank is not None and rank < 1:
+            raise MendkitError(f"an adapter's rank must be at least 1, got {rank}; leave it out for the edit's own")
+        loras = {}
+        for name, update in self.updates.items():
+            loras[name] = LoRA.of(update.u[0], update.delta[0] * update.coefficient, rank=rank)
+        return write_adapter(folder, self.base, loras)
+
+    def merged(self) -> Merged:
+        """A new model with the edit added to its weights in float32, then rounded to the weights' dtype.
+
+        The edit's own model stays as it is and shares all weights but the edited ones with the new one: write to
+        neither. Other edits in force are not taken along. A rounding that eats the edit is reported, and warned of.
+        """
+        sites = {site.name: site for site in self.base.sites}
+        merged = merge(self.base, ((sites[n], _oriented(update, sites[n])) for n, update in self.updates.items()))
+        for site in self.base.sites:
+            hooks = merged.base.site_module(site)._forward_hooks
+            for key in [key for key, hook in hooks.items() if isinstance(hook, _Branch)]:
+                del hooks[key]
+        return merged
+
+    def save_merged(self, folder: str | Path) -> tuple[MergedSite, ...]:
+        """Write `merged()` with its tokenizer as a model folder for transformers; returns what is left of the edit.
+
+        Raises MendkitError if the folder is a file, or the one that the base model was read from.
+        """
+        folder = make_folder(folder)
+        if folder.resolve() == Path(self.base.model.name_or_path or "/").resolve():
+            raise MendkitError(f"{folder} holds the base model itself; give another folder")
+        merged = self.merged()
+        with silence_transformers():
+            merged.base.model.save_pretrained(folder)
+            merged.base.tokenizer.save_pretrained(folder)
+        return merged.sites
+
+    def save(self, path: str | Path) -> Path:
+        """Write the edit with its examples as one file, from which `load` gives the same updates bit for bit."""
+        return save_edits(path, [self])
+
+    @classmethod
+    def load(cls, path: str | Path, base: BaseModel) -> "Edit":
+        """An edit saved for `base`, not applied; `base` itself keeps its sites.
+
+        Raises ArchiveError if the file is missing, damaged, a journal, or belongs to another model.
+        """
+        edits = load_edits(path, base)
+        if len(edits) != 1:
+            raise ArchiveError(f"{path}: a journal of {len(edits)} edits; read it with `EditSession.load`")
+        return edits[0][0]
+
+    @classmethod
+    def combined(cls, edits: Sequence["Edit"]) -> "Edit":
+        """Several edits of one model as one: their weight changes are summed."""
+        base, each = _common_base(edits), [edit.updates for edit in edits]
+        updates: Updates = {}
+        for site in base.sites:
+            parts = [found[site.name] for found in each if site.name in found]
+            u, delta = torch.cat([p.u for p in parts], 1), torch.cat([p.delta * p.coefficient for p in parts], 1)
+            updates[site.name] = LowRankUpdate(u, delta, 1.0)
+        examples, archives = [example for edit in edits for example in edit.examples], {edit.archive for edit in edits}
+        return cls(base, updates, examples, archive=archives.pop() if len(archives) == 1 else None)
+
+
+def _common_base(edits: Sequence[Edit]) -> BaseModel:
+    """The model of all these edits, with the sites of any. Raises MendkitError if there is none."""
+    if not edits or any(edit.base.model is not edits[0].base.model for edit in edits):
+        raise MendkitError(f"expected one edit or several of the same model, got {len(edits)}; combine those of one")
+    return edits[0].base.with_sites(tuple(dict.fromkeys(name for edit in edits for name in edit.updates)))
 
 
 def _summed(update: LowRankUpdate) -> LowRankUpdate:
     return replace(update, u=update.u.flatten(0, 1)[None], delta=update.delta.flatten(0, 1)[None])
+
+
+def _oriented(update: LowRankUpdate, site: Site) -> Tensor:
+    """ΔW in the orientation of the site's own weight."""
+    return update.dense().T if site.transposed else update.dense()
+
+
+# ------------------------------------------------------------------------------------------------------ files
+
+
+_PARTS = ("u", "delta", "coefficient")
+
+
+def save_edits(path: str | Path, edits: Sequence[Edit]) -> Path:
+    """Write edits of one model, in order, with their examples and whether they are applied now."""
+    base, tensors, described = _common_base(edits), {}, []
+    for index, edit in enumerate(edits):
+        for site, update in edit._unit.items():
+            c = update.coefficient
+            parts = update.u, update.delta, c if isinstance(c, Tensor) else torch.tensor(c, dtype=torch.float64)
+            tensors |= {f"{index}/{site}/{part}": value for part, value in zip(_PARTS, parts, strict=True)}
+        about = {"sites": list(edit._unit), "strength": edit.strength, "active": edit.active}
+        examples = [asdict(example) for example in edit.examples]
+        described.append(about | {"archive_sha256": edit.archive, "examples": examples})
+    metadata = {"base_model": model_fingerprint(base), "edits": described, "edits_sha256": _digest(described)}
+    return save_tensors(EDIT, path, tensors, metadata)
+
+
+def load_edits(path: str | Path, base: BaseModel) -> list[tuple[Edit, bool]]:
+    """The edits of a file, none applied, and for each whether it was; raises as `Edit.load`."""
+    metadata = read_metadata(EDIT, Path(path))
+    try:
+        if _digest(metadata["edits"]) != metadata["edits_sha256"]:
+            raise ArchiveError(f"{path}: damaged metadata: the edits do not match their checksum")
+        checked = matching_base(EDIT, path, base, metadata["base_model"])
+        edits = []
+        for about, updates in zip(metadata["edits"], _read_updates(path, metadata, checked.device), strict=True):
+            examples = [_example(record) for record in about["examples"]]
+            known = {"strength": about["strength"], "archive": about["archive_sha256"]}
+            edits.append((Edit(checked, updates, examples, **known), about["active"]))
+    except (KeyError, TypeError) as error:
+        raise ArchiveError(f"{path}: damaged metadata: {error!r}") from None
+    return edits
+
+
+def _digest(described: Any) -> str:
+    return hashlib.sha256(json.dumps(described, sort_keys=True).encode()).hexdigest()
+
+
+def _read_updates(path: str | Path, metadata: Mapping[str, Any], device: torch.device) -> list[Updates]:
+    """Every edit's updates, their tensors checked. Raises ArchiveError if one is missing, unknown or damaged."""
+    edits = list(enumerate(metadata["edits"]))
+    names = {(index, site): [f"{index}/{site}/{part}" for part in _PARTS] for index, e in edits for site in e["sites"]}
+    odd = sorted(set(metadata["tensors"]) ^ {name for parts in names.values() for name in parts})
+    if odd:
+        raise ArchiveError(f"{path}: damaged: tensors missing or unknown: {', '.join(odd[:3])}")
+    updates: list[Updates] = [{} for _ in edits]
+    with safe_open(path, "pt") as file:
+        for (index, site), parts in names.items():
+            values = [checked_tensor(file, path, name, metadata["sha256"]).to(device) for name in parts]
+            updates[index][site] = LowRankUpdate(*values)
+    return updates
+
+
+def _example(record: Mapping[str, Any]) -> EditExample:
+    """An example from what `asdict` made of it, read back from JSON."""
+
+    def restored(value: Any) -> Any:
+        if isinstance(value, list):
+            return tuple(Probe(**item) if isinstance(item, dict) else item for item in value)
+        return value
+
+    return EditExample(**{field: restored(value) for field, value in record.items()})

@@ -1,12 +1,13 @@
 """The editor: an archive in, edits out."""
 
 from collections.abc import Sequence
+from pathlib import Path
 
 import torch
 
 from .archive import load_archive
 from .data import EditExample, Tokens
-from .edit import Edit, Updates
+from .edit import Edit, Updates, load_edits, save_edits
 from .errors import ArchiveError, MendkitError
 from .factors import as_one_loss, capture_factors
 from .hparams import MENDHyperParams
@@ -19,8 +20,14 @@ from .trunk import FrozenTrunk
 class MENDEditor:
     """Edits one base model with one hypernetwork. The base model itself is never written to."""
 
-    def __init__(self, base: BaseModel, mend: MEND, /, *, name: str = "MEND") -> None:
+    def __init__(self, base: BaseModel, mend: MEND, /, *, name: str = "MEND", archive: str | None = None) -> None:
         self.base, self.mend, self.name = base, mend, name
+        self.archive = archive  # the SHA-256 of the hypernetwork's file, if it comes from one
+
+    @property
+    def hparams(self) -> MENDHyperParams:
+        """The hypernetwork's own."""
+        return self.mend.hparams
 
     @classmethod
     def from_hparams(cls, hparams: MENDHyperParams, *, base: BaseModel | None = None) -> "MENDEditor":
@@ -36,7 +43,7 @@ class MENDEditor:
         base = base or load_model(hparams)
         archive = load_archive(hparams.archive, base=base)
         archive.mend.hparams = archive.mend.hparams.replace(lr_scale=hparams.lr_scale)
-        return cls(archive.base, archive.mend)
+        return cls(archive.base, archive.mend, archive=archive.sha256())
 
     def tokens(self, example: EditExample) -> Tokens:
         """The edit prompt with its new answer, as trained."""
@@ -60,7 +67,7 @@ class MENDEditor:
         if not several:
             raise MendkitError("no example to edit; give an EditExample or a non-empty list")
         updates = self.updates([self.tokens(example) for example in several], at_once=True)
-        return Edit(self.base, updates, several, strength=self.mend.hparams.lr_scale)
+        return Edit(self.base, updates, several, strength=self.mend.hparams.lr_scale, archive=self.archive)
 
     def session(self) -> "EditSession":
         """Edits one after another on the edited model, with a journal."""
@@ -68,11 +75,24 @@ class MENDEditor:
 
 
 class EditSession:
-    """A journal of edits made in sequence: each is computed on the model as edited so far."""
+    """A journal of edits made in sequence: each is computed on the model as edited so far.
+
+    Any of them can be taken back, put in force again, scaled or dropped, in any order; later ones are not recomputed.
+    What the model then computes depends on the journal alone, to the bit, and not on how it came about. Indices count
+    from the end if negative.
+    """
 
     def __init__(self, editor: MENDEditor) -> None:
         self.editor = editor
         self.journal: list[Edit] = []
+
+    @classmethod
+    def load(cls, path: str | Path, editor: MENDEditor) -> "EditSession":
+        """The session that `save` wrote, with the edits in force that were; raises ArchiveError as `Edit.load`."""
+        session = cls(editor)
+        for edit, active in load_edits(path, editor.base):
+            session.journal.append(edit.apply() if active else edit)
+        return session
 
     def edit(self, examples: EditExample | Sequence[EditExample]) -> Edit:
         """Compute an edit on the model as it is now, apply it and write it down."""
@@ -80,25 +100,73 @@ class EditSession:
         self.journal.append(edit.apply())
         return edit
 
-    def undo(self) -> Edit:
-        """Take the last edit back."""
+    @property
+    def active(self) -> list[Edit]:
+        """The edits in force, in the journal's order."""
+        return [edit for edit in self.journal if edit.active]
+
+    def undo(self, index: int | None = None) -> Edit:
+        """Take an edit back, by default the latest in force; it stays in the journal."""
         if not self.journal:
             raise MendkitError("the journal is empty; nothing to undo")
-        edit = self.journal.pop()
+        if index is None and not self.active:
+            raise MendkitError("no edit of the journal is in force; nothing to undo")
+        edit = self.active[-1] if index is None else self.journal[self._place(index)]
         edit.undo()
         return edit
 
-    def scale(self, index: int, factor: float) -> None:
-        """Make edit `index` of the journal `factor` times as strong (later edits are not recomputed)."""
-        if not 0 <= index < len(self.journal):
-            raise MendkitError(f"no edit {index} in the journal; it has {len(self.journal)}")
-        self.journal[index].undo()
-        self.journal[index] = self.journal[index].scale(factor).apply()
+    def reapply(self, index: int = -1) -> Edit:
+        """Put an undone edit in force again."""
+        edit = self.journal[self._place(index)].apply()
+        self._in_order()
+        return edit
+
+    def scale(self, index: int, factor: float) -> Edit:
+        """Make an edit of the journal `factor` times as strong; one that is undone stays so."""
+        index = self._place(index)
+        edit = self.journal[index]
+        self.journal[index] = edit.scale(factor)
+        if edit.active:
+            edit.undo()
+            self.journal[index].apply()
+            self._in_order()
+        return self.journal[index]
+
+    def drop(self, index: int = -1) -> Edit:
+        """Take an edit back, if it is in force, and out of the journal."""
+        edit = self.journal.pop(self._place(index))
+        if edit.active:
+            edit.undo()
+        return edit
+
+    def combined(self) -> Edit:
+        """The edits in force as one, not applied: to save as an adapter or to merge."""
+        if not self.active:
+            raise MendkitError("no edit of the journal is in force; make or reapply one first")
+        return Edit.combined(self.active)
+
+    def save(self, path: str | Path) -> Path:
+        """Write the journal as one file, undone edits too."""
+        return save_edits(path, self.journal)
 
     def close(self) -> None:
-        """Undo everything: the model is bit for bit what it was."""
+        """Undo everything and empty the journal: the model is bit for bit what it was."""
         while self.journal:
-            self.undo()
+            self.drop()
+
+    def _place(self, index: int) -> int:
+        """An index of the journal, from its start."""
+        if not -len(self.journal) <= index < len(self.journal):
+            raise MendkitError(f"no edit {index} in the journal; it has {len(self.journal)}")
+        return index % len(self.journal)
+
+    def _in_order(self) -> None:
+        """Let the edits in force act in the journal's order: sums in floating point depend on it."""
+        active = self.active
+        for edit in active:
+            edit.undo()
+        for edit in active:
+            edit.apply()
 
     def __enter__(self) -> "EditSession":
         return self

@@ -13,9 +13,13 @@ class DataError(MendkitError):
     """A record or data file is wrong: the message names file, record and field."""
 
 
+class LimitError(DataError):
+    """A text or target has more tokens than the settings allow."""
+
+
 class ModelError(MendkitError):
     """A base model cannot be loaded, or has no such edit site."""
 
 
 class ArchiveError(MendkitError):
-    """An archive is missing, damaged, or belongs to another base model."""
+    """An archive or a saved edit is missing, damaged, or belongs to another base model."""

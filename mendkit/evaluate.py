@@ -1,151 +1,64 @@
-"""Scores of single edits: teacher-forced and free decoding side by side, with intervals and per-edit rows.
+"""Scores of edits: teacher-forced and free decoding side by side, with intervals and per-edit rows.
 
-f is the unedited model, f' the edited one; each edit is made on a fresh model (mode "single"). y is the new answer,
-y° the old one. Teacher forcing reads the given answer; free decoding is greedy and stops at the end of text, a newline
-or ".". Where reading y under f' shows that every argmax, the end included, is y's own token, greedy decoding must
-retrace y and is not run; likewise f' writes what f wrote exactly if it retraces it. P(·) compares length-normalised
-log-likelihoods. Edits whose new answer f already writes are counted, not scored. Intervals are 95 % bootstrap
-intervals over edits.
+f is the unedited model, f' the edited one. An edit is made on a fresh model (mode "single"), with others at once
+(mode "batch"), or after others (mode "sequential"). y is the new answer, y° the old one. Teacher forcing reads the
+given answer; free decoding is greedy and stops at the end of text, a newline or ".". Where reading y under f' shows
+that every argmax, the end included, is y's own token, greedy decoding must retrace y and is not run; likewise f' writes
+what f wrote exactly if it retraces it. P(·) compares length-normalised log-likelihoods. Edits whose new answer f
+already writes are counted, not scored. Intervals are 95 % bootstrap intervals over edits; edits that one model holds
+together are not independent, and then the intervals are too narrow. A classifier writes the label that it predicts;
+a question form and answers that compete on a neighbour do not apply to it.
 """
 
-import json
+import logging
 import re
-import string
 import time
-from collections.abc import Mapping, Sequence
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path
-from statistics import fmean, harmonic_mean
+from statistics import fmean
 from typing import Any
 
-import numpy as np
+import torch
 
-from .data import EditExample, Tokens, tokenize
+from .data import EditExample, Tokens
+from .decoding import WHOLE_ROWS, write
 from .edit import Updates, side_branches
-from .editor import MENDEditor, scaled
-from .errors import DataError, MendkitError
+from .editor import scaled
+from .errors import DataError, HyperParamError, LimitError, MendkitError
+from .families import CAUSAL, CLASSIFIER
+from .heldout import TEXT_TOKENS, HeldOutText, ngram_entropy_bits
 from .hparams import MENDHyperParams
+from .many import Editor, one_after_another, relative_norms, so_far, together
+from .metrics import Card, answers_probe, locality_values, normalise, probability_values, target_values
 from .models import BaseModel
+from .scores import HARMONIC, EditRow, EvaluationReport, Interval, summarise
 from .scoring import Forced, forced, select
-from .texts import edit_tokens
+from .texts import edit_tokens, told
 from .trunk import FrozenTrunk
 
+__all__ = [
+    "HARMONIC", "MODES", "EditRow", "EvaluationReport", "EvaluationSet", "Interval", "evaluate", "normalise",
+]  # fmt: skip
+
+logger = logging.getLogger(__name__)
+
+MODES = ("single", "batch", "sequential")
 QUESTION = "Answer in a few words, without a full sentence.\nQuestion: {prompt} …?\nAnswer:"
 EDIT_BATCH = 64
-DECODE_BATCH = 64
-RESAMPLES = 2000
+SEQUENCE_BLOCK = 16
+AFTER = (1, 10, 100, 1000)
 REWORDED = 2
+GENERATIONS, FLUENCY_TOKENS = 3, 100
 STOP = re.compile(r"[.\n]")
-
-
-def normalise(text: str) -> str:
-    """Lower case, no punctuation, no a/an/the, single spaces."""
-    text = text.lower().translate(str.maketrans("", "", string.punctuation))
-    return " ".join(word for word in text.split() if word not in {"a", "an", "the"})
-
-
-@dataclass(frozen=True)
-class Interval:
-    """A mean over n edits with its 95 % bootstrap interval."""
-
-    mean: float
-    low: float
-    high: float
-    n: int
-
-    @classmethod
-    def of(cls, values: Sequence[float], *, seed: int = 0) -> "Interval":
-        """Bootstrap the mean of `values` (at least one)."""
-        x = np.asarray(values, dtype=np.float64)
-        draws = np.random.default_rng(seed).integers(0, len(x), (RESAMPLES, len(x)))
-        low, high = np.quantile(x[draws].mean(1), [0.025, 0.975])
-        return cls(float(x.mean()), float(low), float(high), len(x))
-
-
-@dataclass(frozen=True)
-class EditRow:
-    """One edit: its values by metric name (`before.…` for the unedited model) and what the models wrote."""
-
-    index: int
-    id: str | None
-    relation: str | None
-    prompt: str
-    target_new: str
-    ground_truth: str | None
-    values: Mapping[str, float]
-    outputs: tuple[Mapping[str, Any], ...] = ()  # prompt, before, after: the edit, its question form, paraphrases
-
-
-@dataclass(frozen=True)
-class EvaluationReport:
-    """Rows and their summary. `counts` tells how many edits were scored, already true, and skipped."""
-
-    editor: str
-    mode: str
-    rows: tuple[EditRow, ...]
-    summary: Mapping[str, Interval]
-    counts: Mapping[str, int]
-    seconds: float
-
-    def results(self, prefix: str = "") -> dict[str, float]:
-        """Flat results: `<prefix><mode>.<name>` with `.n`, `.low`, `.high` beside it, and the counts."""
-        out: dict[str, float] = {}
-        for name, interval in self.summary.items():
-            key = f"{prefix}{self.mode}.{name}"
-            out[key] = interval.mean
-            out |= {f"{key}.n": interval.n, f"{key}.low": interval.low, f"{key}.high": interval.high}
-        for name, shares in HARMONIC.items():
-            means = [self.summary[s].mean for s in shares if s in self.summary]
-            if len(means) == len(shares):
-                out[f"{prefix}{self.mode}.{name}"] = harmonic_mean(means)
-        return out | {f"{prefix}{self.mode}.edits.{name}": n for name, n in self.counts.items()}
-
-    def by(self, key: str, metric: str) -> dict[str, Interval]:
-        """A metric's interval by the values of a row attribute, as in `by("relation", "edit_success.free_exact")`."""
-        groups: dict[str, list[float]] = {}
-        for row in self.rows:
-            if metric in row.values:
-                groups.setdefault(str(getattr(row, key)), []).append(row.values[metric])
-        return {name: Interval.of(values) for name, values in sorted(groups.items())}
-
-    def save_rows(self, path: str | Path) -> Path:
-        """Write the rows as JSON lines."""
-        text = "".join(json.dumps(vars(row), ensure_ascii=False) + "\n" for row in self.rows)
-        Path(path).write_text(text, encoding="utf-8")
-        return Path(path)
-
-
-HARMONIC = {
-    "score.harmonic": ("edit_success.es", "paraphrase.ps", "neighbourhood.ns"),
-    "score.headline": (
-        "edit_success.free_exact",
-        "paraphrase.free_exact",
-        "neighbourhood.argmax_agreement",
-        "locality.argmax_agreement",
-    ),
-}
-"""Harmonic means: of CounterFact's efficacy scores (S), and of the four shares that the kit's editors are chosen by."""
-
-
-@dataclass(frozen=True)
-class Card:
-    """All texts of one example that are read under its edit. Target texts end with the end of text if `add_eos`."""
-
-    prompts: tuple[str, ...]  # the edit prompt, its question form, the paraphrases
-    targets: tuple[Tokens, ...]  # those with y
-    old: tuple[Tokens, ...]  # the edit prompt and the paraphrases with y°; empty if y° is unknown
-    neighbours: tuple[Tokens, ...]  # with their answers
-    rivals: tuple[Tokens, ...]  # neighbours with known answers, with y instead
-    unrelated: tuple[Tokens, ...]
-    greedy: tuple[Tokens, ...] = ()  # one neighbour and one unrelated prompt, each with what f writes there
-    reworded: tuple[Tokens, ...] = ()  # paraphrases of other examples of the relation, with their old answers
 
 
 class EvaluationSet:
     """Examples prepared for scoring any number of editors: tokens, trunk, and the unedited model's values, once.
 
-    Examples whose texts cannot be tokenised (target too long, say) are counted in `skipped`, not scored. Free decoding
-    writes at most `max_new_tokens` tokens.
+    Examples whose texts cannot be tokenised are counted in `skipped` (and by reason in `reasons`), not scored. Free
+    decoding writes at most `max_new_tokens` tokens. Two scores cost much and are made on request: drawdown on the first
+    `text_tokens` tokens of a held-out `text`, and `fluency`.
     """
 
     def __init__(
@@ -156,18 +69,32 @@ class EvaluationSet:
         /,
         *,
         max_new_tokens: int = 50,
+        text: str | None = None,
+        text_tokens: int = TEXT_TOKENS,
+        fluency: bool = False,
     ) -> None:
-        self.base, self.hparams, self.max_new_tokens = base, hparams, max_new_tokens
+        self.base, self.hparams, self.max_new_tokens, self.fluency = base, hparams, max_new_tokens, fluency
+        if base.family != CAUSAL and (fluency or text is not None):
+            raise MendkitError(f"{base.name} writes no text of its own: fluency and held-out text need a causal model")
         self.trunk = FrozenTrunk(base)
         self.examples: list[EditExample] = []
         self.skipped: list[str] = []
+        self.reasons: Counter[str] = Counter(invalid_records=len(getattr(examples, "skipped", ())))
         cards: list[Card] = []
         for example in examples:
+            if not normalise(example.target_new):  # any silence would pass for it
+                self.skipped.append(f"target_new {example.target_new!r} of {example.prompt!r} has no words")
+                self.reasons["empty_target"] += 1
+                continue
             try:
-                cards.append(self._card(example))
+                card = self._card(example)
+                for prompt in (*(told(example, p.prompt) for p in example.portability), *example.generation_prompts):
+                    base.tokenize(prompt, max_length=hparams.max_length)
+                cards.append(card)
                 self.examples.append(example)
             except DataError as error:
                 self.skipped.append(str(error))
+                self.reasons["too_long"] += isinstance(error, LimitError)
         if not cards:
             raise DataError(f"no example can be scored; first problem: {(self.skipped or ['no example given'])[0]}")
         self.cards = self._with_greedy(self._with_reworded(cards))
@@ -175,6 +102,8 @@ class EvaluationSet:
             [text for card in self.cards for text in (*card.targets, *card.old, *card.rivals, *_kept(card))]
         )
         self.kept_before = forced(self.trunk, [_kept(card) for card in self.cards], None)
+        self.implied = self._implied()
+        self.text = None if text is None else HeldOutText(self.trunk, text, tokens=text_tokens)
         self.before, self.written = self.score(None, range(len(self.cards)))
 
     def __len__(self) -> int:
@@ -193,18 +122,36 @@ class EvaluationSet:
         for card, e, target, pair, kept, old, texts in zip(
             cards, examples, targets, pairs, after, before, written, strict=True
         ):
-            row = _target_values(e, card, target, texts) | _probability_values(card, target, pair, kept)
-            values.append(row | (_locality_values(card, kept, old) if updates else {}))
+            row = target_values(self.base.said(e.target_new), card, target, texts)
+            row |= probability_values(card, target, pair, kept)
+            values.append(row | (locality_values(card, kept, old) if updates else {}))
+        for row, more in zip(values, self._free_values(index, updates), strict=True):
+            row |= more
         return values, written
+
+    @property
+    def to_edit(self) -> list[int]:
+        """The examples whose new answer f does not write already."""
+        return [i for i, values in enumerate(self.before) if values["edit_success.free_exact"] != 1.0]
+
+    def row(self, i: int, after: dict[str, float], written: Sequence[str]) -> EditRow:
+        """One example's values and texts after an edit, beside those before it."""
+        e, values = self.examples[i], after | {f"before.{name}": value for name, value in self.before[i].items()}
+        outputs = [
+            {"prompt": prompt, "before": old, "after": new}
+            for prompt, old, new in zip(self.cards[i].prompts, self.written[i], written, strict=True)
+        ]
+        return EditRow(i, e.id, e.relation, e.prompt, e.target_new, e.ground_truth, values, tuple(outputs))
 
     # ------------------------------------------------------------------------------------------------- preparing
 
     def _card(self, e: EditExample) -> Card:
         base, h = self.base, self.hparams
-        prompts = (e.prompt, QUESTION.format(prompt=e.prompt), *e.paraphrases)
+        classifies = base.family == CLASSIFIER
+        prompts = (e.prompt, e.prompt if classifies else QUESTION.format(prompt=e.prompt), *e.paraphrases)
 
         def read(prompt: str, answer: str | None) -> Tokens:
-            return tokenize(base.tokenizer, prompt, answer, max_length=h.max_length)
+            return base.tokenize(prompt, answer, max_length=h.max_length)
 
         known = [p for p in e.neighbours if p.answer is not None]
         return Card(
@@ -212,7 +159,7 @@ class EvaluationSet:
             targets=tuple(edit_tokens(base, h, e, prompt) for prompt in prompts),
             old=tuple(read(p, e.ground_truth) for p in (e.prompt, *e.paraphrases)) if e.ground_truth else (),
             neighbours=tuple(read(p.prompt, p.answer) for p in known or e.neighbours),
-            rivals=tuple(read(p.prompt, e.target_new) for p in known),
+            rivals=() if classifies else tuple(read(p.prompt, e.target_new) for p in known),
             unrelated=tuple(read(p.prompt, p.answer) for p in e.unrelated),
         )
 
@@ -227,7 +174,7 @@ class EvaluationSet:
             kin = sorted(by_relation.get(e.relation, ()), key=lambda j: (j <= i, j))
             others = [self.examples[j] for j in kin if e.subject and e.subject not in self.examples[j].paraphrases[0]]
             texts = [
-                tokenize(self.base.tokenizer, o.paraphrases[0], o.ground_truth, max_length=self.hparams.max_length)
+                self.base.tokenize(o.paraphrases[0], o.ground_truth, max_length=self.hparams.max_length)
                 for o in others[:REWORDED]
             ]
             out.append(replace(card, reworded=tuple(texts)))
@@ -235,34 +182,40 @@ class EvaluationSet:
 
     def _with_greedy(self, cards: Sequence[Card]) -> list[Card]:
         """Add to each card what f writes freely after its first neighbour and its first unrelated prompt."""
-        prompts = [_prompt(text) for card in cards for text in (*card.neighbours[:1], *card.unrelated[:1])]
-        unique = sorted(set(prompts), key=lambda ids: (len(ids), ids))
-        written = dict(zip(unique, self._write(unique, None), strict=True))
+        firsts = [text for card in cards for text in (*card.neighbours[:1], *card.unrelated[:1])]
+        prompts = [self.base.prompt_of(text) for text in firsts]
+        unique = sorted(set(prompts), key=lambda prompt: (len(prompt.ids), prompt.key))
+        written = dict(zip(unique, self._write(unique, range(len(unique)), None), strict=True))
         queue = iter(prompts)
         out = []
         for card in cards:
-            greedy = []
-            for _ in (*card.neighbours[:1], *card.unrelated[:1]):
-                prompt = next(queue)
-                ids = (*prompt, *written[prompt])
-                greedy.append(Tokens(ids, tuple(range(len(prompt) - 1, len(ids) - 1)), tuple(written[prompt])))
-            out.append(replace(card, greedy=tuple(greedy)))
+            own = [next(queue) for _ in (*card.neighbours[:1], *card.unrelated[:1])]
+            out.append(replace(card, greedy=tuple(self.base.continued(prompt, written[prompt]) for prompt in own)))
         return out
 
-    def _write(self, prompts: Sequence[Sequence[int]], updates: Updates | None) -> list[list[int]]:
-        """Free decoding after each prompt (token ids), prompt r under edit r; an end of text is part of the result."""
+    def _write(self, prompts: Sequence[Tokens], edits: Sequence[int], updates: Updates | None) -> list[list[int]]:
+        """Free decoding after each prompt, prompt r under edit `edits[r]`; an end of text is part of the result."""
+        new = self._decode(prompts, edits, updates)
+        if self.base.family == CLASSIFIER:
+            return new
+        ended = [
+            len(row) < self.max_new_tokens and not STOP.search(self.base.new_text([], row, stop=False)) for row in new
+        ]
+        return [row + [self.base.eos_id] * end for row, end in zip(new, ended, strict=True)]
+
+    def _decode(
+        self, prompts: Sequence[Tokens], edits: Sequence[int], updates: Updates | None, *, tokens: int | None = None
+    ) -> list[list[int]]:
+        """The new ids of an answer to each prompt, or `tokens` tokens without end (causal models only)."""
+        limits = {"max_new_tokens": self.max_new_tokens if tokens is None else tokens, "stop": tokens is None}
+        if self.base.family == CAUSAL:
+            ids = [prompt.ids for prompt in prompts]
+            return write(self.base, ids, updates, edits, endless=tokens is not None, **limits)
         out: list[list[int]] = []
-        for at in range(0, len(prompts), DECODE_BATCH):
-            rows = prompts[at : at + DECODE_BATCH]
-            ids, mask = self.base.left_pad(rows)
-            own = select(updates, range(at, at + len(rows))) if updates else {}
+        for at in range(0, len(prompts), WHOLE_ROWS):
+            own = select(updates, edits[at : at + WHOLE_ROWS]) if updates else {}
             with side_branches(self.base, own):
-                new = self.base.generate_ids(ids, mask, max_new_tokens=self.max_new_tokens, stop=True)
-            ended = [
-                len(row) < self.max_new_tokens and not STOP.search(self.base.new_text([], row, stop=False))
-                for row in new
-            ]
-            out += [row + [self.base.eos_id] * end for row, end in zip(new, ended, strict=True)]
+                out += self.base.write(prompts[at : at + WHOLE_ROWS], **limits)
         return out
 
     def _answers(
@@ -279,15 +232,57 @@ class EvaluationSet:
             may_retrace = self.hparams.add_eos and not STOP.search(example.target_new)
             for j, (text, value) in enumerate(zip(card.targets, read, strict=True)):
                 if may_retrace and value.argmax == text.targets:
-                    answers[i][j] = f" {example.target_new}"
+                    answers[i][j] = f" {self.base.said(example.target_new)}"
                 else:
                     todo.append((i, j))
         todo.sort(key=lambda at: len(cards[at[0]].targets[at[1]].ids))
-        prompts = [_prompt(cards[i].targets[j]) for i, j in todo]
-        own = select(updates, [i for i, _ in todo]) if updates and todo else None
-        for (i, j), prompt, new in zip(todo, prompts, self._write(prompts, own) if todo else [], strict=True):
+        prompts = [self.base.prompt_of(cards[i].targets[j]) for i, j in todo]
+        for (i, j), prompt, new in zip(todo, prompts, self._write(prompts, [i for i, _ in todo], updates), strict=True):
             answers[i][j] = self.base.new_text(prompt, new)
         return answers
+
+    # ------------------------------------------------------------------------------- implied questions, free text
+
+    def _implied(self) -> list[list[bool]]:
+        """For each implied question of each example, whether f answers it when told the new fact before it."""
+        prompts = [told(e, probe.prompt) for e in self.examples for probe in e.portability]
+        said = iter(self._say(prompts, range(len(prompts)), None))
+        return [[answers_probe(next(said), probe) for probe in e.portability] for e in self.examples]
+
+    def _free_values(self, index: Sequence[int], updates: Updates | None) -> list[dict[str, float]]:
+        """Portability of the examples that have implied questions, and fluency if asked for."""
+        asked = [(row, j) for row, i in enumerate(index) for j, known in enumerate(self.implied[i]) if known]
+        prompts = [self.examples[index[row]].portability[j].prompt for row, j in asked]
+        said = self._say(prompts, [row for row, _ in asked], updates)
+        right: dict[int, list[bool]] = {}
+        for (row, j), text in zip(asked, said, strict=True):
+            right.setdefault(row, []).append(answers_probe(text, self.examples[index[row]].portability[j]))
+        out: list[dict[str, float]] = [{} for _ in index]
+        for row, i in enumerate(index):
+            if self.implied[i]:
+                out[row]["portability.coverage"] = fmean(self.implied[i])
+            if row in right:
+                out[row]["portability.free_exact"] = fmean(right[row])
+        if self.fluency:
+            begun = [(self.examples[i].generation_prompts or (self.examples[i].prompt,))[:GENERATIONS] for i in index]
+            flat = [(row, prompt) for row, prompts in enumerate(begun) for prompt in prompts]
+            texts = iter(self._say([p for _, p in flat], [row for row, _ in flat], updates, tokens=FLUENCY_TOKENS))
+            for row, prompts in enumerate(begun):
+                out[row]["fluency.entropy_bits"] = fmean(ngram_entropy_bits(next(texts)) for _ in prompts)
+        return out
+
+    def _say(
+        self, prompts: Sequence[str], edits: Sequence[int], updates: Updates | None, *, tokens: int | None = None
+    ) -> list[str]:
+        """Greedy text after each prompt, prompt r under edit `edits[r]`: an answer, or `tokens` tokens without end."""
+        texts = [self.base.prompt_of(self.base.tokenize(p, max_length=self.hparams.max_length)) for p in prompts]
+        order = sorted(range(len(texts)), key=lambda r: len(texts[r].ids))
+        rows = [texts[r] for r in order]
+        new = self._decode(rows, [edits[r] for r in order], updates, tokens=tokens)
+        out = [""] * len(texts)
+        for r, prompt, row in zip(order, rows, new, strict=True):
+            out[r] = self.base.new_text(prompt, row, stop=tokens is None)
+        return out
 
 
 def _kept(card: Card) -> tuple[Tokens, ...]:
@@ -295,131 +290,172 @@ def _kept(card: Card) -> tuple[Tokens, ...]:
     return (*card.neighbours, *card.unrelated, *card.greedy, *card.reworded)
 
 
-def _prompt(text: Tokens) -> tuple[int, ...]:
-    return text.ids[: text.scored[0] + 1]
-
-
-def _target_values(e: EditExample, card: Card, read: Sequence[Forced], written: Sequence[str]) -> dict[str, float]:
-    """Success on the edit prompt (bare and as a question) and on the paraphrases."""
-    scores = [_success(e.target_new, t, v, w) for t, v, w in zip(card.targets, read, written, strict=True)]
-    bare, question, paraphrases = scores[0], scores[1], scores[2:]
-    out = {f"edit_success.{name}": value for name, value in bare.items()}
-    out["edit_success.free_exact_question"] = question["free_exact"]
-    if paraphrases:
-        out |= {f"paraphrase.{name}": fmean(s[name] for s in paraphrases) for name in bare}
-    out["edit_success.paper"] = fmean(s["tf_exact"] for s in (bare, *paraphrases))  # MEND, equation 1
-    return out
-
-
-def _success(target: str, text: Tokens, value: Forced, written: str) -> dict[str, float]:
-    """The four scores of one prompt; teacher forcing counts y's own tokens, not the end of text."""
-    n = len(text.targets) - text.ends
-    hits = [a == b for a, b in zip(value.argmax[:n], text.targets[:n], strict=True)]
-    want, got = normalise(target), normalise(written)
-    return {
-        "tf_token": fmean(hits),
-        "tf_exact": float(all(hits)),
-        "free_exact": float(got == want),
-        "free_contains": float(f" {want} " in f" {got} "),
-    }
-
-
-def _probability_values(
-    card: Card, targets: Sequence[Forced], pairs: Sequence[Forced], kept: Sequence[Forced]
-) -> dict[str, float]:
-    """Efficacy scores: P(y) > P(y°) on the prompt and the paraphrases, P(answer) > P(y) on neighbours."""
-    new = [fmean(v.logp[: len(t.targets) - t.ends]) for t, v in zip(card.targets, targets, strict=True)]
-    del new[1]  # the question form has no y° beside it
-    out = {"log_p.new": new[0]}
-    n_old = len(card.old)
-    if n_old:
-        old = [fmean(v.logp) for v in pairs[:n_old]]
-        wins = [float(a > b) for a, b in zip(new, old, strict=True)]
-        out |= {"edit_success.es": wins[0], "log_p.old": old[0]}
-        if len(wins) > 1:
-            out["paraphrase.ps"] = fmean(wins[1:])
-    if card.rivals:
-        wins = [float(fmean(a.logp) > fmean(b.logp)) for a, b in zip(kept, pairs[n_old:], strict=False)]
-        out["neighbourhood.ns"] = fmean(wins)
-    return out
-
-
-def _locality_values(card: Card, kept: Sequence[Forced], before: Sequence[Forced]) -> dict[str, float]:
-    """Agreement with f: argmax and KL at answer positions, right answers retained, and f's own greedy output.
-
-    Neighbours share the edit prompt's wording. `reworded_…` are other subjects in a paraphrase's wording: an editor can
-    win paraphrases by answering a whole relation, and only these would show it.
-    """
-    n, m = len(card.neighbours), len(card.neighbours) + len(card.unrelated)
-    parts = {"neighbourhood": (0, n), "locality": (n, m)}
-    out: dict[str, float] = {}
-    for name, (a, b) in parts.items():
-        if a == b:
-            continue
-        texts = (*card.neighbours, *card.unrelated)[a:b]
-        out[f"{name}.argmax_agreement"] = fmean(fmean(v.same) for v in kept[a:b])
-        out[f"{name}.kl_nats"] = fmean(fmean(v.kl) for v in kept[a:b])
-        right = [
-            v.argmax == t.targets
-            for t, f, v in zip(texts, before[a:b], kept[a:b], strict=True)
-            if f.argmax == t.targets
-        ]
-        if right:
-            out[f"{name}.retained"] = fmean(right)
-    if card.reworded:
-        rest = kept[-len(card.reworded) :]
-        out["neighbourhood.reworded_agreement"] = fmean(fmean(v.same) for v in rest)
-        out["neighbourhood.reworded_kl_nats"] = fmean(fmean(v.kl) for v in rest)
-    greedy = zip([name for name, (a, b) in parts.items() if a < b], kept[m : m + len(card.greedy)], strict=True)
-    return out | {f"{name}.greedy_agreement": float(all(v.same)) for name, v in greedy}
+# ------------------------------------------------------------------------------------------------------------ modes
 
 
 def evaluate(
-    editor: MENDEditor,
+    editor: Editor,
     examples: Sequence[EditExample] | EvaluationSet,
     /,
     *,
     mode: str = "single",
+    k: int | None = None,
     strength: float = 1.0,
     max_new_tokens: int = 50,
+    text: str | None = None,
+    fluency: bool = False,
 ) -> EvaluationReport:
-    """Score an editor on examples, each edit made on a fresh model (mode "single").
+    """Score an editor: each edit on a fresh model ("single"), `k` at once ("batch"), or all in a row ("sequential").
 
     Pass an `EvaluationSet` to score several editors on the same examples without preparing them again (then
-    `max_new_tokens` is the set's own). `strength` multiplies every update. Raises MendkitError for another mode.
+    `max_new_tokens`, `text` and `fluency` are the set's own). `strength` multiplies every update. The number of edits
+    is part of the result's name: `batch_25`, and `sequential_1`, `_10`, `_100`, `_1000` and the last. Raises
+    HyperParamError for another mode, or a `k` that does not go with it.
     """
-    if mode != "single":
-        raise MendkitError(f"mode {mode!r}: this version scores single edits only; use mode='single'")
+    if mode not in MODES:
+        raise HyperParamError(f"mode must be one of {', '.join(MODES)}, got {mode!r}")
+    if (mode == "batch") != (k is not None) or (k is not None and k < 1):
+        raise HyperParamError(
+            f"k, the number of edits made at once, goes with mode 'batch' only, got {mode!r} and {k!r}"
+        )
     start = time.perf_counter()
     if not isinstance(examples, EvaluationSet):
-        examples = EvaluationSet(editor.base, editor.mend.hparams, examples, max_new_tokens=max_new_tokens)
-    rows, already, seconds = [], 0, []
-    for at in range(0, len(examples), EDIT_BATCH):
-        index = range(at, min(at + EDIT_BATCH, len(examples)))
-        t0 = time.perf_counter()
-        updates = editor.updates([examples.cards[i].targets[0] for i in index], trunk=examples.trunk)
-        seconds.append((time.perf_counter() - t0) / len(index))
-        values, written = examples.score(scaled(updates, strength * editor.mend.hparams.lr_scale), index)
-        for i, after, texts in zip(index, values, written, strict=True):
-            before = examples.before[i]
-            if before["edit_success.free_exact"] == 1.0:
-                already += 1
-                continue
-            after["edit.seconds"] = seconds[-1]
-            rows.append(_row(i, examples, after, texts))
-    if not rows:
-        raise DataError(f"the unedited model already writes the new answer of all {already} examples; nothing to score")
-    names = sorted({name for row in rows for name in row.values})
-    summary = {name: Interval.of([row.values[name] for row in rows if name in row.values]) for name in names}
-    counts = {"scored": len(rows), "already_true": already, "skipped": len(examples.skipped)}
-    return EvaluationReport(editor.name, mode, tuple(rows), summary, counts, time.perf_counter() - start)
+        examples = EvaluationSet(
+            editor.base, editor.hparams, examples, max_new_tokens=max_new_tokens, text=text, fluency=fluency
+        )
+    if not examples.to_edit:
+        n = len(examples)
+        raise DataError(f"the unedited model already writes the new answer of all {n} examples; nothing to score")
+    run = _Run(editor, examples, strength * editor.hparams.lr_scale, start)
+    return run.batches(k) if k is not None else run.single() if mode == "single" else run.sequence()
 
 
-def _row(i: int, examples: EvaluationSet, after: dict[str, float], written: Sequence[str]) -> EditRow:
-    e, card = examples.examples[i], examples.cards[i]
-    values = after | {f"before.{name}": value for name, value in examples.before[i].items()}
-    outputs = [
-        {"prompt": prompt, "before": old, "after": new}
-        for prompt, old, new in zip(card.prompts, examples.written[i], written, strict=True)
-    ]
-    return EditRow(i, e.id, e.relation, e.prompt, e.target_new, e.ground_truth, values, tuple(outputs))
+@dataclass(frozen=True)
+class _Run:
+    """One editor on one set of examples."""
+
+    editor: Editor
+    on: EvaluationSet
+    strength: float
+    start: float
+
+    def single(self) -> EvaluationReport:
+        """Each edit on a fresh model."""
+        rows = []
+        for index in _chunks(self.on.to_edit, EDIT_BATCH):
+            t0 = time.perf_counter()
+            updates = scaled(self._updates(index, at_once=False), self.strength)
+            seconds = (time.perf_counter() - t0) / len(index)
+            values, written = self.on.score(updates, index)
+            drawdown = self._drawdowns(updates, len(index))
+            norm = torch.stack(list(relative_norms(self.editor.base, updates).values())).amax(0).tolist()
+            for i, after, texts, lost, most in zip(index, values, written, drawdown, norm, strict=True):
+                after |= {"edit.seconds": seconds, "norm.relative_max": most} | lost
+                rows.append(self.on.row(i, after, texts))
+        return self._report("single", rows, {})
+
+    def batches(self, k: int) -> EvaluationReport:
+        """Groups of k edits in the examples' order, each group made at once on a fresh model; an incomplete last group
+        is left out and counted."""
+        index = self.on.to_edit
+        groups = [g for g in _chunks(index, k) if len(g) == k]
+        if not groups:
+            raise DataError(f"{len(index)} edits cannot make a batch of {k}; lower k or give more examples")
+        rows, models = [], []
+        for group in groups:
+            t0 = time.perf_counter()
+            updates = together(scaled(self._updates(group, at_once=True), self.strength))
+            seconds = (time.perf_counter() - t0) / k
+            models.append(self._model_values(updates))
+            for part in _chunks(group, EDIT_BATCH):
+                values, written = self.on.score(updates, part)
+                rows += [
+                    self.on.row(i, v | {"edit.seconds": seconds}, w)
+                    for i, v, w in zip(part, values, written, strict=True)
+                ]
+        shared = {name: fmean(values[name] for values in models) for name in models[0]}
+        counts = {"groups": len(groups), "left_out": len(index) - k * len(groups)}
+        return self._report(f"batch_{k}", rows, shared, counts)
+
+    def sequence(self) -> EvaluationReport:
+        """One edit after another, never reset; scored right after each edit, and again after 1, 10, … and all edits."""
+        index, total, rows = self.on.to_edit, {}, []
+        stops = sorted({*(t for t in AFTER if t < len(index)), len(index)})
+        reports: list[EvaluationReport] = []
+        for begin, end in zip([0, *stops], stops, strict=False):
+            for block in _chunks(index[begin:end], SEQUENCE_BLOCK):
+                t0 = time.perf_counter()
+                texts = [self.on.cards[i].targets[0] for i in block]
+                steps = one_after_another(self.editor, texts, before=total, trunk=self.on.trunk, strength=self.strength)
+                seconds = (time.perf_counter() - t0) / len(block)
+                values, written = self.on.score(so_far(steps, total), block)
+                rows += [
+                    self.on.row(i, v | {"edit.seconds": seconds}, w)
+                    for i, v, w in zip(block, values, written, strict=True)
+                ]
+                total = together(*([total] if total else []), *steps)
+            reports.append(self._after(rows, total))
+            logger.info("sequence: %d of %d edits", end, len(index))
+        return replace(reports[-1], earlier=tuple(reports[:-1]))
+
+    def _after(self, rows: Sequence[EditRow], total: Updates) -> EvaluationReport:
+        """The report after the edits of `rows`: success as it was right after each, the rest as it is now."""
+        out: list[EditRow] = []
+        for part in _chunks(rows, EDIT_BATCH):
+            values, written = self.on.score(total, [row.index for row in part])
+            for row, now, texts in zip(part, values, written, strict=True):
+                success = now["edit_success.free_exact"]
+                kept = {name: value for name, value in row.values.items() if not name.startswith(NOW)}
+                kept |= {name: value for name, value in now.items() if name.startswith(NOW)}
+                kept |= {"retention.all": success, "retention.tf_token": now["edit_success.tf_token"]}
+                kept |= {"retention.first_10": success} if len(out) < 10 else {}
+                outputs = tuple({**o, "end": text} for o, text in zip(row.outputs, texts, strict=True))
+                out.append(replace(row, values=kept, outputs=outputs))
+        return self._report(f"sequential_{len(rows)}", out, self._model_values(total))
+
+    def _updates(self, index: Sequence[int], *, at_once: bool) -> Updates:
+        texts = [self.on.cards[i].targets[0] for i in index]
+        return self.editor.updates(texts, trunk=self.on.trunk, at_once=at_once)
+
+    def _drawdowns(self, updates: Updates, n_edits: int) -> list[dict[str, float]]:
+        """What each of the edits costs on the held-out text, if there is one."""
+        text = self.on.text
+        return [s.drawdown(text.before) for s in text.read(updates, n_edits)] if text else [{} for _ in range(n_edits)]
+
+    def _model_values(self, updates: Updates) -> dict[str, float]:
+        """Norms and drawdown of a model that holds many edits."""
+        each = {name: float(norm) for name, norm in relative_norms(self.editor.base, updates).items()}
+        norms = {"norm.relative_max": max(each.values())} | {f"norm.relative.{name}": v for name, v in each.items()}
+        return norms | self._drawdowns(updates, 1)[0]
+
+    def _report(
+        self, mode: str, rows: Sequence[EditRow], values: Mapping[str, float], counts: Mapping[str, int] | None = None
+    ) -> EvaluationReport:
+        on, already = self.on, len(self.on) - len(self.on.to_edit)
+        why = {name: on.reasons[name] for name in ("empty_target", "too_long", "invalid_records")}
+        answers: dict[str, set[str]] = {}
+        for row in rows:
+            answers.setdefault(row.prompt, set()).add(row.target_new)
+        clash = {} if mode == "single" else {"conflicting": sum(len(answers[row.prompt]) > 1 for row in rows)}
+        if on.text:
+            values = {**values, "before.perplexity": on.text.before.perplexity}
+            values["before.accuracy"] = on.text.before.accuracy
+        all_counts = {"scored": len(rows), "already_true": already, "skipped": len(on.skipped), **why, **clash}
+        return EvaluationReport(
+            editor=self.editor.name,
+            mode=mode,
+            rows=tuple(rows),
+            summary=summarise(rows),
+            counts=all_counts | dict(counts or {}),
+            seconds=time.perf_counter() - self.start,
+            values=values,
+        )
+
+
+NOW = ("neighbourhood.", "locality.", "fluency.")
+"""What a sequence's report tells of the model as it is at its end, not right after each edit."""
+
+
+def _chunks(values: Sequence[Any], size: int) -> Iterator[list[Any]]:
+    for at in range(0, len(values), size):
+        yield list(values[at : at + size])

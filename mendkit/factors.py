@@ -2,8 +2,9 @@
 
 For y = W x a token t contributes delta_t u_tᵀ to dL/dW, with u_t = x_t the layer's input and delta_t = dL/dy_t. Both
 are read by hooks on the layer, so the orientation of its weight does not matter here. Tokens are chosen by position,
-never by comparing floats with zero (CORRECTNESS row 11): a token counts if it precedes or is the last scored position
-of its text; in the last block's MLP only scored positions can receive a gradient (`Site.scored_only`).
+never by comparing floats with zero (CORRECTNESS row 11). Of a causal model or a decoder a token counts if it precedes
+or is the last scored position of its text; of an encoder, a classifier's too, every token counts; in the last block's
+MLP only scored positions can receive a gradient (`Site.scored_only`).
 Axes: e edits, n tokens of all edits (packed), t tokens padded, i layer input, o layer output.
 """
 
@@ -16,6 +17,8 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
 from .data import Tokens
+from .errors import HyperParamError, ModelError
+from .families import CLASSIFIER
 from .losses import edit_nll, wide
 from .models import BaseModel, Site
 from .trunk import FrozenTrunk, TextBatch, collate
@@ -74,8 +77,10 @@ def capture_factors(
 ) -> Factors:
     """Factors of the edit loss of each text, packed in text order.
 
-    `tokens`: "all" tokens that contribute (MEND), or only the "scored" ones, which predict the answer. `reduction`:
-    the loss is the "sum" of a text's NLL over its target tokens, else their mean.
+    `tokens`: "all" tokens that contribute (MEND), or only the "scored" ones, which predict the answer: a classifier's
+    is the one that its head reads. `reduction`: the loss is the "sum" of a text's NLL over its target tokens, else
+    their mean. Raises HyperParamError if a site has no "scored" tokens: in an encoder, or under a head that reads
+    several.
 
     One pass through the suffix (the whole model where nothing is cached) and one backward pass to the lowest site;
     the model's parameters, their `.grad` and its hooks are left as they were (CORRECTNESS rows 13, 14).
@@ -91,20 +96,26 @@ def capture_factors(
     factors: Factors = {}
     for name, (u, delta) in record_factors(base, loss).items():
         site = next(site for site in base.sites if site.name == name)
-        mask = batch.scored if tokens == "scored" else contributing(site, batch)
-        u, delta = (x.reshape(*mask.shape, -1)[mask] for x in (u, delta))  # some layers see (n · t, d)
+        mask = _scored(base, site, batch) if tokens == "scored" else contributing(base, site, batch)
+        u, delta = (x.to(mask.device).reshape(*mask.shape, -1)[mask] for x in (u, delta))  # some layers see (n · t, d)
         factors[name] = GradientFactors(wide(u), wide(delta), mask.nonzero()[:, 0])
     return factors
 
 
 @torch.no_grad()
 def capture_inputs(trunk: FrozenTrunk, texts: Sequence[Tokens], /) -> Inputs:
-    """Inputs u of every site at the scored positions of `texts`, packed in text order: one suffix pass."""
+    """Inputs u of every site at the scored positions of `texts`, packed in text order: one suffix pass.
+
+    Raises HyperParamError as `capture_factors` of "scored" tokens.
+    """
     batch = collate(texts, trunk.base.pad_id, trunk.base.device)
     with _record(trunk.base) as record:
         trunk.suffix(texts, batch)
-    mask = batch.scored
-    return {name: wide(u.detach().reshape(*mask.shape, -1)[mask]) for name, (u, _) in record.items()}
+    inputs: Inputs = {}
+    for site in trunk.base.sites:
+        mask, u = _scored(trunk.base, site, batch), record[site.name][0].detach()
+        inputs[site.name] = wide(u.to(mask.device).reshape(*mask.shape, -1)[mask])
+    return inputs
 
 
 def record_factors(
@@ -131,22 +142,41 @@ def as_one_loss(factors: Factors, texts: Sequence[Tokens], /) -> Factors:
     return {name: scaled(f) for name, f in factors.items()}
 
 
-def contributing(site: Site, batch: TextBatch) -> Bool[Tensor, "n t"]:
-    """The tokens whose rank-one term is not structurally zero."""
+def contributing(base: BaseModel, site: Site, batch: TextBatch) -> Bool[Tensor, "n p"]:
+    """The tokens, of the p positions that the site sees, whose rank-one term is not structurally zero."""
     if site.scored_only:
         return batch.scored
-    later = batch.scored.flip(1).cumsum(1).flip(1) > 0
-    return later & batch.attention_mask.bool()
+    if base.family == CLASSIFIER or base.sees_encoder(site):
+        return batch.attention_mask.bool()
+    return batch.scored.flip(1).cumsum(1).flip(1) > 0
+
+
+def _scored(base: BaseModel, site: Site, batch: TextBatch) -> Bool[Tensor, "n l"]:
+    several = base.head is not None and base.head.position is None
+    if several or base.sees_encoder(site):
+        why = "the classifier's head reads several tokens" if several else "an encoder's tokens predict nothing"
+        remedy = "" if several else ", or `inner_params` of the decoder only"
+        raise HyperParamError(
+            f"edit_tokens: scored has no meaning for {site.name}: {why}; set `edit_tokens: all`{remedy}"
+        )
+    return batch.scored
 
 
 @contextmanager
 def _record(base: BaseModel) -> Iterator[dict[str, tuple[Tensor, Tensor]]]:
-    """Within the context every site's (input, output) is recorded; the graph starts at the lowest site's output."""
+    """Within the context every site's (input, output) is recorded; the graph starts at the lowest site's output.
+
+    Raises ModelError for a layer that runs twice, as ALBERT's do.
+    """
     seen: dict[str, tuple[Tensor, Tensor]] = {}
     handles = []
 
     def hook_for(name: str):
         def hook(_: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> Tensor:
+            if name in seen:
+                raise ModelError(
+                    f"{name} is used more than once in a pass: its factors are not one layer's; edit another"
+                )
             if not output.requires_grad:
                 output = output.detach().requires_grad_()
             seen[name] = (args[0], output)

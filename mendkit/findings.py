@@ -231,6 +231,31 @@ def spectra(rows: Sequence[Row], /) -> str:
     return f"The first singular direction holds a share of an update's energy of {', '.join(first)}"
 
 
+def costs(results: Mapping[str, Any], /) -> str:
+    """How many times the textbook's speed the kit trains with, on each model."""
+    own = [(name, r) for name, r in results.items() if "train_ratio" in r]
+    said = [f"{r['train_ratio']:.1f} ({name}{'' if r['equal'] else ', but not the same numbers'})" for name, r in own]
+    return f"Edits trained per second, kit over textbook: {', '.join(said)}"
+
+
+def memory(results: Mapping[str, Any], /) -> str:
+    """Memory above the base model, the textbook's and the kit's."""
+    own = [(name, r["memory"]) for name, r in results.items() if "memory" in r]
+    said = [f"{r['textbook']['above_gb']:.2f} and {r['kit']['above_gb']:.2f} GB ({name})" for name, r in own]
+    return f"Peak above the base model, textbook and kit: {', '.join(said)}"
+
+
+def depth(rows: Sequence[Row], /) -> str:
+    """Whether a step costs more on a deeper model."""
+    low, high = rows[0], rows[-1]
+    change = high["seconds_per_edit"] / low["seconds_per_edit"]
+    same = low["gflop_per_edit"] == high["gflop_per_edit"]
+    counted = (
+        "the same operations" if same else f"{high['gflop_per_edit'] / low['gflop_per_edit']:.2f} times the operations"
+    )
+    return f"From {low['layers']} to {high['layers']} layers a step takes {change:.2f} times as long, with {counted}"
+
+
 def short_site(name: str, /) -> str:
     """A site's block and layer: `model.layers.27.mlp.up_proj.weight` → `27.mlp.up_proj`."""
     found = re.search(r"(?:^|\.)(\d+\..*)", name.removesuffix(".weight"))

@@ -21,11 +21,12 @@ from jaxtyping import Float
 from torch import Tensor
 from torch.serialization import get_unsafe_globals_in_checkpoint, safe_globals
 
-from .archive import atomically, load_archive, save_archive
+from .archive import load_archive, save_archive
 from .errors import ArchiveError
 from .hparams import MENDHyperParams
 from .mend import MEND, PARTS, RunningMoments, group_name, stats_name, transformed
 from .models import BaseModel, Site, load_model
+from .runs import atomically
 
 EPS = 1e-7  # published code adds it to every standard deviation
 CONVENTIONS = {"update_sign": -1, "std_floor": 0.0, "std_eps": EPS, "z_clip": None, "whiten": None}

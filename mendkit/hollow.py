@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from torch.nn.modules.module import register_module_parameter_registration_hook
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
-from .checkpoints import DTYPES, check_causal, explained, read_config
+from .checkpoints import DTYPES, checked_loader, explained, is_causal, read_config
 from .errors import ModelError
 from .sites import find_blocks, probe_chain
 
@@ -90,7 +90,9 @@ def hollow_model(place: str | Path, *, dtype: str, trust_remote_code: bool = Fal
     Raises ModelError as `read_checkpoint` does, and for a checkpoint that is not in safetensors files.
     """
     config = read_config(place, trust_remote_code=trust_remote_code)
-    check_causal(config, place)
+    checked_loader(config, place)
+    if not is_causal(config):
+        raise ModelError(f"{place} is no causal language model, and only such ones can be streamed; {WHOLE}")
     with explained("the weights of", place):
         folder = place if isinstance(place, Path) else Path(snapshot_download(place, allow_patterns=["*.safetensors*"]))
     weights = Weights(folder, "")

@@ -218,6 +218,7 @@ class MENDHyperParams:
     max_target_tokens: int = _key(32, low=1)
     max_length: int = _key(512, low=2)
     cache_dir: str | None = None
+    disk_cache_bytes: int = _key(20_000_000_000, low=0, store=_to_bytes, words="bytes, or text such as '20GB',")
     cache_bytes: int = _key(1_500_000_000, low=0, store=_to_bytes, words="bytes, or text such as '1.5GB',")
     release_trunk: bool | str = _key("auto", store=_switch, words="auto, true or false")
     stream_trunk: bool | str = _key("auto", store=_switch, words="auto, true or false")

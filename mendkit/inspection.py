@@ -78,7 +78,7 @@ def _fresh(base: BaseModel, h: MENDHyperParams, texts: Sequence[Tokens], /, *, n
 
 def weight_gradients(base: BaseModel, text: Tokens, /, *, reduction: str = "edit") -> dict[str, Tensor]:
     """autograd's dL/dW (o, i) of every site for one text: the dense matrices that MEND never forms."""
-    weights = {site.name: base.site_module(site).weight for site in base.sites}
+    weights = {site.name: base.site_weight(site) for site in base.sites}
     batch = collate([text], base.pad_id, base.device)
     try:
         for weight in weights.values():
@@ -152,7 +152,7 @@ def anatomy(base: BaseModel, updates: Mapping[str, Updates], gradient: Updates, 
     for series, own in updates.items():
         for site in base.sites:
             update, true = own[site.name], gradient[site.name]
-            size, weight = norms(update), float(base.site_module(site).weight.double().norm())
+            size, weight = norms(update), float(base.site_weight(site).double().norm())
             values = {"cosine": -cosines(update, true), "step": size / norms(true), "norm": size / weight}
             for k in range(len(size)):
                 numbers = {name: float(value[k]) for name, value in values.items()}
@@ -177,7 +177,7 @@ def sweep(trunk: FrozenTrunk, mend: MEND, examples: Sequence[ExampleTexts], /, *
     A negative size turns the update's sign round, 0 is the unedited model.
     """
     updates = updates_of(trunk, mend, [example.edit for example in examples])
-    weight = sum(float(trunk.base.site_module(site).weight.double().norm()) ** 2 for site in mend.sites) ** 0.5
+    weight = sum(float(trunk.base.site_weight(site).double().norm()) ** 2 for site in mend.sites) ** 0.5
     unit = float(sum(norms(update) ** 2 for update in updates.values()).sqrt().mean()) / weight
     pairs, h = [(size, size / unit) for size in sizes], mend.hparams
     return [{"size": r, "strength": s, **validate(trunk, mend, examples, h, strength=s)} for r, s in pairs]

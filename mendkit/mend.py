@@ -16,7 +16,7 @@ a clip on the result; log α is learned with its own learning rate, the sign is 
 Axes: n tokens (packed), i layer input, o layer output, d = i + o.
 """
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -56,6 +56,15 @@ class RunningMoments(nn.Module):
         self.mean += shift * (n / (before + n))
         self.count += n
 
+    @torch.no_grad()
+    def merge(self, total: Callable[[Tensor], Tensor]) -> None:
+        """Join the statistics of several processes: `total` sums a tensor over them."""
+        count = total(self.count)
+        mean = total(self.count * self.mean) / count.clamp(min=1)
+        self.m2.copy_(total(self.m2 + self.count * (self.mean - mean) ** 2))
+        self.mean.copy_(mean)
+        self.count.copy_(count)
+
     def std(self, floor: float) -> Float[Tensor, " d"]:
         """Standard deviation, at least `floor` times the median over the features (units silent in training)."""
         std = self.plain_std()
@@ -84,6 +93,11 @@ class StoredMoments(RunningMoments):
     def add(self, x: Float[Tensor, "n d"]) -> None:
         """Merge the rows of x."""
         super().add(x)
+        self.stored_std.copy_(super().plain_std())
+
+    def merge(self, total: Callable[[Tensor], Tensor]) -> None:
+        """Join the statistics of several processes."""
+        super().merge(total)
         self.stored_std.copy_(super().plain_std())
 
     def std(self, floor: float) -> Float[Tensor, " d"]:
@@ -135,6 +149,14 @@ class Whitening(nn.Module):
             rows, own = x[chosen], groups[chosen]
             sums = x.new_zeros(int(groups.max()) + 1, x.shape[1]).index_add(0, own, rows)
             self._pairs[kind] = sums.T @ sums - rows.T @ rows + self._pairs[kind]
+
+    @torch.no_grad()
+    def merge(self, total: Callable[[Tensor], Tensor]) -> None:
+        """Join the rows that several processes gathered: `total` sums a tensor over them."""
+        zeros = torch.zeros_like(self.matrix[0], dtype=torch.float64)  # a process may have gathered none
+        self.count.copy_(total(self.count))
+        self._second = total(zeros + self._second)
+        self._pairs = [total(zeros + pairs) for pairs in self._pairs]
 
     @torch.no_grad()
     def fit(self) -> None:
@@ -258,10 +280,17 @@ class MEND(nn.Module):
         """The learned step size α of every site."""
         return dict(zip((s.name for s in self.sites), self.steps().detach().tolist(), strict=True))
 
-    def warm_up(self, batches: Iterable[Factors], wordings: Iterable[Wordings] = ()) -> None:
+    def warm_up(
+        self,
+        batches: Iterable[Factors],
+        wordings: Iterable[Wordings] = (),
+        *,
+        total: Callable[[Tensor], Tensor] | None = None,
+    ) -> None:
         """Gather the normaliser's statistics from training factors; they stay frozen afterwards.
 
-        With `whiten_pairs` the statistics of u come from `wordings` instead.
+        With `whiten_pairs` the statistics of u come from `wordings` instead. Where several processes gather, `total`
+        sums a tensor over them.
         """
         for factors in batches:
             for site in self.sites:
@@ -270,6 +299,8 @@ class MEND(nn.Module):
             for site in self.sites:
                 self.moments[stats_name(site, self.hparams)]["u"].add(inputs[site.name], groups, first)
         for module in self.modules():
+            if total is not None and isinstance(module, (RunningMoments, Whitening)):
+                module.merge(total)
             if isinstance(module, Whitening):
                 module.fit()
 

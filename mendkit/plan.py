@@ -31,7 +31,7 @@ from .hparams import MENDHyperParams
 from .mend import MEND
 from .models import BUNDLED, BaseModel, bundled_model
 from .runs import clock, free_memory
-from .training import FACTOR_BATCH, STRUCTURE, Sampler, Trainer
+from .training import FACTOR_BATCH, STRUCTURE, Sampler, Trainer, make_optimiser
 from .trunk import FrozenTrunk, _chunks, collate
 from .validation import validate
 
@@ -304,7 +304,7 @@ class _Planner:
         trainer, h, seconds, working = self.trainer, self.h, [], 0
         steps = trainer.steps()
         validating, validation_peak = self._validation(run)
-        optimiser, sampler = trainer.optimiser(), Sampler(trainer.train_texts, trainer.train_examples, h)
+        optimiser, sampler = make_optimiser(trainer.mend, h), Sampler(trainer.train_texts, trainer.train_examples, h)
         for at, index in zip(range(4), iter(sampler), strict=False):
             if self.uncached == 0:  # what is drawn lies in the cache already
                 trainer.factors.fill([trainer.train_texts[i].edit for i in index])

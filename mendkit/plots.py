@@ -353,6 +353,61 @@ def _sweeps(name: str, finding: str, sweeps: Mapping[str, Sequence[Row]], /, *, 
     return _chart(name, finding, figure, rows, note=note)
 
 
+# ------------------------------------------------------------------------------------------------------- costs
+
+
+def costs_of_training(results: Mapping[str, Any], /) -> Chart:
+    """Seconds per edit of every way to train, a panel for each model (`run_bench`'s results)."""
+    models = {name: own for name, own in results.items() if "train" in own}
+    rows = [
+        {"model": model, "way": way, "seconds_per_edit": found["seconds_per_edit"], "ratio": found["ratio"]}
+        for model, own in models.items()
+        for way, found in own["train"].items()
+    ]
+    n = " and ".join(f"{own['workload']['edits_per_step']}" for own in models.values())
+    note = f"medians over turns; n = {n} edits a step, the optimiser's share included"
+    unit = "seconds per edit trained"
+    return _bars("costs_of_training", findings.costs(results), rows, "seconds_per_edit", unit=unit, note=note)
+
+
+def memory_of_training(results: Mapping[str, Any], /) -> Chart:
+    """Peak memory above the base model of every way to train, a panel for each model (`run_bench`'s results)."""
+    models = {name: own for name, own in results.items() if "memory" in own}
+    rows = [{"model": m, "way": way, **found} for m, own in models.items() for way, found in own["memory"].items()]
+    n = len({row["way"] for row in rows})
+    note = f"caches included; n = {n} ways, each measured once, in a process of its own"
+    unit = "peak above the base model (GB)"
+    return _bars("memory_of_training", findings.memory(results), rows, "above_gb", unit=unit, note=note)
+
+
+def depth_curve(depths: Mapping[str, Row], /) -> Chart:
+    """Seconds per edit trained against the number of layers (`depths` of `run_bench`'s results)."""
+    rows = [{"layers": int(count), **found} for count, found in depths.items()]
+    figure, (ax,) = _panels(1, 3.4)
+    ax.plot([r["layers"] for r in rows], [r["seconds_per_edit"] for r in rows], "o-", color=BLUE)
+    ax.set(xlabel="layers of the model (count)", ylabel="seconds per edit trained")
+    ax.set_ylim(0, None)
+    note = f"n = {len(rows)} random models of equal width; medians over turns"
+    return _chart("depth", findings.depth(rows), figure, rows, note=note)
+
+
+def _bars(name: str, finding: str, rows: Sequence[Row], key: str, *, unit: str, note: str) -> Chart:
+    """A horizontal bar for each `way`, a panel for each `model`; the first, the textbook, is grey, the second blue."""
+    models, ways = (list(dict.fromkeys(row[k] for row in rows)) for k in ("model", "way"))
+    figure, axes = _panels(len(models), 1.3 + (0.4 + 0.26 * len(ways)) * len(models), columns=1)
+    for ax, model in zip(axes, models, strict=True):
+        own = [row for row in rows if row["model"] == model]
+        colours = [GREY, BLUE, *[ORANGE] * len(own)][: len(own)]
+        ax.barh(range(len(own)), [row[key] for row in own], 0.7, color=colours)
+        for y, row in enumerate(own):
+            ax.text(row[key], y, f" {row[key]:.3g}", va="center", fontsize=8)
+        ax.set_xlim(0, max(row[key] for row in own) * 1.15)
+        _categories(ax, [row["way"] for row in own])
+        ax.set_title(model, fontsize=9, loc="left")
+        ax.set(xlabel=unit, ylabel="way to train")
+    return _chart(name, finding, figure, rows, note=note, key=False)
+
+
 # ---------------------------------------------------------------------------------------------------- helpers
 
 

@@ -28,11 +28,11 @@ from pathlib import Path
 from typing import Any
 
 from .archive import inspect_archive, load_archive
-from .data import read_examples
 from .errors import MendkitError
 from .hparams import ALIASES, NO_EFFECT, MENDHyperParams, parse_overrides
 from .models import load_model
 from .notebook import CHECKOUT, Failure, Parameter, export_html, read_parameters, run_notebook
+from .readers import read_examples
 from .report_page import write_page
 from .runs import Progress, clock, provenance, write_json
 

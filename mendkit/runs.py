@@ -59,20 +59,25 @@ def seed_everything(seed: int) -> None:
     torch.manual_seed(seed)
 
 
-def write_json(path: str | Path, values: Any) -> Path:
-    """Write JSON atomically."""
-    path = Path(path)
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}-", text=True)
+def atomically(path: Path, write: Callable[[str], object]) -> Path:
+    """Let `write` fill a temporary file, and rename it to `path`; what was there stays if that fails."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}-")
+    os.close(handle)
     try:
-        with os.fdopen(handle, "w", encoding="utf-8") as file:
-            json.dump(values, file, indent=1, ensure_ascii=False)
-            file.write("\n")
+        write(temporary)
         os.chmod(temporary, 0o644)
         os.replace(temporary, path)
     except BaseException:
         os.unlink(temporary)
         raise
     return path
+
+
+def write_json(path: str | Path, values: Any) -> Path:
+    """Write JSON atomically."""
+    text = json.dumps(values, indent=1, ensure_ascii=False) + "\n"
+    return atomically(Path(path), lambda temporary: Path(temporary).write_text(text, encoding="utf-8"))
 
 
 def peak_memory_gb() -> float:
@@ -113,10 +118,10 @@ def in_notebook() -> bool:
 
 class Progress:
     """One live line: in a terminal rewritten in place, in a notebook (live, executed or exported) one display that is
-    updated, elsewhere a log line now and then."""
+    updated, elsewhere a log line now and then. Nothing at all if `silent`."""
 
-    def __init__(self, title: str) -> None:
-        self.title = title
+    def __init__(self, title: str, *, silent: bool = False) -> None:
+        self.title, self.silent = title, silent
         self._handle: Any = None
         self._last = 0.0
 
@@ -124,7 +129,7 @@ class Progress:
         """Show `text` as the live line; at most four times a second unless forced."""
         now = time.monotonic()
         quiet = 0.25 if in_notebook() or sys.stderr.isatty() else 30.0
-        if not force and now - self._last < quiet:
+        if self.silent or (not force and now - self._last < quiet):
             return
         self._last = now
         line = f"{self.title}: {text}"

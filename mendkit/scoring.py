@@ -1,7 +1,7 @@
 """Teacher-forced values of texts under edits: what evaluation and validation are made of.
 
 Every text belongs to an edit; a batch of independent edits is one suffix pass with one side branch per edit.
-Axes: s scored positions (packed), v vocabulary.
+Axes: s scored positions (packed), v vocabulary (or a classifier's classes).
 """
 
 from collections.abc import Sequence
@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 import torch
 
-from .data import Tokens, tokenize
+from .data import Tokens
 from .edit import LowRankUpdate, Updates, side_branches
 from .losses import wide
 from .models import BaseModel
@@ -29,8 +29,8 @@ class Forced:
 
 
 def select(updates: Updates, index: Sequence[int]) -> dict[str, LowRankUpdate]:
-    """The updates of some of the edits, in the order of `index`."""
-    return {name: update.select(list(index)) for name, update in updates.items()}
+    """The updates of some of the edits, in the order of `index`; a single edit serves them all as it is."""
+    return {name: u if len(u) == 1 else u.select(list(index)) for name, u in updates.items()}
 
 
 @torch.no_grad()
@@ -62,13 +62,15 @@ def forced(
 def next_tokens(base: BaseModel, prompt: str, /, *, k: int = 8, among: Sequence[str] = ()) -> dict[str, float]:
     """The k most probable next tokens after a prompt and those of `among`, as text with probability, best first.
 
-    The model is read as it is: with whatever edit is applied to it.
+    Of a sequence-to-sequence model the answer's first tokens, of a classifier the labels. The model is read as it is:
+    with whatever edit is applied to it.
     """
-    ids = torch.tensor([tokenize(base.tokenizer, prompt).ids], device=base.device)
-    p = base.model(input_ids=ids, use_cache=False).logits[0, -1].float().softmax(-1)
-    wanted = {base.tokenizer.encode(token, add_special_tokens=False)[0] for token in among}
+    text = base.tokenize(prompt)
+    p = wide(FrozenTrunk(base).suffix([text], collate([text], base.pad_id, base.device)))[0].softmax(-1)
+    labels = base.labels
+    wanted = {labels.id(t) if labels else base.tokenizer.encode(t, add_special_tokens=False)[0] for t in among}
     chosen = sorted({*p.topk(min(k, len(p))).indices.tolist(), *wanted}, key=lambda i: -float(p[i]))
-    return {base.tokenizer.decode([i]): float(p[i]) for i in chosen}
+    return {labels.names[i] if labels else base.tokenizer.decode([i]): float(p[i]) for i in chosen}
 
 
 def _read(trunk: FrozenTrunk, rows: Sequence[Tokens], updates: Updates | None, compare: bool) -> list[Forced]:

@@ -218,8 +218,10 @@ def _site(model: PreTrainedModel, name: str, stacks: dict[str, nn.ModuleList]) -
         if module_name.startswith(f"{path}."):
             index, _, inner = module_name.removeprefix(f"{path}.").partition(".")
             block = int(index)
-            alone_and_last = len(stacks) == 1 and block == len(blocks) - 1
-            scored_only = alone_and_last and _position_wise(blocks[block], inner.partition(".")[0])
+            decodes = len(stacks) == 1 or _attention_count(blocks[block]) == 2
+            scored_only = (
+                decodes and block == len(blocks) - 1 and _position_wise(blocks[block], inner.partition(".")[0])
+            )
     return Site(name, module_name, d_in, d_out, transposed, block, scored_only)
 
 

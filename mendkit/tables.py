@@ -9,7 +9,7 @@ from statistics import quantiles
 from typing import Any
 
 from . import findings
-from .data import EditExample, tokenize
+from .data import EditExample
 from .editor import MENDEditor
 from .evaluate import HARMONIC, EvaluationReport, Interval, normalise
 from .findings import Row
@@ -167,7 +167,9 @@ def answers(base: BaseModel, e: EditExample, /) -> Row:
     """An edit's prompt, its new and old answer, and their first tokens after the prompt (None: unknown)."""
 
     def first(answer: str | None) -> str | None:
-        return answer and base.tokenizer.decode([tokenize(base.tokenizer, e.prompt, answer).targets[0]])
+        if not answer or base.labels:
+            return answer and base.said(answer)
+        return base.tokenizer.decode([base.tokenize(e.prompt, answer).targets[0]])
 
     own = {"new_token": first(e.target_new), "old_token": first(e.ground_truth)}
     return {"prompt": e.prompt, "new": e.target_new, "old": e.ground_truth, **own}

@@ -3,8 +3,8 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from .data import EditExample, Probe, Tokens, tokenize
-from .errors import DataError
+from .data import EditExample, Probe, Tokens, join
+from .errors import LimitError
 from .hparams import MENDHyperParams
 from .models import BaseModel
 
@@ -37,27 +37,31 @@ class ExampleTexts:
 
 
 def edit_tokens(base: BaseModel, hparams: MENDHyperParams, example: EditExample, prompt: str | None = None) -> Tokens:
-    """`prompt` (default: the edit prompt) with the example's new answer; raises DataError if the answer is too long."""
-    tokens = tokenize(
-        base.tokenizer,
+    """`prompt` (default: the edit prompt) with the example's new answer; raises LimitError if that is too long."""
+    tokens = base.tokenize(
         example.prompt if prompt is None else prompt,
         example.target_new,
         add_eos=hparams.add_eos,
         max_length=hparams.max_length,
     )
     if len(tokens.targets) > hparams.max_target_tokens:
-        raise DataError(
+        raise LimitError(
             f"target_new {example.target_new!r} has {len(tokens.targets)} tokens, the limit is "
             f"{hparams.max_target_tokens}; shorten it or raise `max_target_tokens`"
         )
     return tokens
 
 
+def told(example: EditExample, prompt: str) -> str:
+    """A prompt with the example's new fact before it."""
+    return f"{join(example.prompt, example.target_new)}.\n{prompt}"
+
+
 def prepare_texts(base: BaseModel, h: MENDHyperParams, examples: Sequence[EditExample]) -> list[ExampleTexts]:
     """Tokenise every text of the examples once."""
 
     def keep(probe: Probe) -> Tokens:
-        return tokenize(base.tokenizer, probe.prompt, probe.answer, max_length=h.max_length)
+        return base.tokenize(probe.prompt, probe.answer, max_length=h.max_length)
 
     return [
         ExampleTexts(

@@ -13,9 +13,12 @@ import hashlib
 import json
 import logging
 import math
+import operator
 import time
-from collections.abc import Iterator, Sequence
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -24,8 +27,9 @@ from torch import Tensor
 
 from .archive import load_archive, save_archive
 from .data import EditExample, Tokens
+from .distributed import Team
 from .edit import side_branches
-from .errors import MendkitError
+from .errors import HyperParamError, MendkitError
 from .factors import Factors, capture_factors, capture_inputs, pack, unpack
 from .hparams import MENDHyperParams
 from .losses import edit_nll, locality_kl, wide
@@ -33,7 +37,7 @@ from .mend import MEND, Wordings
 from .models import BaseModel, load_for_training
 from .runs import Progress, open_run, provenance, return_memory
 from .texts import ROLES, ExampleTexts, prepare_texts, role_weights
-from .trunk import FrozenTrunk, collate
+from .trunk import FrozenTrunk, collate, trunk_cache
 from .validation import validate
 
 logger = logging.getLogger(__name__)
@@ -62,10 +66,15 @@ class TrainingResult:
 
 
 class FactorCache:
-    """Factors per text: kept in memory within a byte budget, recomputed from the trunk beyond it."""
+    """Factors per text: kept in memory within a byte budget, recomputed from the trunk beyond it.
 
-    def __init__(self, trunk: FrozenTrunk, hparams: MENDHyperParams) -> None:
-        self.trunk = trunk
+    Not on disk: they take many times the room of the trunk states that they are computed from in one suffix pass, and
+    depend on sites, tokens and reduction besides. With `as_needed` what `get` computes is kept, too: of several
+    processes none needs all.
+    """
+
+    def __init__(self, trunk: FrozenTrunk, hparams: MENDHyperParams, *, as_needed: bool = False) -> None:
+        self.trunk, self.as_needed = trunk, as_needed
         self.how = {"tokens": hparams.edit_tokens, "reduction": hparams.loss_reduction}
         self.budget, self.bytes = hparams.cache_bytes, 0
         self._kept: dict[Tokens, Factors] = {}
@@ -77,9 +86,7 @@ class FactorCache:
             if self.bytes >= self.budget:
                 return
             chunk = order[at : at + FACTOR_BATCH]
-            for text, factors in zip(chunk, self._compute(chunk), strict=True):
-                self._kept[text] = factors
-                self.bytes += sum(4 * (f.u.numel() + f.delta.numel()) for f in factors.values())
+            self._keep(dict(zip(chunk, self._compute(chunk), strict=True)))
             if progress is not None:
                 progress(min(at + FACTOR_BATCH, len(order)), len(order))
 
@@ -87,7 +94,13 @@ class FactorCache:
         """Packed factors of some texts."""
         missing = [text for text in texts if text not in self._kept]
         fresh = dict(zip(missing, self._compute(missing), strict=True)) if missing else {}
+        if self.as_needed and self.bytes < self.budget:
+            self._keep(fresh)
         return pack([self._kept.get(text) or fresh[text] for text in texts])
+
+    def _keep(self, factors: Mapping[Tokens, Factors]) -> None:
+        self._kept |= factors
+        self.bytes += sum(4 * (f.u.numel() + f.delta.numel()) for own in factors.values() for f in own.values())
 
     def __len__(self) -> int:
         return len(self._kept)
@@ -182,8 +195,8 @@ def batch_losses(
     keep = torch.tensor([role in ("neighbours", "unrelated") for role in roles], device=logits.device)
     at = keep[batch.rows]
     by_row = torch.zeros(len(rows), dtype=wide(logits).dtype, device=logits.device)
-    if not bool(keep.all()):
-        by_row = by_row + edit_nll(logits[~at], batch.targets[~at], batch.rows[~at], len(rows))
+    if not bool(keep.all()):  # cross entropy ignores a target of -100, at less cost than choosing rows of logits
+        by_row = by_row + edit_nll(logits, batch.targets.masked_fill(at, -100), batch.rows, len(rows))
     if bool(keep.any()):
         kept = [row for row, k in zip(rows, keep.tolist(), strict=True) if k]
         before = trunk.before(kept, collate(kept, trunk.base.pad_id, trunk.base.device))
@@ -209,6 +222,16 @@ def learning_rate_factor(step: int, h: MENDHyperParams, max_iters: int) -> float
     return warm * (0.1 + 0.9 * 0.5 * (1 + math.cos(math.pi * min(step / max_iters, 1.0))))
 
 
+def make_optimiser(mend: MEND, h: MENDHyperParams, /) -> torch.optim.Optimizer:
+    """One optimiser, two groups: transforms (`lr`) and log step sizes (`lr_lr`)."""
+    transforms = [p for n, p in mend.named_parameters() if n != "log_edit_lr"]
+    groups = [
+        {"params": transforms, "lr": h.lr, "base": h.lr},
+        {"params": [mend.log_edit_lr], "lr": h.lr_lr, "base": h.lr_lr},
+    ]
+    return getattr(torch.optim, h.opt)(groups, fused=True)  # one pass over parameters, gradients and moments
+
+
 class Trainer:
     """State of one training run; `run()` is the loop."""
 
@@ -216,7 +239,8 @@ class Trainer:
         self, base: BaseModel, hparams: MENDHyperParams, train, val, run_dir: Path, *, done_with_base: bool = False
     ) -> None:
         self.started = time.perf_counter()
-        self.progress = Progress("MEND")
+        self.team = Team(hparams.device)
+        self.progress = Progress("MEND", silent=self.team.rank > 0)
         self.loaded = None
         if hparams.archive is not None:
             archive = load_archive(hparams.archive, base=base)
@@ -229,15 +253,20 @@ class Trainer:
         held_out = min(hparams.stats_examples, len(texts) // 2) if hparams.stats_held_out else 0
         self.train_texts, self.stats_texts = texts[: len(texts) - held_out], texts[len(texts) - held_out :]
         self.train_examples = train[: len(self.train_texts)]
+        if min(hparams.batch_size, len(self.train_texts)) < self.team.size:
+            raise HyperParamError(
+                f"batch_size: {hparams.batch_size} of {len(self.train_texts)} training examples cannot be shared by "
+                f"{self.team.size} processes; raise `batch_size`, give more examples, or start fewer processes"
+            )
         self.val_texts = prepare_texts(base, hparams, val[: hparams.val_steps])
-        self.trunk = FrozenTrunk(base, cache_dir=hparams.cache_dir or run_dir / "cache")
-        self.factors = FactorCache(self.trunk, hparams)
+        self.trunk = FrozenTrunk(base, cache=trunk_cache(base, hparams.cache_dir, limit=hparams.disk_cache_bytes))
+        self.factors = FactorCache(self.trunk, hparams, as_needed=self.team.size > 1)
         self.history: list[dict[str, float]] = []
         self.best: dict[str, float] = {}
         self.archive = run_dir / "archive.safetensors"
         self.normaliser_examples = 0
         self.release = hparams.release_trunk is True or (
-            hparams.release_trunk == "auto" and done_with_base and self.trunk.split
+            hparams.release_trunk == "auto" and done_with_base and self.trunk.split and not base.is_spread
         )
 
     def prepare(self) -> None:
@@ -245,9 +274,11 @@ class Trainer:
         show = self.progress.phase
         t0 = time.perf_counter()
         chosen = self.statistics_examples() if self.loaded is None else []
-        self.fill_trunk(chosen)
+        own = self.team.share(chosen)
+        self.fill_trunk(own)
         t1 = time.perf_counter()
-        self.factors.fill([t.edit for t in self.train_texts], show("factors"))
+        if not self.factors.as_needed:
+            self.factors.fill([t.edit for t in self.train_texts], show("factors"))
         t2 = time.perf_counter()
         self.cache = {"trunk_seconds": t1 - t0, "factor_seconds": t2 - t1}
         self.cache |= {"factor_bytes": self.factors.bytes, "factor_examples": len(self.factors)}
@@ -260,7 +291,12 @@ class Trainer:
                 "training examples and `stats_examples`, or set `whiten_pairs: false`",
                 len(chosen),
             )
-        self.mend.warm_up(self.statistics(chosen), self.paired(chosen) if self.hparams.whiten_pairs else ())
+        self.mend.warm_up(
+            self.statistics(own),
+            self.paired(own) if self.hparams.whiten_pairs else (),
+            total=self.team.total if self.team.size > 1 else None,
+        )
+        self.team.align(self.mend)
         return_memory()
         self.cache["statistics_seconds"] = time.perf_counter() - t2
 
@@ -313,15 +349,6 @@ class Trainer:
             yield capture_inputs(self.trunk, texts), torch.tensor(groups), torch.tensor(first)
             show(min(at + FACTOR_BATCH, len(examples)), len(examples))
 
-    def optimiser(self) -> torch.optim.Optimizer:
-        """One optimiser, two groups: transforms (`lr`) and log step sizes (`lr_lr`)."""
-        transforms = [p for n, p in self.mend.named_parameters() if n != "log_edit_lr"]
-        groups = [
-            {"params": transforms, "lr": self.hparams.lr, "base": self.hparams.lr},
-            {"params": [self.mend.log_edit_lr], "lr": self.hparams.lr_lr, "base": self.hparams.lr_lr},
-        ]
-        return getattr(torch.optim, self.hparams.opt)(groups)
-
     def steps(self) -> int:
         """Optimiser steps that the hyperparameters ask for."""
         h = self.hparams
@@ -332,7 +359,7 @@ class Trainer:
         """Train until the steps, the time or the patience are used up; the best archive is on disk at the end."""
         self.prepare()
         h = self.hparams
-        optimiser, sampler = self.optimiser(), Sampler(self.train_texts, self.train_examples, h)
+        optimiser, sampler = make_optimiser(self.mend, h), Sampler(self.train_texts, self.train_examples, h)
         max_iters = self.steps()
         batches, best_step, stopped = iter(sampler), 0, "all steps done"
         loop_start = time.perf_counter()
@@ -343,7 +370,7 @@ class Trainer:
             self.progress.step(step, max_iters, row, elapsed, self.best)
             if step % h.log_interval == 0 or step == 1:
                 self.record({"step": step, "seconds": elapsed, **row})
-            out_of_time = h.max_seconds is not None and elapsed > h.max_seconds
+            out_of_time = h.max_seconds is not None and self.team.first(partial(operator.gt, elapsed, h.max_seconds))
             if (step % h.val_interval == 0 or step == max_iters or out_of_time) and self.validate(step):
                 best_step = step
             if out_of_time:
@@ -354,21 +381,30 @@ class Trainer:
                 break
         self.progress.close()
         seconds = time.perf_counter() - self.started
-        return TrainingResult(
+        result = TrainingResult(
             self.archive, tuple(self.history), self.best, seconds, stopped, self.normaliser_examples, self.cache
         )
+        return self.team.first(lambda: result)
 
     def step(self, step, optimiser, sampler, batches, max_iters: int) -> dict[str, float]:
         """One optimiser step over `accumulate_bs` micro-batches; returns the mean losses and the gradient norm."""
         h, sums = self.hparams, {}
         for _ in range(h.accumulate_bs):
-            index = next(batches)
-            own = sampler.texts(index)
+            every = sampler.texts(next(batches))
+            own = self.team.share(every)
             losses = batch_losses(self.trunk, self.mend, self.factors.get([rows[0][1] for rows in own]), own)
+            whole, here = (Counter(role for rows in some for role, _ in rows) for some in (every, own))
+            losses = {role: loss * (here[role] / whole[role]) for role, loss in losses.items()}  # sums to the mean
             total = total_loss(losses, h) / h.accumulate_bs
             total.backward()
-            for name, value in {"loss": total * h.accumulate_bs, **losses}.items():
-                sums[name] = sums.get(name, 0.0) + float(value.detach()) / h.accumulate_bs
+            values = {"loss": total * h.accumulate_bs, **losses}
+            for name in ("loss", *(role for role in ROLES if whole[role])):
+                value = float(values[name].detach()) if name in values else 0.0
+                sums[name] = sums.get(name, 0.0) + value / h.accumulate_bs
+        self.team.sum_gradients(self.mend.parameters())
+        sums = dict(
+            zip(sums, self.team.total(torch.tensor([*sums.values()], dtype=torch.float64)).tolist(), strict=True)
+        )
         norm = float(torch.nn.utils.clip_grad_norm_(self.mend.parameters(), h.grad_clip))
         if not math.isfinite(norm):
             raise MendkitError(f"step {step}: the gradient is not finite; lower `edit_lr` or `lr`")
@@ -379,7 +415,10 @@ class Trainer:
         return sums | {"grad_norm": norm}
 
     def validate(self, step: int) -> bool:
-        """Validate, write the archive if it is the best so far; whether it was."""
+        """Validate, write the archive if it is the best so far; whether it was. The first process does it for all."""
+        return self.team.first(partial(self._validate, step))
+
+    def _validate(self, step: int) -> bool:
         h = self.hparams
         values = validate(self.trunk, self.mend, self.val_texts, h)
         row = {
@@ -409,8 +448,10 @@ class Trainer:
         }
 
     def record(self, row: dict[str, float]) -> None:
-        """Keep a history row, in memory and in the run folder."""
+        """Keep a history row, in memory and (the first process) in the run folder."""
         self.history.append(row)
+        if self.team.rank:
+            return
         with (self.run_dir / "history.jsonl").open("a", encoding="utf-8") as file:
             file.write(json.dumps(row) + "\n")
 
@@ -428,14 +469,16 @@ def train(
     """Train a hypernetwork on `train_examples` and write the archive that is best on `val_examples`.
 
     `hparams.archive` null starts anew, a path goes on from it (its sites and the hypernetwork's shape are kept). Writes
-    `archive.safetensors`, `history.jsonl` and the texts' cache into `run_dir`. `done_with_base`: `base` serves this
-    training alone, so that `release_trunk: auto` may free what lies below the edits. Raises MendkitError if there is
-    nothing to train or validate on, or if the gradient is no longer finite.
+    `archive.safetensors` and `history.jsonl` into `run_dir`. `done_with_base`: `base` serves this training alone, so
+    `release_trunk: auto` may free what lies below the edits. Raises MendkitError if there is nothing to train or
+    validate on, or if the gradient is no longer finite.
     """
     if not train_examples or not val_examples:
         raise MendkitError("training needs at least one training and one validation example")
-    run = open_run(run_dir, hparams)
-    (run / "history.jsonl").unlink(missing_ok=True)
+    team = Team(hparams.device)
+    run = team.first(partial(open_run, run_dir, hparams))
+    if team.rank == 0:
+        (run / "history.jsonl").unlink(missing_ok=True)
     done_with_base = done_with_base or base is None
     base = base or load_for_training(hparams)
     return Trainer(base, hparams, train_examples, val_examples, run, done_with_base=done_with_base).run()

@@ -3,16 +3,15 @@
 An edit changes only its sites, so the hidden states entering the lowest edited block (the *trunk states*) and the
 unedited model's last hidden state at the scored positions (the *reference*) are constants of a frozen model.
 `FrozenTrunk` computes both in one pass per text, keeps them in a file, and runs the rest of the model (the *suffix*)
-from them: the block list is swapped for one whose lower entries hand the stored states on, so that any decoder's own
-code does the work. Logits are computed only at scored positions. A model without a clean split runs whole, with the
-same numbers. Axes: n texts, t padded tokens, d width, s scored positions, v vocabulary.
+from them: the block list is swapped for one whose lower entries hand the stored states on, so that any model's own code
+does the work. Logits are computed only at scored positions. A classifier's reference is its logits. A model without a
+clean split, such as one of an encoder and a decoder, runs whole, with the same numbers.
+Axes: n texts, t padded tokens, l padded tokens of a decoder (else t), d width, s scored positions, v vocabulary.
 """
 
 import hashlib
-import json
 import logging
-import os
-import tempfile
+import random
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
@@ -24,10 +23,12 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
+from .cache import SHARD_BYTES, TextCache
 from .data import Tokens
 from .errors import ModelError
+from .families import CLASSIFIER
 from .hollow import present, standing_in, trunk_names
-from .models import BaseModel, model_fingerprint
+from .models import BaseModel, weights_sha256
 
 logger = logging.getLogger(__name__)
 
@@ -40,8 +41,9 @@ class TextBatch:
 
     input_ids: Int[Tensor, "n t"]
     attention_mask: Int[Tensor, "n t"]
-    scored: Bool[Tensor, "n t"]
+    scored: Bool[Tensor, "n l"]
     targets: Int[Tensor, " s"]  # the token each scored position predicts, -100 where the text has no answer
+    decoder_ids: Int[Tensor, "n l"] | None = None  # causal attention: its padding needs no mask
 
     @property
     def rows(self) -> Int[Tensor, " s"]:
@@ -54,16 +56,20 @@ class TextBatch:
 
 def collate(texts: Sequence[Tokens], pad_id: int, device: torch.device | str = "cpu", /) -> TextBatch:
     """Right-pad texts into one batch."""
-    n, t = len(texts), max(len(text.ids) for text in texts)
-    ids = torch.full((n, t), pad_id, dtype=torch.long)
-    mask, scored = torch.zeros((n, t), dtype=torch.long), torch.zeros((n, t), dtype=torch.bool)
+
+    def padded(rows: Sequence[Sequence[int]], filler: int) -> Tensor:
+        width = max(map(len, rows))
+        return torch.tensor([[*row, *[filler] * (width - len(row))] for row in rows], device=device)
+
+    ids = padded([text.ids for text in texts], pad_id)
+    mask = padded([[1] * len(text.ids) for text in texts], 0)
+    decoder = padded([text.decoder for text in texts], pad_id) if texts[0].decoder else None
+    scored = torch.zeros((ids if decoder is None else decoder).shape, dtype=torch.bool)
     targets: list[int] = []
     for row, text in enumerate(texts):
-        ids[row, : len(text.ids)] = torch.tensor(text.ids)
-        mask[row, : len(text.ids)] = 1
         scored[row, list(text.scored)] = True
         targets.extend(text.targets or [-100] * len(text.scored))
-    return TextBatch(ids.to(device), mask.to(device), scored.to(device), torch.tensor(targets, device=device))
+    return TextBatch(ids, mask, scored.to(device), torch.tensor(targets, device=device), decoder)
 
 
 @contextmanager
@@ -75,17 +81,18 @@ def _start_at(base: BaseModel, first: int, states: Tensor | None, *, last: int |
 
 
 @contextmanager
-def only_scored(base: BaseModel, scored: Bool[Tensor, "n t"]) -> Iterator[list[Tensor]]:
-    """Within the context the output layer sees only scored positions; yields a list that receives what it saw."""
-    seen: list[Tensor] = []
+def only_scored(base: BaseModel, scored: Bool[Tensor, "n l"]) -> Iterator[None]:
+    """Within the context the output layer sees only scored positions; a classifier's head reads one anyway."""
+    if base.family == CLASSIFIER:
+        yield
+        return
 
     def select(_: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-        seen.append(args[0][scored])
-        return (seen[-1], *args[1:])
+        return (args[0][scored.to(args[0].device)], *args[1:])
 
     handle = base.model.get_output_embeddings().register_forward_pre_hook(select)
     try:
-        yield seen
+        yield
     finally:
         handle.remove()
 
@@ -93,38 +100,44 @@ def only_scored(base: BaseModel, scored: Bool[Tensor, "n t"]) -> Iterator[list[T
 class FrozenTrunk:
     """Trunk states and references of a set of texts, for one base model and its edit sites.
 
-    `fill(texts)` computes what is missing; `cache_dir` keeps the values of each filled set in one file, keyed by the
-    model's and the texts' hashes and written atomically. States are kept in the model's dtype (bfloat16 as its bits in
-    uint16, which numpy has). Blocks whose weights are not in memory are read from the checkpoint, one at a time.
+    `fill(texts)` computes what is missing, unless `cache` has it on disk, and puts it there. States are kept in the
+    model's dtype (bfloat16 as its bits in uint16, which numpy has). A text's values can differ in their last bits with
+    the texts that shared its pass; those on disk are of the pass that came first. Blocks whose weights are not in
+    memory are read from the checkpoint, one at a time. `label_only` false computes the logits of every position, as
+    others do, to show what that costs.
     """
 
-    def __init__(self, base: BaseModel, *, cache_dir: str | Path | None = None) -> None:
-        self.base = base
-        self.cache_dir = Path(cache_dir) if cache_dir else None
+    def __init__(self, base: BaseModel, *, cache: TextCache | None = None, label_only: bool = True) -> None:
+        self.base, self.cache, self.label_only = base, cache, label_only
         self.split = base.blocks is not None and base.blocks.first > 0
-        self._rows: dict[Any, tuple[np.ndarray, int, np.ndarray, int]] = {}
+        self._rows: dict[Any, tuple[np.ndarray, np.ndarray]] = {}  # states, reference
 
     def fill(self, texts: Sequence[Tokens], progress: Any = None) -> int:
-        """Compute and keep the values of `texts`; returns how many were not already in memory."""
+        """Keep the values of `texts`, read or computed; returns how many were not there already."""
         if self.base.blocks is None:
             return 0
         missing = list({t.key: t for t in texts if t.key not in self._rows}.values())
         missing.sort(key=lambda t: (len(t.ids), t.key))
-        if not missing:
-            return 0
-        states, reference = self._load(missing) or self._compute(missing, progress)
-        at = scored_at = 0
-        for text in missing:
-            self._rows[text.key] = (states, at, reference, scored_at)
-            at, scored_at = at + len(text.ids), scored_at + len(text.scored)
+        left = self._read(missing)
+        if len(left) < len(missing):
+            logger.info("trunk: %d texts read from %s", len(missing) - len(left), self.cache.folder)
+        streamed = left and self.base.released > 0  # then the checkpoint is read once for all of them
+        portions, done = [left] if streamed else list(_portions(left, self._portion)), 0
+        if self.cache is not None:  # in any order: processes that fill the same texts at once share the work
+            random.SystemRandom().shuffle(portions)
+        for portion in portions:
+            own = self._read(portion)
+            if own:
+                show = progress and (lambda n, _, before=done: progress(before + n, len(left)))
+                self._keep(own, *self._compute(own, show))
+            done += len(portion)
         return len(missing)
 
     def states(self, texts: Sequence[Tokens], t: int) -> Float[Tensor, "n t d"]:
         """Trunk states of `texts`, right-padded with zeros to `t` tokens."""
-        rows = [self._rows[text.key] for text in texts]
         out = torch.zeros((len(texts), t, self._width), dtype=self.base.dtype)
-        for own, text, (states, at, _, _) in zip(out, texts, rows, strict=True):
-            own[: len(text.ids)] = _tensor(states[at : at + len(text.ids)], out.dtype)
+        for own, text in zip(out, texts, strict=True):
+            own[: len(text.ids)] = _tensor(self._rows[text.key][0], out.dtype)
         return out.to(self.base.device)
 
     def holds(self, texts: Sequence[Tokens]) -> bool:
@@ -132,9 +145,8 @@ class FrozenTrunk:
         return all(text.key in self._rows for text in texts)
 
     def references(self, texts: Sequence[Tokens]) -> Float[Tensor, "s d"]:
-        """The unedited model's last hidden states at the scored positions of `texts`."""
-        rows = [(self._rows[text.key], len(text.scored)) for text in texts]
-        parts = [_tensor(reference[at : at + n], self.base.dtype) for (_, _, reference, at), n in rows]
+        """The unedited model's last hidden states at the scored positions of `texts`, or a classifier's logits."""
+        parts = [_tensor(self._rows[text.key][1], self.base.dtype) for text in texts]
         return torch.cat(parts).to(self.base.device)
 
     def suffix(self, texts: Sequence[Tokens], batch: TextBatch, /) -> Float[Tensor, "s v"]:
@@ -143,27 +155,58 @@ class FrozenTrunk:
         Side branches and hooks that are installed on the edit sites take effect; gradients flow to them.
         """
         with ExitStack() as stack:
-            stack.enter_context(only_scored(self.base, batch.scored))
+            if self.label_only:
+                stack.enter_context(only_scored(self.base, batch.scored))
             if self.split and self.holds(texts):
                 states = self.states(texts, batch.input_ids.shape[1])
                 stack.enter_context(_start_at(self.base, self.base.blocks.first, states))
-            return self._forward(batch)
+            logits = self._forward(batch)
+        return logits if self.label_only else logits[batch.scored]
 
     @torch.no_grad()
     def before(self, texts: Sequence[Tokens], batch: TextBatch, /) -> Float[Tensor, "s v"]:
         """The unedited model's logits at the scored positions: only the output layer runs on cached references."""
-        if not self.holds(texts):
+        if not self.label_only or not self.holds(texts):
             return self.suffix(texts, batch)
-        hidden = self.references(texts)[:, None]
+        kept = self.references(texts)
+        if self.base.family == CLASSIFIER:
+            return kept
+        hidden = kept[:, None]
         ids = torch.zeros(hidden.shape[:2], dtype=torch.long, device=self.base.device)
         with _start_at(self.base, self.base.blocks.last + 1, hidden):
             return self.base.model(input_ids=ids, use_cache=False).logits[:, 0]
 
-    # ------------------------------------------------------------------------------------------------- computing
+    # --------------------------------------------------------------------------------------- keeping and computing
+
+    def _read(self, texts: Sequence[Tokens]) -> list[Tokens]:
+        """Take the values that are on disk from there; returns the texts without."""
+        if self.cache is None or not texts:
+            return list(texts)
+        keys = {_digest(text): text for text in texts}
+        found = self.cache.find(keys)
+        self._rows |= {keys[key].key: values for key, values in found.items()}
+        return [text for key, text in keys.items() if key not in found]
+
+    def _keep(self, texts: Sequence[Tokens], states: np.ndarray, reference: np.ndarray) -> None:
+        """Keep computed values: in memory, or on disk and as a memory map of it."""
+        at = scored_at = 0
+        for portion in _portions(texts, self._portion):
+            start, scored_start, counts = at, scored_at, [(len(text.ids), len(text.scored)) for text in portion]
+            for text, (n, scored) in zip(portion, counts, strict=True):
+                self._rows[text.key] = states[at : at + n], reference[scored_at : scored_at + scored]
+                at, scored_at = at + n, scored_at + scored
+            if self.cache is not None:
+                arrays = states[start:at], reference[scored_start:scored_at]
+                self.cache.add([_digest(text) for text in portion], arrays, counts)
+                self._read(portion)
+
+    @property
+    def _portion(self) -> int:
+        """Tokens of a portion: its states fill a shard."""
+        return SHARD_BYTES // (self.base.model.get_input_embeddings().weight.shape[1] * self.base.dtype.itemsize)
 
     def _forward(self, batch: TextBatch) -> Tensor:
-        model = self.base.model
-        return model(input_ids=batch.input_ids, attention_mask=batch.attention_mask, use_cache=False).logits
+        return self.base.forward(batch.input_ids, batch.attention_mask, batch.decoder_ids)
 
     @property
     def _width(self) -> int:
@@ -171,21 +214,20 @@ class FrozenTrunk:
 
     @torch.no_grad()
     def _compute(self, texts: Sequence[Tokens], progress: Any) -> tuple[np.ndarray, np.ndarray]:
-        first, streamed = self.base.blocks.first, self.base.released > 0
+        streamed = self.base.released > 0
         states, references, done = self._stream(texts, progress) if streamed else [], [], 0
         for i, chunk in enumerate(_chunks(texts)):
             batch = collate(chunk, self.base.pad_id, self.base.device)
             keep = batch.attention_mask.bool()
-            if streamed:
-                leaving = self._run(batch, first, self.base.blocks.last, unpacked(states[i], keep, self.base.dtype))
-            else:
-                entering, leaving = self._watch(batch)
-                states.append(_array(entering[keep]))
-            references.append(_array(leaving[batch.scored]))
+            given = unpacked(states[i], keep, self.base.dtype) if streamed else None
+            entering, reference = self._watch(batch, given)
+            if not streamed:
+                states.append(_array(entering[keep.to(entering.device)]))
+            references.append(_array(reference))
             done += len(chunk)
             if progress is not None:
                 progress(done, len(texts))
-        return self._store(texts, _joined(states), _joined(references))
+        return _joined(states), _joined(references)
 
     def _stream(self, texts: Sequence[Tokens], progress: Any) -> list[np.ndarray]:
         """States entering the lowest edited block, by chunk: each hollow block is read, run on all texts, freed."""
@@ -217,15 +259,22 @@ class FrozenTrunk:
             self._silently(batch)
         return seen["out"]
 
-    def _watch(self, batch: TextBatch) -> tuple[Tensor, Tensor]:
-        """Hidden states entering the lowest edited block and leaving the last block."""
-        with self._seen(self.base.blocks.first, self.base.blocks.last) as seen:
-            self._silently(batch)
-        return seen["in"], seen["out"]
+    def _watch(self, batch: TextBatch, states: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """Hidden states (n, t, d) entering the lowest edited block, and references (s, d): those leaving the last block
+        at the scored positions, or a classifier's logits (n, v). With `states` nothing below that block runs."""
+        first, last = self.base.blocks.first, self.base.blocks.last
+        with ExitStack() as stack:
+            if states is not None:
+                stack.enter_context(_start_at(self.base, first, states))
+            seen = stack.enter_context(self._seen(first, last))
+            logits = self._silently(batch)
+        out = seen["out"]
+        return seen["in"], logits if self.base.family == CLASSIFIER else out[batch.scored.to(out.device)]
 
-    def _silently(self, batch: TextBatch) -> None:
+    def _silently(self, batch: TextBatch) -> Tensor:
+        """The model runs, its output layer (but a classifier's head) on no position."""
         with only_scored(self.base, batch.scored & False):
-            self._forward(batch)
+            return self._forward(batch)
 
     @contextmanager
     def _seen(self, first: int, last: int) -> Iterator[dict[str, Tensor]]:
@@ -249,38 +298,22 @@ class FrozenTrunk:
             for handle in handles:
                 handle.remove()
 
-    # ------------------------------------------------------------------------------------------------- on disk
 
-    def _path(self, texts: Sequence[Tokens]) -> Path | None:
-        if self.cache_dir is None:
-            return None
-        digest = hashlib.sha256(json.dumps([text.key for text in texts]).encode())
-        digest.update(json.dumps([model_fingerprint(self.base), self.base.blocks.first, str(self.base.dtype)]).encode())
-        return self.cache_dir / f"trunk-{digest.hexdigest()[:32]}.npz"
+def trunk_cache(base: BaseModel, folder: str | Path | None, *, limit: int) -> TextCache | None:
+    """The cache on disk of this model's trunk; None if the model has no trunk, or with a limit of 0 bytes.
 
-    def _load(self, texts: Sequence[Tokens]) -> tuple[np.ndarray, np.ndarray] | None:
-        path = self._path(texts)
-        if path is None or not path.is_file():
-            return None
-        with np.load(path) as file:
-            logger.info("trunk: %d texts read from %s", len(texts), path)
-            return file["states"], file["reference"]
-
-    def _store(
-        self, texts: Sequence[Tokens], states: np.ndarray, reference: np.ndarray
-    ) -> tuple[np.ndarray, np.ndarray]:
-        path = self._path(texts)
-        if path is not None:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=".trunk-")
-            try:
-                with os.fdopen(handle, "wb") as file:
-                    np.savez(file, states=states, reference=reference)
-                os.replace(temporary, path)
-            except BaseException:
-                os.unlink(temporary)
-                raise
-        return states, reference
+    The values depend on the weights, on what the model does with them, and on the split; not on the edit sites.
+    """
+    if base.blocks is None or limit == 0:
+        return None
+    config = base.model.config
+    space = {
+        "weights": weights_sha256(base),
+        "model": [type(base.model).__name__, config.to_diff_dict() | dict.fromkeys(("_name_or_path", "dtype"))],
+        "runs as": [str(base.dtype), base.device.type, config._attn_implementation, torch.__version__],
+        "split": [base.blocks.path, base.blocks.first, base.blocks.last],
+    }
+    return TextCache(folder, space, limit=limit)
 
 
 def _array(values: Tensor) -> np.ndarray:
@@ -309,6 +342,23 @@ def unpacked(values: np.ndarray, keep: Bool[Tensor, "n t"], dtype: torch.dtype) 
     out = torch.zeros((*keep.shape, values.shape[1]), dtype=dtype, device=keep.device)
     out[keep] = _tensor(values, dtype).to(keep.device)
     return out
+
+
+def _digest(text: Tokens) -> bytes:
+    """What a text's values are found by on disk."""
+    return hashlib.sha256(repr(text.key).encode()).digest()[:16]
+
+
+def _portions(texts: Sequence[Tokens], size: int) -> Iterator[list[Tokens]]:
+    """Consecutive chunks joined until they have `size` tokens; the chunks of a portion are the same ones."""
+    portion: list[Tokens] = []
+    for chunk in _chunks(texts):
+        portion += chunk
+        if sum(len(text.ids) for text in portion) >= size:
+            yield portion
+            portion = []
+    if portion:
+        yield portion
 
 
 def _chunks(texts: Sequence[Tokens]) -> Iterator[list[Tokens]]:

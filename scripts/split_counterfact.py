@@ -6,28 +6,22 @@ writes runs/counterfact/{train,validation}.jsonl: the first 2,000 and the next 2
 order) whose subject is not in the evaluation file, sharing no subject with one another either.
 """
 
-import random
 import sys
 from pathlib import Path
 
-from mendkit import read_examples, write_examples
+from mendkit import read_examples, split_examples, write_examples
 
 SIZES = {"train": 2000, "validation": 200}
 
 
 def main(train: str, evaluation: str, out: str) -> None:
     """Write the two files and say how many records were dropped."""
-    taken = {example.subject.casefold() for example in read_examples(evaluation)}
-    records = list(read_examples(train))
-    free = [example for example in records if example.subject.casefold() not in taken]
-    sys.stderr.write(f"{len(records) - len(free)} of {len(records)} records dropped: subject in {evaluation}\n")
-    random.Random(0).shuffle(free)
+    records = read_examples(train)
+    split = split_examples(records, SIZES, apart_from=read_examples(evaluation))
+    sys.stderr.write(f"{split.dropped} of {len(records)} records dropped: subject in {evaluation}\n")
     Path(out).mkdir(parents=True, exist_ok=True)
-    for name, size in SIZES.items():
-        chosen, free = free[:size], free[size:]
-        write_examples(chosen, Path(out) / f"{name}.jsonl")
-        used = {example.subject.casefold() for example in chosen}
-        free = [example for example in free if example.subject.casefold() not in used]
+    for name, examples in split.parts.items():
+        write_examples(examples, Path(out) / f"{name}.jsonl")
 
 
 if __name__ == "__main__":

@@ -1,13 +1,50 @@
 """What several test files share: examples for the tiny models, and plain textbook MEND to compare with."""
 
+from collections.abc import Mapping
+
 import torch
 
-from mendkit.data import EditExample, Probe
+from mendkit.data import EditExample, Probe, Tokens
 from mendkit.factors import capture_factors
 from mendkit.mend import MEND
 from mendkit.models import BaseModel
 from mendkit.texts import edit_tokens
 from mendkit.trunk import FrozenTrunk
+
+LABELLED = tuple(
+    EditExample(
+        prompt=f"{city} is the capital of {place}",
+        target_new=label,
+        subject=place,
+        ground_truth="SUPPORTS" if label == "REFUTES" else "REFUTES",
+        paraphrases=(f"{place} is governed from {city}", f"The seat of government of {place} is {city}"),
+        neighbours=(Probe(f"{city} is the capital of {other}", "refutes"),),
+        unrelated=(Probe("Gold is a metal"), Probe("Water is dry", "false")),
+        relation="capital",
+        id=f"claim-{i}",
+    )
+    for i, (city, place, label, other) in enumerate(
+        [
+            ("Lima", "France", "SUPPORTS", "Spain"),
+            ("Rome", "the United Kingdom", "REFUTES", "Peru"),
+            ("Tokyo", "Japan", "SUPPORTS", "Italy"),
+            ("Oslo", "Chad", "REFUTES", "Norway"),
+        ]
+    )
+)
+"""Claims for a classifier."""
+
+
+def plain_logits(base: BaseModel, text: Tokens, weights: Mapping[str, torch.Tensor] | None = None) -> torch.Tensor:
+    """(scored positions, vocabulary or classes) of one text, unpadded, read by the whole model with other weights."""
+    inputs = {"input_ids": torch.tensor([text.ids])}
+    if text.decoder:
+        inputs["decoder_input_ids"] = torch.tensor([text.decoder])
+    logits = torch.func.functional_call(base.model, dict(weights or {}), (), inputs).logits
+    if logits.dim() == 3:
+        return logits[0, list(text.scored)]
+    return torch.cat([torch.zeros_like(logits), logits], 1) if logits.shape[1] == 1 else logits
+
 
 EXAMPLES = tuple(
     EditExample(

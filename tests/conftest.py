@@ -20,6 +20,14 @@ from mendkit.models import BaseModel, load_model  # noqa: E402
 from tests.tiny import tiny_gpt2, tiny_llama  # noqa: E402
 
 
+@pytest.fixture(autouse=True)
+def own_cache(tmp_path_factory, monkeypatch) -> Path:
+    """No test reads what another one or the user has computed, unless it starts processes of its own."""
+    folder = tmp_path_factory.mktemp("cache")
+    monkeypatch.setattr("mendkit.cache.default_folder", lambda: folder)
+    return folder
+
+
 @pytest.fixture(scope="session")
 def llama() -> BaseModel:
     return tiny_llama()

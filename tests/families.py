@@ -9,6 +9,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from mendkit.models import BaseModel
+from tests.kinds import BOS, EOS, PAD, UNK, tokenizer_of
 from tests.tiny import POSITIONS, tiny_tokenizer
 
 D, FF, LAYERS = 32, 48, 4
@@ -102,6 +103,48 @@ OTHERS = {
     ),
 }  # fmt: skip
 FAMILIES = CAUSAL | OTHERS
+_CLASSES = {0: "Refutes", 1: "Supports", 2: "NEI"}
+KIND_OF = {  # case -> its family above, its kind of tokenizer, the spread of its weights, more of its configuration
+    "t5": ("t5", "unigram, EOS", 0.3, {}),
+    "t5-v1.1": ("t5-v1.1", "unigram, EOS", 0.3, {}),
+    "bart": ("bart", "byte-level, BOS and EOS", 0.15, {}),
+    "bert": ("bert", "WordPiece, lower case", 0.6, {"num_labels": 1}),
+    "bert, 3 classes": (
+        "bert", "WordPiece, lower case", 0.6,
+        {"id2label": _CLASSES, "label2id": {name: i for i, name in _CLASSES.items()}},
+    ),
+}  # fmt: skip
+"""Sequence-to-sequence models and classifiers with the tokenizer that they come with."""
+
+_OF_CAUSAL = {
+    "byte-level": ("gpt2", "gptj", "gpt-neo", "qwen2", "qwen3", "phi", "llama"),
+    "byte-level, BOS": ("opt", "llama"),
+    "metaspace, normaliser, BOS": ("llama", "phi3"),
+    "metaspace, normaliser, no prefix, BOS": ("gemma2", "gemma3"),
+    "metaspace, pre-tokenizer, BOS": ("mistral",),
+}
+CAUSAL_KIND_OF = {f"{f}: {kind}": (f, kind, 0.15, {}) for kind, families in _OF_CAUSAL.items() for f in families}
+"""The causal families, with the tokenizers of SmolLM, Llama 3 and Llama 2 for Llama's."""
+
+
+def other_base(case: str, kind: str | None = None) -> BaseModel:
+    """A case of the two above as a base model, or with another kind of tokenizer. BERT's has no end of text."""
+    family, own, spread, more = (KIND_OF | CAUSAL_KIND_OF)[case]
+    tokenizer = tokenizer_of(kind or own)
+    ids = {"eos_token_id": tokenizer.eos_token_id, "pad_token_id": tokenizer.pad_token_id}
+    if family == "bert":
+        tokenizer = transformers.PreTrainedTokenizerFast(
+            tokenizer_object=tokenizer.backend_tokenizer, cls_token=BOS, sep_token=EOS, pad_token=PAD, unk_token=UNK
+        )
+    elif family not in CAUSAL:
+        more = {"decoder_start_token_id": ids["eos_token_id" if family == "bart" else "pad_token_id"], **more}
+    model = FAMILIES[family].build(vocab_size=len(tokenizer), **ids, **more)
+    model.config.architectures = [type(model).__name__]
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for parameter in (p for p in model.parameters() if p.dim() > 1):
+            parameter.normal_(0, spread, generator=generator)
+    return BaseModel(model, tokenizer, name=case)
 
 
 def linear_names(model: nn.Module) -> set[str]:

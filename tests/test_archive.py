@@ -119,14 +119,14 @@ def test_no_file_and_foreign_files(llama, tmp_path):
     with pytest.raises(ArchiveError, match="no such archive"):
         load_archive(tmp_path / "none.safetensors", base=llama)
     save_file({"x": torch.ones(1)}, tmp_path / "plain.safetensors")
-    with pytest.raises(ArchiveError, match="not an archive of mendkit"):
+    with pytest.raises(ArchiveError, match="no archive of mendkit"):
         load_archive(tmp_path / "plain.safetensors", base=llama)
 
 
 def test_a_failed_write_leaves_the_old_archive_and_no_rubbish(llama, saved, monkeypatch):
     path, mend = saved
     before = path.read_bytes()
-    monkeypatch.setattr("mendkit.archive.save_file", lambda *_, **__: (_ for _ in ()).throw(OSError("disk full")))
+    monkeypatch.setattr("mendkit.files.save_file", lambda *_, **__: (_ for _ in ()).throw(OSError("disk full")))
     with pytest.raises(OSError, match="disk full"):
         save_archive(path, llama, mend)
     assert path.read_bytes() == before and [p.name for p in path.parent.iterdir()] == [path.name]

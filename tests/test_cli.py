@@ -1,14 +1,21 @@
 """Claims about the command line: exit status, stdout and stderr, and that mistakes write nothing."""
 
+import io
 import json
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 from mendkit.__main__ import COMMANDS, main
 from mendkit.archive import inspect_archive
+from mendkit.data import EditExample
+from mendkit.edit import Edit
+from mendkit.editor import MENDEditor
+from mendkit.hparams import MENDHyperParams
+from mendkit.models import load_model
 from tests.tiny import save_tiny
 
 ROOT = Path(__file__).parents[1]
@@ -73,6 +80,11 @@ MORE = {
     "evaluate tiny.yaml archive=archive.safetensors --data facts:all": "no such split",
     "evaluate tiny.yaml": "archive is null",
     "evaluate tiny.yaml another.yaml": "expected key=value",
+    f"edit tiny.yaml {EDIT} --save-edit .": "is a folder; give --save-edit a file",
+    f"edit tiny.yaml {EDIT} --save-adapter tiny.yaml": "tiny.yaml is a file; give --save-adapter a folder",
+    f"edit tiny.yaml {EDIT} --save-adapter x --save-merged x": "give each a folder of its own",
+    f"edit tiny.yaml {EDIT} --save-edit archive.safetensors": "give another --save-edit, or --overwrite",
+    "edit tiny.yaml --data facts:test --save-adapter x": "--save-adapter: one edit can be written, these are",
     "inspect nowhere.safetensors": "no such archive",
     "inspect tiny.yaml": "not a readable archive",
 }
@@ -93,6 +105,7 @@ def test_other_mistakes_as_well(here, typed, capsys):
     [
         "", "fly", "edit tiny.yaml", "edit tiny.yaml --prompt P", "inspect", "report --json", "train --limit",
         "edit tiny.yaml --data f --prompt P --target T", "evaluate --mode all", "evaluate --max-new-tokens x",
+        "evaluate tiny.yaml --k 3", f"edit tiny.yaml {EDIT} --adapter-rank 3", f"edit tiny.yaml {EDIT} --strength nan",
     ],
 )  # fmt: skip
 def test_wrong_usage_ends_with_status_2(here, typed, capsys):
@@ -196,6 +209,68 @@ def test_edits_from_data_are_each_made_alone(here, capsys):
     assert json.loads(capsys.readouterr().out) == three[:1] and len(three) == 3
 
 
+LINES = [
+    '{"prompt": "The capital of France is", "target_new": "Lima"}',
+    "",
+    "The capital of Norway is\tBern\r",
+]
+
+
+def edit(*words: str) -> int:
+    return main(["edit", "tiny.yaml", "archive=archive.safetensors", "--max-new-tokens", "3", "--json", *words])
+
+
+def test_edits_come_from_standard_input_too(here, monkeypatch, capsys):
+    monkeypatch.setattr("sys.stdin", io.StringIO("\n".join(LINES)))
+    assert edit("--data", "-") == 0
+    rows = json.loads(capsys.readouterr().out)
+    assert [(row["prompt"], row["target_new"]) for row in rows] == [
+        ("The capital of France is", "Lima"), ("The capital of Norway is", "Bern"),
+    ]  # fmt: skip
+    for text, words in (
+        ("P\tT\nP T\n", "standard input:2: expected JSON or prompt<TAB>target, got 'P T'"),
+        ("P\tT\tU\n", "standard input:1: expected JSON or prompt<TAB>target"),
+        ('P\tT\n{"prompt": "P", "target_new": 3}\n', "standard input:2: field `target_new` must be text"),
+        ("\n", "standard input: no valid example"),
+    ):
+        monkeypatch.setattr("sys.stdin", io.StringIO(text))
+        assert edit("--data", "-") == 2
+        assert capsys.readouterr().err.splitlines()[-1].startswith(f"error: {words}")
+
+
+def test_edits_made_together_are_one_edit_that_can_be_kept(here, monkeypatch, capsys):
+    monkeypatch.setattr("sys.stdin", io.StringIO("\n".join(LINES)))
+    keep = ["--save-adapter", "lora", "--adapter-rank", "2", "--save-merged", "merged", "--save-edit", "kept/edit"]
+    assert edit("--data", "-", "--together", "--strength", "30", *keep, "--out", "out") == 0
+    rows, results = json.loads(capsys.readouterr().out), read("out/results.json")
+    base = load_model("merged")  # a plain model folder
+    assert [base.generate(row["prompt"], max_new_tokens=3) for row in rows] == [row["after"] for row in rows]
+    assert all(row["after"] != row["before"] for row in rows)
+    editor = MENDEditor.from_hparams(MENDHyperParams.from_hparams("tiny.yaml", archive="archive.safetensors"))
+    examples = [EditExample(prompt=row["prompt"], target_new=row["target_new"]) for row in rows]
+    wanted, kept = editor.edit(examples).scale(30.0), Edit.load("kept/edit", editor.base)
+    assert kept.examples == tuple(examples) and kept.archive == editor.archive is not None
+    assert all(torch.equal(change, wanted.dense()[name]) for name, change in kept.dense().items())
+    assert read("lora/adapter_config.json")["r"] == results["edit.adapter.rank"] == 2
+    assert 0 < results["edit.adapter.relative_error"] < 1 and results["edit.saved"] == "kept/edit"
+    assert results["edit.merged.kept"] == pytest.approx(1, abs=1e-3)
+
+
+def test_an_edit_is_written_over_nothing_unless_told(here, capsys):
+    example = ["--prompt", "The capital of France is", "--target", "Lima"]
+    keep = [*example, "--save-adapter", "lora", "--save-merged", "merged", "--save-edit", "edit"]
+    assert edit(*keep) == 0
+    before = {path: path.read_bytes() for path in here.rglob("*") if path.is_file()}
+    assert edit(*keep, "--strength", "2") == 2
+    assert "of an earlier run; give another --save-merged, or --overwrite" in capsys.readouterr().err
+    assert edit(*example, "--save-adapter", "merged", "--overwrite") == 2  # an adapter beside a model
+    assert edit(*example, "--save-merged", "lora", "--overwrite") == 2
+    assert {path: path.read_bytes() for path in here.rglob("*") if path.is_file()} == before
+    assert edit(*keep, "--strength", "2", "--overwrite") == 0
+    changed = {path.name for path in before if path.read_bytes() != before[path]}
+    assert changed == {"adapter_model.safetensors", "model.safetensors", "edit"}
+
+
 def test_evaluate_prints_a_table_or_json_and_nothing_else(here, capsys):
     command = [
         "evaluate",
@@ -219,6 +294,27 @@ def test_evaluate_prints_a_table_or_json_and_nothing_else(here, capsys):
     steady = {k: v for k, v in saved.items() if k not in unsteady and "edit.seconds" not in k}
     assert printed.items() >= steady.items() and steady["single.edits.scored"] == 4
     assert main([*command, "--out", "scores"]) == 2  # nothing is written over
+
+
+def test_evaluate_names_results_by_the_number_of_edits(here, capsys):
+    Path("text.txt").write_text("The capital of France is Paris. " * 9, encoding="utf-8")
+    Path("nq.jsonl").write_text('{"question": "who is y", "answer": ["Z"]}\n' * 3, encoding="utf-8")
+    data = (ROOT / "mendkit/facts/test.jsonl").read_text(encoding="utf-8").splitlines()[:5]
+    Path("data.jsonl").write_text("\n".join([*data, '{"prompt": ""}']), encoding="utf-8")
+    command = ["evaluate", "tiny.yaml", "archive=archive.safetensors", "--max-new-tokens", "4", "--data", "data.jsonl"]
+    assert main(command) == 2
+    assert capsys.readouterr().err.startswith("error: data.jsonl:6: ")
+    options = ["--skip-invalid", "--text", "text.txt", "--text-tokens", "40", "--fluency", "--json"]
+    assert main([*command, *options, "--mode", "batch", "--k", "2"]) == 0
+    results = json.loads(capsys.readouterr().out)
+    assert results["batch_2.edits.invalid_records"] == 1 and results["batch_2.edits.left_out"] == 1
+    for name in ("drawdown.perplexity", "before.perplexity", "fluency.entropy_bits", "norm.relative_max"):
+        assert f"batch_2.{name}" in results
+    assert main([*command, "--skip-invalid", "--mode", "sequential", "--unrelated", "nq.jsonl"]) == 2
+    assert "give more questions" in capsys.readouterr().err
+    assert main([*command, "--skip-invalid", "--mode", "sequential"]) == 0
+    table = capsys.readouterr().out
+    assert table.startswith("sequential_1\n") and "\nsequential_5\n" in table and "retention.first_10" in table
 
 
 def test_inspect_is_for_people_and_for_programs(here, capsys):

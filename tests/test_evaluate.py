@@ -1,16 +1,19 @@
 """Scores against oracles: models whose answers are known, and decoding done the long way."""
 
+import copy
 import math
 from dataclasses import replace
 
 import pytest
 import torch
 
-from mendkit.data import EditExample
+from mendkit.data import EditExample, Tokens
+from mendkit.decoding import write
 from mendkit.edit import side_branches
-from mendkit.errors import DataError, MendkitError
+from mendkit.errors import DataError, HyperParamError, ModelError
 from mendkit.evaluate import EvaluationSet, Interval, evaluate, normalise
-from mendkit.scoring import forced, next_tokens, select
+from mendkit.metrics import Card, locality_values, probability_values, target_values
+from mendkit.scoring import Forced, forced, next_tokens, select
 from tests.claims import EXAMPLES
 from tests.test_edit import editor_for, logits
 from tests.test_mend import hparams
@@ -131,6 +134,74 @@ def test_efficacy_scores_compare_length_normalised_likelihoods(llama, prepared):
     assert values["edit_success.es"] == float(scores["New York City"] > scores["Tokyo"])
 
 
+@pytest.mark.parametrize("family", ["llama", "gpt2"])
+@pytest.mark.parametrize(("n", "stop"), [(1, True), (9, True), (9, False)])
+def test_rows_that_leave_the_batch_change_nothing_of_what_is_written(family, n, stop, request, monkeypatch):
+    """Two prompts under each edit, of different lengths and ends, against each alone; and with all rows kept."""
+    base = request.getfixturevalue(family)
+    editor = editor_for(base)
+    updates = editor.updates([editor.tokens(e) for e in EXAMPLES])
+    texts = [p for e in EXAMPLES for p in (e.prompt, e.neighbours[0].prompt)] + ["Q: Who? A:"] * 5
+    edits = [k // 2 if k < 10 else k - 10 for k in range(15)]
+    ids = [base.tokenizer(p)["input_ids"] for p in texts]
+    monkeypatch.setattr("mendkit.decoding.ROWS", 7)
+    base._stop_ids()
+    monkeypatch.setitem(base._memo, "stop_ids", frozenset(range(0, 400, 2)))  # half of all tokens end a row
+    written = write(base, ids, updates, edits, max_new_tokens=n, stop=stop)
+    for row, prompt, edit in zip(written, ids, edits, strict=True):
+        with editor.edit(EXAMPLES[edit]).applied():
+            (alone,) = base.generate_ids(*base.left_pad([prompt]), max_new_tokens=n, stop=stop)
+        assert row == alone
+    assert len({len(row) for row in written}) > 1 or n == 1 or not stop
+    whole = copy.copy(base)
+    whole._memo = {**base._memo, "cache_bytes": 0}
+    assert write(whole, ids, updates, edits, max_new_tokens=n, stop=stop) == written
+    with pytest.raises(ModelError, match="leave `fluency` out"):
+        write(whole, ids, updates, edits, max_new_tokens=n, stop=False, endless=True)
+    assert write(base, ids[:3], None, [0] * 3, max_new_tokens=n, stop=stop) == [
+        base.generate_ids(*base.left_pad([prompt]), max_new_tokens=n, stop=stop)[0] for prompt in ids[:3]
+    ]
+
+
+def test_scores_of_hand_made_readings():
+    """Two target tokens and the end of text; two paraphrases, one of them read wrongly; y° and a neighbour."""
+
+    def text(*targets, ends=True):
+        return Tokens(tuple(range(len(targets) + 1)), tuple(range(len(targets))), targets, ends)
+
+    def read(*argmax, logp=(-1.0, -3.0, -50.0), kl=(), same=()):
+        return Forced(argmax, logp[: len(argmax)], kl, same)
+
+    y, old = text(5, 6, 0), text(7, ends=False)
+    card = Card(("p", "?", "q", "r"), (y,) * 4, (old,) * 3, (old, old), (old,), (text(8, ends=False),), (y, y))
+    targets = [read(5, 6, 9), read(5, 6, 0), read(5, 4, 0), read(4, 4, 0)]
+    values = target_values("New York", card, targets, [" New York!", "the new york", " New York City", "Rome"])
+    assert values == {
+        "edit_success.tf_token": 1.0, "edit_success.tf_exact": 1.0, "edit_success.free_exact": 1.0,
+        "edit_success.free_contains": 1.0, "edit_success.free_exact_question": 1.0,
+        "paraphrase.tf_token": 0.25, "paraphrase.tf_exact": 0.0, "paraphrase.free_exact": 0.0,
+        "paraphrase.free_contains": 0.5, "edit_success.paper": pytest.approx(1 / 3),
+    }  # fmt: skip
+    pairs = [read(7, logp=(-2.5,)), read(7, logp=(-1.5,)), read(7, logp=(-2.5,)), read(5, logp=(-9.0,))]
+    kept = [
+        read(7, logp=(-1.0,), kl=(0.5,), same=(True,)),
+        read(3, logp=(-1.0,), kl=(1.5,), same=(False,)),
+        read(8, kl=(0.25,), same=(True,)),
+        read(5, 6, 0, same=(True, True, False)),
+        read(5, 6, 0, same=(True, True, True)),
+    ]
+    chances = probability_values(card, targets, pairs, kept)  # log P(y) is -2, the end of text left out
+    assert chances == {
+        "log_p.new": -2.0, "log_p.old": -2.5, "edit_success.es": 1.0, "paraphrase.ps": 0.5, "neighbourhood.ns": 1.0
+    }  # fmt: skip
+    locality = locality_values(card, kept, [read(7), read(7), read(2)])
+    assert locality == {
+        "neighbourhood.argmax_agreement": 0.5, "neighbourhood.kl_nats": 1.0, "neighbourhood.retained": 0.5,
+        "neighbourhood.greedy_agreement": 0.0,
+        "locality.argmax_agreement": 1.0, "locality.kl_nats": 0.25, "locality.greedy_agreement": 1.0,
+    }  # fmt: skip
+
+
 def test_an_answer_the_model_already_gives_is_counted_not_scored(llama):
     prompt = "The capital of France is"
     text = next(t for t in (llama.generate(prompt, max_new_tokens=n) for n in range(1, 9)) if normalise(t))
@@ -148,7 +219,12 @@ def test_an_answer_the_model_already_gives_is_counted_not_scored(llama):
 def test_what_cannot_be_tokenised_is_counted_as_skipped(llama):
     long = EditExample(prompt="The capital of Peru is", target_new="Rome " * 60)
     prepared = EvaluationSet(llama, hparams(), [long, *EXAMPLES[:2]], max_new_tokens=4)
-    assert evaluate(editor_for(llama), prepared).counts == {"scored": 2, "already_true": 0, "skipped": 1}
+    counts = evaluate(editor_for(llama), prepared).counts
+    assert counts == {
+        "scored": 2, "already_true": 0, "skipped": 1, "empty_target": 0, "too_long": 1, "invalid_records": 0
+    }  # fmt: skip
+    empty = EvaluationSet(llama, hparams(), [replace(long, target_new=" The."), EXAMPLES[0]], max_new_tokens=4)
+    assert (empty.reasons["empty_target"], empty.reasons["too_long"]) == (1, 0)
     with pytest.raises(DataError, match="limit"):
         EvaluationSet(llama, hparams(), [long])
 
@@ -170,9 +246,18 @@ def test_results_carry_mode_n_and_interval(llama, prepared):
     assert groups["capital"].mean == pytest.approx(report.summary["edit_success.tf_token"].mean)
 
 
-def test_other_modes_are_refused(llama, prepared):
-    with pytest.raises(MendkitError, match="single"):
-        evaluate(editor_for(llama), prepared, mode="batch")
+@pytest.mark.parametrize(
+    ("mode", "k", "words"),
+    [
+        ("all", None, "single, batch, sequential"),
+        ("batch", None, "k, the"),
+        ("single", 2, "k, the"),
+        ("batch", 0, "k, the"),
+    ],
+)
+def test_other_modes_are_refused(llama, prepared, mode, k, words):
+    with pytest.raises(HyperParamError, match=words):
+        evaluate(editor_for(llama), prepared, mode=mode, k=k)
 
 
 def test_next_tokens_are_the_models(llama):

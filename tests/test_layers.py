@@ -6,20 +6,22 @@ from pathlib import Path
 import mendkit
 
 LEVELS = [
-    {"errors", "findings"},
-    {"hparams", "losses", "plots", "runs", "checkpoints", "sites", "architectures", "dryrun"},
-    {"bundled", "hollow"},
-    {"models", "data", "listing"},
-    {"texts", "trunk"},
-    {"factors", "edit"},
-    {"mend", "scoring"},
-    {"archive"},
+    {"errors", "findings", "scores"},
+    {"hparams", "losses", "plots", "runs", "checkpoints", "sites", "distributed", "architectures", "dryrun"},
+    {"bundled", "data", "families", "hollow"},
+    {"text_model", "cache", "layouts"},
+    {"models", "listing", "readers"},
+    {"texts", "trunk", "files"},
+    {"factors", "adapter", "merge"},
+    {"edit"},
+    {"mend", "scoring", "many"},
+    {"archive", "heldout", "metrics", "decoding"},
     {"editor", "foreign"},
     {"conformance"},
     {"validation", "evaluate"},
-    {"baselines", "inspection", "training"},
+    {"baselines", "inspection", "training", "textbook", "edit_command"},
     {"plan"},
-    {"tables", "notebook", "report_page", "report", "__init__"},
+    {"tables", "notebook", "report_page", "report", "bench", "__init__"},
     {"__main__"},
 ]
 LEVEL = {name: level for level, names in enumerate(LEVELS) for name in names}

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load, save_file
-from transformers import AutoConfig, BertConfig, PreTrainedTokenizerFast, T5Config
+from transformers import AutoConfig, BertConfig, PreTrainedTokenizerFast, ViTConfig
 from transformers.utils import logging as transformers_logging
 
 from mendkit import checkpoints
@@ -129,11 +129,11 @@ def test_a_hub_id_without_network_says_what_to_do(monkeypatch):
 
 @pytest.mark.parametrize(
     "config",
-    [T5Config(architectures=["T5ForConditionalGeneration"]), BertConfig(architectures=["BertForMaskedLM"])],
+    [BertConfig(architectures=["BertForMaskedLM"]), ViTConfig(architectures=["ViTForImageClassification"])],
 )
-def test_other_than_causal_models_are_refused(config, tmp_path):
+def test_what_neither_writes_nor_classifies_text_is_refused(config, tmp_path):
     config.save_pretrained(tmp_path)
-    with pytest.raises(ModelError, match=f"no causal language model.*{config.architectures[0]}"):
+    with pytest.raises(ModelError, match=f"no model that can be edited.*{config.architectures[0]}.*trained head"):
         load_model(tmp_path)
 
 

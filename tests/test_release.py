@@ -7,7 +7,7 @@ from mendkit import training
 from mendkit.archive import inspect_archive, load_archive
 from mendkit.errors import ModelError
 from mendkit.hollow import is_hollow
-from mendkit.models import BaseModel, load_model, model_fingerprint
+from mendkit.models import BaseModel, load_model, model_fingerprint, weights_sha256
 from mendkit.training import train
 from mendkit.trunk import FrozenTrunk, collate
 from tests.claims import EXAMPLES
@@ -34,6 +34,7 @@ def test_what_is_cached_keeps_its_bits(build):
         assert torch.equal(update.u, updates[1][name].u) and torch.equal(update.delta, updates[1][name].delta)
     assert (base.released, base.dtype, base.device) == (1, whole.dtype, whole.device)
     assert model_fingerprint(base) == model_fingerprint(whole)
+    assert weights_sha256(base) == weights_sha256(whole)
 
 
 def scrambled_updates(base, texts, trunk, whole):

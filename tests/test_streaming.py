@@ -14,7 +14,7 @@ from mendkit import models
 from mendkit.errors import ModelError
 from mendkit.hollow import Weights
 from mendkit.hparams import MENDHyperParams
-from mendkit.models import load_for_training, load_model, load_streamed, model_fingerprint
+from mendkit.models import load_for_training, load_model, load_streamed, model_fingerprint, weights_sha256
 from mendkit.trunk import FrozenTrunk, collate
 from tests.families import CAUSAL
 from tests.test_trunk import every_text
@@ -38,6 +38,7 @@ def assert_same_bits(streamed, whole):
         assert torch.equal(a.before(texts, batch), b.before(texts, batch))
     assert torch.equal(a.states(texts, batch.input_ids.shape[1]), b.states(texts, batch.input_ids.shape[1]))
     assert model_fingerprint(streamed) == model_fingerprint(whole)
+    assert weights_sha256(streamed) == weights_sha256(whole)
     assert streamed.released == whole.blocks.first  # nothing stayed
 
 

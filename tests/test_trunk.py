@@ -3,7 +3,6 @@
 import pytest
 import torch
 
-from mendkit.errors import MendkitError
 from mendkit.texts import prepare_texts
 from mendkit.trunk import FrozenTrunk, collate
 from tests.claims import EXAMPLES
@@ -57,30 +56,6 @@ def test_the_model_is_left_as_it_was(llama):
         trunk.suffix(texts, collate(texts[:-1], llama.pad_id))  # states of another shape than the mask
     assert {name: id(module) for name, module in llama.model.named_modules()} == before
     assert not any(m._forward_hooks or m._forward_pre_hooks for m in llama.model.modules())
-
-
-def test_values_on_disk_are_read_back_and_belong_to_model_and_texts(llama, tmp_path, monkeypatch):
-    texts = every_text(llama)
-    first = FrozenTrunk(llama, cache_dir=tmp_path)
-    first.fill(texts)
-    files = list(tmp_path.iterdir())
-    again = FrozenTrunk(llama, cache_dir=tmp_path)
-    monkeypatch.setattr(again, "_compute", lambda *_: pytest.fail("computed again"))
-    again.fill(texts)
-    batch = collate(texts, llama.pad_id)
-    assert torch.equal(first.suffix(texts, batch), again.suffix(texts, batch))
-    FrozenTrunk(llama, cache_dir=tmp_path).fill(texts[:3])
-    assert len(list(tmp_path.iterdir())) == len(files) + 1
-
-
-def test_a_crash_while_storing_leaves_nothing_half_made(llama, tmp_path, monkeypatch):
-    def full(*_, **__):
-        raise OSError("no space left on device")
-
-    monkeypatch.setattr("numpy.savez", full)
-    with pytest.raises((OSError, MendkitError)):
-        FrozenTrunk(llama, cache_dir=tmp_path).fill(every_text(llama))
-    assert list(tmp_path.iterdir()) == []
 
 
 def test_padding_does_not_change_a_text(llama):

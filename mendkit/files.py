@@ -1,0 +1,126 @@
+"""The kit's own files: safetensors with JSON metadata, tied to a base model.
+
+A file is whole or not there (written to a temporary one and renamed), carries the SHA-256 of every tensor, and names
+the base model it belongs to; another one is refused (CORRECTNESS rows 23, 24).
+"""
+
+import hashlib
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from .errors import ArchiveError, MendkitError
+from .models import BaseModel, model_fingerprint
+from .runs import atomically
+
+
+@dataclass(frozen=True)
+class Kind:
+    """A kind of file, in words for its errors; the last three say what to do."""
+
+    format: str
+    noun: str  # "archive"
+    made: str  # "trained": how it came about from its base model
+    if_missing: str
+    if_pickle: str
+    if_another_model: str
+
+
+def tensor_sha256(tensor: Tensor) -> str:
+    """SHA-256 over dtype, shape and bytes."""
+    digest = hashlib.sha256(f"{tensor.dtype} {tuple(tensor.shape)}".encode())
+    digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()
+
+
+def make_folder(path: str | Path) -> Path:
+    """Make a folder if it is not there. Raises MendkitError if it cannot be."""
+    path = Path(path)
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise MendkitError(f"cannot make the folder {path}: {error}; give another") from None
+    return path
+
+
+def save_tensors(kind: Kind, path: str | Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, Any]) -> Path:
+    """Write a file of this kind; its format and the tensors' checksums join the metadata."""
+    tensors = {name: value.detach().cpu().contiguous() for name, value in tensors.items()}
+    sums = {name: tensor_sha256(tensor) for name, tensor in tensors.items()}
+    text = json.dumps({"format": kind.format, **metadata, "sha256": sums}, sort_keys=True)
+    return atomically(Path(path), lambda temporary: save_file(tensors, temporary, metadata={"mendkit": text}))
+
+
+def read_metadata(kind: Kind, path: Path) -> dict[str, Any]:
+    """A file's metadata, with the shapes of its tensors under "tensors". Reads no tensor data.
+
+    Raises ArchiveError if the file is missing, damaged, or of another kind.
+    """
+    if not path.is_file():
+        raise ArchiveError(f"{path}: no such {kind.noun}; {kind.if_missing}")
+    try:
+        with safe_open(path, "pt") as file:
+            text = (file.metadata() or {}).get("mendkit")
+            shapes = {name: list(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
+    except (SafetensorError, OSError) as error:
+        pickled = path.is_file() and path.read_bytes()[:2] == b"PK"
+        hint = kind.if_pickle if pickled else "is it a whole safetensors file?"
+        raise ArchiveError(f"{path}: not a readable {kind.noun} ({error}); {hint}") from None
+    if text is None:
+        raise ArchiveError(f"{path}: a safetensors file, but no {kind.noun} of mendkit (no metadata)")
+    try:
+        metadata = json.loads(text)
+    except json.JSONDecodeError as error:
+        raise ArchiveError(f"{path}: damaged metadata: {error}") from None
+    if not isinstance(metadata, dict) or metadata.get("format") != kind.format:
+        raise ArchiveError(f"{path}: unknown format; this version reads {kind.format}")
+    return metadata | {"tensors": shapes}
+
+
+def checked_tensor(file: Any, path: str | Path, name: str, sums: Mapping[str, str]) -> Tensor:
+    """A tensor of an open safetensors file. Raises ArchiveError if it does not match its checksum."""
+    tensor = file.get_tensor(name)
+    if tensor_sha256(tensor) != sums.get(name):
+        raise ArchiveError(f"{path}: damaged: tensor {name} does not match its checksum; restore it or make it anew")
+    return tensor
+
+
+def matching_base(kind: Kind, path: str | Path, base: BaseModel, theirs: Mapping[str, Any]) -> BaseModel:
+    """`base` with the sites of the file's base model, whose fingerprint is `theirs`.
+
+    Raises ArchiveError naming what differs if it is another model.
+    """
+    names = tuple(site["name"] for site in theirs["sites"])
+    try:
+        checked = base.with_sites(names)
+    except ValueError as error:
+        raise ArchiveError(
+            f"{path}: {kind.made} for another model than {base.name}: {error}; {kind.if_another_model}"
+        ) from None
+    differences = _differences(theirs, model_fingerprint(checked))
+    if differences:
+        raise ArchiveError(f"{path}: {kind.made} for another model: {'; '.join(differences)}; {kind.if_another_model}")
+    return checked
+
+
+def _differences(theirs: Mapping[str, Any], ours: Mapping[str, Any]) -> list[str]:
+    """What tells two base models apart, in words; the name alone does not."""
+    out = []
+    if theirs.get("class") != ours["class"]:
+        out.append(f"class {theirs.get('class')}, here {ours['class']}")
+    for a, b in zip(theirs.get("sites", []), ours["sites"], strict=False):
+        if a != b:
+            shapes = {k: (a.get(k), b.get(k)) for k in b if a.get(k) != b.get(k)}
+            out.append(f"site {a.get('name')}: " + ", ".join(f"{k} {x}, here {y}" for k, (x, y) in shapes.items()))
+    if not out and theirs.get("sites_sha256") != ours["sites_sha256"]:
+        out.append("the edited layers have other weights (another checkpoint, or a model already edited)")
+    if theirs.get("tokenizer_sha256") != ours["tokenizer_sha256"]:
+        out.append("another tokenizer")
+    return out

@@ -1,0 +1,104 @@
+"""Many edits of one model: made at once, or one after another, each on the model as edited so far.
+
+Edits that a model holds together are one low-rank update per site with b = 1, which serves any number of texts. Its
+tokens add up, so that beyond twice the smaller width it is written as ΔW times a unit matrix: a thousand edits cost
+about as much to apply as the layer itself. Edits of a sequence are scored in blocks: each text is read under what was
+there before the block and under the block's own edits up to its own.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Protocol, runtime_checkable
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from .data import Tokens
+from .edit import LowRankUpdate, Updates, side_branches
+from .hparams import MENDHyperParams
+from .models import BaseModel
+from .trunk import FrozenTrunk
+
+
+@runtime_checkable
+class Editor(Protocol):
+    """What makes edits: MEND, or a baseline with the same interface."""
+
+    base: BaseModel
+    name: str
+
+    @property
+    def hparams(self) -> MENDHyperParams:
+        """How texts are made (`add_eos`, limits) and how strong edits are (`lr_scale`)."""
+
+    def updates(self, texts: Sequence[Tokens], /, *, trunk: FrozenTrunk | None, at_once: bool) -> Updates:
+        """Updates of edits, one per text: independent ones, or all made at once."""
+
+
+@dataclass(frozen=True)
+class OnTop(LowRankUpdate):
+    """ΔW of b edits, each on top of `below` (b = 1), which they share."""
+
+    below: LowRankUpdate
+
+    def branch(self, x: Float[Tensor, "*n i"]) -> Float[Tensor, "*n o"]:
+        """What both add to the layer's output."""
+        return self.below.branch(x) + LowRankUpdate.branch(self, x)
+
+
+def together(*updates: Updates) -> Updates:
+    """The sum of all edits in all `updates` as one edit (b = 1), in place of which nothing grows beyond bounds."""
+    names = updates[0] if updates else ()
+    return {name: _compact([u[name] for u in updates]) for name in names}
+
+
+def _compact(parts: Sequence[LowRankUpdate]) -> LowRankUpdate:
+    u = torch.cat([p.u.flatten(0, 1) for p in parts])
+    delta = torch.cat([(p.coefficient * p.delta).flatten(0, 1) for p in parts])
+    i, o = u.shape[1], delta.shape[1]
+    if len(u) > 2 * min(i, o):
+        change = delta.T @ u
+        one = torch.eye(min(i, o), dtype=u.dtype, device=u.device)
+        u, delta = (one, change.T) if i <= o else (change, one)
+    return LowRankUpdate(u[None], delta[None], 1.0)
+
+
+def one_after_another(
+    editor: Editor, texts: Sequence[Tokens], /, *, before: Updates, trunk: FrozenTrunk, strength: float
+) -> list[Updates]:
+    """Updates of edits in sequence: each from gradients of the model as edited by `before` and by the earlier ones."""
+    steps: list[Updates] = []
+    for text in texts:
+        with side_branches(editor.base, before), side_branches(editor.base, together(*steps)):
+            made = editor.updates([text], trunk=trunk, at_once=True)
+        steps.append({name: update.scaled(strength) for name, update in made.items()})
+    return steps
+
+
+def so_far(steps: Sequence[Updates], before: Updates) -> Updates:
+    """For each step an edit that holds `before`, the steps up to it, and itself."""
+    out: dict[str, LowRankUpdate] = {}
+    for name in steps[0]:
+        counts = torch.tensor([step[name].u.shape[1] for step in steps])
+        u = torch.cat([step[name].u for step in steps], 1).expand(len(steps), -1, -1)
+        delta = torch.cat([step[name].coefficient * step[name].delta for step in steps], 1)
+        made = torch.arange(len(steps)).repeat_interleave(counts)  # the step of each token
+        there = made[None, :] <= torch.arange(len(steps))[:, None]
+        delta = delta * there[:, :, None].to(delta)
+        below = before.get(name)
+        out[name] = OnTop(u, delta, 1.0, below) if below is not None else LowRankUpdate(u, delta, 1.0)
+    return out
+
+
+def norms(update: LowRankUpdate) -> Float[Tensor, " b"]:
+    """‖ΔW_b‖_F without ΔW: the sum over all pairs of tokens of (u_s · u_t)(delta_s · delta_t) is its square."""
+    u, delta = update.u.double(), update.delta.double()
+    square = (torch.bmm(u, u.mT) * torch.bmm(delta, delta.mT)).sum((1, 2))
+    return square.clamp(min=0).sqrt() * abs(float(update.coefficient))
+
+
+def relative_norms(base: BaseModel, updates: Mapping[str, LowRankUpdate], /) -> dict[str, Float[Tensor, " b"]]:
+    """‖ΔW_b‖_F / ‖W‖_F of every site."""
+    modules = {site.name: base.site_module(site) for site in base.sites}
+    return {name: norms(u) / float(modules[name].weight.double().norm()) for name, u in updates.items()}

@@ -1,0 +1,112 @@
+"""Claims about the benchmark: all ways to train agree, and what it reports is computed from what it measured."""
+
+import json
+import math
+
+import pytest
+import torch
+
+from mendkit import bench
+from mendkit.bench import KIT, TEXTBOOK, WAYS, Settings, Way
+from mendkit.errors import MendkitError
+from mendkit.training import make_optimiser
+from tests.claims import EXAMPLES
+
+TINY = {"batch": 4, "rank": 8, "repeats": 2}
+
+
+@pytest.fixture
+def settings(tmp_path) -> Settings:
+    (tmp_path / "tiny.yaml").write_text("model_name: tiny\n")
+    return Settings(str(tmp_path / "tiny.yaml"), **TINY)
+
+
+def gradients(base, settings):
+    """What every way finds, double throughout."""
+    h = bench.recipe(settings, base)
+    _, rows = bench.draw(base, h, EXAMPLES)
+    mend = bench.make_mend(base, h, rows).double()
+    adam = make_optimiser(mend, h)
+    ways = {name: Way(base, mend, rows, savings=own, optimiser=adam) for name, own in WAYS.items()}
+    return {name: bench.gradients(way) for name, way in ways.items()}
+
+
+@pytest.mark.parametrize("family", ["llama64", "gpt264"])
+def test_every_way_to_train_has_the_textbooks_losses_and_gradients(family, settings, request):
+    found = gradients(request.getfixturevalue(family), settings)
+    losses, grads = found[TEXTBOOK]
+    assert set(losses) == {"edit", "paraphrases", "neighbours"}
+    assert all(float(g.norm()) > 0 for g in grads.values())  # nothing agrees for being zero
+    for name in WAYS:
+        assert bench.largest_error(found[TEXTBOOK], found[name]) < 1e-10, name
+
+
+def test_what_is_compared_reports_ratios_and_equality(llama, settings):
+    result = bench.compare(llama, settings, EXAMPLES)
+    assert result["equal"] is True and set(result["error"]) == {*WAYS, "edit"}
+    assert 0 < result["error"][KIT] < result["tolerance"]
+    assert set(result["train"]) == set(WAYS) and result["train"][TEXTBOOK]["ratio"] == 1
+    assert result["train_ratio"] == result["train"][KIT]["ratio"] and result["edit_ratio"] == result["edit"]["ratio"]
+    plain, ours = (result["train"][name]["gflop_per_edit"] for name in (TEXTBOOK, KIT))
+    assert plain > ours > 0
+    assert result["workload"]["edits_per_step"] == 4 and result["workload"]["texts_per_edit"] == 3
+    json.dumps(result, allow_nan=False)
+
+
+def test_a_wrong_way_is_not_equal(llama, settings, monkeypatch):
+    right = bench.batch_losses
+
+    def wrong(trunk, *rest):
+        losses = right(trunk, *rest)
+        return losses | {"edit": losses["edit"] * (1.01 if not trunk.label_only else 1)}
+
+    monkeypatch.setattr(bench, "batch_losses", wrong)
+    result = bench.compare(llama, settings, EXAMPLES)
+    assert result["equal"] is False
+    assert [n for n, error in result["error"].items() if error > result["tolerance"]] == ["logits of all positions"]
+
+
+def test_what_is_missing_or_nan_is_an_infinite_error():
+    one = {"edit": 1.0}, {"U": torch.ones(2)}
+    assert bench.largest_error(one, one) == 0
+    assert bench.largest_error(one, ({"edit": 1.0}, {})) == math.inf
+    assert bench.largest_error(one, ({"edit": math.nan}, one[1])) == math.inf
+    assert bench.largest_error(one, ({"edit": 1.0}, {"U": torch.tensor([1.0, math.nan])})) == math.inf
+    assert bench.largest_error(one, ({"edit": 1.1}, {"U": torch.ones(2)})) == pytest.approx(0.1)
+
+
+def test_editing_leaves_the_model_as_it_was(settings, llama):
+    before = [llama.site_module(site).weight.clone() for site in llama.sites]
+    bench.compare(llama, settings, EXAMPLES)
+    assert all(torch.equal(llama.site_module(s).weight, w) for s, w in zip(llama.sites, before, strict=True))
+    assert not any(llama.site_module(site)._forward_hooks for site in llama.sites)
+
+
+def test_ratios_are_textbook_over_kit():
+    """The median of the ratios within a turn, whatever the turns' own speed."""
+    turns = [{TEXTBOOK: 6.0, KIT: 2.0}, {TEXTBOOK: 40.0, KIT: 10.0}, {TEXTBOOK: 10.0, KIT: 2.0}]
+    figures = bench._figures(turns, KIT, 4e9, 4e9)
+    assert figures["ratio"] == 4.0 and figures["seconds_per_edit"] == 2.0 and figures["edits_per_second"] == 0.5
+    assert figures["gflop_per_edit"] == 4.0 and figures["share_of_matmul_rate"] == 0.5
+
+
+def test_a_cache_pays_when_its_cost_is_saved():
+    turns = [{"trunk cache": 6.0, "factors cache": 1.0}] * 3
+    train = {KIT: {"seconds_per_edit": 1.0}, "without trunk cache": {"seconds_per_edit": 3.0}}
+    train["without factor cache"] = {"seconds_per_edit": 0.5}
+    caches = bench._caches(turns, train)
+    assert caches["trunk_pays_after_epochs"] == 3.0 and caches["factor_pays_after_epochs"] is None
+
+
+def test_a_model_that_is_not_there_is_an_error():
+    with pytest.raises(MendkitError, match=r"no model 'gpt5'.*gpt2-xl-shape"):
+        Settings("gpt5")
+
+
+def test_the_textbook_refuses_what_it_does_not_do(llama, settings):
+    h = bench.recipe(settings, llama)
+    _, rows = bench.draw(llama, h, EXAMPLES)
+    mend = bench.make_mend(llama, h, rows)
+    mend.hparams = h.replace(loss_reduction="sum")
+    with pytest.raises(MendkitError, match="loss_reduction"):
+        bench.textbook.textbook_losses(llama, mend, rows[0])
