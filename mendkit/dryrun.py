@@ -125,6 +125,8 @@ class DryRun(TorchDispatchMode):
         if hollow:
             place = lambda x: x if x.is_meta else x.to("meta")  # noqa: E731
             args, kwargs = tree_map_only(Tensor, place, (args, kwargs))
+            if func is aten._to_copy.default and "device" in kwargs:  # what has no values lies on every device
+                kwargs["device"] = torch.device("meta")
         out = func(*args, **kwargs)
         made = [x for x in tree_leaves(out) if isinstance(x, Tensor) and x.is_meta]
         if made:
@@ -176,7 +178,8 @@ class _Values(TorchFunctionMode):
     def __torch_function__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
         kwargs = kwargs or {}
         if func is Tensor.tolist and args[0].is_meta:
-            return np.zeros(args[0].shape).tolist()
+            kind = float if args[0].is_floating_point() else bool if args[0].dtype == torch.bool else int
+            return np.zeros(args[0].shape, kind).tolist()
         if func is torch.tensor and torch.device(kwargs.get("device") or "cpu").type == "meta":
             value = torch.tensor(*args, **{**kwargs, "device": "cpu"})
             return value.to("meta") if value.is_floating_point() else value

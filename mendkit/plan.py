@@ -206,7 +206,8 @@ class _Planner:
     def plan(self, idle: int, exact: bool) -> Plan:
         texts = self._texts()
         again = 2 * self._reading(self.below) if self.streamed else 0.0
-        loading = self._reading(self.resident) + again + 2 * self.whole / self.machine.hashed  # the cache's, the archive's
+        hashing = 2 * self.whole / self.machine.hashed  # for the cache and for the archive
+        loading = self._reading(self.resident) + again + hashing
         self.phases.append(Phase("loading", self.resident, self.resident, loading))
         with DryRun(list(self.base.model.parameters())) as run:
             run.restart()
@@ -308,6 +309,8 @@ class _Planner:
         steps = trainer.steps()
         validating, validation_peak = self._validation(run)
         optimiser, sampler = make_optimiser(trainer.mend, h), Sampler(trainer.train_texts, trainer.train_examples, h)
+        for group in optimiser.param_groups:  # which needs real parameters
+            group["fused"] = False
         for at, index in zip(range(4), iter(sampler), strict=False):
             if self.uncached == 0:  # what is drawn lies in the cache already
                 trainer.factors.fill([trainer.train_texts[i].edit for i in index])
