@@ -82,11 +82,10 @@ class FactorCache:
     def fill(self, texts: Sequence[Tokens], progress: Any = None) -> None:
         """Compute and keep factors, shortest texts first, until the budget is spent."""
         order = sorted(set(texts), key=lambda text: (len(text.ids), text.key))
-        for at in range(0, len(order), FACTOR_BATCH):
-            if self.bytes >= self.budget:
-                return
+        for at in range(0, len(order) if self.budget else 0, FACTOR_BATCH):
             chunk = order[at : at + FACTOR_BATCH]
-            self._keep(dict(zip(chunk, self._compute(chunk), strict=True)))
+            if not self._keep(dict(zip(chunk, self._compute(chunk), strict=True))):
+                return
             if progress is not None:
                 progress(min(at + FACTOR_BATCH, len(order)), len(order))
 
@@ -94,13 +93,18 @@ class FactorCache:
         """Packed factors of some texts."""
         missing = [text for text in texts if text not in self._kept]
         fresh = dict(zip(missing, self._compute(missing), strict=True)) if missing else {}
-        if self.as_needed and self.bytes < self.budget:
+        if self.as_needed:
             self._keep(fresh)
         return pack([self._kept.get(text) or fresh[text] for text in texts])
 
-    def _keep(self, factors: Mapping[Tokens, Factors]) -> None:
-        self._kept |= factors
-        self.bytes += sum(4 * (f.u.numel() + f.delta.numel()) for own in factors.values() for f in own.values())
+    def _keep(self, factors: Mapping[Tokens, Factors]) -> bool:
+        """Keep those that there is room for; whether that was all."""
+        sizes = {text: sum(f.u.nbytes + f.delta.nbytes for f in own.values()) for text, own in factors.items()}
+        for text, size in sizes.items():
+            if self.bytes + size <= self.budget:
+                self._kept[text] = factors[text]
+                self.bytes += size
+        return all(text in self._kept for text in factors)
 
     def __len__(self) -> int:
         return len(self._kept)
@@ -279,6 +283,7 @@ class Trainer:
         t1 = time.perf_counter()
         if not self.factors.as_needed:
             self.factors.fill([t.edit for t in self.train_texts], show("factors"))
+            return_memory()
         t2 = time.perf_counter()
         self.cache = {"trunk_seconds": t1 - t0, "factor_seconds": t2 - t1}
         self.cache |= {"factor_bytes": self.factors.bytes, "factor_examples": len(self.factors)}

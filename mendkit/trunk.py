@@ -187,16 +187,16 @@ class FrozenTrunk:
         self._rows |= {keys[key].key: values for key, values in found.items()}
         return [text for key, text in keys.items() if key not in found]
 
-    def _keep(self, texts: Sequence[Tokens], states: np.ndarray, reference: np.ndarray) -> None:
-        """Keep computed values: in memory, or on disk and as a memory map of it."""
-        at = scored_at = 0
+    def _keep(self, texts: Sequence[Tokens], states: list[np.ndarray], references: list[np.ndarray]) -> None:
+        """Keep computed values, by chunks, which are freed: in memory, or on disk and as a memory map of it."""
         for portion in _portions(texts, self._portion):
-            start, scored_start, counts = at, scored_at, [(len(text.ids), len(text.scored)) for text in portion]
-            for text, (n, scored) in zip(portion, counts, strict=True):
-                self._rows[text.key] = states[at : at + n], reference[scored_at : scored_at + scored]
-                at, scored_at = at + n, scored_at + scored
+            chunks = len(list(_chunks(portion)))
+            arrays = _joined(states, chunks), _joined(references, chunks)
+            counts = [(len(text.ids), len(text.scored)) for text in portion]
+            ends = np.cumsum(counts, 0)[:-1].T
+            values = zip(*(np.split(array, end) for array, end in zip(arrays, ends, strict=True)), strict=True)
+            self._rows |= {text.key: own for text, own in zip(portion, values, strict=True)}
             if self.cache is not None:
-                arrays = states[start:at], reference[scored_start:scored_at]
                 self.cache.add([_digest(text) for text in portion], arrays, counts)
                 self._read(portion)
 
@@ -213,7 +213,8 @@ class FrozenTrunk:
         return next(iter(self._rows.values()))[0].shape[1]
 
     @torch.no_grad()
-    def _compute(self, texts: Sequence[Tokens], progress: Any) -> tuple[np.ndarray, np.ndarray]:
+    def _compute(self, texts: Sequence[Tokens], progress: Any) -> tuple[list[np.ndarray], list[np.ndarray]]:
+        """States and references of the texts, packed, chunk by chunk."""
         streamed = self.base.released > 0
         states, references, done = self._stream(texts, progress) if streamed else [], [], 0
         for i, chunk in enumerate(_chunks(texts)):
@@ -227,7 +228,7 @@ class FrozenTrunk:
             done += len(chunk)
             if progress is not None:
                 progress(done, len(texts))
-        return _joined(states), _joined(references)
+        return states, references
 
     def _stream(self, texts: Sequence[Tokens], progress: Any) -> list[np.ndarray]:
         """States entering the lowest edited block, by chunk: each hollow block is read, run on all texts, freed."""
@@ -322,13 +323,13 @@ def _array(values: Tensor) -> np.ndarray:
     return (values.view(torch.uint16) if values.dtype == torch.bfloat16 else values).numpy()
 
 
-def _joined(parts: list[np.ndarray]) -> np.ndarray:
-    """The rows of all parts, which are freed on the way."""
-    out, at = np.empty((sum(map(len, parts)), *parts[0].shape[1:]), parts[0].dtype), 0
-    while parts:
-        part = parts.pop(0)
-        out[at : at + len(part)] = part
-        at += len(part)
+def _joined(parts: list[np.ndarray], count: int) -> np.ndarray:
+    """The rows of the first parts, which are taken off the list and freed on the way."""
+    sizes = list(map(len, parts[:count]))
+    out, at = np.empty((sum(sizes), *parts[0].shape[1:]), parts[0].dtype), 0
+    for size in sizes:
+        out[at : at + size] = parts.pop(0)
+        at += size
     return out
 
 
