@@ -21,7 +21,7 @@ from typing import Any
 from .adapter import ADAPTER_FILES
 from .archive import inspect_archive, load_archive
 from .bench import MODELS, QUICK, Settings, bench_table, run_bench
-from .checkpoints import silence_transformers
+from .checkpoints import choose_device, silence_transformers
 from .conformance import conformance, conformance_table, reference_folders
 from .data import EditExample
 from .distributed import Team, process_count
@@ -39,7 +39,7 @@ from .plan import PLANNED, fitting, plan
 from .plan import table as plan_table
 from .readers import read_examples, read_questions, read_text, with_unrelated
 from .report import ARCHIVE, default_config, plan_report, run_report
-from .runs import open_run, peak_memory_gb, write_json
+from .runs import free_memory, open_run, peak_memory_gb, write_json
 from .training import train
 
 logger = logging.getLogger("mendkit")
@@ -267,14 +267,15 @@ def _plan(args: argparse.Namespace) -> int:
     validation = read_examples(args.validation_data, limit=args.validation_limit)
     machine = Machine.measured(PLANNED)
     own = plan(hparams, examples, validation, machine=machine)
-    values = asdict(own) | {"peak": own.peak, "training_peak": own.training_peak, "seconds": own.seconds}
-    lines = [plan_table(own)]
-    if args.memory is not None and own.peak > args.memory:
-        settings, other = fitting(hparams, examples, validation, budget=args.memory, machine=machine)
-        values |= {"settings": settings, "peak_with_settings": other.peak}
+    figures = ("peak", "needed", "training_needed", "seconds")
+    values = asdict(own) | {name: getattr(own, name) for name in figures}
+    lines, budget = [plan_table(own)], args.memory or free_memory(choose_device(hparams.device))
+    if own.needed > budget:
+        settings, other = fitting(hparams, examples, validation, budget=budget, machine=machine)
+        values |= {"settings": settings, "with_settings": {name: getattr(other, name) for name in figures}}
         words = " ".join(f"{name}={str(value).lower()}" for name, value in settings.items())
-        fits = "fits" if other.peak <= args.memory else "still does not fit"
-        lines.append(f"\nmore than {args.memory / 1e9:.1f} GB; with {words} it {fits}:\n{plan_table(other)}")
+        fits = "fits" if other.needed <= budget else "still does not fit"
+        lines.append(f"\nmore than {budget / 1e9:.1f} GB; with {words} it {fits}:\n{plan_table(other)}")
     _say(json.dumps(values, indent=1) if args.json else "\n".join(lines))
     return 0
 
@@ -424,7 +425,9 @@ def _options_train(parser: argparse.ArgumentParser) -> None:
 def _options_plan(parser: argparse.ArgumentParser) -> None:
     _options_train(parser)
     parser.add_argument("--data", dest="train_data", metavar="FILE", help="the same as --train-data")
-    parser.add_argument("--memory", type=_bytes, metavar="SIZE", help="propose settings that fit, such as 8GB")
+    parser.add_argument(
+        "--memory", type=_bytes, metavar="SIZE", help="propose settings that fit, such as 8GB (default: what is free)"
+    )
 
 
 def _options_edit(parser: argparse.ArgumentParser) -> None:

@@ -15,6 +15,7 @@ _LLAMA3 = {**_32, "intermediate_size": 14336, "num_key_value_heads": 8, "vocab_s
 _QWEN = {"hidden_size": 3584, "intermediate_size": 18944, "num_hidden_layers": 28, "num_attention_heads": 28}
 _SMOL = {"hidden_size": 576, "intermediate_size": 1536, "num_hidden_layers": 30, "num_attention_heads": 9}
 _T5 = {"d_model": 1024, "d_ff": 16384, "d_kv": 128, "num_layers": 24, "num_heads": 32, "vocab_size": 32128}
+_T5 |= {"decoder_start_token_id": 0}
 
 PUBLISHED = {  # `model_name` -> class and sizes
     "openai-community/gpt2": ("GPT2LMHeadModel", {}),

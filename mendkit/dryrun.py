@@ -1,7 +1,9 @@
 """Memory and arithmetic of code that runs on shapes alone, and how fast this machine does such arithmetic.
 
 Within a `DryRun` tensors on the meta device have shapes and no values. Everything the code makes there is counted
-while it lives, autograd's saved tensors included; products of matrices are counted by the rows of their left factor,
+while it lives, autograd's saved tensors included. Freed blocks below `MAPPED` stay with the process for its next ones,
+while larger ones go back to the system at once (glibc's malloc), so the peak is that of the small blocks and that of
+the large ones together. Products of matrices are counted by the rows of their left factor,
 since thin ones run slower, and all other operations by the bytes that they read and write. Where code asks for a
 value, it gets 1. Index tensors may be real: masks then choose as many rows as they would.
 """
@@ -30,6 +32,8 @@ aten = torch.ops.aten
 _INDEXED = (aten.index.Tensor, aten.index_put.default, aten.index_put_.default, aten._index_put_impl_.default)
 ROWS = (4, 32, 256, 2048)
 """Rows of the left factor at which a machine's rates are measured."""
+MAPPED = 2**25
+"""Bytes from which on glibc gives a block pages of its own (its largest threshold, which it soon reaches)."""
 SIZES = (2**12, 2**16, 2**20, 2**25)
 """Bytes that an operation of the other kind makes or changes, at which they are measured."""
 
@@ -92,7 +96,7 @@ class DryRun(TorchDispatchMode):
 
     def __init__(self, given: Sequence[Tensor] = ()) -> None:
         super().__init__()
-        self.live = self.peak = 0  # bytes
+        self._live, self._most = [0, 0], [0, 0]  # bytes of small blocks and of large ones: now, and at most
         self.flops: Counter[tuple[torch.dtype, int]] = Counter()
         self.bytes: Counter[int] = Counter()
         self._known = {value.untyped_storage()._cdata for value in given}
@@ -106,9 +110,21 @@ class DryRun(TorchDispatchMode):
         super().__exit__(*error)
         self._values.__exit__(*error)
 
-    def restart(self) -> int:
-        """Start counting anew: the peak from what lives now. Returns what lives."""
-        self.peak, self.flops, self.bytes = self.live, Counter(), Counter()
+    @property
+    def live(self) -> int:
+        """Bytes that live now."""
+        return sum(self._live)
+
+    @property
+    def peak(self) -> int:
+        """The most bytes since the last restart that the process had to hold."""
+        return sum(self._most)
+
+    def restart(self, *, trimmed: bool = True) -> int:
+        """Start counting anew: the peak from what lives now, or with all small blocks that there were if the process
+        does not give them back (not `trimmed`). Returns what lives."""
+        self._most = [self._live[0] if trimmed else self._most[0], self._live[1]]
+        self.flops, self.bytes = Counter(), Counter()
         return self.live
 
     def work(self) -> Work:
@@ -129,7 +145,7 @@ class DryRun(TorchDispatchMode):
                 kwargs["device"] = torch.device("meta")
         out = func(*args, **kwargs)
         made = [x for x in tree_leaves(out) if isinstance(x, Tensor) and x.is_meta]
-        if made:
+        if made or (hollow and func._schema.name.endswith("_")):
             self._count(func, args, kwargs, out, made)
         return out
 
@@ -140,9 +156,10 @@ class DryRun(TorchDispatchMode):
             if storage._cdata not in self._known:
                 self._known.add(storage._cdata)
                 weakref.finalize(storage, self._freed, storage._cdata, storage.nbytes())
-                self.live += storage.nbytes()
+                kind = storage.nbytes() >= MAPPED
+                self._live[kind] += storage.nbytes()
+                self._most[kind] = max(self._most[kind], self._live[kind])
                 fresh += value.nbytes
-        self.peak = max(self.peak, self.live)
         packet, name = func._overloadpacket, func._schema.name
         if packet in flop_registry:
             left = next(x for x in args if isinstance(x, Tensor) and x.dim() > 1 and x.is_floating_point())
@@ -151,13 +168,14 @@ class DryRun(TorchDispatchMode):
         elif packet is aten.linalg_inv_ex:
             self.flops[made[0].dtype, ROWS[-1]] += 2 * made[0].shape[-1] ** 3
         elif fresh or name.endswith("_"):
-            size = sum(value.nbytes for value in made)
-            moved = size + sum(x.nbytes for x in tree_leaves((args, kwargs)) if isinstance(x, Tensor))
+            given = sum(x.nbytes for x in tree_leaves((args, kwargs)) if isinstance(x, Tensor))
+            size = sum(value.nbytes for value in made) or given  # a fused optimiser returns nothing
+            moved = size + given
             self.bytes[_nearest(size, SIZES)] += max(moved, SIZES[0])  # the smallest take as long as a small one
 
     def _freed(self, key: int, size: int) -> None:
         self._known.discard(key)
-        self.live -= size
+        self._live[size >= MAPPED] -= size
 
 
 def _nearest(count: int, measured: Sequence[int]) -> int:

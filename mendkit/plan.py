@@ -10,7 +10,8 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 
 import psutil
@@ -22,10 +23,12 @@ from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from .architectures import published
 from .archive import inspect_archive
+from .cache import SHARD_BYTES
 from .checkpoints import DTYPES, choose_device, read_tokenizer, silence_transformers, skeleton
 from .data import EditExample, Tokens
 from .dryrun import SIZES, DryRun, Machine, Work
-from .errors import MendkitError
+from .errors import MendkitError, ModelError
+from .families import Head
 from .hollow import trunk_names
 from .hparams import MENDHyperParams
 from .mend import MEND
@@ -37,18 +40,25 @@ from .validation import validate
 
 logger = logging.getLogger(__name__)
 
+WORKING = "working memory"
 PLANNED = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 """The precisions that training may calculate in."""
 
 
 @dataclass(frozen=True)
 class Phase:
-    """One phase of training: what is held when it ends and the most that it needs, above an idle process; its time."""
+    """One phase of training: what is held by then and the most that it needs, above an idle process; its time."""
 
     name: str
-    held: int  # bytes
-    peak: int  # bytes
+    parts: dict[str, int]  # bytes held, by what they are, and "working memory": what comes on top at most
+    mapped: int  # bytes held that are pages of the trunk cache on disk: the system takes them back if it must
     seconds: float
+    times: int = 1  # how often; 0: not a part of training
+
+    @property
+    def peak(self) -> int:
+        """The most resident memory, in bytes."""
+        return sum(self.parts.values())
 
 
 @dataclass(frozen=True)
@@ -63,24 +73,32 @@ class Plan:
     texts: int
     tokens: int
     phases: tuple[Phase, ...]
-    parts: dict[str, int]  # bytes held through training, by what they are, and of a step's working memory
     idle: int  # bytes of this process with the model's code and tokenizer, and no weights
+
+    def phase(self, name: str) -> Phase:
+        """A phase by its name."""
+        return next(phase for phase in self.phases if phase.name == name)
 
     @property
     def peak(self) -> int:
-        """The most memory of all phases, in bytes, the process itself included."""
-        return self.idle + max(phase.peak for phase in self.phases)
+        """The most resident memory of all phases, in bytes, the process itself included."""
+        return self.idle + max(phase.peak for phase in self.phases if phase.times)
 
     @property
-    def training_peak(self) -> int:
-        """The most memory after the trunk pass, in bytes, the process itself included."""
-        after = [phase.peak for phase in self.phases if phase.name not in ("loading", "trunk pass", "one edit")]
-        return self.idle + max(after)
+    def needed(self) -> int:
+        """The same without the pages of the trunk cache on disk."""
+        return self.idle + max(phase.peak - phase.mapped for phase in self.phases if phase.times)
+
+    @property
+    def training_needed(self) -> int:
+        """The same after the trunk pass."""
+        after = [phase for phase in self.phases if phase.times and phase.name not in ("loading", "trunk pass")]
+        return self.idle + max(phase.peak - phase.mapped for phase in after)
 
     @property
     def seconds(self) -> float:
         """Time of the whole training."""
-        return sum(phase.seconds for phase in self.phases if phase.name not in ("one step", "one edit"))
+        return sum(phase.seconds * phase.times for phase in self.phases)
 
 
 class _Shapes(BaseModel):
@@ -93,6 +111,9 @@ class _Shapes(BaseModel):
     @property
     def released(self) -> int:
         return 0
+
+    def _probe_head(self) -> Head:
+        raise ModelError(f"{self.name} is a classifier: what its head reads shows in values only, so it has no plan")
 
 
 class _ShapeTrunk(FrozenTrunk):
@@ -170,7 +191,7 @@ def plan(
 ) -> Plan:
     """The plan of `train(hparams, train, validation)`; `machine` is measured if not given (two seconds).
 
-    Raises MendkitError if there are no examples, and ModelError as loading the model does.
+    Raises MendkitError if there are no examples, and ModelError as loading the model does, and for a classifier.
     """
     if not train or not validation:
         raise MendkitError("a plan needs at least one training and one validation example")
@@ -201,25 +222,29 @@ class _Planner:
         self.released = self.streamed or (split and hparams.release_trunk is not False)
         self.resident = self.whole - (self.below if self.streamed else 0)
         self.held = {"weights": self.whole - (self.below if self.released else 0)}
+        self.mapped = 0
         self.phases: list[Phase] = []
 
     def plan(self, idle: int, exact: bool) -> Plan:
         texts = self._texts()
         again = 2 * self._reading(self.below) if self.streamed else 0.0
         hashing = 2 * self.whole / self.machine.hashed  # for the cache and for the archive
-        loading = self._reading(self.resident) + again + hashing
-        self.phases.append(Phase("loading", self.resident, self.resident, loading))
+        loading = {"weights": self.resident, WORKING: 0}
+        self.phases.append(Phase("loading", loading, 0, self._reading(self.resident) + again + hashing))
         with DryRun(list(self.base.model.parameters())) as run:
             run.restart()
             self._trunk(run, texts)
-            self._one_edit(run)
+            whole = {"weights": self.whole}
+            edit = self._one_edit(run)
             self._factors(run)
             self._hypernetwork(run)
             self._training(run)
+        whole |= {"hypernetwork": self.held["hypernetwork"], WORKING: edit[1]}
+        self.phases.append(Phase("one edit", whole, 0, edit[0].seconds(self.machine), times=0))
         count = sum(value.numel() for value in self.base.model.parameters())
         return Plan(
             self.base.name, count, self.streamed, self.released, not exact, len(texts),
-            sum(len(text.ids) for text in texts), tuple(self.phases), self.held, idle,
+            sum(len(text.ids) for text in texts), tuple(self.phases), idle,
         )  # fmt: skip
 
     def _reading(self, size: int) -> float:
@@ -234,9 +259,8 @@ class _Planner:
         own += [t for e in self.chosen for some in trainer.wordings(e) for t in some]
         return sorted({t.key: t for t in own}.values(), key=lambda t: (len(t.ids), t.key))
 
-    def _add(self, name: str, working: int, seconds: float, *, extra: int = 0) -> None:
-        held = sum(self.held.values())
-        self.phases.append(Phase(name, held, held + extra + working, seconds))
+    def _add(self, name: str, working: int, seconds: float, times: int = 1) -> None:
+        self.phases.append(Phase(name, self.held | {WORKING: working}, self.mapped, seconds, times))
 
     def _trunk(self, run: DryRun, texts: Sequence[Tokens]) -> None:
         if self.base.blocks is None:
@@ -247,19 +271,27 @@ class _Planner:
         with torch.no_grad():
             FrozenTrunk(self.base)._watch(largest)
         work, peak = scaled(run.work(), sum(padded) / max(padded)), run.peak
-        run.restart()
         size = self.base.dtype.itemsize * state_width(self.base)
-        self.held["trunk states"] = size * sum(len(t.ids) for t in texts)
-        self.held["references"] = size * sum(len(t.scored) for t in texts)
-        away = self.resident - self.held["weights"] + (2 * self.block if self.streamed else 0)
+        values = {"trunk states": size * sum(len(t.ids) for t in texts)}
+        values["references"] = size * sum(len(t.scored) for t in texts)
+        self.held |= values
+        total, kept = sum(values.values()), self.held["weights"]
+        self.mapped = total if total <= self.h.disk_cache_bytes else 0
+        peak += self.resident - kept + (2 * self.block if self.streamed else 0)
+        if not self.streamed and self.mapped:  # a portion in memory and as the bytes to be written
+            peak += 2 * min(total, SHARD_BYTES)
+        if self.released and not self.streamed:  # what is kept is copied before the file's pages go
+            peak = max(peak, self.whole)
         read = self._reading(self.below) if self.streamed else 0.0
-        self._add("trunk pass", peak, work.seconds(self.machine) + read, extra=away)
+        self._add("trunk pass", peak, work.seconds(self.machine) + read)
+        if self.streamed:  # all texts' states are in memory before they are on disk
+            self.phases[-1] = replace(self.phases[-1], mapped=0)
 
-    def _one_edit(self, run: DryRun) -> None:
+    def _one_edit(self, run: DryRun) -> tuple[Work, int]:
         """An edit as the editor makes it: factors by the whole model, nothing cached."""
         text = max((e.edit for e in self.trainer.train_texts), key=lambda t: len(t.ids))
         whole = FrozenTrunk(self.base)
-        self.edit_work, self.edit_peak = _measured(run, lambda: self._capture([text], whole))
+        return _measured(run, lambda: self._capture([text], whole))
 
     def _capture(self, texts: Sequence[Tokens], trunk: FrozenTrunk) -> None:
         cache = self.trainer.factors
@@ -275,7 +307,7 @@ class _Planner:
         trunk = self.trainer.trunk
         work, _ = _measured(run, lambda: self._capture(order[len(order) // 2 :][:FACTOR_BATCH], trunk))
         _, peak = _measured(run, lambda: self._capture(order[-FACTOR_BATCH:], trunk))
-        self.held["factors"] = min(total, budget + max(sizes) * FACTOR_BATCH) if budget else 0
+        self.held["factors"] = min(total, budget)
         done = scaled(work, share * len(order) / min(FACTOR_BATCH, max(1, len(order) - len(order) // 2)))
         self._add("factors", peak if budget else 0, done.seconds(self.machine))
         self.uncached = 1 - share
@@ -305,37 +337,33 @@ class _Planner:
         self._add("statistics", peak, seconds)
 
     def _training(self, run: DryRun) -> None:
-        trainer, h, seconds, working = self.trainer, self.h, [], 0
-        steps = trainer.steps()
-        validating, validation_peak = self._validation(run)
+        """Validation, steps and archives take turns, and what one frees the process keeps for the others."""
+        trainer, h, steps = self.trainer, self.h, self.trainer.steps()
+        texts = sorted(trainer.val_texts, key=lambda e: sum(len(t.ids) for t in e.all()))
+        size = min(len(texts), h.val_batch_size)
+        middle = (len(texts) - size) // 2
+        reading, _ = _measured(run, lambda: self._validate(texts[middle : middle + size]))
+        _measured(run, lambda: self._validate(texts[-size:]))
         optimiser, sampler = make_optimiser(trainer.mend, h), Sampler(trainer.train_texts, trainer.train_examples, h)
-        for group in optimiser.param_groups:  # which needs real parameters
-            group["fused"] = False
-        for at, index in zip(range(4), iter(sampler), strict=False):
+        for value in trainer.mend.parameters():  # the fused kernel knows no meta device when it makes these itself
+            moments = {name: torch.zeros_like(value) for name in ("exp_avg", "exp_avg_sq")}
+            optimiser.state[value] = {"step": torch.zeros((), device="meta"), **moments}
+        self.held["moments"] = 2 * sum(value.nbytes for value in trainer.mend.parameters())
+        done: list[tuple[Work, int]] = []
+        for at, index in zip(range(3), iter(sampler), strict=False):
             if self.uncached == 0:  # what is drawn lies in the cache already
                 trainer.factors.fill([trainer.train_texts[i].edit for i in index])
-            before = run.restart()
-            trainer.step(at + 1, optimiser, sampler, iter([index] * h.accumulate_bs), max(steps, 1))
-            if at:  # the first one makes the moments
-                seconds.append(run.work().seconds(self.machine))
-                working = max(working, run.peak - before)
-        step = sum(seconds) / len(seconds)
-        self.held["moments"] = 2 * sum(value.nbytes for value in trainer.mend.parameters())
-        self._add("one step", working, step)
-        self._add("training", working, step * steps)
-        self._add("validations", validation_peak, validating * (1 + -(-steps // h.val_interval)))
-        edit = self.whole + self.held["hypernetwork"]
-        self.phases.append(Phase("one edit", edit, edit + self.edit_peak, self.edit_work.seconds(self.machine)))
-        self.held["a step's working memory"] = working
-
-    def _validation(self, run: DryRun) -> tuple[float, int]:
-        """Seconds of one validation, and the most memory of a batch."""
-        texts = sorted(self.trainer.val_texts, key=lambda e: sum(len(t.ids) for t in e.all()))
-        size = min(len(texts), self.h.val_batch_size)
-        middle = (len(texts) - size) // 2
-        work, _ = _measured(run, lambda: self._validate(texts[middle : middle + size]))
-        _, peak = _measured(run, lambda: self._validate(texts[-size:]))
-        return work.seconds(self.machine) * len(texts) / size, peak
+            one = partial(trainer.step, at + 1, optimiser, sampler, iter([index] * h.accumulate_bs), max(steps, 1))
+            done.append(_measured(run, one, trimmed=False))
+        step = sum(work.seconds(self.machine) for work, _ in done) / len(done)
+        self._add("step", max(peak for _, peak in done), step, steps)
+        times = 1 + -(-steps // h.val_interval)
+        _, peak = _measured(run, lambda: self._validate(texts[-size:]), trimmed=False)
+        self._add("validation", peak, reading.seconds(self.machine) * len(texts) / size, times)
+        _, kept = _measured(run, lambda: None, trimmed=False)
+        own = self.held["hypernetwork"]
+        hashing = (own + sum(site.d_in * site.d_out * 4 for site in self.base.sites)) / self.machine.hashed
+        self._add("archive", kept + own, hashing + self._reading(own), times - 1)
 
     def _validate(self, texts: Sequence) -> None:
         validate(self.trainer.trunk, self.trainer.mend, texts, self.h)
@@ -358,12 +386,12 @@ def scaled(work: Work, factor: float) -> Work:
     return Work(flops, {size: count * factor for size, count in work.bytes.items()})
 
 
-def _measured(run: DryRun, call: Callable[[], object]) -> tuple[Work, int]:
-    """The work of a call and the most that it adds to what lives."""
-    before = run.restart()
+def _measured(run: DryRun, call: Callable[[], object], *, trimmed: bool = True) -> tuple[Work, int]:
+    """The work of a call and the most that it adds to what lives; see `DryRun.restart`."""
+    before = run.restart(trimmed=trimmed)
     call()
     work, peak = run.work(), run.peak - before
-    run.restart()
+    run.restart(trimmed=False)
     return work, peak
 
 
@@ -383,7 +411,7 @@ def fitting(
     given, tried = hparams, {}
     whole = plan(given, train, validation, machine=machine)
     for name, value in _savings(hparams, whole):
-        if whole.peak <= budget:
+        if whole.needed <= budget:
             break
         tried[name] = value
         whole = plan(given.replace(**tried), train, validation, machine=machine)
@@ -410,15 +438,18 @@ def table(own: Plan) -> str:
     lines = [
         f"{own.model}: {own.parameters / 1e6:,.0f} M parameters; trunk {' and '.join(how) or 'kept'}",
         f"{own.texts:,} texts, {own.tokens:,} tokens ({lengths})",
-        f"{'':14}{'memory held':>13}{'at most':>11}{'time':>10}",
+        f"{'':12}{'memory':>10}{'time':>16}  what takes the memory (GB)",
     ]
     for phase in own.phases:
         time = f"{phase.seconds:.2f} s" if phase.seconds < 60 else clock(phase.seconds)
-        lines.append(f"{phase.name:14}{phase.held / 1e9:>10.2f} GB{phase.peak / 1e9:>8.2f} GB{time:>10}")
-    parts = ", ".join(f"{part} {size / 1e9:.2f}" for part, size in own.parts.items())
-    lines.append(f"in training (GB): {parts}")
+        time += f" x {phase.times}" if phase.times > 1 else ""
+        parts = sorted(phase.parts.items(), key=lambda part: -part[1])[:3]
+        most = ", ".join(f"{part} {size / 1e9:.2f}" for part, size in parts)
+        lines.append(f"{phase.name:12}{(own.idle + phase.peak) / 1e9:>7.2f} GB{time:>16}  {most}")
+    if any(phase.mapped for phase in own.phases):
+        lines.append("trunk states and references lie on disk: the system takes their pages back where memory is short")
     lines.append(
-        f"the process itself takes {own.idle / 1e9:.2f} GB more: {own.peak / 1e9:.2f} GB at most, "
-        f"{own.training_peak / 1e9:.2f} GB after the trunk pass; training takes {clock(own.seconds)}"
+        f"all in all: at least {own.needed / 1e9:.2f} GB ({own.training_needed / 1e9:.2f} GB after the trunk pass), of "
+        f"it the process itself {own.idle / 1e9:.2f}; {clock(own.seconds)}"
     )
     return "\n".join(lines)
