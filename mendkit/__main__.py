@@ -1,4 +1,4 @@
-"""Command line: `python -m mendkit {train,edit,evaluate,inspect,import,export,conformance,sites,bench,report}`.
+"""Command line: `python -m mendkit {train,edit,evaluate,inspect,import,export,conformance,sites,plan,bench,report}`.
 
 Results go to stdout, progress and messages to stderr. What can be wrong is looked at before
 anything is written, and nothing is overwritten unasked.
@@ -21,10 +21,11 @@ from typing import Any
 from .adapter import ADAPTER_FILES
 from .archive import inspect_archive, load_archive
 from .bench import bench_table, run_bench
-from .checkpoints import silence_transformers
+from .checkpoints import choose_device, silence_transformers
 from .conformance import conformance, conformance_table, reference_folders
 from .data import EditExample
 from .distributed import Team, process_count
+from .dryrun import Machine
 from .edit_command import before_and_after, read_stream, shown, write_files
 from .editor import MENDEditor
 from .errors import MendkitError
@@ -33,10 +34,12 @@ from .foreign import export_archive, import_archive, read_foreign
 from .heldout import TEXT_TOKENS
 from .hparams import MENDHyperParams, parse_overrides
 from .listing import list_layers, table
-from .models import load_model
+from .models import load_for_training, load_model
+from .plan import PLANNED, fitting, plan
+from .plan import table as plan_table
 from .readers import read_examples, read_questions, read_text, with_unrelated
 from .report import ARCHIVE, default_config, plan_report, run_report
-from .runs import open_run, peak_memory_gb, write_json
+from .runs import free_memory, open_run, peak_memory_gb, write_json
 from .training import train
 from .ways import MODELS, QUICK, Settings
 
@@ -95,13 +98,13 @@ def _train(args: argparse.Namespace) -> int:
     validation = read_examples(args.validation_data, limit=args.validation_limit)
     if hparams.archive is not None:
         inspect_archive(hparams.archive)  # before the model is loaded, which may take long
-    base = load_model(hparams)
+    base = load_for_training(hparams)
     if hparams.archive is not None:
         load_archive(hparams.archive, base=base)
         old = [path for path in old if path.resolve() != Path(hparams.archive).resolve()]
     team.first(lambda: _open(out, old))
     logger.info("training on %d examples, validating on %d, in %s", len(examples), len(validation), out)
-    result = train(hparams, examples, validation, base=base, run_dir=out)
+    result = train(hparams, examples, validation, base=base, run_dir=out, done_with_base=True)
     team.leave()
     if team.rank:
         return 0
@@ -259,6 +262,25 @@ def _sites(args: argparse.Namespace) -> int:
     return 0
 
 
+def _plan(args: argparse.Namespace) -> int:
+    hparams = _hparams(args)
+    examples = read_examples(args.train_data, limit=args.train_limit)
+    validation = read_examples(args.validation_data, limit=args.validation_limit)
+    machine = Machine.measured(PLANNED)
+    own = plan(hparams, examples, validation, machine=machine)
+    figures = ("peak", "needed", "training_needed", "seconds")
+    values = asdict(own) | {name: getattr(own, name) for name in figures}
+    lines, budget = [plan_table(own)], args.memory or free_memory(choose_device(hparams.device))
+    if own.needed > budget:
+        settings, other = fitting(hparams, examples, validation, budget=budget, machine=machine)
+        values |= {"settings": settings, "with_settings": {name: getattr(other, name) for name in figures}}
+        words = " ".join(f"{name}={str(value).lower()}" for name, value in settings.items())
+        fits = "fits" if other.needed <= budget else "still does not fit"
+        lines.append(f"\nmore than {budget / 1e9:.1f} GB; with {words} it {fits}:\n{plan_table(other)}")
+    _say(json.dumps(values, indent=1) if args.json else "\n".join(lines))
+    return 0
+
+
 def _import(args: argparse.Namespace) -> int:
     _existing(args.out, (ARCHIVE, "results.json"), args.overwrite)
     hparams = _hparams(args)
@@ -383,6 +405,10 @@ def _count(text: str) -> int:
     return int(text)
 
 
+def _bytes(text: str) -> int:
+    return MENDHyperParams(model_name="any", cache_bytes=text).cache_bytes
+
+
 def _number(text: str) -> float:
     try:
         value = float(text)
@@ -401,6 +427,14 @@ def _options_train(parser: argparse.ArgumentParser) -> None:
         source = f"facts:{split}"
         parser.add_argument(f"--{split}-data", default=source, metavar="FILE", help=f"default: {source}")
         parser.add_argument(f"--{split}-limit", type=_count, metavar="N", help="use the first N examples")
+
+
+def _options_plan(parser: argparse.ArgumentParser) -> None:
+    _options_train(parser)
+    parser.add_argument("--data", dest="train_data", metavar="FILE", help="the same as --train-data")
+    parser.add_argument(
+        "--memory", type=_bytes, metavar="SIZE", help="propose settings that fit, such as 8GB (default: what is free)"
+    )
 
 
 def _options_edit(parser: argparse.ArgumentParser) -> None:
@@ -519,6 +553,12 @@ COMMANDS = {
         "`inner_params: auto` picks there; reads the model's configuration only, no weights",
         "openai-community/gpt2 --all",
     ),
+    "plan": _Command(
+        _plan, _options_plan,
+        "predict memory and time of every phase of training, before anything is loaded: from the\n"
+        "shapes of model and texts, and a short measurement of this machine",
+        "configs/llama-7b.yaml --memory 8GB",
+    ),
     "bench": _Command(
         _bench, _options_bench,
         "measure what training and editing cost, against a textbook MEND on the same model;\n"
@@ -538,7 +578,7 @@ COMMANDS = {
 WRITES = {"conformance": "", "bench": " and figures"}
 """What commands write besides results.json, where it is not rows."""
 
-READERS = ("inspect", "sites")
+READERS = ("inspect", "plan", "sites")
 """Commands that write nothing."""
 
 

@@ -128,13 +128,11 @@ def read_checkpoint(
     """
     remote = {"trust_remote_code": trust_remote_code}
     is_file = isinstance(place, Path) and place.is_file()
-    loader = _checked_loader(read_config(place, trust_remote_code=trust_remote_code), place)
+    loader = checked_loader(read_config(place, trust_remote_code=trust_remote_code), place)
     own = None
     if tokenizer is not None or not is_file:
-        where = place if tokenizer is None else Path(tokenizer) if Path(tokenizer).is_dir() else tokenizer
-        with _explained("the tokenizer of", where):
-            own = AutoTokenizer.from_pretrained(where, **remote)
-    with _explained("the model", place):
+        own = read_tokenizer(place, tokenizer, trust_remote_code=trust_remote_code)
+    with explained("the model", place):
         if is_file:
             model, found = load_gguf(place, DTYPES.get(dtype, torch.float32))
             return model, own or found
@@ -149,11 +147,20 @@ def read_checkpoint(
     return model, own
 
 
+def read_tokenizer(
+    place: str | Path, tokenizer: str | None = None, *, trust_remote_code: bool = False
+) -> PreTrainedTokenizerBase:
+    """The tokenizer of a folder or hub id, or that of another one (`tokenizer`); raises ModelError."""
+    where = place if tokenizer is None else Path(tokenizer) if Path(tokenizer).is_dir() else tokenizer
+    with explained("the tokenizer of", where):
+        return AutoTokenizer.from_pretrained(where, trust_remote_code=trust_remote_code)
+
+
 def read_config(place: str | Path, *, trust_remote_code: bool = False) -> PreTrainedConfig:
     """The configuration of a model folder or GGUF file (Path) or of a hub id (str); raises ModelError."""
     is_file = isinstance(place, Path) and place.is_file()
     folder, file = (place.parent, {"gguf_file": place.name}) if is_file else (place, {})
-    with _explained("the configuration of", place):
+    with explained("the configuration of", place):
         return AutoConfig.from_pretrained(folder, **file, trust_remote_code=trust_remote_code)
 
 
@@ -167,13 +174,13 @@ def skeleton(source: str | Path, *, trust_remote_code: bool = False) -> PreTrain
     config = read_config(place, trust_remote_code=trust_remote_code)
     declared = [getattr(transformers, name, None) for name in config.architectures or ()]
     known = next((kind for kind in declared if kind is not None), None)
-    with _explained("a model from the configuration of", place), torch.device("meta"):
+    with explained("a model from the configuration of", place), torch.device("meta"):
         loader = _loader(config) or (AutoModelForCausalLM if known is None else None)
         return known(config) if loader is None else loader.from_config(config, trust_remote_code=trust_remote_code)
 
 
 @contextlib.contextmanager
-def _explained(what: str, place: str | Path) -> Iterator[None]:
+def explained(what: str, place: str | Path) -> Iterator[None]:
     """Turns whatever a reader raises for a missing, damaged or unknown file into one ModelError."""
     try:
         yield
@@ -217,7 +224,13 @@ def _loader(config: PreTrainedConfig) -> Any | None:
     return AutoModelForCausalLM if causal else None
 
 
-def _checked_loader(config: PreTrainedConfig, place: str | Path) -> Any:
+def is_causal(config: PreTrainedConfig) -> bool:
+    """Whether a model of this configuration is loaded as a causal language model."""
+    return _loader(config) is AutoModelForCausalLM
+
+
+def checked_loader(config: PreTrainedConfig, place: str | Path) -> Any:
+    """The class that loads a model of this configuration; raises ModelError if it cannot be edited."""
     loader = _loader(config)
     if loader is None:
         what = ", ".join(config.architectures or ()) or f"model_type {config.model_type}"

@@ -105,6 +105,10 @@ def _to_device(value: Any) -> str:
     return text
 
 
+def _switch(value: Any) -> bool | str:
+    return value if value == "auto" else _to_kind(value, bool)
+
+
 def _names(value: Any) -> str | tuple[str, ...]:
     if value == "auto":
         return value
@@ -217,6 +221,8 @@ class MENDHyperParams:
     cache_dir: str | None = None
     disk_cache_bytes: int = _key(20_000_000_000, low=0, store=_to_bytes, words="bytes, or text such as '20GB',")
     cache_bytes: int = _key(1_500_000_000, low=0, store=_to_bytes, words="bytes, or text such as '1.5GB',")
+    release_trunk: bool | str = _key("auto", store=_switch, words="auto, true or false")
+    stream_trunk: bool | str = _key("auto", store=_switch, words="auto, true or false")
     results_dir: str = "runs"
 
     def __post_init__(self) -> None:

@@ -1,10 +1,12 @@
 """Run folders: parameters, provenance, results and progress."""
 
+import ctypes
 import json
 import logging
 import os
 import platform
 import random
+import re
 import sys
 import tempfile
 import time
@@ -14,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import psutil
 import torch
 
 logger = logging.getLogger(__name__)
@@ -79,10 +82,32 @@ def write_json(path: str | Path, values: Any) -> Path:
 
 def peak_memory_gb() -> float:
     """Peak resident memory of this process so far, in GB (10⁹ bytes)."""
+    status = Path("/proc/self/status")
+    if status.is_file():  # what getrusage says may be the peak of the process that started this one
+        return int(re.search(r"VmHWM:\s*(\d+)", status.read_text())[1]) * 1024 / 1e9
     import resource
 
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak * (1 if sys.platform == "darwin" else 1024) / 1e9
+
+
+def free_memory(device: torch.device) -> int:
+    """Bytes that a new allocation on `device` may take, on the CPU within the limit of its control group."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
+    free, group = psutil.virtual_memory().available, Path("/sys/fs/cgroup")
+    try:
+        limit, used = ((group / f"memory.{name}").read_text() for name in ("max", "current"))
+        return min(free, int(limit) - int(used))
+    except (OSError, ValueError):  # no such group, or no limit ("max")
+        return free
+
+
+def return_memory() -> None:
+    """Give freed memory back to the system where the C library keeps it for later (glibc)."""
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None) if sys.platform == "linux" else None
+    if trim is not None:
+        trim(0)
 
 
 def in_notebook() -> bool:

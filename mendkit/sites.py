@@ -261,4 +261,4 @@ def probe_chain(model: PreTrainedModel, blocks: nn.ModuleList, token: int) -> bo
         return None
     states = [output[0] if isinstance(output, tuple) else output for _, _, output in calls]
     chained = all(given is before for (_, given, _), before in zip(calls[1:], states, strict=False))
-    return isinstance(calls[0][2], tuple) if chained and isinstance(calls[0][1], torch.Tensor) else None
+    return isinstance(calls[-1][2], tuple) if chained and isinstance(calls[0][1], torch.Tensor) else None

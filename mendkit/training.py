@@ -34,8 +34,8 @@ from .factors import Factors, capture_factors, capture_inputs, pack, unpack
 from .hparams import MENDHyperParams
 from .losses import edit_nll, locality_kl, wide
 from .mend import MEND, Wordings
-from .models import BaseModel, load_model
-from .runs import Progress, open_run, provenance
+from .models import BaseModel, load_for_training
+from .runs import Progress, open_run, provenance, return_memory
 from .texts import ROLES, ExampleTexts, prepare_texts, role_weights
 from .trunk import FrozenTrunk, collate, trunk_cache
 from .validation import validate
@@ -82,11 +82,10 @@ class FactorCache:
     def fill(self, texts: Sequence[Tokens], progress: Any = None) -> None:
         """Compute and keep factors, shortest texts first, until the budget is spent."""
         order = sorted(set(texts), key=lambda text: (len(text.ids), text.key))
-        for at in range(0, len(order), FACTOR_BATCH):
-            if self.bytes >= self.budget:
-                return
+        for at in range(0, len(order) if self.budget else 0, FACTOR_BATCH):
             chunk = order[at : at + FACTOR_BATCH]
-            self._keep(dict(zip(chunk, self._compute(chunk), strict=True)))
+            if not self._keep(dict(zip(chunk, self._compute(chunk), strict=True))):
+                return
             if progress is not None:
                 progress(min(at + FACTOR_BATCH, len(order)), len(order))
 
@@ -94,13 +93,18 @@ class FactorCache:
         """Packed factors of some texts."""
         missing = [text for text in texts if text not in self._kept]
         fresh = dict(zip(missing, self._compute(missing), strict=True)) if missing else {}
-        if self.as_needed and self.bytes < self.budget:
+        if self.as_needed:
             self._keep(fresh)
         return pack([self._kept.get(text) or fresh[text] for text in texts])
 
-    def _keep(self, factors: Mapping[Tokens, Factors]) -> None:
-        self._kept |= factors
-        self.bytes += sum(4 * (f.u.numel() + f.delta.numel()) for own in factors.values() for f in own.values())
+    def _keep(self, factors: Mapping[Tokens, Factors]) -> bool:
+        """Keep those that there is room for; whether that was all."""
+        sizes = {text: sum(f.u.nbytes + f.delta.nbytes for f in own.values()) for text, own in factors.items()}
+        for text, size in sizes.items():
+            if self.bytes + size <= self.budget:
+                self._kept[text] = factors[text]
+                self.bytes += size
+        return all(text in self._kept for text in factors)
 
     def __len__(self) -> int:
         return len(self._kept)
@@ -235,7 +239,9 @@ def make_optimiser(mend: MEND, h: MENDHyperParams, /) -> torch.optim.Optimizer:
 class Trainer:
     """State of one training run; `run()` is the loop."""
 
-    def __init__(self, base: BaseModel, hparams: MENDHyperParams, train, val, run_dir: Path) -> None:
+    def __init__(
+        self, base: BaseModel, hparams: MENDHyperParams, train, val, run_dir: Path, *, done_with_base: bool = False
+    ) -> None:
         self.started = time.perf_counter()
         self.team = Team(hparams.device)
         self.progress = Progress("MEND", silent=self.team.rank > 0)
@@ -262,41 +268,55 @@ class Trainer:
         self.history: list[dict[str, float]] = []
         self.best: dict[str, float] = {}
         self.archive = run_dir / "archive.safetensors"
+        self.normaliser_examples = 0
+        self.release = hparams.release_trunk is True or (
+            hparams.release_trunk == "auto" and done_with_base and self.trunk.split and not base.is_spread
+        )
 
     def prepare(self) -> None:
         """Fill the caches and build (or load) the hypernetwork with its statistics."""
         show = self.progress.phase
         t0 = time.perf_counter()
-        self.trunk.fill([t for e in self.train_texts for t in e.all()], show("trunk: training texts"))
-        self.trunk.fill([t for e in self.val_texts for t in e.all()], show("trunk: validation texts"))
+        chosen = self.statistics_examples() if self.loaded is None else []
+        own = self.team.share(chosen)
+        self.fill_trunk(own)
         t1 = time.perf_counter()
         if not self.factors.as_needed:
             self.factors.fill([t.edit for t in self.train_texts], show("factors"))
+            return_memory()
         t2 = time.perf_counter()
         self.cache = {"trunk_seconds": t1 - t0, "factor_seconds": t2 - t1}
         self.cache |= {"factor_bytes": self.factors.bytes, "factor_examples": len(self.factors)}
         self.mend = self.loaded or MEND(self.base.sites, self.hparams).to(self.base.device)
-        self.normaliser_examples = 0
         if self.loaded is not None:
             return
-        chosen = self.statistics_examples()
         if self.hparams.whiten_pairs and len(chosen) < FEW_PAIRED:
             logger.warning(
                 "whiten_pairs: statistics of %d examples are poor (it was tuned with 700, and 48 fail); give more "
                 "training examples and `stats_examples`, or set `whiten_pairs: false`",
                 len(chosen),
             )
-        own = self.team.share(chosen)
-        self.trunk.fill(
-            [t for e in own for some in self.wordings(e) for t in some], show("trunk: texts for statistics")
-        )
         self.mend.warm_up(
             self.statistics(own),
             self.paired(own) if self.hparams.whiten_pairs else (),
             total=self.team.total if self.team.size > 1 else None,
         )
         self.team.align(self.mend)
+        return_memory()
         self.cache["statistics_seconds"] = time.perf_counter() - t2
+
+    def fill_trunk(self, chosen: Sequence[ExampleTexts]) -> None:
+        """Trunk states of all texts, those of the statistics' examples included; then the trunk may be released."""
+        texts = {"training texts": [t for e in self.train_texts for t in e.all()]}
+        texts["validation texts"] = [t for e in self.val_texts for t in e.all()]
+        texts["texts for statistics"] = [t for e in chosen for own in self.wordings(e) for t in own]
+        if self.base.released:  # the checkpoint is read once for all of them
+            texts = {"all texts": [text for own in texts.values() for text in own]}
+        for name, own in texts.items():
+            self.trunk.fill(own, self.progress.phase(f"trunk: {name}"))
+        if self.release:
+            self.base.release_trunk()
+        return_memory()
 
     def statistics_examples(self) -> list[ExampleTexts]:
         """Examples for the normaliser: held out of training, or drawn from it at random."""
@@ -334,13 +354,18 @@ class Trainer:
             yield capture_inputs(self.trunk, texts), torch.tensor(groups), torch.tensor(first)
             show(min(at + FACTOR_BATCH, len(examples)), len(examples))
 
+    def steps(self) -> int:
+        """Optimiser steps that the hyperparameters ask for."""
+        h = self.hparams
+        per_epoch = math.ceil(len(self.train_texts) / (h.batch_size * h.accumulate_bs))
+        return h.max_iters if h.max_epochs is None else h.max_epochs * per_epoch
+
     def run(self) -> TrainingResult:
         """Train until the steps, the time or the patience are used up; the best archive is on disk at the end."""
         self.prepare()
         h = self.hparams
         optimiser, sampler = make_optimiser(self.mend, h), Sampler(self.train_texts, self.train_examples, h)
-        per_epoch = math.ceil(len(self.train_texts) / (h.batch_size * h.accumulate_bs))
-        max_iters = h.max_epochs * per_epoch if h.max_epochs is not None else h.max_iters
+        max_iters = self.steps()
         batches, best_step, stopped = iter(sampler), 0, "all steps done"
         loop_start = time.perf_counter()
         self.validate(0)
@@ -444,12 +469,14 @@ def train(
     *,
     base: BaseModel | None = None,
     run_dir: str | Path,
+    done_with_base: bool = False,
 ) -> TrainingResult:
     """Train a hypernetwork on `train_examples` and write the archive that is best on `val_examples`.
 
     `hparams.archive` null starts anew, a path goes on from it (its sites and the hypernetwork's shape are kept). Writes
-    `archive.safetensors` and `history.jsonl` into `run_dir`. Raises MendkitError if there is
-    nothing to train or validate on, or if the gradient is no longer finite.
+    `archive.safetensors` and `history.jsonl` into `run_dir`. `done_with_base`: `base` serves this training alone, so
+    `release_trunk: auto` may free what lies below the edits. Raises MendkitError if there is nothing to train or
+    validate on, or if the gradient is no longer finite.
     """
     if not train_examples or not val_examples:
         raise MendkitError("training needs at least one training and one validation example")
@@ -457,4 +484,6 @@ def train(
     run = team.first(partial(open_run, run_dir, hparams))
     if team.rank == 0:
         (run / "history.jsonl").unlink(missing_ok=True)
-    return Trainer(base or load_model(hparams), hparams, train_examples, val_examples, run).run()
+    done_with_base = done_with_base or base is None
+    base = base or load_for_training(hparams)
+    return Trainer(base, hparams, train_examples, val_examples, run, done_with_base=done_with_base).run()

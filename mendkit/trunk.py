@@ -25,7 +25,9 @@ from torch import Tensor, nn
 
 from .cache import SHARD_BYTES, TextCache
 from .data import Tokens
+from .errors import ModelError
 from .families import CLASSIFIER
+from .hollow import present, standing_in, trunk_names
 from .models import BaseModel, weights_sha256
 
 logger = logging.getLogger(__name__)
@@ -70,37 +72,12 @@ def collate(texts: Sequence[Tokens], pad_id: int, device: torch.device | str = "
     return TextBatch(ids, mask, scored.to(device), torch.tensor(targets, device=device), decoder)
 
 
-class _Handover(nn.Module):
-    """Stands in for a block below the first that runs; index 0 hands the stored states in, the others pass them on."""
-
-    def __init__(self, block: nn.Module, states: Tensor | None, as_tuple: bool) -> None:
-        super().__init__()
-        self._block = [block]  # a list: its parameters stay out of this module
-        self._states, self._as_tuple = states, as_tuple
-
-    def __getattr__(self, name: str) -> Any:
-        try:
-            return super().__getattr__(name)
-        except AttributeError:
-            return getattr(super().__getattribute__("_block")[0], name)
-
-    def forward(self, hidden: Tensor, *_: Any, **__: Any) -> Any:
-        out = hidden if self._states is None else self._states
-        return (out,) if self._as_tuple else out
-
-
 @contextmanager
-def _start_at(base: BaseModel, first: int, states: Tensor) -> Iterator[None]:
-    """Within the context the model's blocks below `first` are replaced by `states` (n, t, d)."""
-    parent_name, _, name = base.blocks.path.rpartition(".")
-    parent = base.model.get_submodule(parent_name)
-    blocks = getattr(parent, name)
-    lower = [_Handover(b, states if i == 0 else None, base.blocks.as_tuple) for i, b in enumerate(blocks[:first])]
-    setattr(parent, name, nn.ModuleList([*lower, *blocks[first:]]))
-    try:
+def _start_at(base: BaseModel, first: int, states: Tensor | None, *, last: int | None = None) -> Iterator[None]:
+    """Within the context only the model's blocks `first` to `last` run, on `states` (n, t, d)."""
+    path, as_tuple = base.blocks.path, base.blocks.as_tuple
+    with standing_in(base.model, path, as_tuple, first=first, last=last, states=states):
         yield
-    finally:
-        setattr(parent, name, blocks)
 
 
 @contextmanager
@@ -124,8 +101,9 @@ class FrozenTrunk:
     """Trunk states and references of a set of texts, for one base model and its edit sites.
 
     `fill(texts)` computes what is missing, unless `cache` has it on disk, and puts it there. States are kept in the
-    model's dtype (bfloat16 as float32). A text's values can differ in their last bits with the texts that shared its
-    pass; those on disk are of the pass that came first. `label_only` false computes the logits of every position, as
+    model's dtype (bfloat16 as its bits in uint16, which numpy has). A text's values can differ in their last bits with
+    the texts that shared its pass; those on disk are of the pass that came first. Blocks whose weights are not in
+    memory are read from the checkpoint, one at a time. `label_only` false computes the logits of every position, as
     others do, to show what that costs.
     """
 
@@ -143,7 +121,8 @@ class FrozenTrunk:
         left = self._read(missing)
         if len(left) < len(missing):
             logger.info("trunk: %d texts read from %s", len(missing) - len(left), self.cache.folder)
-        portions, done = list(_portions(left, self._portion)), 0
+        streamed = left and self.base.released > 0  # then the checkpoint is read once for all of them
+        portions, done = [left] if streamed else list(_portions(left, self._portion)), 0
         if self.cache is not None:  # in any order: processes that fill the same texts at once share the work
             random.SystemRandom().shuffle(portions)
         for portion in portions:
@@ -156,10 +135,19 @@ class FrozenTrunk:
 
     def states(self, texts: Sequence[Tokens], t: int) -> Float[Tensor, "n t d"]:
         """Trunk states of `texts`, right-padded with zeros to `t` tokens."""
-        out = torch.zeros((len(texts), t, self._width), dtype=self._store_dtype)
-        for row, text in enumerate(texts):
-            out[row, : len(text.ids)] = torch.from_numpy(self._rows[text.key][0])
-        return out.to(self.base.device, self.base.dtype)
+        out = torch.zeros((len(texts), t, self._width), dtype=self.base.dtype)
+        for own, text in zip(out, texts, strict=True):
+            own[: len(text.ids)] = _tensor(self._rows[text.key][0], out.dtype)
+        return out.to(self.base.device)
+
+    def holds(self, texts: Sequence[Tokens]) -> bool:
+        """Whether the values of all these texts are in memory."""
+        return all(text.key in self._rows for text in texts)
+
+    def references(self, texts: Sequence[Tokens]) -> Float[Tensor, "s d"]:
+        """The unedited model's last hidden states at the scored positions of `texts`, or a classifier's logits."""
+        parts = [_tensor(self._rows[text.key][1], self.base.dtype) for text in texts]
+        return torch.cat(parts).to(self.base.device)
 
     def suffix(self, texts: Sequence[Tokens], batch: TextBatch, /) -> Float[Tensor, "s v"]:
         """Logits at the scored positions, from the cached trunk where there is one.
@@ -169,7 +157,7 @@ class FrozenTrunk:
         with ExitStack() as stack:
             if self.label_only:
                 stack.enter_context(only_scored(self.base, batch.scored))
-            if self.split and all(text.key in self._rows for text in texts):
+            if self.split and self.holds(texts):
                 states = self.states(texts, batch.input_ids.shape[1])
                 stack.enter_context(_start_at(self.base, self.base.blocks.first, states))
             logits = self._forward(batch)
@@ -178,10 +166,9 @@ class FrozenTrunk:
     @torch.no_grad()
     def before(self, texts: Sequence[Tokens], batch: TextBatch, /) -> Float[Tensor, "s v"]:
         """The unedited model's logits at the scored positions: only the output layer runs on cached references."""
-        if not self.label_only or any(text.key not in self._rows for text in texts):
+        if not self.label_only or not self.holds(texts):
             return self.suffix(texts, batch)
-        parts = [torch.from_numpy(self._rows[text.key][1]) for text in texts]
-        kept = torch.cat(parts).to(self.base.device, self.base.dtype)
+        kept = self.references(texts)
         if self.base.family == CLASSIFIER:
             return kept
         hidden = kept[:, None]
@@ -200,21 +187,23 @@ class FrozenTrunk:
         self._rows |= {keys[key].key: values for key, values in found.items()}
         return [text for key, text in keys.items() if key not in found]
 
-    def _keep(self, texts: Sequence[Tokens], states: np.ndarray, reference: np.ndarray) -> None:
-        """Keep computed values: in memory, or on disk and as a memory map of it."""
-        at = scored_at = 0
-        for text in texts:
-            self._rows[text.key] = states[at : at + len(text.ids)], reference[scored_at : scored_at + len(text.scored)]
-            at, scored_at = at + len(text.ids), scored_at + len(text.scored)
-        if self.cache is not None:
-            counts = [(len(text.ids), len(text.scored)) for text in texts]
-            self.cache.add([_digest(text) for text in texts], (states, reference), counts)
-            self._read(texts)
+    def _keep(self, texts: Sequence[Tokens], states: list[np.ndarray], references: list[np.ndarray]) -> None:
+        """Keep computed values, by chunks, which are freed: in memory, or on disk and as a memory map of it."""
+        for portion in _portions(texts, self._portion):
+            chunks = len(list(_chunks(portion)))
+            arrays = _joined(states, chunks), _joined(references, chunks)
+            counts = [(len(text.ids), len(text.scored)) for text in portion]
+            ends = np.cumsum(counts, 0)[:-1].T
+            values = zip(*(np.split(array, end) for array, end in zip(arrays, ends, strict=True)), strict=True)
+            self._rows |= {text.key: own for text, own in zip(portion, values, strict=True)}
+            if self.cache is not None:
+                self.cache.add([_digest(text) for text in portion], arrays, counts)
+                self._read(portion)
 
     @property
     def _portion(self) -> int:
         """Tokens of a portion: its states fill a shard."""
-        return SHARD_BYTES // (self.base.model.get_input_embeddings().weight.shape[1] * self._store_dtype.itemsize)
+        return SHARD_BYTES // (self.base.model.get_input_embeddings().weight.shape[1] * self.base.dtype.itemsize)
 
     def _forward(self, batch: TextBatch) -> Tensor:
         return self.base.forward(batch.input_ids, batch.attention_mask, batch.decoder_ids)
@@ -223,27 +212,74 @@ class FrozenTrunk:
     def _width(self) -> int:
         return next(iter(self._rows.values()))[0].shape[1]
 
-    @property
-    def _store_dtype(self) -> torch.dtype:
-        return torch.float32 if self.base.dtype == torch.bfloat16 else self.base.dtype
-
     @torch.no_grad()
-    def _compute(self, texts: Sequence[Tokens], progress: Any) -> tuple[np.ndarray, np.ndarray]:
-        states, references, done = [], [], 0
-        for chunk in _chunks(texts):
+    def _compute(self, texts: Sequence[Tokens], progress: Any) -> tuple[list[np.ndarray], list[np.ndarray]]:
+        """States and references of the texts, packed, chunk by chunk."""
+        streamed = self.base.released > 0
+        states, references, done = self._stream(texts, progress) if streamed else [], [], 0
+        for i, chunk in enumerate(_chunks(texts)):
             batch = collate(chunk, self.base.pad_id, self.base.device)
-            entering, reference = self._watch(batch)
             keep = batch.attention_mask.bool()
-            states.append(entering[keep.to(entering.device)].to("cpu", self._store_dtype).numpy())
-            references.append(reference.to("cpu", self._store_dtype).numpy())
+            given = unpacked(states[i], keep, self.base.dtype) if streamed else None
+            entering, reference = self._watch(batch, given)
+            if not streamed:
+                states.append(_array(entering[keep.to(entering.device)]))
+            references.append(_array(reference))
             done += len(chunk)
             if progress is not None:
                 progress(done, len(texts))
-        return np.concatenate(states), np.concatenate(references)
+        return states, references
 
-    def _watch(self, batch: TextBatch) -> tuple[Tensor, Tensor]:
+    def _stream(self, texts: Sequence[Tokens], progress: Any) -> list[np.ndarray]:
+        """States entering the lowest edited block, by chunk: each hollow block is read, run on all texts, freed."""
+        base, path = self.base, self.base.blocks.path
+        if base.weights is None or base.released < base.blocks.first:
+            raise ModelError(
+                f"{base.name} was released and {len(texts)} texts are not cached; load the model again, or call "
+                "restore_trunk()"
+            )
+        names = trunk_names(base.model, path, base.blocks.first)
+        states: list[np.ndarray] = []
+        for block in range(base.blocks.first):
+            wanted = f"{path}.{block}."
+            own = [n for n in names if n.startswith(wanted) or (block == 0 and not n.startswith(f"{path}."))]
+            with present(base.model, own, base.weights, base.device):
+                for i, chunk in enumerate(_chunks(texts)):
+                    batch = collate(chunk, base.pad_id, base.device)
+                    keep = batch.attention_mask.bool()
+                    given = unpacked(states[i], keep, base.dtype) if block else None
+                    leaving = _array(self._run(batch, block, block, given)[keep])
+                    states[i : i + 1] = [leaving]
+            if progress is not None:
+                progress(block + 1, base.blocks.first)
+        return states
+
+    def _run(self, batch: TextBatch, first: int, last: int, states: Tensor | None) -> Tensor:
+        """Hidden states (n, t, d) leaving block `last` if `states` enter block `first` (None: the embeddings)."""
+        with _start_at(self.base, first, states, last=last), self._seen(first, last) as seen:
+            self._silently(batch)
+        return seen["out"]
+
+    def _watch(self, batch: TextBatch, states: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """Hidden states (n, t, d) entering the lowest edited block, and references (s, d): those leaving the last block
-        at the scored positions, or a classifier's logits (n, v)."""
+        at the scored positions, or a classifier's logits (n, v). With `states` nothing below that block runs."""
+        first, last = self.base.blocks.first, self.base.blocks.last
+        with ExitStack() as stack:
+            if states is not None:
+                stack.enter_context(_start_at(self.base, first, states))
+            seen = stack.enter_context(self._seen(first, last))
+            logits = self._silently(batch)
+        out = seen["out"]
+        return seen["in"], logits if self.base.family == CLASSIFIER else out[batch.scored.to(out.device)]
+
+    def _silently(self, batch: TextBatch) -> Tensor:
+        """The model runs, its output layer (but a classifier's head) on no position."""
+        with only_scored(self.base, batch.scored & False):
+            return self._forward(batch)
+
+    @contextmanager
+    def _seen(self, first: int, last: int) -> Iterator[dict[str, Tensor]]:
+        """Within the context what enters block `first` and what leaves block `last` is recorded."""
         blocks = self.base.model.get_submodule(self.base.blocks.path)
         seen: dict[str, Tensor] = {}
 
@@ -254,17 +290,14 @@ class FrozenTrunk:
             seen["out"] = output[0] if isinstance(output, tuple) else output
 
         handles = [
-            blocks[self.base.blocks.first].register_forward_pre_hook(entering, with_kwargs=True),
-            blocks[self.base.blocks.last].register_forward_hook(leaving),
+            blocks[first].register_forward_pre_hook(entering, with_kwargs=True),
+            blocks[last].register_forward_hook(leaving),
         ]
         try:
-            with only_scored(self.base, batch.scored & False):
-                logits = self._forward(batch)
+            yield seen
         finally:
             for handle in handles:
                 handle.remove()
-        out = seen["out"]
-        return seen["in"], logits if self.base.family == CLASSIFIER else out[batch.scored.to(out.device)]
 
 
 def trunk_cache(base: BaseModel, folder: str | Path | None, *, limit: int) -> TextCache | None:
@@ -282,6 +315,34 @@ def trunk_cache(base: BaseModel, folder: str | Path | None, *, limit: int) -> Te
         "split": [base.blocks.path, base.blocks.first, base.blocks.last],
     }
     return TextCache(folder, space, limit=limit)
+
+
+def _array(values: Tensor) -> np.ndarray:
+    """Values in host memory, bit for bit: bfloat16, which numpy lacks, as uint16."""
+    values = values.cpu()
+    return (values.view(torch.uint16) if values.dtype == torch.bfloat16 else values).numpy()
+
+
+def _joined(parts: list[np.ndarray], count: int) -> np.ndarray:
+    """The rows of the first parts, which are taken off the list and freed on the way."""
+    sizes = list(map(len, parts[:count]))
+    out, at = np.empty((sum(sizes), *parts[0].shape[1:]), parts[0].dtype), 0
+    for size in sizes:
+        out[at : at + size] = parts.pop(0)
+        at += size
+    return out
+
+
+def _tensor(values: np.ndarray, dtype: torch.dtype) -> Tensor:
+    tensor = torch.from_numpy(values)
+    return tensor.view(dtype) if tensor.dtype == torch.uint16 else tensor.to(dtype)
+
+
+def unpacked(values: np.ndarray, keep: Bool[Tensor, "n t"], dtype: torch.dtype) -> Float[Tensor, "n t d"]:
+    """Packed values of the tokens to keep, zeros elsewhere."""
+    out = torch.zeros((*keep.shape, values.shape[1]), dtype=dtype, device=keep.device)
+    out[keep] = _tensor(values, dtype).to(keep.device)
+    return out
 
 
 def _digest(text: Tokens) -> bytes:

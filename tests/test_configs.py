@@ -5,52 +5,35 @@ from pathlib import Path
 
 import pytest
 import torch
-import transformers
 from transformers import PreTrainedModel
 
+from mendkit.architectures import published
 from mendkit.errors import ModelError
 from mendkit.hparams import MENDHyperParams
 from mendkit.mend import MEND
 from mendkit.sites import resolve_sites
 
 CONFIGS = Path(__file__).resolve().parents[1] / "configs"
-_GPT2_XL = {"n_embd": 1600, "n_layer": 48, "n_head": 25}
-_GPTJ = {"n_embd": 4096, "n_layer": 28, "n_head": 16, "rotary_dim": 64, "n_inner": 16384, "vocab_size": 50400}
-_32 = {"hidden_size": 4096, "num_hidden_layers": 32, "num_attention_heads": 32}
-_LLAMA = {**_32, "intermediate_size": 11008, "num_key_value_heads": 32, "vocab_size": 32000}
-_LLAMA3 = {**_32, "intermediate_size": 14336, "num_key_value_heads": 8, "vocab_size": 128256}
-_MISTRAL = {**_32, "intermediate_size": 14336, "num_key_value_heads": 8, "vocab_size": 32000}
-_QWEN = {"hidden_size": 3584, "intermediate_size": 18944, "num_hidden_layers": 28, "num_attention_heads": 28}
-_QWEN |= {"num_key_value_heads": 4, "vocab_size": 152064}
-_SMOL = {"hidden_size": 576, "intermediate_size": 1536, "num_hidden_layers": 30, "num_attention_heads": 9}
-_SMOL |= {"num_key_value_heads": 3, "vocab_size": 49152, "tie_word_embeddings": True}
-_T5 = {"d_model": 1024, "d_ff": 16384, "d_kv": 128, "num_layers": 24, "num_heads": 32, "vocab_size": 32128}
-_BART = {"d_model": 768, "encoder_layers": 6, "decoder_layers": 6, "encoder_ffn_dim": 3072, "decoder_ffn_dim": 3072}
-_BART |= {"encoder_attention_heads": 12, "decoder_attention_heads": 12, "vocab_size": 50265}
-_BERT = {"hidden_size": 768, "intermediate_size": 3072, "num_hidden_layers": 12, "num_attention_heads": 12}
 
-# file -> class, published sizes, (d_in, d_out) of one block's sites in module order, blocks edited per stack, stacks
+# file -> (d_in, d_out) of one block's sites in module order, blocks edited per stack, stacks
 _GATED = [(4096, 14336), (4096, 14336), (14336, 4096)]
 ARCHITECTURES = {
-    "gpt2": ("GPT2LMHeadModel", {}, [(768, 3072), (3072, 768)], (9, 10, 11), 1),
-    "gpt2-xl": ("GPT2LMHeadModel", _GPT2_XL, [(1600, 6400), (6400, 1600)], (45, 46, 47), 1),
-    "gpt-j-6b": ("GPTJForCausalLM", _GPTJ, [(4096, 16384), (16384, 4096)], (25, 26, 27), 1),
-    "llama-7b": ("LlamaForCausalLM", _LLAMA, [(4096, 11008), (4096, 11008), (11008, 4096)], (29, 30, 31), 1),
-    "llama-3-8b": ("LlamaForCausalLM", _LLAMA3, _GATED, (29, 30, 31), 1),
-    "mistral-7b": ("MistralForCausalLM", _MISTRAL, _GATED, (29, 30, 31), 1),
-    "qwen2.5-7b": ("Qwen2ForCausalLM", _QWEN, [(3584, 18944), (3584, 18944), (18944, 3584)], (25, 26, 27), 1),
-    "smollm2-135m": ("LlamaForCausalLM", _SMOL, [(576, 1536), (576, 1536), (1536, 576)], (27, 28, 29), 1),
-    "t5-3b": ("T5ForConditionalGeneration", _T5, [(1024, 16384), (16384, 1024)], (22, 23), 2),
-    "bart-base": ("BartForConditionalGeneration", _BART, [(768, 3072), (3072, 768)], (4, 5), 2),
-    "bert-base": ("BertForSequenceClassification", _BERT, [(768, 3072), (3072, 768)], (9, 10, 11), 1),
+    "gpt2": ([(768, 3072), (3072, 768)], (9, 10, 11), 1),
+    "gpt2-xl": ([(1600, 6400), (6400, 1600)], (45, 46, 47), 1),
+    "gpt-j-6b": ([(4096, 16384), (16384, 4096)], (25, 26, 27), 1),
+    "llama-7b": ([(4096, 11008), (4096, 11008), (11008, 4096)], (29, 30, 31), 1),
+    "llama-3-8b": (_GATED, (29, 30, 31), 1),
+    "mistral-7b": (_GATED, (29, 30, 31), 1),
+    "qwen2.5-7b": ([(3584, 18944), (3584, 18944), (18944, 3584)], (25, 26, 27), 1),
+    "smollm2-135m": ([(576, 1536), (576, 1536), (1536, 576)], (27, 28, 29), 1),
+    "t5-3b": ([(1024, 16384), (16384, 1024)], (22, 23), 2),
+    "bart-base": ([(768, 3072), (3072, 768)], (4, 5), 2),
+    "bert-base": ([(768, 3072), (3072, 768)], (9, 10, 11), 1),
 }
 
 
 def build(name: str) -> PreTrainedModel:
-    kind, sizes, *_ = ARCHITECTURES[name]
-    made = getattr(transformers, kind)
-    with torch.device("meta"):
-        return made(made.config_class(**sizes))
+    return published(read(name).model_name)
 
 
 def read(name: str) -> MENDHyperParams:
@@ -73,7 +56,7 @@ def test_the_sites_are_the_mlps_of_the_real_architecture(name):
     model, hparams = build(name), read(name)
     assert all(value.is_meta for value in model.parameters())
     sites = resolve_sites(model, hparams.inner_params)
-    _, _, shapes, blocks, stacks = ARCHITECTURES[name]
+    shapes, blocks, stacks = ARCHITECTURES[name]
     assert [(site.d_in, site.d_out) for site in sites] == shapes * (len(blocks) * stacks)
     assert [site.block for site in sites] == [block for block in blocks for _ in shapes] * stacks
     assert sites == resolve_sites(model, "auto")

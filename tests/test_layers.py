@@ -7,8 +7,8 @@ import mendkit
 
 LEVELS = [
     {"errors", "findings", "scores"},
-    {"hparams", "losses", "plots", "runs", "checkpoints", "sites", "distributed"},
-    {"bundled", "data", "families"},
+    {"hparams", "losses", "plots", "runs", "checkpoints", "sites", "distributed", "architectures", "dryrun"},
+    {"bundled", "data", "families", "hollow"},
     {"text_model", "cache", "layouts"},
     {"models", "listing", "readers"},
     {"texts", "trunk", "files"},
@@ -20,7 +20,7 @@ LEVELS = [
     {"conformance"},
     {"validation", "evaluate"},
     {"baselines", "inspection", "training", "textbook", "edit_command"},
-    {"ways"},
+    {"ways", "plan"},
     {"tables", "notebook", "report_page", "report", "bench", "__init__"},
     {"__main__"},
 ]

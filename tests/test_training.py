@@ -47,6 +47,19 @@ def test_losses_and_gradients_are_the_textbooks(family, cached, request):
         torch.testing.assert_close(gradient, value, rtol=1e-7, atol=1e-10)
 
 
+def test_the_factor_cache_keeps_the_shortest_texts_within_its_budget(llama):
+    h, trunk = hparams(), FrozenTrunk(llama)
+    texts = sorted((e.edit for e in prepare_texts(llama, h, EXAMPLES)), key=lambda text: (len(text.ids), text.key))
+    whole = FactorCache(trunk, h)
+    whole.fill(texts)
+    sizes = [sum(f.u.nbytes + f.delta.nbytes for f in whole._kept[text].values()) for text in texts]
+    assert whole.bytes == sum(sizes) and len(whole) == len(texts)
+    for spare, kept in ((0, 2), (-1, 1), (1, 2)):
+        some = FactorCache(trunk, h.replace(cache_bytes=sum(sizes[:2]) + spare))
+        some.fill(texts)
+        assert list(some._kept) == texts[:kept] and some.bytes == sum(sizes[:kept])
+
+
 def test_every_role_weighs_as_told(llama):
     h = hparams()
     examples = prepare_texts(llama, h, EXAMPLES)
