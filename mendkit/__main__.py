@@ -33,6 +33,7 @@ from .foreign import export_archive, import_archive, read_foreign
 from .heldout import TEXT_TOKENS
 from .hparams import MENDHyperParams, parse_overrides
 from .listing import list_layers, table
+from .loggers import check_logger
 from .models import load_model
 from .readers import read_examples, read_questions, read_text, with_unrelated
 from .report import ARCHIVE, default_config, plan_report, run_report
@@ -85,6 +86,7 @@ def _say(text: str) -> None:
 
 def _train(args: argparse.Namespace) -> int:
     hparams = _hparams(args)
+    check_logger(hparams.logger)
     team = Team(hparams.device)
     logger.setLevel(logging.ERROR if team.rank else logging.INFO)
     out = args.out or Path(hparams.results_dir) / "train"

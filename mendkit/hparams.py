@@ -210,6 +210,7 @@ class MENDHyperParams:
     opt: str = _key("Adam", legal=("Adam", "AdamW"))
     seed: int = _key(42, low=0)
     log_interval: int = _key(10, low=1)
+    logger: str | None = _key(None, legal=("tensorboard", "trackio", "wandb"))  # history.jsonl is written always
     # data and caches
     add_eos: bool = True
     max_target_tokens: int = _key(32, low=1)

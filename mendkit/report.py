@@ -30,6 +30,7 @@ from typing import Any
 from .archive import inspect_archive, load_archive
 from .errors import MendkitError
 from .hparams import ALIASES, NO_EFFECT, MENDHyperParams, parse_overrides
+from .loggers import check_logger
 from .models import load_model
 from .notebook import CHECKOUT, Failure, Parameter, export_html, read_parameters, run_notebook
 from .readers import read_examples
@@ -143,6 +144,7 @@ def _check_data(given: Mapping[str, Any], known: Sequence[Mapping[str, Parameter
 
 
 def _check_model(hparams: MENDHyperParams) -> None:
+    check_logger(hparams.logger)
     if hparams.archive is not None:
         inspect_archive(hparams.archive)
     base = load_model(hparams.replace(device="cpu"))  # in the main memory: the kernels need the other one

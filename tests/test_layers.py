@@ -8,7 +8,7 @@ import mendkit
 LEVELS = [
     {"errors", "findings", "scores"},
     {"hparams", "losses", "plots", "runs", "checkpoints", "sites", "distributed"},
-    {"bundled", "data", "families"},
+    {"bundled", "data", "families", "loggers"},
     {"text_model", "cache", "layouts"},
     {"models", "listing", "readers"},
     {"texts", "trunk", "files"},
