@@ -22,6 +22,7 @@ from .adapter import ADAPTER_FILES
 from .archive import inspect_archive, load_archive
 from .bench import MODELS, QUICK, Settings, bench_table, run_bench
 from .checkpoints import silence_transformers
+from .compare import read_runs, sweep_results
 from .conformance import conformance, conformance_table, reference_folders
 from .data import EditExample
 from .distributed import Team, process_count
@@ -35,9 +36,11 @@ from .hparams import MENDHyperParams, parse_overrides
 from .listing import list_layers, table
 from .loggers import check_logger
 from .models import load_model
+from .notebook import Failure
 from .readers import read_examples, read_questions, read_text, with_unrelated
 from .report import ARCHIVE, default_config, plan_report, run_report
 from .runs import open_run, peak_memory_gb, write_json
+from .sweep import plan_sweep, read_sweep, run_sweep, summarise_sweep
 from .training import train
 
 logger = logging.getLogger("mendkit")
@@ -46,7 +49,7 @@ MODEL_FILES = ("config.json", "model.safetensors", "model.safetensors.index.json
 DEFAULT_K = 25
 
 EXIT_CODES = """\
-exit status: 0 all of it was done; 1 a notebook of the report failed, a comparison missed, or an unexpected error
+exit status: 0 all of it was done; 1 a notebook or a run of a sweep failed, a comparison missed, or an unexpected error
 (with traceback); 2 a mistake in the command, its files or settings (usage, or one line `error: ...`);
 130 interrupted"""
 
@@ -322,14 +325,31 @@ def _bench(args: argparse.Namespace) -> int:
 
 def _report(args: argparse.Namespace) -> int:
     config, settings = _config(args.words)
-    plan = plan_report(config, settings, out=args.out)
-    report = run_report(plan, command=args.command)
-    _say(str(report.index))
-    if report.failure is None:
+    out = args.out or Path("runs/sweep" if args.sweep else "runs/report")
+    if args.sweep:
+        return _sweep(args, config, settings, out)
+    report = run_report(plan_report(config, settings, out=out), command=args.command)
+    _say(json.dumps(dict(report.results), indent=1) if args.json else str(report.index))
+    return _failed(report.failure, out)
+
+
+def _sweep(args: argparse.Namespace, config: Path, settings: Sequence[str], out: Path) -> int:
+    sweep = read_sweep(args.sweep)
+    runs = plan_sweep(sweep, config, settings, out=out)
+    run_sweep(sweep, runs, out=out, command=args.command)
+    index, failure = summarise_sweep(out)
+    _say(json.dumps(sweep_results(read_runs(out)), indent=1) if args.json else str(index))
+    for run in (run for run in runs if run.status == "failed"):
+        sys.stderr.write(f"error: {run.name}: {run.error}\n")
+    return _failed(failure, out) or int(any(run.status == "failed" for run in runs))
+
+
+def _failed(failure: Failure | None, out: Path) -> int:
+    """The exit status after a notebook, which may have failed; says so."""
+    if failure is None:
         return 0
-    failure = report.failure
     sys.stderr.write(f"error: {failure.where}: {failure.error}\n")
-    sys.stderr.write(f"what it did is in {plan.out / failure.notebook}.html; nothing after it was run\n")
+    sys.stderr.write(f"what it did is in {out / failure.notebook}.html; nothing after it was run\n")
     return 130 if failure.interrupted else 1
 
 
@@ -452,6 +472,12 @@ def _options_bench(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--quick", action="store_true", help="a trial: few repeats, a small rank, a small random model")
 
 
+def _options_report(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--sweep", metavar="FILE", help="a YAML file with a `grid` of settings to run it with; see docs/QUESTIONS.md"
+    )
+
+
 def _counts(text: str) -> tuple[int, ...]:
     return tuple(map(_count, text.split(",")))
 
@@ -521,11 +547,12 @@ COMMANDS = {
         "--models smollm2-135m --depths 12,24,48 --out runs/bench", given=(),
     ),
     "report": _Command(
-        _report, None,
+        _report, _options_report,
         "run the notebooks and lay index.html over them: `archive: null` trains, then edits;\n"
-        "a path only edits. Settings are hyperparameters, or the notebooks' parameters (test_limit=50)",
+        "a path only edits. Settings are hyperparameters, or the notebooks' parameters (test_limit=50).\n"
+        "--sweep runs it once for every combination of a grid",
         "max_iters=500 test_limit=50 --out runs/quick",
-        "runs/report",
+        "runs/report, or runs/sweep",
     ),
 }  # fmt: skip
 
@@ -573,15 +600,13 @@ def _parser(name: str, command: _Command) -> argparse.ArgumentParser:
         words = f"a hub id, a model folder, a GGUF file, or {words}" if name == "sites" else words
         parser.add_argument("words", nargs="*", metavar="CONFIG key=value", help=words)
     if name not in READERS:
-        default = Path(command.out) if name == "report" else None
         needed = name in ("import", "export")
         writes = "the archive" if needed else "results.json" + WRITES.get(name, " and rows.jsonl")
         out = f"default: {command.out}" if command.out else f"write {writes} there"
-        parser.add_argument("--out", type=Path, default=default, required=needed, metavar="DIR", help=out)
-    if name != "report":
-        parser.add_argument("--json", action="store_true", help="JSON on stdout and nothing else there")
-        if name not in READERS:
-            parser.add_argument("--overwrite", action="store_true", help="replace an earlier run's files")
+        parser.add_argument("--out", type=Path, required=needed, metavar="DIR", help=out)
+    parser.add_argument("--json", action="store_true", help="JSON on stdout and nothing else there")
+    if name not in (*READERS, "report"):
+        parser.add_argument("--overwrite", action="store_true", help="replace an earlier run's files")
     if command.options is not None:
         command.options(parser)
     return parser

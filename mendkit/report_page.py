@@ -96,7 +96,7 @@ def _joined(children: Iterable[str], separator: str = " · ") -> Html:
     return Html(escape(separator).join(_html(child) for child in children if child))
 
 
-def _table(heads: Iterable[str], rows: Iterable[tuple[str | Iterable[str], Iterable[Html]]]) -> Html:
+def cells_table(heads: Iterable[str], rows: Iterable[tuple[str | Iterable[str], Iterable[Html]]]) -> Html:
     """A table from column heads, and rows of a head and its cells (made by `tag("td", ...)`)."""
     top = tag("thead", tag("tr", [tag("th", head, scope="col") for head in heads]))
     body = [tag("tr", tag("th", head, scope="row"), cells) for head, cells in rows]
@@ -172,7 +172,7 @@ def _headline(results: Mapping[str, Any]) -> Html:
         rows.append(([label, tag("small", meaning)], cells))
     note = "Shares of edits with their 95 % bootstrap intervals over edits; decoding is greedy and free. "
     note += "The identity control is MEND without training, at its own best step size."
-    table = _table(["", *(editor for _, editor in EDITORS)], rows)
+    table = cells_table(["", *(editor for _, editor in EDITORS)], rows)
     return Html(tag("h2", "Single edits, each on a fresh model") + table + tag("p", note, class_="soft"))
 
 
@@ -279,7 +279,7 @@ def _numbers(results: Mapping[str, Any]) -> Html:
         ("All scores", ["", *(editor for _, editor in EDITORS)], rows),
         ("All other numbers", ["", ""], rest),
     ]
-    folded = [tag("details", tag("summary", name), _table(heads, body)) for name, heads, body in tables if body]
+    folded = [tag("details", tag("summary", name), cells_table(heads, body)) for name, heads, body in tables if body]
     return Html(tag("h2", "Everything") + "".join(folded))
 
 

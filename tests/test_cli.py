@@ -103,7 +103,7 @@ def test_other_mistakes_as_well(here, typed, capsys):
 @pytest.mark.parametrize(
     "typed",
     [
-        "", "fly", "edit tiny.yaml", "edit tiny.yaml --prompt P", "inspect", "report --json", "train --limit",
+        "", "fly", "edit tiny.yaml", "edit tiny.yaml --prompt P", "inspect", "report --overwrite", "train --limit",
         "edit tiny.yaml --data f --prompt P --target T", "evaluate --mode all", "evaluate --max-new-tokens x",
         "evaluate tiny.yaml --k 3", f"edit tiny.yaml {EDIT} --adapter-rank 3", f"edit tiny.yaml {EDIT} --strength nan",
     ],
