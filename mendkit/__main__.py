@@ -26,7 +26,7 @@ from .compare import read_runs, sweep_results
 from .conformance import conformance, conformance_table, reference_folders
 from .data import EditExample
 from .distributed import Team, process_count
-from .edit_command import before_and_after, read_stream, shown, write_files
+from .edit_command import before_and_after, in_full, read_stream, shown, write_files, write_report
 from .editor import MENDEditor
 from .errors import MendkitError
 from .evaluate import MODES, EvaluationReport, EvaluationSet, evaluate
@@ -138,10 +138,12 @@ def _edit(args: argparse.Namespace) -> int:
             f"{', '.join(files)}: one edit can be written, these are {len(examples)} separate ones; "
             "give --together to make them one, or --limit 1"
         )
-    editor, rows = MENDEditor.from_hparams(hparams), []
+    editor, rows, tables = MENDEditor.from_hparams(hparams), [], []
     for group in [examples] if args.together else [[example] for example in examples]:
         edit, new = before_and_after(editor, group, strength=args.strength, max_new_tokens=args.max_new_tokens)
         rows += new
+        if args.save_report:
+            tables += in_full(editor, edit, group, max_new_tokens=args.max_new_tokens)
         if not args.json:
             _say("\n".join(map(shown, new)))
     if args.json:
@@ -150,6 +152,8 @@ def _edit(args: argparse.Namespace) -> int:
     results |= write_files(
         edit, merged=args.save_merged, adapter=args.save_adapter, rank=args.adapter_rank, saved=args.save_edit
     )
+    if args.save_report:
+        write_report(args.save_report, tables, rows, command=args.command)
     if args.out:
         _open(args.out, old)
         lines = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
@@ -165,10 +169,11 @@ def _edit_files(args: argparse.Namespace) -> list[str]:
         raise MendkitError(f"--save-merged and --save-adapter are both {model}; give each a folder of its own")
     _existing(model, MODEL_FILES, args.overwrite, "--save-merged")
     _existing(adapter, ADAPTER_FILES, args.overwrite, "--save-adapter")
-    if file and file.is_dir():
-        raise MendkitError(f"{file} is a folder; give --save-edit a file")
-    if file:
-        _existing(file.parent, (file.name,), args.overwrite, "--save-edit")
+    for option, path in (("--save-edit", file), ("--save-report", args.save_report)):
+        if path and path.is_dir():
+            raise MendkitError(f"{path} is a folder; give {option} a file")
+        if path:
+            _existing(path.parent, (path.name,), args.overwrite, option)
     for option, folder, others in (("--save-merged", model, ADAPTER_FILES), ("--save-adapter", adapter, MODEL_FILES)):
         if folder and any((folder / name).exists() for name in others):
             raise MendkitError(
@@ -432,6 +437,9 @@ def _options_edit(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--adapter-rank", type=_count, metavar="N", help="its rank at most (default: the edit's own)")
     parser.add_argument("--save-merged", type=Path, metavar="DIR", help="write the edited model for transformers")
     parser.add_argument("--save-edit", type=Path, metavar="FILE", help="write the edit for `Edit.load`")
+    parser.add_argument(
+        "--save-report", type=Path, metavar="FILE", help="write an HTML page of before and after, other texts included"
+    )
     _options_decoding(parser)
 
 
@@ -507,7 +515,7 @@ COMMANDS = {
     "edit": _Command(
         _edit, _options_edit,
         "make edits with an archive and print what the model writes before and after;\n"
-        "one edit can be kept: as an adapter, as an edited model, or as a file",
+        "one edit can be kept: as an adapter, as an edited model, or as a file; a page tells of all",
         "archive=runs/first/archive.safetensors --prompt 'The capital of France is' --target Lyon",
     ),
     "evaluate": _Command(

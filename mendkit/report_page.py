@@ -105,15 +105,7 @@ def cells_table(heads: Iterable[str], rows: Iterable[tuple[str | Iterable[str], 
 
 def write_page(folder: Path, run: Mapping[str, Any], results: Mapping[str, Any], /) -> Path:
     """Write `index.html` over what lies in the folder; `run` is run.json, `results` the flat results."""
-    title = _title(run, results)
-    head = [
-        tag("meta", charset="utf-8"),
-        tag("meta", name="viewport", content="width=device-width, initial-scale=1"),
-        tag("title", title),
-        tag("style", Html(_STYLE)),
-    ]
     body = [
-        tag("h1", title),
         tag("p", _subtitle(run, results), class_="soft"),
         _failure(run.get("failure")),
         _headline(results),
@@ -122,10 +114,21 @@ def write_page(folder: Path, run: Mapping[str, Any], results: Mapping[str, Any],
         _provenance(run, results),
         _numbers(results),
     ]
-    page = tag("html", tag("head", head), "\n", tag("body", _joined(body, "\n")), lang="en")
     index = folder / "index.html"
-    index.write_text(f"<!doctype html>\n{page}\n", encoding="utf-8")
+    index.write_text(whole_page(_title(run, results), body), encoding="utf-8")
     return index
+
+
+def whole_page(title: str, body: Iterable[Html], /) -> str:
+    """An HTML file of its own."""
+    head = [
+        tag("meta", charset="utf-8"),
+        tag("meta", name="viewport", content="width=device-width, initial-scale=1"),
+        tag("title", title),
+        tag("style", Html(_STYLE)),
+    ]
+    inner = _joined([tag("h1", title), *body], "\n")
+    return f"<!doctype html>\n{tag('html', tag('head', head), Html(chr(10)), tag('body', inner), lang='en')}\n"
 
 
 def _number(results: Mapping[str, Any], name: str) -> float | None:

@@ -19,8 +19,8 @@ LEVELS = [
     {"editor", "foreign"},
     {"conformance"},
     {"validation", "evaluate"},
-    {"baselines", "inspection", "training", "textbook", "edit_command"},
-    {"tables", "notebook", "report_page", "report", "bench", "sweep", "compare", "__init__"},
+    {"baselines", "inspection", "training", "textbook"},
+    {"tables", "notebook", "report_page", "report", "bench", "sweep", "compare", "edit_command", "__init__"},
     {"__main__"},
 ]
 LEVEL = {name: level for level, names in enumerate(LEVELS) for name in names}
