@@ -22,11 +22,12 @@ from .adapter import ADAPTER_FILES
 from .archive import inspect_archive, load_archive
 from .bench import bench_table, run_bench
 from .checkpoints import choose_device, silence_transformers
+from .compare import read_runs, sweep_results
 from .conformance import conformance, conformance_table, reference_folders
 from .data import EditExample
 from .distributed import Team, process_count
 from .dryrun import Machine
-from .edit_command import before_and_after, read_stream, shown, write_files
+from .edit_command import before_and_after, in_full, read_stream, shown, write_files, write_report
 from .editor import MENDEditor
 from .errors import MendkitError
 from .evaluate import MODES, EvaluationReport, EvaluationSet, evaluate
@@ -34,12 +35,15 @@ from .foreign import export_archive, import_archive, read_foreign
 from .heldout import TEXT_TOKENS
 from .hparams import MENDHyperParams, parse_overrides
 from .listing import list_layers, table
+from .loggers import check_logger
 from .models import load_for_training, load_model
+from .notebook import Failure
 from .plan import PLANNED, fitting, plan
 from .plan import table as plan_table
 from .readers import read_examples, read_questions, read_text, with_unrelated
 from .report import ARCHIVE, default_config, plan_report, run_report
 from .runs import free_memory, open_run, peak_memory_gb, write_json
+from .sweep import plan_sweep, read_sweep, run_sweep, summarise_sweep
 from .training import train
 from .ways import MODELS, QUICK, Settings
 
@@ -49,7 +53,7 @@ MODEL_FILES = ("config.json", "model.safetensors", "model.safetensors.index.json
 DEFAULT_K = 25
 
 EXIT_CODES = """\
-exit status: 0 all of it was done; 1 a notebook of the report failed, a comparison missed, or an unexpected error
+exit status: 0 all of it was done; 1 a notebook or a run of a sweep failed, a comparison missed, or an unexpected error
 (with traceback); 2 a mistake in the command, its files or settings (usage, or one line `error: ...`);
 130 interrupted"""
 
@@ -89,6 +93,7 @@ def _say(text: str) -> None:
 
 def _train(args: argparse.Namespace) -> int:
     hparams = _hparams(args)
+    check_logger(hparams.logger)
     team = Team(hparams.device)
     logger.setLevel(logging.ERROR if team.rank else logging.INFO)
     out = args.out or Path(hparams.results_dir) / "train"
@@ -137,10 +142,12 @@ def _edit(args: argparse.Namespace) -> int:
             f"{', '.join(files)}: one edit can be written, these are {len(examples)} separate ones; "
             "give --together to make them one, or --limit 1"
         )
-    editor, rows = MENDEditor.from_hparams(hparams), []
+    editor, rows, tables = MENDEditor.from_hparams(hparams), [], []
     for group in [examples] if args.together else [[example] for example in examples]:
         edit, new = before_and_after(editor, group, strength=args.strength, max_new_tokens=args.max_new_tokens)
         rows += new
+        if args.save_report:
+            tables += in_full(editor, edit, group, max_new_tokens=args.max_new_tokens)
         if not args.json:
             _say("\n".join(map(shown, new)))
     if args.json:
@@ -149,6 +156,8 @@ def _edit(args: argparse.Namespace) -> int:
     results |= write_files(
         edit, merged=args.save_merged, adapter=args.save_adapter, rank=args.adapter_rank, saved=args.save_edit
     )
+    if args.save_report:
+        write_report(args.save_report, tables, rows, command=args.command)
     if args.out:
         _open(args.out, old)
         lines = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
@@ -164,10 +173,11 @@ def _edit_files(args: argparse.Namespace) -> list[str]:
         raise MendkitError(f"--save-merged and --save-adapter are both {model}; give each a folder of its own")
     _existing(model, MODEL_FILES, args.overwrite, "--save-merged")
     _existing(adapter, ADAPTER_FILES, args.overwrite, "--save-adapter")
-    if file and file.is_dir():
-        raise MendkitError(f"{file} is a folder; give --save-edit a file")
-    if file:
-        _existing(file.parent, (file.name,), args.overwrite, "--save-edit")
+    for option, path in (("--save-edit", file), ("--save-report", args.save_report)):
+        if path and path.is_dir():
+            raise MendkitError(f"{path} is a folder; give {option} a file")
+        if path:
+            _existing(path.parent, (path.name,), args.overwrite, option)
     for option, folder, others in (("--save-merged", model, ADAPTER_FILES), ("--save-adapter", adapter, MODEL_FILES)):
         if folder and any((folder / name).exists() for name in others):
             raise MendkitError(
@@ -349,14 +359,31 @@ def _charts_of_costs() -> Callable[[dict[str, Any]], list[Any]]:
 
 def _report(args: argparse.Namespace) -> int:
     config, settings = _config(args.words)
-    plan = plan_report(config, settings, out=args.out)
-    report = run_report(plan, command=args.command)
-    _say(str(report.index))
-    if report.failure is None:
+    out = args.out or Path("runs/sweep" if args.sweep else "runs/report")
+    if args.sweep:
+        return _sweep(args, config, settings, out)
+    report = run_report(plan_report(config, settings, out=out), command=args.command)
+    _say(json.dumps(dict(report.results), indent=1) if args.json else str(report.index))
+    return _failed(report.failure, out)
+
+
+def _sweep(args: argparse.Namespace, config: Path, settings: Sequence[str], out: Path) -> int:
+    sweep = read_sweep(args.sweep)
+    runs = plan_sweep(sweep, config, settings, out=out)
+    run_sweep(sweep, runs, out=out, command=args.command)
+    index, failure = summarise_sweep(out)
+    _say(json.dumps(sweep_results(read_runs(out)), indent=1) if args.json else str(index))
+    for run in (run for run in runs if run.status == "failed"):
+        sys.stderr.write(f"error: {run.name}: {run.error}\n")
+    return _failed(failure, out) or int(any(run.status == "failed" for run in runs))
+
+
+def _failed(failure: Failure | None, out: Path) -> int:
+    """The exit status after a notebook, which may have failed; says so."""
+    if failure is None:
         return 0
-    failure = report.failure
     sys.stderr.write(f"error: {failure.where}: {failure.error}\n")
-    sys.stderr.write(f"what it did is in {plan.out / failure.notebook}.html; nothing after it was run\n")
+    sys.stderr.write(f"what it did is in {out / failure.notebook}.html; nothing after it was run\n")
     return 130 if failure.interrupted else 1
 
 
@@ -451,6 +478,9 @@ def _options_edit(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--adapter-rank", type=_count, metavar="N", help="its rank at most (default: the edit's own)")
     parser.add_argument("--save-merged", type=Path, metavar="DIR", help="write the edited model for transformers")
     parser.add_argument("--save-edit", type=Path, metavar="FILE", help="write the edit for `Edit.load`")
+    parser.add_argument(
+        "--save-report", type=Path, metavar="FILE", help="write an HTML page of before and after, other texts included"
+    )
     _options_decoding(parser)
 
 
@@ -491,6 +521,12 @@ def _options_bench(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--quick", action="store_true", help="a trial: few repeats, a small rank, a small random model")
 
 
+def _options_report(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--sweep", metavar="FILE", help="a YAML file with a `grid` of settings to run it with; see docs/QUESTIONS.md"
+    )
+
+
 def _counts(text: str) -> tuple[int, ...]:
     return tuple(map(_count, text.split(",")))
 
@@ -520,7 +556,7 @@ COMMANDS = {
     "edit": _Command(
         _edit, _options_edit,
         "make edits with an archive and print what the model writes before and after;\n"
-        "one edit can be kept: as an adapter, as an edited model, or as a file",
+        "one edit can be kept: as an adapter, as an edited model, or as a file; a page tells of all",
         "archive=runs/first/archive.safetensors --prompt 'The capital of France is' --target Lyon",
     ),
     "evaluate": _Command(
@@ -566,11 +602,12 @@ COMMANDS = {
         "--models smollm2-135m --depths 12,24,48 --out runs/bench", given=(),
     ),
     "report": _Command(
-        _report, None,
+        _report, _options_report,
         "run the notebooks and lay index.html over them: `archive: null` trains, then edits;\n"
-        "a path only edits. Settings are hyperparameters, or the notebooks' parameters (test_limit=50)",
+        "a path only edits. Settings are hyperparameters, or the notebooks' parameters (test_limit=50).\n"
+        "--sweep runs it once for every combination of a grid",
         "max_iters=500 test_limit=50 --out runs/quick",
-        "runs/report",
+        "runs/report, or runs/sweep",
     ),
 }  # fmt: skip
 
@@ -618,15 +655,13 @@ def _parser(name: str, command: _Command) -> argparse.ArgumentParser:
         words = f"a hub id, a model folder, a GGUF file, or {words}" if name == "sites" else words
         parser.add_argument("words", nargs="*", metavar="CONFIG key=value", help=words)
     if name not in READERS:
-        default = Path(command.out) if name == "report" else None
         needed = name in ("import", "export")
         writes = "the archive" if needed else "results.json" + WRITES.get(name, " and rows.jsonl")
         out = f"default: {command.out}" if command.out else f"write {writes} there"
-        parser.add_argument("--out", type=Path, default=default, required=needed, metavar="DIR", help=out)
-    if name != "report":
-        parser.add_argument("--json", action="store_true", help="JSON on stdout and nothing else there")
-        if name not in READERS:
-            parser.add_argument("--overwrite", action="store_true", help="replace an earlier run's files")
+        parser.add_argument("--out", type=Path, required=needed, metavar="DIR", help=out)
+    parser.add_argument("--json", action="store_true", help="JSON on stdout and nothing else there")
+    if name not in (*READERS, "report"):
+        parser.add_argument("--overwrite", action="store_true", help="replace an earlier run's files")
     if command.options is not None:
         command.options(parser)
     return parser

@@ -1,4 +1,4 @@
-"""The `edit` command's parts: examples from standard input, rows of before and after, and the files of an edit."""
+"""The `edit` command's parts: examples from standard input, before and after as rows and as a page, an edit's files."""
 
 import json
 import logging
@@ -14,6 +14,10 @@ from .editor import MENDEditor
 from .errors import DataError
 from .evaluate import normalise
 from .readers import Examples, read_examples
+from .report_page import Html, tag, whole_page
+from .runs import atomically
+from .tables import before_after as table_of
+from .tables import prompts_of
 
 logger = logging.getLogger(__name__)
 
@@ -70,6 +74,29 @@ def shown(row: dict[str, Any]) -> str:
     """A row for people."""
     mark = "as told" if row["success"] else f"told: {row['target_new']}"
     return f"{row['prompt']}\n  before: {row['before'].strip()}\n  after:  {row['after'].strip()}  ({mark})"
+
+
+def in_full(editor: MENDEditor, edit: Edit, examples: Sequence[EditExample], /, *, max_new_tokens: int) -> list[Html]:
+    """For each example a table of what the model writes before and after, for its prompt and other texts."""
+    tables = []
+    for example in examples:
+        asked = prompts_of(example)
+        prompts = [prompt for _, prompt, _ in asked]
+        before = editor.base.generate_batch(prompts, max_new_tokens=max_new_tokens)
+        with edit.applied():
+            after = editor.base.generate_batch(prompts, max_new_tokens=max_new_tokens)
+        heading = tag("h2", f"{example.prompt} → {example.target_new}")
+        tables.append(Html(heading + tag("div", Html(table_of(asked, before, after)), class_="scroll")))
+    return tables
+
+
+def write_report(path: Path, tables: Sequence[Html], rows: Sequence[dict[str, Any]], /, *, command: str) -> None:
+    """An HTML page over the tables of `in_full`."""
+    told = sum(row["success"] for row in rows)
+    how = tag("p", tag("code", command), class_="soft")
+    text = whole_page(f"{told} of {len(rows)} new answers are written as told", [how, *tables])
+    atomically(path, lambda temporary: Path(temporary).write_text(text, encoding="utf-8"))
+    logger.info("report: %s", path)
 
 
 def write_files(

@@ -272,3 +272,25 @@ def _moved(values: Sequence[float], unit: str = "") -> str:
     if first == last:
         return f"stayed at {last}{unit}"
     return f"{'fell' if values[-1] < values[0] else 'rose'} from {first} to {last}{unit}"
+
+
+def runs(scores: Mapping[str, float], /) -> str:
+    """Which run of a sweep has the highest score; `scores` by what was varied."""
+    if not scores:
+        return "No run was scored"
+    best, low = max(scores, key=lambda label: scores[label]), min(scores.values())
+    if scores[best] == low:
+        return f"No run is ahead: {len(scores)} scored {low:.2f}"
+    return f"{best} has the highest score of {len(scores)} runs, {scores[best]:.2f}; the lowest is {low:.2f}"
+
+
+def settings(by_setting: Mapping[str, Mapping[str, Sequence[float]]], /) -> str:
+    """Which setting's values differ most in their mean score; scores by setting and value."""
+    means = {key: {value: fmean(scores) for value, scores in own.items()} for key, own in by_setting.items()}
+    spread = {key: max(own.values()) - min(own.values()) for key, own in means.items() if len(own) > 1}
+    key = max(spread, key=lambda name: spread[name], default="")
+    if not spread or not spread[key]:
+        return "No setting was seen to move the score"
+    own = means[key]
+    low, high = (pick(own, key=lambda value: own[value]) for pick in (min, max))
+    return f"The score depends most on {key}: {own[low]:.2f} on average with {low}, {own[high]:.2f} with {high}"

@@ -125,7 +125,8 @@ def _counts(value: Any) -> int | tuple[int, ...]:
     return each if isinstance(value, (list, tuple)) else value
 
 
-def _to_bytes(value: Any) -> int:
+def to_bytes(value: Any) -> int:
+    """Bytes from a number or from text such as '1.5GB'; an error of any kind for what is neither."""
     if isinstance(value, str):
         digits, prefix, binary = re.fullmatch(r"(\d+(?:\.\d+)?) *(?:([kKMGT])(i?))?B?", value).groups()
         power = " KMGT".index(prefix.upper()) if prefix else 0
@@ -214,13 +215,14 @@ class MENDHyperParams:
     opt: str = _key("Adam", legal=("Adam", "AdamW"))
     seed: int = _key(42, low=0)
     log_interval: int = _key(10, low=1)
+    logger: str | None = _key(None, legal=("tensorboard", "trackio", "wandb"))  # history.jsonl is written always
     # data and caches
     add_eos: bool = True
     max_target_tokens: int = _key(32, low=1)
     max_length: int = _key(512, low=2)
     cache_dir: str | None = None
-    disk_cache_bytes: int = _key(20_000_000_000, low=0, store=_to_bytes, words="bytes, or text such as '20GB',")
-    cache_bytes: int = _key(1_500_000_000, low=0, store=_to_bytes, words="bytes, or text such as '1.5GB',")
+    disk_cache_bytes: int = _key(20_000_000_000, low=0, store=to_bytes, words="bytes, or text such as '20GB',")
+    cache_bytes: int = _key(1_500_000_000, low=0, store=to_bytes, words="bytes, or text such as '1.5GB',")
     release_trunk: bool | str = _key("auto", store=_switch, words="auto, true or false")
     stream_trunk: bool | str = _key("auto", store=_switch, words="auto, true or false")
     results_dir: str = "runs"
@@ -238,7 +240,7 @@ class MENDHyperParams:
     @classmethod
     def from_hparams(cls, path: str | os.PathLike[str], **overrides: Any) -> "MENDHyperParams":
         """Read a YAML file; `overrides` win over it. Raises HyperParamError naming file, line, key, value."""
-        values, lines = _read_yaml(Path(path))
+        values, lines = read_yaml(Path(path))
         values = _resolve(values, lambda key: f"{path}:{lines[key]}: ")
         changes = _last_word(_resolve(overrides, lambda key: "override: "))
         merged = values | changes
@@ -358,8 +360,8 @@ class _StrictLoader(yaml.SafeLoader):
     }
 
 
-def _read_yaml(path: Path) -> tuple[dict[str, Any], dict[str, int]]:
-    """The top-level mapping of a YAML file, and the line of each key."""
+def read_yaml(path: Path) -> tuple[dict[str, Any], dict[str, int]]:
+    """The top-level mapping of a YAML file, and the line of each key. Raises HyperParamError naming file and line."""
     try:
         loader = _StrictLoader(path.read_bytes())
         root = loader.get_single_node()
@@ -373,7 +375,7 @@ def _read_yaml(path: Path) -> tuple[dict[str, Any], dict[str, int]]:
         raise HyperParamError(f"{path}:{line}not valid YAML: {problem}") from None
     if not pairs:
         found = "the file is empty" if root is None else "no keys found"
-        raise HyperParamError(f"{path}: {found}; expected lines `key: value`, at least model_name")
+        raise HyperParamError(f"{path}: {found}; expected lines `key: value`")
     values, lines = {}, {}
     for key, value in pairs:
         line, name = key.start_mark.line + 1, key.value

@@ -26,6 +26,7 @@ from .findings import Mean, Row, Summary
 WIDTH, DPI = 7.2, 150  # inches, dots per inch
 BLACK, GREY, BLUE, ORANGE = "#222222", "#8A8A8A", "#0072B2", "#E69F00"
 GREEN, RED, PURPLE = "#009E73", "#D55E00", "#CC79A7"
+COLOURS, MARKERS = (BLACK, BLUE, ORANGE, GREEN, RED, PURPLE), "osD^vPX"
 TICKS = (0, 0.2, 0.4, 0.6, 0.8, 1)  # of a share
 TINY = 1e-5  # KL may be 0, which a logarithmic axis cannot show
 NATS, KL = "NLL of the new answer (nats per token)", "KL(unedited ‖ edited) (nats)"
@@ -412,6 +413,56 @@ def _bars(name: str, finding: str, rows: Sequence[Row], key: str, *, unit: str, 
         ax.set_title(model, fontsize=9, loc="left")
         ax.set(xlabel=unit, ylabel="way to train")
     return _chart(name, finding, figure, rows, note=note, key=False)
+
+
+# ---------------------------------------------------------------------------------------------------- several runs
+
+
+def success_against_locality(runs: Mapping[str, Summary], scores: Mapping[str, float], /) -> Chart:
+    """Runs of a sweep as points: what an edit does against what it leaves alone, with intervals. Up and right is best.
+
+    `runs` by what was varied, in the order of their numbers from 1; `scores`: harmonic mean of the four shares.
+    """
+    figure, axes = _panels(2, 4.2)
+    pairs = (("edit_success.free_exact", "locality.argmax_agreement"),)
+    pairs += (("paraphrase.free_exact", "neighbourhood.argmax_agreement"),)
+    rows: list[Row] = []
+    for ax, (y, x) in zip(axes, pairs, strict=True):
+        for number, (label, own) in enumerate(runs.items(), 1):
+            if x in own and y in own:
+                style = {"color": COLOURS[number % len(COLOURS)], "lw": 1.2, "alpha": 0.7}
+                ax.plot([own[x].low, own[x].high], [own[y].mean] * 2, **style)
+                ax.plot([own[x].mean] * 2, [own[y].low, own[y].high], **style)
+                ax.plot(own[x].mean, own[y].mean, MARKERS[number % len(MARKERS)], color=style["color"], ms=5.5)
+                ax.annotate(f" {number}", (own[x].mean, own[y].mean), fontsize=8, va="bottom")
+                parts = ("mean", "low", "high")
+                flat = {f"{name}.{part}": getattr(own[name], part) for name in (x, y) for part in parts}
+                rows.append({"run": number, "settings": label, **flat, "n": own[y].n})
+        ax.set(xlim=(-0.03, 1.03), ylim=(-0.03, 1.03), xticks=TICKS, yticks=TICKS)
+        ax.set(xlabel=HEADLINE_LABELS[x].replace("\n", " "), ylabel=HEADLINE_LABELS[y].replace("\n", " "))
+    n = max((row["n"] for row in rows), default=0)
+    note = f"shares with 95 % intervals over n = {n} edits, each on a fresh model; numbers are those of the table"
+    return _chart("success_against_locality", findings.runs(scores), figure, rows, note=note, key=False)
+
+
+def scores_by_setting(by_setting: Mapping[str, Mapping[str, Sequence[float]]], /) -> Chart:
+    """The score of every run above the values of each setting, and their mean; scores by setting and value."""
+    drawn = by_setting or {"setting": {}}
+    figure, axes = _panels(len(drawn), 1 + 2.8 * -(-len(drawn) // 2))
+    rows: list[Row] = []
+    for ax, (setting, own) in zip(axes, drawn.items(), strict=True):
+        for at, (value, scores) in enumerate(own.items()):
+            ax.plot([at] * len(scores), scores, "o", color=BLUE, ms=5, alpha=0.6, label="one run" if at == 0 else None)
+            rows += [{"setting": setting, "value": value, "score": score} for score in scores]
+        means = [sum(scores) / len(scores) for scores in own.values()]
+        ax.plot(range(len(own)), means, "_", color=BLACK, ms=22, mew=1.8, label="mean")
+        names = [textwrap.shorten(value, 24, placeholder="…") for value in own]
+        ax.set_xticks(range(len(own)), names, parse_math=False)
+        ax.set(xlabel=setting, ylabel="score (harmonic mean of four shares)", ylim=(-0.03, 1.03))
+        ax.set_xlim(-0.6, len(own) - 0.4)
+    n = sum(map(len, next(iter(drawn.values())).values()))
+    note = f"n = {n} runs; all other settings vary, too"
+    return _chart("scores_by_setting", findings.settings(by_setting), figure, rows, note=note)
 
 
 # ---------------------------------------------------------------------------------------------------- helpers

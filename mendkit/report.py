@@ -30,6 +30,7 @@ from typing import Any
 from .archive import inspect_archive, load_archive
 from .errors import MendkitError
 from .hparams import ALIASES, NO_EFFECT, MENDHyperParams, parse_overrides
+from .loggers import check_logger
 from .models import load_model
 from .notebook import CHECKOUT, Failure, Parameter, export_html, read_parameters, run_notebook
 from .readers import read_examples
@@ -96,6 +97,21 @@ def plan_report(
     Raises the kit's errors for unknown names, mistyped values, missing or bad files, an archive of another
     model, a folder that holds something else than a report.
     """
+    plan = draft_report(config, settings, out=out, notebooks_dir=notebooks_dir)
+    _check_folder(plan, _check_data(plan))
+    _check_model(plan.hparams)
+    return plan
+
+
+def draft_report(
+    config: str | Path,
+    settings: Sequence[str] = (),
+    /,
+    *,
+    out: str | Path,
+    notebooks_dir: str | Path | None = None,
+) -> Plan:
+    """The report that would run: names and values are checked; no data, archive, model or folder is looked at yet."""
     folder = Path(notebooks_dir) if notebooks_dir is not None else default_notebooks()
     paths = {stem: folder / f"{stem}.ipynb" for stem in (TRAIN, EDIT)}
     known = {stem: read_parameters(path) for stem, path in paths.items()}
@@ -105,10 +121,7 @@ def plan_report(
     for name in given:
         if not any(name in known[stem] for stem in stems):
             raise MendkitError(f"{name} is a parameter of {TRAIN}, which runs only with `archive=null`; leave it out")
-    plan = Plan(Path(config), tuple(overrides), given, hparams, {stem: paths[stem] for stem in stems}, Path(out))
-    _check_folder(plan, _check_data(given, [known[stem] for stem in stems]))
-    _check_model(hparams)
-    return plan
+    return Plan(Path(config), tuple(overrides), given, hparams, {stem: paths[stem] for stem in stems}, Path(out))
 
 
 def _split(settings: Iterable[str], known: Mapping[str, Mapping[str, Parameter]]) -> tuple[dict[str, Any], list[str]]:
@@ -131,18 +144,25 @@ def _split(settings: Iterable[str], known: Mapping[str, Mapping[str, Parameter]]
     return given, overrides
 
 
-def _check_data(given: Mapping[str, Any], known: Sequence[Mapping[str, Parameter]]) -> list[Path]:
-    """Read every data set that the notebooks will read; the files that were given."""
-    files = []
-    for own in known:
+def data_of(plan: Plan) -> list[tuple[str, int | None]]:
+    """Every data set that the notebooks will read: its file, or facts:…, and how many of its first examples."""
+    found = []
+    for path in plan.notebooks.values():
+        own = {name: plan.given.get(name, p.default) for name, p in read_parameters(path).items()}
         for name in (name for name in own if name.endswith("_data")):
-            source, limit = given.get(name, own[name].default), f"{name.removesuffix('_data')}_limit"
-            read_examples(source, limit=given.get(limit, own[limit].default if limit in own else 0) or None)
-            files.append(Path(source))
-    return files
+            found.append((str(own[name]), own.get(f"{name.removesuffix('_data')}_limit") or None))
+    return found
+
+
+def _check_data(plan: Plan) -> list[Path]:
+    """Read every data set; their paths."""
+    for source, limit in data_of(plan):
+        read_examples(source, limit=limit)
+    return [Path(source) for source, _ in data_of(plan)]
 
 
 def _check_model(hparams: MENDHyperParams) -> None:
+    check_logger(hparams.logger)
     if hparams.archive is not None:
         inspect_archive(hparams.archive)
     base = load_model(hparams.replace(device="cpu"))  # in the main memory: the kernels need the other one
@@ -270,11 +290,16 @@ def _run_one(plan: Plan, stem: str, archive: str | None, cell_seconds: int | Non
         failure = Failure(stem, None, f"it ended without writing {folder / 'results.json'}")
     if failure is None and stem == TRAIN and not (folder / ARCHIVE).is_file():
         failure = Failure(stem, None, f"it ended without writing {folder / ARCHIVE}")
+    return export(executed, executed.with_suffix(".html"), failure)
+
+
+def export(executed: Path, page: Path, failure: Failure | None, /) -> Failure | None:
+    """Write the page of an executed notebook, if there is one; `failure`, or why that failed."""
     if executed.is_file():
         try:
-            export_html(executed, executed.with_suffix(".html"))
+            export_html(executed, page)
         except Exception as error:  # the rest of the report is still worth having
-            failure = failure or Failure(stem, None, f"export to HTML: {type(error).__name__}: {error}")
+            failure = failure or Failure(executed.stem, None, f"export to HTML: {type(error).__name__}: {error}")
     return failure
 
 

@@ -96,7 +96,7 @@ def _joined(children: Iterable[str], separator: str = " · ") -> Html:
     return Html(escape(separator).join(_html(child) for child in children if child))
 
 
-def _table(heads: Iterable[str], rows: Iterable[tuple[str | Iterable[str], Iterable[Html]]]) -> Html:
+def cells_table(heads: Iterable[str], rows: Iterable[tuple[str | Iterable[str], Iterable[Html]]]) -> Html:
     """A table from column heads, and rows of a head and its cells (made by `tag("td", ...)`)."""
     top = tag("thead", tag("tr", [tag("th", head, scope="col") for head in heads]))
     body = [tag("tr", tag("th", head, scope="row"), cells) for head, cells in rows]
@@ -105,15 +105,7 @@ def _table(heads: Iterable[str], rows: Iterable[tuple[str | Iterable[str], Itera
 
 def write_page(folder: Path, run: Mapping[str, Any], results: Mapping[str, Any], /) -> Path:
     """Write `index.html` over what lies in the folder; `run` is run.json, `results` the flat results."""
-    title = _title(run, results)
-    head = [
-        tag("meta", charset="utf-8"),
-        tag("meta", name="viewport", content="width=device-width, initial-scale=1"),
-        tag("title", title),
-        tag("style", Html(_STYLE)),
-    ]
     body = [
-        tag("h1", title),
         tag("p", _subtitle(run, results), class_="soft"),
         _failure(run.get("failure")),
         _headline(results),
@@ -122,10 +114,21 @@ def write_page(folder: Path, run: Mapping[str, Any], results: Mapping[str, Any],
         _provenance(run, results),
         _numbers(results),
     ]
-    page = tag("html", tag("head", head), "\n", tag("body", _joined(body, "\n")), lang="en")
     index = folder / "index.html"
-    index.write_text(f"<!doctype html>\n{page}\n", encoding="utf-8")
+    index.write_text(whole_page(_title(run, results), body), encoding="utf-8")
     return index
+
+
+def whole_page(title: str, body: Iterable[Html], /) -> str:
+    """An HTML file of its own."""
+    head = [
+        tag("meta", charset="utf-8"),
+        tag("meta", name="viewport", content="width=device-width, initial-scale=1"),
+        tag("title", title),
+        tag("style", Html(_STYLE)),
+    ]
+    inner = _joined([tag("h1", title), *body], "\n")
+    return f"<!doctype html>\n{tag('html', tag('head', head), Html(chr(10)), tag('body', inner), lang='en')}\n"
 
 
 def _number(results: Mapping[str, Any], name: str) -> float | None:
@@ -172,7 +175,7 @@ def _headline(results: Mapping[str, Any]) -> Html:
         rows.append(([label, tag("small", meaning)], cells))
     note = "Shares of edits with their 95 % bootstrap intervals over edits; decoding is greedy and free. "
     note += "The identity control is MEND without training, at its own best step size."
-    table = _table(["", *(editor for _, editor in EDITORS)], rows)
+    table = cells_table(["", *(editor for _, editor in EDITORS)], rows)
     return Html(tag("h2", "Single edits, each on a fresh model") + table + tag("p", note, class_="soft"))
 
 
@@ -279,7 +282,7 @@ def _numbers(results: Mapping[str, Any]) -> Html:
         ("All scores", ["", *(editor for _, editor in EDITORS)], rows),
         ("All other numbers", ["", ""], rest),
     ]
-    folded = [tag("details", tag("summary", name), _table(heads, body)) for name, heads, body in tables if body]
+    folded = [tag("details", tag("summary", name), cells_table(heads, body)) for name, heads, body in tables if body]
     return Html(tag("h2", "Everything") + "".join(folded))
 
 

@@ -32,6 +32,7 @@ from .edit import side_branches
 from .errors import HyperParamError, MendkitError
 from .factors import Factors, capture_factors, capture_inputs, pack, unpack
 from .hparams import MENDHyperParams
+from .loggers import Log, check_logger, open_logger
 from .losses import edit_nll, locality_kl, wide
 from .mend import MEND, Wordings
 from .models import BaseModel, load_for_training
@@ -237,12 +238,20 @@ def make_optimiser(mend: MEND, h: MENDHyperParams, /) -> torch.optim.Optimizer:
 
 
 class Trainer:
-    """State of one training run; `run()` is the loop."""
+    """State of one training run; `run()` is the loop. `log` is told every row of the history."""
 
     def __init__(
-        self, base: BaseModel, hparams: MENDHyperParams, train, val, run_dir: Path, *, done_with_base: bool = False
+        self,
+        base: BaseModel,
+        hparams: MENDHyperParams,
+        train,
+        val,
+        run_dir: Path,
+        *,
+        done_with_base: bool = False,
+        log: Log = lambda row: None,
     ) -> None:
-        self.started = time.perf_counter()
+        self.started, self.log = time.perf_counter(), log
         self.team = Team(hparams.device)
         self.progress = Progress("MEND", silent=self.team.rank > 0)
         self.loaded = None
@@ -453,8 +462,9 @@ class Trainer:
         }
 
     def record(self, row: dict[str, float]) -> None:
-        """Keep a history row, in memory and (the first process) in the run folder."""
+        """Keep a history row, in memory and (the first process) in the run folder, and log it."""
         self.history.append(row)
+        self.log(row)
         if self.team.rank:
             return
         with (self.run_dir / "history.jsonl").open("a", encoding="utf-8") as file:
@@ -476,8 +486,9 @@ def train(
     `hparams.archive` null starts anew, a path goes on from it (its sites and the hypernetwork's shape are kept). Writes
     `archive.safetensors` and `history.jsonl` into `run_dir`. `done_with_base`: `base` serves this training alone, so
     `release_trunk: auto` may free what lies below the edits. Raises MendkitError if there is nothing to train or
-    validate on, or if the gradient is no longer finite.
+    validate on, if `logger` is not installed, or if the gradient is no longer finite.
     """
+    check_logger(hparams.logger)
     if not train_examples or not val_examples:
         raise MendkitError("training needs at least one training and one validation example")
     team = Team(hparams.device)
@@ -486,4 +497,6 @@ def train(
         (run / "history.jsonl").unlink(missing_ok=True)
     done_with_base = done_with_base or base is None
     base = base or load_for_training(hparams)
-    return Trainer(base, hparams, train_examples, val_examples, run, done_with_base=done_with_base).run()
+    with open_logger(hparams, run, first=team.rank == 0) as log:
+        trainer = Trainer(base, hparams, train_examples, val_examples, run, done_with_base=done_with_base, log=log)
+        return trainer.run()

@@ -81,6 +81,7 @@ MORE = {
     "evaluate tiny.yaml": "archive is null",
     "evaluate tiny.yaml another.yaml": "expected key=value",
     f"edit tiny.yaml {EDIT} --save-edit .": "is a folder; give --save-edit a file",
+    "report tiny.yaml --sweep nowhere.yaml": "nowhere.yaml: cannot be read",
     f"edit tiny.yaml {EDIT} --save-adapter tiny.yaml": "tiny.yaml is a file; give --save-adapter a folder",
     f"edit tiny.yaml {EDIT} --save-adapter x --save-merged x": "give each a folder of its own",
     f"edit tiny.yaml {EDIT} --save-edit archive.safetensors": "give another --save-edit, or --overwrite",
@@ -103,7 +104,7 @@ def test_other_mistakes_as_well(here, typed, capsys):
 @pytest.mark.parametrize(
     "typed",
     [
-        "", "fly", "edit tiny.yaml", "edit tiny.yaml --prompt P", "inspect", "report --json", "train --limit",
+        "", "fly", "edit tiny.yaml", "edit tiny.yaml --prompt P", "inspect", "report --overwrite", "train --limit",
         "edit tiny.yaml --data f --prompt P --target T", "evaluate --mode all", "evaluate --max-new-tokens x",
         "evaluate tiny.yaml --k 3", f"edit tiny.yaml {EDIT} --adapter-rank 3", f"edit tiny.yaml {EDIT} --strength nan",
     ],
@@ -254,6 +255,20 @@ def test_edits_made_together_are_one_edit_that_can_be_kept(here, monkeypatch, ca
     assert read("lora/adapter_config.json")["r"] == results["edit.adapter.rank"] == 2
     assert 0 < results["edit.adapter.relative_error"] < 1 and results["edit.saved"] == "kept/edit"
     assert results["edit.merged.kept"] == pytest.approx(1, abs=1e-3)
+
+
+def test_edits_can_be_told_on_a_page(here, capsys):
+    example = {"prompt": "The capital of <b>France</b> is", "target_new": "Lima", "neighbours": [{"prompt": "Chad is"}]}
+    example["paraphrases"] = ["France's capital is"]
+    Path("two.jsonl").write_text(json.dumps(example) + "\n" + LINES[0], encoding="utf-8")
+    assert edit("--data", "two.jsonl", "--save-report", "pages/edits.html") == 0
+    rows, page = json.loads(capsys.readouterr().out), Path("pages/edits.html").read_text(encoding="utf-8")
+    assert "0 of 2 new answers are written as told" in page and len(rows) == 2
+    assert page.count("<tr>") == 2 + 3 + 1 and "<b>France" not in page and "France&#x27;s capital is" in page
+    assert all(f"<h2>{text}" in page for text in ("The capital of &lt;b&gt;France", "The capital of France is → Lima"))
+    assert edit("--data", "two.jsonl", "--save-report", "pages/edits.html") == 2
+    assert "give another --save-report, or --overwrite" in capsys.readouterr().err
+    assert edit("--data", "two.jsonl", "--save-report", "pages") == 2
 
 
 def test_an_edit_is_written_over_nothing_unless_told(here, capsys):

@@ -8,7 +8,7 @@ import mendkit
 LEVELS = [
     {"errors", "findings", "scores"},
     {"hparams", "losses", "plots", "runs", "checkpoints", "sites", "distributed", "architectures", "dryrun"},
-    {"bundled", "data", "families", "hollow"},
+    {"bundled", "data", "families", "hollow", "loggers"},
     {"text_model", "cache", "layouts"},
     {"models", "listing", "readers"},
     {"texts", "trunk", "files"},
@@ -19,9 +19,9 @@ LEVELS = [
     {"editor", "foreign"},
     {"conformance"},
     {"validation", "evaluate"},
-    {"baselines", "inspection", "training", "textbook", "edit_command"},
+    {"baselines", "inspection", "training", "textbook"},
     {"ways", "plan"},
-    {"tables", "notebook", "report_page", "report", "bench", "__init__"},
+    {"tables", "notebook", "report_page", "report", "bench", "sweep", "compare", "edit_command", "__init__"},
     {"__main__"},
 ]
 LEVEL = {name: level for level, names in enumerate(LEVELS) for name in names}

@@ -5,6 +5,7 @@ import csv
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -24,6 +25,7 @@ from mendkit.runs import project_path
 from tests.tiny import save_tiny
 
 ROOT = Path(__file__).parents[1]
+COMPARE = "08_compare_runs.ipynb"
 TRAIN, EDIT, INSIDE = "01_train_without_archive.ipynb", "02_edit_with_archive.ipynb", "03_inside_mend.ipynb"
 COSTS = "07_what_training_costs.ipynb"
 PARAMETERS = {
@@ -68,12 +70,14 @@ PARAMETERS = {
         "depths": ("list", [12, 24, 48]),
         "out": ("str", "runs/07_what_training_costs"),
     },
+    COMPARE: {"sweep": ("str", "runs/sweep"), "out": ("str", "runs/08_compare_runs")},
 }
 FIGURES = {
     TRAIN: {"loss_curves", "validation", "step_sizes", "control"},
     EDIT: {"next_tokens", "headline", "by_relation", "probability_shifts", "strength"},
     INSIDE: {"ranks", "signs", "normalisers", "alignment", "spectra", "step_sizes"},
     COSTS: {"costs_of_training", "memory_of_training"},
+    COMPARE: {"success_against_locality", "scores_by_setting"},
 }
 FEW = {"examples": 5, "statistics_limit": 8, "dense": 2, "sizes": [0.001, 0.1]}  # enough to run notebook 03
 
@@ -205,7 +209,8 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> SimpleNamespace:
         "rank=8",
     ]
     sizes = {"train_limit": 24, "validation_limit": 6}
-    out = {TRAIN: folder / "train", EDIT: folder / "edit", INSIDE: folder / "inside", COSTS: folder / "costs"}
+    names = {TRAIN: "train", EDIT: "edit", INSIDE: "inside", COSTS: "costs", COMPARE: "compare"}
+    out = {notebook: folder / name for notebook, name in names.items()}
     executed = {TRAIN: run(TRAIN, folder / "01.ipynb", overrides=overrides, out=str(out[TRAIN]), **sizes)}
     sizes = {"test_limit": 6, "validation_limit": 4, "max_new_tokens": 8, "shown": 2}
     archive = str(out[TRAIN] / "archive.safetensors")
@@ -216,6 +221,12 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> SimpleNamespace:
     (folder / "tiny.yaml").write_text(f"model_name: {model}\n")
     sizes = {"models": [str(folder / "tiny.yaml")], "batch": 2, "rank": 8, "repeats": 2, "depths": []}
     executed[COSTS] = run(COSTS, folder / "07.ipynb", out=str(out[COSTS]), **sizes)
+    runs = [{"name": f"r{rank}", "values": {"rank": rank}, "status": "done", "error": ""} for rank in (2, 4)]
+    for run_folder in (folder / f"r{rank}" for rank in (2, 4)):
+        shutil.copytree(out[EDIT], run_folder)
+    runs.append({"name": "r6", "values": {"rank": 6}, "status": "failed", "error": "<b>out of memory</b>"})
+    (folder / "sweep.json").write_text(json.dumps({"runs": runs}))
+    executed[COMPARE] = run(COMPARE, folder / "08.ipynb", sweep=str(folder), out=str(out[COMPARE]))
     results = {name: json.loads((out[name] / "results.json").read_text()) for name in out}
     return SimpleNamespace(out=out, executed=executed, results=results, overrides=overrides)
 
@@ -262,6 +273,17 @@ def test_the_headline_figure_is_drawn_from_the_results(tiny: SimpleNamespace) ->
     for metric in HEADLINE:
         assert rows["trained editor", metric] == tiny.results[EDIT][f"single.{metric}"]
         assert rows["identity control", metric] == tiny.results[EDIT][f"identity.single.{metric}"]
+
+
+@pytest.mark.slow
+def test_comparing_runs_tells_their_own_scores_and_what_failed(tiny: SimpleNamespace) -> None:
+    results, edited = tiny.results[COMPARE], tiny.results[EDIT]
+    assert (results["sweep.done"], results["sweep.failed"]) == (2, 1)
+    assert results["sweep.run_3.error"] == "<b>out of memory</b>" and results["sweep.run_2.settings"] == {"rank": 4}
+    for metric in HEADLINE:
+        assert results[f"sweep.run_1.{metric}"] == edited[f"single.{metric}"]
+    shown = "".join(str(output.get("data")) for cell in code(tiny.executed[COMPARE]) for output in cell.outputs)
+    assert "&lt;b&gt;out of memory" in shown and "<b>out" not in shown
 
 
 @pytest.mark.slow

@@ -83,6 +83,9 @@ def summary(*means: float) -> dict[str, SimpleNamespace]:
     return {name: interval(mean) for name, mean in zip(METRICS, means, strict=True)}
 
 
+RUNS = {"Run 1 ($rank$ 2)": summary(0.9, 0.8, 0.9, 1.0), "Run 2": {}, "Run 3": summary(1.0, 0.5, 0.2, 0.6)}
+
+
 def charts() -> Iterator[Chart]:
     for good in (True, False):
         rows = history(good=good)
@@ -109,6 +112,10 @@ def charts() -> Iterator[Chart]:
     )
     yield plots.alignment(COSINES, n=5)
     yield plots.spectra(ENERGY, n=5)
+    yield plots.success_against_locality(RUNS, {"Run 1 ($rank$ 2)": 0.7, "Run 3": 0.9})
+    yield plots.scores_by_setting(
+        {"rank": {"2": [0.3, 0.5], "null": [0.6]}, "inner_params": {f"[{'a.w, ' * 20}]": [1]}}
+    )
 
 
 CHARTS = {f"{chart.name}-{i}": chart for i, chart in enumerate(charts())}
@@ -203,6 +210,28 @@ def test_sizes_are_drawn_without_the_unedited_model_which_is_a_line() -> None:
     assert len(chart.rows) == 6 and {row["series"] for row in chart.rows} == set(lines(chart)) - {
         k for k in lines(chart) if k.startswith("_")
     }
+
+
+def test_runs_are_points_with_whiskers_both_ways_and_keep_their_numbers() -> None:
+    chart = plots.success_against_locality(RUNS, {"a": 0.7, "b": 0.9})
+    assert [(row["run"], row["settings"]) for row in chart.rows] == [(1, "Run 1 ($rank$ 2)"), (3, "Run 3")] * 2
+    last = chart.rows[-1]
+    assert (last[f"{METRICS[2]}.mean"], last[f"{METRICS[1]}.low"], last["n"]) == (0.2, 0.4, 40)
+    for panel, (x, y) in enumerate(((1.0, 0.9), (0.9, 0.8))):
+        ends = [tuple(map(tuple, line.get_data())) for line in chart.figure.axes[panel].get_lines()[:3]]
+        assert ends == [((x - 0.1, min(x + 0.1, 1)), (y, y)), ((x, x), (y - 0.1, y + 0.1)), ((x,), (y,))]
+        assert [text.get_text().strip() for text in chart.figure.axes[panel].texts] == ["1", "3"]
+
+
+def test_the_findings_of_a_sweep_name_the_best_and_what_moves_the_score() -> None:
+    assert plots.findings.runs({"a": 0.2, "b": 0.9}) == "b has the highest score of 2 runs, 0.90; the lowest is 0.20"
+    assert plots.findings.runs({"a": 0.2, "b": 0.2}) == "No run is ahead: 2 scored 0.20"
+    assert plots.findings.runs({}) == "No run was scored"
+    scores = {"seed": {"1": [0.1, 0.9], "2": [0.3, 0.8]}, "rank": {"8": [0.1, 0.3], "16": [0.9, 0.8]}}
+    assert plots.findings.settings(scores).startswith("The score depends most on rank: 0.20 on average with 8, 0.85")
+    assert "No setting" in plots.findings.settings({"seed": {"1": [0.5], "2": [0.5]}})
+    plots.success_against_locality({}, {}).png()
+    plots.scores_by_setting({}).png()
 
 
 def test_a_metric_that_the_data_lack_is_left_out() -> None:

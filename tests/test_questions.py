@@ -1,0 +1,63 @@
+"""Every block of docs/QUESTIONS.md runs, in order, on a tiny model in the place of SmolLM2."""
+
+import re
+import shlex
+import subprocess
+from io import StringIO
+from pathlib import Path
+
+import pytest
+
+from mendkit.__main__ import main
+from mendkit.sweep import plan_sweep, read_sweep
+from tests.tiny import save_tiny
+
+ROOT = Path(__file__).parents[1]
+TEXT = (ROOT / "docs" / "QUESTIONS.md").read_text(encoding="utf-8")
+BLOCKS = re.findall(r"^```(\w+)\n(.*?)^```$", TEXT, re.MULTILINE | re.DOTALL)
+CONFIG = "configs/smollm2-135m.yaml"
+
+
+def run_line(line: str, monkeypatch, capsys) -> None:
+    """One line of a shell block; a comment says which exit status, and a part of the error."""
+    typed, _, comment = line.partition("  # ")
+    if " | " in typed:
+        given, typed = typed.split(" | ")
+        said = subprocess.run(["sh", "-c", given], capture_output=True, text=True, check=True).stdout
+        monkeypatch.setattr("sys.stdin", StringIO(said))
+    words = shlex.split(typed)
+    assert words[:3] == ["python", "-m", "mendkit"]
+    status, _, message = comment.removeprefix("exit status ").partition(": ")
+    assert main(words[3:]) == int(status or 0), typed
+    out, err = capsys.readouterr()
+    assert bool(out) == (not status) and message in err
+
+
+@pytest.mark.slow
+def test_every_block_runs(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    Path("configs").mkdir()
+    settings = (ROOT / CONFIG).read_text(encoding="utf-8")
+    for given, small in (("model_name: smollm2-135m", f"model_name: {save_tiny('model')}"), ("rank: 256", "rank: 8")):
+        assert given in settings
+        settings = settings.replace(given, small)
+    Path(CONFIG).write_text(settings, encoding="utf-8")
+    names: dict[str, object] = {}
+    for kind, block in BLOCKS:
+        if kind == "python":
+            exec(compile(block, "docs/QUESTIONS.md", "exec"), names)
+            capsys.readouterr()
+        elif kind == "sh":
+            for line in block.splitlines():
+                run_line(line, monkeypatch, capsys)
+        else:
+            Path("sweep.yaml").write_text(block, encoding="utf-8")
+            monkeypatch.setattr("mendkit.report.default_notebooks", lambda: ROOT / "notebooks")
+            runs = plan_sweep(read_sweep("sweep.yaml"), CONFIG, [], out=Path("runs/sweep"))
+            assert [run.values for run in runs] == [{"rank": r, "seed": s} for r in (64, 256) for s in (1, 2)]
+    assert {kind for kind, _ in BLOCKS} == {"python", "sh", "yaml"}
+
+
+def test_every_question_has_an_example():
+    sections = TEXT.split("\n## ")[1:]
+    assert len(sections) >= 12 and all("\n```" in section for section in sections)
