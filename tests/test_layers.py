@@ -20,7 +20,7 @@ LEVELS = [
     {"conformance"},
     {"validation", "evaluate"},
     {"baselines", "inspection", "training", "textbook", "edit_command"},
-    {"tables", "notebook", "report_page", "report", "bench", "__init__"},
+    {"tables", "notebook", "report_page", "report", "bench", "playground", "widgets", "__init__"},
     {"__main__"},
 ]
 LEVEL = {name: level for level, names in enumerate(LEVELS) for name in names}
