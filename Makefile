@@ -1,6 +1,6 @@
 # make report   train, edit and report under $(OUT), with CONFIG=, ARGS="key=value ..."
 # make test     lint and tests            make lint   lint only
-# make test-browser   the playground in Chromium (installed where it is missing, on Debian as root), on JupyterLab and Voilà
+# make test-browser   the playground in Chromium, on JupyterLab and Voilà; as root on Debian it installs Chromium
 # make bench    what training and editing cost against a textbook MEND, under runs/bench (OUT=, ARGS=)
 # make lab      JupyterLab on notebooks/  make playground   the playground alone, by Voilà
 # make clean  remove .venv and caches, never runs/

@@ -41,6 +41,7 @@ STYLE = """<style>
 .mendkit .widget-textarea label {width: auto; text-align: left}
 .mendkit-row {border-left: 4px solid transparent; padding-left: 6px; align-items: center}
 .mendkit-row.shown {border-left-color: #0072b2}
+.mendkit-old {opacity: 0.4}
 .mendkit-row.undone .widget-html {opacity: 0.55}
 .mendkit-said {padding: 4px 10px; border-left: 4px solid #8888; font-size: 13px}
 .mendkit-said.bad {border-left-color: #d55e00; background: #d55e0018}
@@ -69,9 +70,9 @@ class Panel:
         self._quiet, self._rows, self._chart = False, list[_Row](), None
         self.said, self.about, self.journal, self.table = w.HTML(), w.HTML(), w.VBox(), w.HTML()
         self.figure = w.Image(format="png", layout=w.Layout(width=f"{FIGURE}px"))
-        self.watch = _field(w.Dropdown(), "next token")
+        self.watch = _field(w.Dropdown(), "after")
         self.watch.observe(self._on_watch, "value")
-        self._results = w.VBox([self.watch, self.figure])
+        self._results = w.VBox([_heading("Probabilities of the next token"), self.watch, self.figure])
         model, fact = self._model(config, archive, shlex.join(overrides)), self._fact()
         self.folder, self.save = _field(w.Text(folder), "adapter folder"), self._button("Save adapter", self._save)
         end = [_heading("Before and after"), self.table, self._results]
@@ -87,8 +88,10 @@ class Panel:
         if self.playground.shown is None:
             self.table.value = "<i>Nothing to show yet: apply an edit.</i>"
             return
+        self.table.add_class("mendkit-old")  # until what is written is read, too
         self._draw()
         self.table.value = tables.before_after(*self.playground.completions())
+        self.table.remove_class("mendkit-old")
 
     def snapshot(self) -> HTML:
         """What the panel shows, without widgets."""
