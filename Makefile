@@ -1,7 +1,9 @@
 # make report   train, edit and report under $(OUT), with CONFIG=, ARGS="key=value ..."
 # make test     lint and tests            make lint   lint only
+# make test-browser   the playground in Chromium, on JupyterLab and Voilà; as root on Debian it installs Chromium
 # make bench    what training and editing cost against a textbook MEND, under runs/bench (OUT=, ARGS=)
-# make lab      JupyterLab on notebooks/  make clean  remove .venv and caches, never runs/
+# make lab      JupyterLab on notebooks/  make playground   the playground alone, by Voilà
+# make clean  remove .venv and caches, never runs/
 #
 # The first use makes .venv with PYTHON (3.11 or newer) from constraints.txt.
 
@@ -15,7 +17,7 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check
 PINS := pyproject.toml constraints.txt
 
 .DELETE_ON_ERROR:
-.PHONY: help report bench test lint lab clean
+.PHONY: help report bench test test-browser lint lab playground clean
 
 help:
 	@sed -n '/^#/!q; s/^# \{0,1\}//p' Makefile
@@ -30,12 +32,18 @@ bench: .venv/.installed-notebooks
 test: lint
 	$(BIN)/python -m pytest -q --durations=10
 
+test-browser: .venv/.installed-browser
+	$(BIN)/python -m pytest -q tests/test_browser.py
+
 lint: .venv/.installed-test
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 
 lab: .venv/.installed-notebooks
 	$(BIN)/python -m jupyter lab notebooks
+
+playground: .venv/.installed-voila
+	$(BIN)/python -m voila notebooks/06_playground.ipynb
 
 clean:
 	rm -rf .venv build dist mendkit.egg-info .pytest_cache .ruff_cache
@@ -60,4 +68,14 @@ clean:
 
 .venv/.installed-test: .venv/.installed-torch $(PINS)
 	$(PIP) install -c constraints.txt -e ".[notebooks,test]"
+	@touch $@
+
+.venv/.installed-voila: .venv/.installed-torch $(PINS)
+	$(PIP) install -c constraints.txt -e ".[notebooks,browser]"
+	@touch $@
+
+# The browser comes with the system: Playwright's own is a download that not every machine can make.
+.venv/.installed-browser: .venv/.installed-test .venv/.installed-voila
+	@command -v chromium || { apt-get update && apt-get install -y --no-install-recommends chromium; } || { \
+	  echo "error: no 'chromium' on the path; install it by your system's package manager" >&2; exit 1; }
 	@touch $@

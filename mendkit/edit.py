@@ -203,7 +203,10 @@ class Edit:
 
     def scale(self, factor: float) -> "Edit":
         """A new edit, `factor` times as strong (0: none, 1: the same, 2: twice)."""
-        strength = self.strength * factor
+        return self.at(self.strength * factor)
+
+    def at(self, strength: float) -> "Edit":
+        """A new edit, the same at another strength, whatever its own was."""
         return Edit(self.base, self._unit, self.examples, strength=strength, archive=self.archive)
 
     def dense(self) -> dict[str, Tensor]:

@@ -1,6 +1,7 @@
 """The editor: an archive in, edits out."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -123,9 +124,13 @@ class EditSession:
 
     def scale(self, index: int, factor: float) -> Edit:
         """Make an edit of the journal `factor` times as strong; one that is undone stays so."""
+        return self.set_strength(index, self.journal[self._place(index)].strength * factor)
+
+    def set_strength(self, index: int, strength: float) -> Edit:
+        """Give an edit of the journal this strength, also after 0; one that is undone stays so."""
         index = self._place(index)
         edit = self.journal[index]
-        self.journal[index] = edit.scale(factor)
+        self.journal[index] = edit.at(strength)
         if edit.active:
             edit.undo()
             self.journal[index].apply()
@@ -149,6 +154,18 @@ class EditSession:
         """Write the journal as one file, undone edits too."""
         return save_edits(path, self.journal)
 
+    @contextmanager
+    def suspended(self) -> Iterator[None]:
+        """Within the context the model is unedited; afterwards the edits that were in force are so again."""
+        active = self.active
+        for edit in active:
+            edit.undo()
+        try:
+            yield
+        finally:
+            for edit in active:
+                edit.apply()
+
     def close(self) -> None:
         """Undo everything and empty the journal: the model is bit for bit what it was."""
         while self.journal:
@@ -162,11 +179,8 @@ class EditSession:
 
     def _in_order(self) -> None:
         """Let the edits in force act in the journal's order: sums in floating point depend on it."""
-        active = self.active
-        for edit in active:
-            edit.undo()
-        for edit in active:
-            edit.apply()
+        with self.suspended():
+            pass
 
     def __enter__(self) -> "EditSession":
         return self

@@ -100,7 +100,11 @@ def control(rows: Sequence[Row], best: Row, /) -> str:
 
 
 def next_tokens(facts: Sequence[Row], /) -> str:
-    """For how many facts the most probable next token begins the new answer, before and after the edit."""
+    """For how many facts the most probable next token begins the new answer, before and after the edit; of a single
+    fact that token's probability."""
+    if len(facts) == 1:
+        p = [facts[0][state].get(facts[0]["new_token"], 0.0) for state in ("before", "after")]
+        return f"The new answer's first token: probability {p[0]:.2f} before the edit, {p[1]:.2f} after it"
 
     def begun(state: str) -> int:
         return sum(max(f[state], key=f[state].get) == f["new_token"] for f in facts)

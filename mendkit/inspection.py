@@ -34,13 +34,16 @@ PER_FEATURE, WHITENED = "normalised per feature", "whitened keys"
 _PLAIN = {"whiten": None, "whiten_pairs": False, "unit_response": False}
 
 
-def open_editor(hparams: MENDHyperParams, examples: Sequence[EditExample], /) -> MENDEditor:
+def open_editor(
+    hparams: MENDHyperParams, examples: Sequence[EditExample], /, *, base: BaseModel | None = None
+) -> MENDEditor:
     """The archive's editor, named "trained"; where `archive` is null one at identity initialisation, named "untrained",
-    with the paper's per-feature statistics of `examples` (`whiten` needs more examples than that)."""
+    with the paper's per-feature statistics of `examples` (`whiten` needs more examples than that). Loads the base model
+    unless it is given."""
     if hparams.archive is not None:
-        editor = MENDEditor.from_hparams(hparams)
-        return MENDEditor(editor.base, editor.mend, name="trained")
-    base = load_model(hparams)
+        editor = MENDEditor.from_hparams(hparams, base=base)
+        return MENDEditor(editor.base, editor.mend, name="trained", archive=editor.archive)
+    base = base.with_sites(hparams.inner_params) if base else load_model(hparams)
     texts = [edit_tokens(base, hparams, example) for example in examples]
     return MENDEditor(base, _fresh(base, hparams, texts, norm=True), name="untrained")
 

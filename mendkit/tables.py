@@ -24,11 +24,21 @@ Asked = tuple[str, str, str | None]
 """A prompt to ask before and after an edit: its role, itself, and the answer wanted (None: as before)."""
 
 
+class Changed(str):
+    """Text that a table marks: it is not what it was before."""
+
+
+def escape(value: Any) -> str:
+    """Text as HTML that shows it: no tag of its own, a dollar sign no mathematics."""
+    text = html.escape(str(value)).replace("$", "<span>$</span>").replace("\n", "⏎ ")
+    return f"<mark>{text}</mark>" if isinstance(value, Changed) else text
+
+
 def table(header: Sequence[str], rows: Sequence[Sequence[Any]], /) -> str:
-    """An HTML table; every cell is escaped, and a dollar sign is no mathematics."""
+    """An HTML table; every cell is escaped."""
 
     def line(tag: str, cells: Sequence[Any]) -> str:
-        return "<tr>" + "".join(f"<{tag} {CELL}>{_escape(cell)}</{tag}>" for cell in cells) + "</tr>"
+        return "<tr>" + "".join(f"<{tag} {CELL}>{escape(cell)}</{tag}>" for cell in cells) + "</tr>"
 
     body = "".join(line("td", row) for row in rows)
     return f"<table><thead>{line('th', header)}</thead><tbody>{body}</tbody></table>"
@@ -153,13 +163,15 @@ def spread(examples: Sequence[EditExample], n: int, /) -> list[EditExample]:
     return [examples[i] for _, i in sorted(rank)[:n]]
 
 
-def prompts_of(e: EditExample, /) -> list[Asked]:
-    """The prompts by which one edit is shown: itself, two paraphrases, two neighbours, an unrelated one."""
+def prompts_of(e: EditExample, /, *, most: tuple[int | None, int | None, int | None] = (2, 2, 1)) -> list[Asked]:
+    """The prompts by which one edit is shown: itself, and at most so many paraphrases, neighbours and unrelated ones
+    (None: all)."""
+    paraphrases, neighbours, unrelated = most
     return [
         ("edit", e.prompt, e.target_new),
-        *(("paraphrase", prompt, e.target_new) for prompt in e.paraphrases[:2]),
-        *(("neighbour", probe.prompt, None) for probe in e.neighbours[:2]),
-        *(("unrelated", probe.prompt, None) for probe in e.unrelated[:1]),
+        *(("paraphrase", prompt, e.target_new) for prompt in e.paraphrases[:paraphrases]),
+        *(("neighbour", probe.prompt, None) for probe in e.neighbours[:neighbours]),
+        *(("unrelated", probe.prompt, None) for probe in e.unrelated[:unrelated]),
     ]
 
 
@@ -176,11 +188,12 @@ def answers(base: BaseModel, e: EditExample, /) -> Row:
 
 
 def before_after(asked: Sequence[Asked], before: Sequence[str], after: Sequence[str], /) -> str:
-    """Completions before and after one edit, and whether each is the one wanted."""
+    """Completions before and after one edit, what changed (marked), and whether each is the one wanted."""
     rows = []
     for (role, prompt, wanted), old, new in zip(asked, before, after, strict=True):
         good = normalise(new) == normalise(old if wanted is None else wanted)
-        rows.append((role, prompt, _said(old), _said(new), wanted or "as before", _tick(good)))
+        said = _said(new) if _said(new) == _said(old) else Changed(_said(new))
+        rows.append((role, prompt, _said(old), said, wanted or "as before", _tick(good)))
     return table(("role", "prompt", "before", "after", "wanted", ""), rows)
 
 
@@ -248,11 +261,17 @@ def editing_conclusion(trained: EvaluationReport, control: EvaluationReport, cur
 # --------------------------------------------------------------------------------------------- inside an edit
 
 
+def about(editor: MENDEditor, /) -> list[tuple[str, str]]:
+    """The base model and the hypernetwork of `open_editor`, as rows."""
+    untrained = "NONE: a MEND at identity initialisation, per-feature statistics, never trained"
+    return [("base model", editor.base.name), ("hypernetwork", untrained if editor.name == "untrained" else "trained")]
+
+
 def inspected(editor: MENDEditor, folder: Path, /, *, examples: Mapping[str, Sequence[EditExample]]) -> str:
     """What is going to be looked at, as a table: a trained MEND or, said aloud, one that is not."""
-    h, untrained = editor.mend.hparams, "NONE: a MEND at identity initialisation, per-feature statistics, never trained"
-    rows = [("base model", editor.base.name), ("hypernetwork", untrained if editor.name == "untrained" else "trained")]
-    rows += [("tokens that make the update", h.edit_tokens), ("normaliser", _normaliser(h)), ("run folder", folder)]
+    h = editor.mend.hparams
+    rows = [*about(editor), ("tokens that make the update", h.edit_tokens)]
+    rows += [("normaliser", _normaliser(h)), ("run folder", folder)]
     return table(("what", "value"), [*rows, *((f"{name} examples", len(own)) for name, own in examples.items())])
 
 
@@ -301,10 +320,6 @@ def _normaliser(h: MENDHyperParams) -> str:
 
 
 # ---------------------------------------------------------------------------------------------------- helpers
-
-
-def _escape(value: Any) -> str:
-    return html.escape(str(value)).replace("$", "<span>$</span>").replace("\n", "⏎ ")
 
 
 def _said(text: str) -> str:

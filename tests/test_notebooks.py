@@ -27,7 +27,7 @@ from tests.tiny import save_tiny
 ROOT = Path(__file__).parents[1]
 COMPARE = "08_compare_runs.ipynb"
 TRAIN, EDIT, INSIDE = "01_train_without_archive.ipynb", "02_edit_with_archive.ipynb", "03_inside_mend.ipynb"
-COSTS = "07_what_training_costs.ipynb"
+COSTS, PLAY = "07_what_training_costs.ipynb", "06_playground.ipynb"
 PARAMETERS = {
     TRAIN: {
         "config": ("str", "configs/smollm2-135m.yaml"),
@@ -71,6 +71,18 @@ PARAMETERS = {
         "out": ("str", "runs/07_what_training_costs"),
     },
     COMPARE: {"sweep": ("str", "runs/sweep"), "out": ("str", "runs/08_compare_runs")},
+    PLAY: {
+        "config": ("str", "configs/smollm2-135m.yaml"),
+        "overrides": ("list", []),
+        "archive": ("str", ""),
+        "data": ("str", "facts:test"),
+        "facts": ("int", 40),
+        "statistics_data": ("str", "facts:train"),
+        "statistics_limit": ("int", 64),
+        "max_new_tokens": ("int", 8),
+        "strengths": ("list", [0, 0.25, 0.5, 0.75, 1, 1.5, 2]),
+        "out": ("str", "runs/06_playground"),
+    },
 }
 FIGURES = {
     TRAIN: {"loss_curves", "validation", "step_sizes", "control"},
@@ -78,6 +90,7 @@ FIGURES = {
     INSIDE: {"ranks", "signs", "normalisers", "alignment", "spectra", "step_sizes"},
     COSTS: {"costs_of_training", "memory_of_training"},
     COMPARE: {"success_against_locality", "scores_by_setting"},
+    PLAY: {"next_tokens"},
 }
 FEW = {"examples": 5, "statistics_limit": 8, "dense": 2, "sizes": [0.001, 0.1]}  # enough to run notebook 03
 
@@ -209,7 +222,7 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> SimpleNamespace:
         "rank=8",
     ]
     sizes = {"train_limit": 24, "validation_limit": 6}
-    names = {TRAIN: "train", EDIT: "edit", INSIDE: "inside", COSTS: "costs", COMPARE: "compare"}
+    names = {TRAIN: "train", EDIT: "edit", INSIDE: "inside", COSTS: "costs", COMPARE: "compare", PLAY: "play"}
     out = {notebook: folder / name for notebook, name in names.items()}
     executed = {TRAIN: run(TRAIN, folder / "01.ipynb", overrides=overrides, out=str(out[TRAIN]), **sizes)}
     sizes = {"test_limit": 6, "validation_limit": 4, "max_new_tokens": 8, "shown": 2}
@@ -227,6 +240,8 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> SimpleNamespace:
     runs.append({"name": "r6", "values": {"rank": 6}, "status": "failed", "error": "<b>out of memory</b>"})
     (folder / "sweep.json").write_text(json.dumps({"runs": runs}))
     executed[COMPARE] = run(COMPARE, folder / "08.ipynb", sweep=str(folder), out=str(out[COMPARE]))
+    own = {"overrides": overrides[:1], "archive": archive, "out": str(out[PLAY]), "facts": 3, "strengths": [0, 1]}
+    executed[PLAY] = run(PLAY, folder / "06.ipynb", **own)
     results = {name: json.loads((out[name] / "results.json").read_text()) for name in out}
     return SimpleNamespace(out=out, executed=executed, results=results, overrides=overrides)
 
@@ -318,6 +333,15 @@ def test_inside_mend_without_an_archive_says_that_nothing_was_trained(tiny: Simp
 
 
 @pytest.mark.slow
+def test_playing_leaves_an_adapter_and_a_snapshot_for_where_no_kernel_runs(tiny: SimpleNamespace) -> None:
+    out, results = tiny.out[PLAY], tiny.results[PLAY]
+    assert (out / "adapter/adapter_model.safetensors").is_file()
+    assert results["playground.restored"] is True and results["playground.0.as_before"] == 1
+    html = [o["data"].get("text/html", "") for cell in code(tiny.executed[PLAY]) for o in cell.outputs if "data" in o]
+    assert sum("Journal of edits" in own and "data:image/png" in own for own in html) == 1
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "parameters", "said"),
     [
@@ -326,6 +350,7 @@ def test_inside_mend_without_an_archive_says_that_nothing_was_trained(tiny: Simp
         (EDIT, {"archive": "no/such.safetensors"}, "no such archive"),
         (EDIT, {"test_data": "no/such.json"}, "no such file"),
         (INSIDE, {"archive": "no/such.safetensors"}, "no such archive"),
+        (PLAY, {"archive": "no/such.safetensors"}, "no such archive"),
     ],
 )
 def test_a_mistake_is_told_before_anything_is_written(
