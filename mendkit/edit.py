@@ -74,6 +74,13 @@ class LowRankUpdate:
         """‖ΔW_b‖_F of every edit."""
         return self.inner(self).clamp(min=0).sqrt()
 
+    def merged(self, at_once: int) -> "LowRankUpdate":
+        """One update for each `at_once` edits in a row: their sum. `at_once` divides b."""
+        n = len(self.u) // at_once
+        return replace(
+            self, u=self.u.reshape(n, -1, self.u.shape[2]), delta=self.delta.reshape(n, -1, self.delta.shape[2])
+        )
+
     def branch(self, x: Float[Tensor, "*n i"]) -> Float[Tensor, "*n o"]:
         """What the update adds to the layer's output for inputs x: (n, l, i), row r under edit r // (n / b).
 
@@ -100,7 +107,7 @@ def side_by_side(parts: Sequence[LowRankUpdate], /) -> LowRankUpdate:
 
 def summed(update: LowRankUpdate, /) -> LowRankUpdate:
     """The sum of an update's b edits as one edit (b = 1)."""
-    return replace(update, u=update.u.flatten(0, 1)[None], delta=update.delta.flatten(0, 1)[None])
+    return update.merged(len(update.u))
 
 
 def relative_norms(base: BaseModel, updates: Mapping[str, LowRankUpdate], /) -> dict[str, Float[Tensor, " b"]]:

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from copy import copy
 from pathlib import Path
 
 import torch
@@ -10,12 +11,15 @@ from .archive import load_archive
 from .data import EditExample, Tokens
 from .edit import Edit, Updates, load_edits, save_edits
 from .errors import ArchiveError, MendkitError
-from .factors import as_one_loss, capture_factors
+from .factors import as_one_loss, capture_factors, capture_inputs
 from .hparams import MENDHyperParams
+from .least_squares import Memory
 from .mend import MEND
 from .models import BaseModel, load_model
-from .texts import edit_tokens
+from .texts import edit_tokens, prepare_texts
 from .trunk import FrozenTrunk
+
+KEYS_BATCH = 32
 
 
 class MENDEditor:
@@ -23,6 +27,7 @@ class MENDEditor:
 
     def __init__(self, base: BaseModel, mend: MEND, /, *, name: str = "MEND", archive: str | None = None) -> None:
         self.base, self.mend, self.name = base, mend, name
+        self.memory: Memory | None = None  # keys of earlier edits, if it keeps them
         self.archive = archive  # the SHA-256 of the hypernetwork's file, if it comes from one
 
     @property
@@ -46,6 +51,23 @@ class MENDEditor:
         archive.mend.hparams = archive.mend.hparams.replace(lr_scale=hparams.lr_scale)
         return cls(archive.base, archive.mend, archive=archive.sha256())
 
+    def remembering(self) -> "MENDEditor":
+        """The same editor at the start of a sequence: with `aggregate: least_squares` it keeps what it edits, so that
+        later edits shift the keys of earlier ones little."""
+        editor = copy(self)
+        editor.memory = {} if self.hparams.aggregate == "least_squares" else None
+        return editor
+
+    @torch.no_grad()
+    def by_least_squares(self, examples: Sequence[EditExample], /) -> "MENDEditor":
+        """The same hypernetwork, whose updates least squares put together, as it was not trained for. The keys to keep
+        are those of the examples' texts; the ridge is `hparams.ridge`."""
+        trunk = FrozenTrunk(self.base)
+        texts = [text for own in prepare_texts(self.base, self.hparams, examples) for text in own.first(1).all()]
+        inputs = (capture_inputs(trunk, texts[at : at + KEYS_BATCH]) for at in range(0, len(texts), KEYS_BATCH))
+        mend = self.mend.with_least_squares(inputs, self.hparams.ridge)
+        return MENDEditor(self.base, mend, name=f"{self.name}, least squares")
+
     def tokens(self, example: EditExample) -> Tokens:
         """The edit prompt with its new answer, as trained."""
         return edit_tokens(self.base, self.mend.hparams, example)
@@ -60,7 +82,9 @@ class MENDEditor:
         factors = capture_factors(trunk, texts, tokens=h.edit_tokens, reduction=h.loss_reduction)
         if at_once and h.loss_reduction == "batch":
             factors = as_one_loss(factors, texts)
-        return self.mend(factors, len(texts))
+        if not at_once:
+            return self.mend(factors, len(texts))
+        return self.mend(factors, len(texts), at_once=len(texts), memory=self.memory)
 
     def edit(self, examples: EditExample | Sequence[EditExample]) -> Edit:
         """One edit from one example, or one from several at once (their updates are summed)."""
@@ -84,7 +108,7 @@ class EditSession:
     """
 
     def __init__(self, editor: MENDEditor) -> None:
-        self.editor = editor
+        self.editor = editor.remembering()
         self.journal: list[Edit] = []
 
     @classmethod

@@ -28,7 +28,7 @@ from .errors import DataError, HyperParamError, LimitError, MendkitError
 from .families import CAUSAL, CLASSIFIER
 from .heldout import TEXT_TOKENS, HeldOutText, ngram_entropy_bits
 from .hparams import MENDHyperParams
-from .many import Editor, one_after_another, so_far, together
+from .many import Editor, in_sequence, one_after_another, so_far, together
 from .metrics import Card, answers_probe, locality_values, normalise, probability_values, target_values
 from .models import BaseModel
 from .scores import HARMONIC, EditRow, EvaluationReport, Interval, summarise
@@ -378,14 +378,14 @@ class _Run:
 
     def sequence(self) -> EvaluationReport:
         """One edit after another, never reset; scored right after each edit, and again after 1, 10, … and all edits."""
-        index, total, rows = self.on.to_edit, {}, []
+        index, total, rows, editor = self.on.to_edit, {}, [], in_sequence(self.editor)
         stops = sorted({*(t for t in AFTER if t < len(index)), len(index)})
         reports: list[EvaluationReport] = []
         for begin, end in zip([0, *stops], stops, strict=False):
             for block in _chunks(index[begin:end], SEQUENCE_BLOCK):
                 t0 = time.perf_counter()
                 texts = [self.on.cards[i].targets[0] for i in block]
-                steps = one_after_another(self.editor, texts, before=total, trunk=self.on.trunk, strength=self.strength)
+                steps = one_after_another(editor, texts, before=total, trunk=self.on.trunk, strength=self.strength)
                 seconds = (time.perf_counter() - t0) / len(block)
                 values, written = self.on.score(so_far(steps, total), block)
                 rows += [

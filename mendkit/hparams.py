@@ -182,6 +182,8 @@ class MENDHyperParams:
     whiten: float | None = _key(None, above=0)
     whiten_pairs: bool = False
     unit_response: bool = False
+    aggregate: str = _key("sum", legal=("sum", "least_squares"))
+    ridge: float = _key(0.03, above=0)  # its logarithm is learned
     stats_examples: int = _key(500, low=1)
     stats_held_out: bool = False
     # training
@@ -193,6 +195,8 @@ class MENDHyperParams:
     cpara: float | None = _key(None, low=0)  # null: as cedit
     cloc: float = _key(1.0, low=0)
     cneigh: float | None = _key(None, low=0)  # null: as cloc
+    train_on: str = _key("single", legal=("single", "batch", "sequence"))
+    most_edits: int = _key(16, low=1)
     batch_size: int = _key(16, low=1)
     accumulate_bs: int = _key(1, low=1)
     texts_per_role: tuple[int, ...] | int | None = _key(None, store=_counts, words="an integer >= 1, or three")

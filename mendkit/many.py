@@ -36,6 +36,16 @@ class Editor(Protocol):
         """Updates of edits, one per text: independent ones, or all made at once."""
 
 
+def in_sequence(editor: Editor, /) -> Editor:
+    """The editor as it starts a sequence: one that keeps what it edits is given an empty memory."""
+    return editor.remembering() if isinstance(editor, _Remembers) else editor
+
+
+@runtime_checkable
+class _Remembers(Protocol):
+    def remembering(self) -> Editor: ...
+
+
 @dataclass(frozen=True)
 class OnTop(LowRankUpdate):
     """ΔW of b edits, each on top of `below` (b = 1), which they share."""

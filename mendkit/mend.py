@@ -26,6 +26,7 @@ from .edit import LowRankUpdate, Updates, padded
 from .errors import DataError
 from .factors import Factors, GradientFactors, Inputs
 from .hparams import MENDHyperParams
+from .least_squares import Memory, OtherKeys, remember, solve
 from .models import Site
 
 Wordings = tuple[Inputs, Int[Tensor, " n"], Bool[Tensor, " n"]]
@@ -259,6 +260,10 @@ class MEND(nn.Module):
         )
         self.log_edit_lr = nn.Parameter(torch.full((len(self.sites),), float(hparams.edit_lr)).log())
         self.register_buffer("edit_lr_unit", torch.ones(len(self.sites)))
+        if hparams.aggregate == "least_squares":
+            self.others = nn.ModuleDict({stats_name(site, hparams): OtherKeys(site.d_in) for site in self.sites})
+            start = torch.tensor([hparams.ridge, PART_RIDGE * hparams.ridge])
+            self.log_ridge = nn.Parameter(start.log().repeat(len(self.sites), 1))
 
     def _stack(self, width: int, n_layers: int | None, generator: torch.Generator) -> nn.ModuleList:
         h = self.hparams
@@ -289,20 +294,36 @@ class MEND(nn.Module):
     ) -> None:
         """Gather the normaliser's statistics from training factors; they stay frozen afterwards.
 
-        With `whiten_pairs` the statistics of u come from `wordings` instead. Where several processes gather, `total`
-        sums a tensor over them.
+        With `whiten_pairs` the statistics of u come from `wordings` instead, and with `aggregate: least_squares` so do
+        the keys to keep. Where several processes gather, `total` sums a tensor over them.
         """
         for factors in batches:
             for site in self.sites:
                 self._gather(site, factors[site.name])
         for inputs, groups, first in wordings:
-            for site in self.sites:
+            for site in self.sites if self.hparams.whiten_pairs else ():
                 self.moments[stats_name(site, self.hparams)]["u"].add(inputs[site.name], groups, first)
+            self._add_keys(inputs)
         for module in self.modules():
-            if total is not None and isinstance(module, (RunningMoments, Whitening)):
+            if total is not None and isinstance(module, (RunningMoments, Whitening, OtherKeys)):
                 module.merge(total)
-            if isinstance(module, Whitening):
+            if isinstance(module, (Whitening, OtherKeys)):
                 module.fit()
+
+    def with_least_squares(self, inputs: Iterable[Inputs], ridge: float, /) -> "MEND":
+        """A copy that puts many edits together by least squares; `inputs` are the keys to keep."""
+        made = MEND(self.sites, self.hparams.replace(aggregate="least_squares", ridge=ridge))
+        made = made.to(self.log_edit_lr.device)
+        made.load_state_dict({name: value.clone() for name, value in self.state_dict().items()}, False, assign=True)
+        for own in inputs:
+            made._add_keys(own)
+        for other in made.others.values():
+            other.fit()
+        return made
+
+    def _add_keys(self, inputs: Inputs) -> None:
+        for site in self.sites if self.hparams.aggregate == "least_squares" else ():
+            self.others[stats_name(site, self.hparams)].add(inputs[site.name])
 
     def _gather(self, site: Site, factors: GradientFactors) -> None:
         moments = self.moments[stats_name(site, self.hparams)]
@@ -310,8 +331,18 @@ class MEND(nn.Module):
             moments["u"].add(factors.u)
         moments["delta"].add(factors.delta)
 
-    def forward(self, factors: Factors, n_edits: int, /, *, gather: Sequence[str] = ()) -> Updates:
-        """Updates of `n_edits` independent edits from their packed factors, as padded low-rank branches.
+    def forward(
+        self,
+        factors: Factors,
+        n_edits: int,
+        /,
+        *,
+        gather: Sequence[str] = (),
+        at_once: int = 1,
+        memory: Memory | None = None,
+    ) -> Updates:
+        """Updates of `n_edits` independent edits from their packed factors, as padded low-rank branches; with `at_once`
+        one update for each so many in a row. The edits that `memory` holds are kept; a single update joins them.
 
         With `gather`, all sites' names, the statistics run on, as the authors' code does while it trains: each
         layer's tokens join them just before they are normalised, layer by layer in this order.
@@ -328,8 +359,25 @@ class MEND(nn.Module):
             outputs = self._transform(group, by_name[names[0]], [normal[name] for name in names], counts)
             for name, u, delta in zip(names, *outputs, strict=True):
                 rows = factors[name].rows
-                updates[name] = LowRankUpdate(padded(u, rows, n_edits), padded(delta, rows, n_edits), coefficient[name])
+                own = LowRankUpdate(padded(u, rows, n_edits), padded(delta, rows, n_edits), coefficient[name])
+                if self.hparams.aggregate == "least_squares":
+                    keys = padded(factors[name].u, rows, n_edits)
+                    updates[name] = self._least_squares(by_name[name], own, keys, at_once, memory)
+                else:
+                    updates[name] = own.merged(at_once)
         return {site.name: updates[site.name] for site in self.sites}
+
+    def _least_squares(
+        self, site: Site, own: LowRankUpdate, keys: Float[Tensor, "b t i"], at_once: int, memory: Memory | None
+    ) -> LowRankUpdate:
+        """One update for each `at_once` edits, from the update and the keys of each (least_squares.py)."""
+        shifts = LowRankUpdate(keys, own.branch(keys), 1.0).merged(at_once)
+        other, ridge = self.others[stats_name(site, self.hparams)], self.log_ridge[self.sites.index(site)].exp()
+        kept = None if memory is None else memory.get(site.name)
+        u, z, ridges = solve(shifts.u, own.merged(at_once).u, other, ridge.double(), memory=kept)
+        if memory is not None and len(z) == 1:
+            memory[site.name] = remember(other.inverse() if kept is None else kept, z[0], ridges[0])
+        return LowRankUpdate(u, shifts.delta, 1.0)
 
     def _transform(
         self, group: str, site: Site, pairs: Sequence[tuple[Tensor, Tensor]], counts: Sequence[int]
@@ -359,6 +407,9 @@ class MEND(nn.Module):
             limits["first"] = torch.diff(factors.rows, prepend=factors.rows.new_full((1,), -1)) != 0
         return moments["u"].normalise(factors.u, **limits), delta
 
+
+PART_RIDGE = 10.0
+"""The ridge of the part of a key that other wordings share starts at so many times that of the key itself."""
 
 PARTS = (":u", ":delta")
 """What the names of blocks of their own end with; combined blocks have the bare name of their group."""

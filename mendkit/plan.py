@@ -326,7 +326,7 @@ class _Planner:
         self.held["hypernetwork"] = run.restart()
 
         def gather(examples: Sequence) -> tuple[Work, int]:
-            pairs = trainer.paired(examples) if self.h.whiten_pairs else ()
+            pairs = trainer.paired(examples) if trainer.reads_wordings else ()
             return _measured(run, lambda: trainer.mend.warm_up(trainer.statistics(examples), pairs))
 
         once, peak = gather(chosen[-FACTOR_BATCH:])
@@ -350,10 +350,10 @@ class _Planner:
             optimiser.state[value] = {"step": torch.zeros((), device="meta"), **moments}
         self.held["moments"] = 2 * sum(value.nbytes for value in trainer.mend.parameters())
         done: list[tuple[Work, int]] = []
-        for at, index in zip(range(3), iter(sampler), strict=False):
+        for at, drawn in zip(range(3), iter(sampler), strict=False):
             if self.uncached == 0:  # what is drawn lies in the cache already
-                trainer.factors.fill([trainer.train_texts[i].edit for i in index])
-            one = partial(trainer.step, at + 1, optimiser, sampler, iter([index] * h.accumulate_bs), max(steps, 1))
+                trainer.factors.fill([trainer.train_texts[i].edit for i in drawn[0]])
+            one = partial(trainer.step, at + 1, optimiser, sampler, iter([drawn] * h.accumulate_bs), max(steps, 1))
             done.append(_measured(run, one, trimmed=False))
         step = sum(work.seconds(self.machine) for work, _ in done) / len(done)
         self._add("step", max(peak for _, peak in done), step, steps)

@@ -28,10 +28,11 @@ from torch import Tensor
 from .archive import load_archive, save_archive
 from .data import EditExample, Tokens
 from .distributed import Team
-from .edit import side_branches
+from .edit import Updates, side_branches
 from .errors import HyperParamError, MendkitError
 from .factors import Factors, capture_factors, capture_inputs, pack, unpack
 from .hparams import MENDHyperParams
+from .least_squares import Memory
 from .loggers import Log, check_logger, open_logger
 from .losses import edit_nll, locality_kl, wide
 from .mend import MEND, Wordings
@@ -48,7 +49,7 @@ FEW_PAIRED = 300
 STRUCTURE = (
     *("rank", "n_hidden", "init", "norm", "combine", "one_sided", "x_only", "delta_only", "shared", "norm_stats"),
     *("update_sign", "std_floor", "std_eps", "z_clip", "edit_tokens", "loss_reduction", "whiten"),
-    *("whiten_pairs", "unit_response", "add_eos"),
+    *("whiten_pairs", "unit_response", "add_eos", "aggregate"),
 )
 """Hyperparameters that an archive decides when training goes on from it."""
 
@@ -137,14 +138,35 @@ class Sampler:
         for i, (_, relation, _) in enumerate(self.lent):
             self.by_relation.setdefault(relation, []).append(i)
 
-    def __iter__(self) -> Iterator[list[int]]:
-        size = min(self.hparams.batch_size, len(self.examples))
-        order: list[int] = []
+        self.order: list[int] = []
+
+    def __iter__(self) -> Iterator[tuple[list[int], int]]:
         while True:
-            if len(order) < size:
-                order += torch.randperm(len(self.examples), generator=self.generator).tolist()
-            batch, order = order[:size], order[size:]
-            yield batch
+            yield self._draw()
+
+    def _draw(self) -> tuple[list[int], int]:
+        """The next examples, and how many of them in a row share one update: 1, or with `train_on: batch` a number up
+        to `most_edits`, its logarithm uniform."""
+        h, at_once = self.hparams, 1
+        most = min(h.most_edits, len(self.examples))
+        if h.train_on == "batch":
+            at_once = self._number(most)
+        size = max(min(h.batch_size, len(self.examples)) // at_once, 1) * at_once
+        while len(self.order) < size:
+            self.order += torch.randperm(len(self.examples), generator=self.generator).tolist()
+        batch, self.order = self.order[:size], self.order[size:]
+        return batch, at_once
+
+    def earlier(self) -> list[Tokens]:
+        """Edits made before, with `train_on: sequence`: up to `most_edits` less one, its logarithm uniform."""
+        if self.hparams.train_on != "sequence":
+            return []
+        number = self._number(min(self.hparams.most_edits, len(self.examples))) - 1
+        index = torch.randperm(len(self.examples), generator=self.generator)[:number]
+        return [self.examples[i].edit for i in index.tolist()]
+
+    def _number(self, most: int) -> int:
+        return min(int((most + 1) ** self._chance()), most)
 
     def texts(self, index: Sequence[int]) -> list[list[tuple[str, Tokens]]]:
         """For each edit the same number of (role, text); the role "" fills up and has no weight."""
@@ -188,13 +210,23 @@ class Sampler:
 
 
 def batch_losses(
-    trunk: FrozenTrunk, mend: MEND, factors: Factors, texts: Sequence[Sequence[tuple[str, Tokens]]], /
+    trunk: FrozenTrunk,
+    mend: MEND,
+    factors: Factors,
+    texts: Sequence[Sequence[tuple[str, Tokens]]],
+    /,
+    *,
+    at_once: int = 1,
+    before: Updates | None = None,
+    memory: Memory | None = None,
 ) -> dict[str, Tensor]:
-    """Mean loss of each role over a batch of independent edits, each text read under its own edit's update."""
+    """Mean loss of each role over a batch of edits, each text read under its own edit's update: independent edits, or
+    `at_once` in a row made as one; and on top of the edits `before`, which `memory` holds."""
     rows = [text for own in texts for _, text in own]
     roles = [role for own in texts for role, _ in own]
     batch = collate(rows, trunk.base.pad_id, trunk.base.device)
-    with side_branches(trunk.base, mend(factors, len(texts))):
+    updates = mend(factors, len(texts), at_once=at_once, memory=memory)
+    with side_branches(trunk.base, before or {}), side_branches(trunk.base, updates):
         logits = trunk.suffix(rows, batch)
     losses: dict[str, Tensor] = {}
     keep = torch.tensor([role in ("neighbours", "unrelated") for role in roles], device=logits.device)
@@ -229,10 +261,11 @@ def learning_rate_factor(step: int, h: MENDHyperParams, max_iters: int) -> float
 
 def make_optimiser(mend: MEND, h: MENDHyperParams, /) -> torch.optim.Optimizer:
     """One optimiser, two groups: transforms (`lr`) and log step sizes (`lr_lr`)."""
-    transforms = [p for n, p in mend.named_parameters() if n != "log_edit_lr"]
+    logarithms = [p for n, p in mend.named_parameters() if n.startswith("log_")]
+    transforms = [p for n, p in mend.named_parameters() if not n.startswith("log_")]
     groups = [
         {"params": transforms, "lr": h.lr, "base": h.lr},
-        {"params": [mend.log_edit_lr], "lr": h.lr_lr, "base": h.lr_lr},
+        {"params": logarithms, "lr": h.lr_lr, "base": h.lr_lr},
     ]
     return getattr(torch.optim, h.opt)(groups, fused=True)  # one pass over parameters, gradients and moments
 
@@ -254,14 +287,19 @@ class Trainer:
         self.started, self.log = time.perf_counter(), log
         self.team = Team(hparams.device)
         self.progress = Progress("MEND", silent=self.team.rank > 0)
-        self.loaded = None
+        self.loaded, self.new_aggregate = None, False
         if hparams.archive is not None:
             archive = load_archive(hparams.archive, base=base)
             base, self.loaded = archive.base, archive.mend
+            wanted = hparams.aggregate
             hparams = hparams.replace(**{key: getattr(archive.mend.hparams, key) for key in STRUCTURE})
+            self.new_aggregate = wanted == "least_squares" and hparams.aggregate == "sum"
+            hparams = hparams.replace(aggregate=wanted if self.new_aggregate else hparams.aggregate)
             self.loaded.hparams = hparams.replace(archive=None)
             logger.warning("archive: going on training from %s, whose shape and sites are kept", archive.path)
         self.base, self.hparams, self.run_dir = base, hparams, run_dir
+        if hparams.train_on != "single" and self.team.size > 1:
+            raise HyperParamError(f"train_on: {hparams.train_on} works in one process only; set `train_on: single`")
         texts = [own.first(hparams.texts_per_role) for own in prepare_texts(base, hparams, train)]
         held_out = min(hparams.stats_examples, len(texts) // 2) if hparams.stats_held_out else 0
         self.train_texts, self.stats_texts = texts[: len(texts) - held_out], texts[len(texts) - held_out :]
@@ -286,7 +324,7 @@ class Trainer:
         """Fill the caches and build (or load) the hypernetwork with its statistics."""
         show = self.progress.phase
         t0 = time.perf_counter()
-        chosen = self.statistics_examples() if self.loaded is None else []
+        chosen = self.statistics_examples() if self.loaded is None or self.new_aggregate else []
         own = self.team.share(chosen)
         self.fill_trunk(own)
         t1 = time.perf_counter()
@@ -297,7 +335,7 @@ class Trainer:
         self.cache = {"trunk_seconds": t1 - t0, "factor_seconds": t2 - t1}
         self.cache |= {"factor_bytes": self.factors.bytes, "factor_examples": len(self.factors)}
         self.mend = self.loaded or MEND(self.base.sites, self.hparams).to(self.base.device)
-        if self.loaded is not None:
+        if self.loaded is not None and not self.new_aggregate:
             return
         if self.hparams.whiten_pairs and len(chosen) < FEW_PAIRED:
             logger.warning(
@@ -305,11 +343,12 @@ class Trainer:
                 "training examples and `stats_examples`, or set `whiten_pairs: false`",
                 len(chosen),
             )
-        self.mend.warm_up(
-            self.statistics(own),
-            self.paired(own) if self.hparams.whiten_pairs else (),
-            total=self.team.total if self.team.size > 1 else None,
-        )
+        wordings = self.paired(own) if self.reads_wordings else ()
+        if self.new_aggregate:
+            self.mend = self.loaded.with_least_squares((inputs for inputs, *_ in wordings), self.hparams.ridge)
+        else:
+            total = self.team.total if self.team.size > 1 else None
+            self.mend.warm_up(self.statistics(own), wordings, total=total)
         self.team.align(self.mend)
         return_memory()
         self.cache["statistics_seconds"] = time.perf_counter() - t2
@@ -327,6 +366,11 @@ class Trainer:
             self.base.release_trunk()
         return_memory()
 
+    @property
+    def reads_wordings(self) -> bool:
+        """Whether statistics are gathered over all texts of an example."""
+        return self.hparams.whiten_pairs or self.hparams.aggregate == "least_squares"
+
     def statistics_examples(self) -> list[ExampleTexts]:
         """Examples for the normaliser: held out of training, or drawn from it at random."""
         texts, h = self.stats_texts or self.train_texts, self.hparams
@@ -336,7 +380,7 @@ class Trainer:
 
     def wordings(self, example: ExampleTexts) -> tuple[list[Tokens], list[Tokens]]:
         """For the statistics: texts that differ in the prompt's wording only, and others (for `whiten_pairs`)."""
-        if not self.hparams.whiten_pairs:
+        if not self.reads_wordings:
             return [example.edit], []
         alike = [text for text in example.paraphrases if text.targets == example.edit.targets]
         return [example.edit, *alike], [*example.neighbours, *example.unrelated]
@@ -404,9 +448,10 @@ class Trainer:
         """One optimiser step over `accumulate_bs` micro-batches; returns the mean losses and the gradient norm."""
         h, sums = self.hparams, {}
         for _ in range(h.accumulate_bs):
-            every = sampler.texts(next(batches))
+            drawn, at_once = next(batches)
+            every = sampler.texts(drawn)
             own = self.team.share(every)
-            losses = batch_losses(self.trunk, self.mend, self.factors.get([rows[0][1] for rows in own]), own)
+            losses = self._losses(own, at_once, sampler.earlier())
             whole, here = (Counter(role for rows in some for role, _ in rows) for some in (every, own))
             losses = {role: loss * (here[role] / whole[role]) for role, loss in losses.items()}  # sums to the mean
             total = total_loss(losses, h) / h.accumulate_bs
@@ -428,13 +473,30 @@ class Trainer:
         optimiser.zero_grad(set_to_none=True)
         return sums | {"grad_norm": norm}
 
+    def _losses(
+        self, rows: list[list[tuple[str, Tokens]]], at_once: int, earlier: Sequence[Tokens]
+    ) -> dict[str, Tensor]:
+        """Losses of a batch. After `earlier` edits its gradients are those of the edited model, and each edit has one
+        of the earlier ones to keep."""
+        edits = [own[0][1] for own in rows]
+        if not earlier:
+            return batch_losses(self.trunk, self.mend, self.factors.get(edits), rows, at_once=at_once)
+        memory: Memory | None = {} if self.hparams.aggregate == "least_squares" else None
+        with torch.no_grad():
+            before = self.mend(self.factors.get(earlier), len(earlier), at_once=len(earlier), memory=memory)
+        with side_branches(self.base, before):
+            factors = capture_factors(self.trunk, edits, **self.factors.how)
+        rows = [[*own, ("edit", earlier[i % len(earlier)])] for i, own in enumerate(rows)]
+        return batch_losses(self.trunk, self.mend, factors, rows, before=before, memory=memory)
+
     def validate(self, step: int) -> bool:
         """Validate, write the archive if it is the best so far; whether it was. The first process does it for all."""
         return self.team.first(partial(self._validate, step))
 
     def _validate(self, step: int) -> bool:
         h = self.hparams
-        values = validate(self.trunk, self.mend, self.val_texts, h)
+        at_once = h.most_edits if h.train_on == "batch" else 1
+        values = validate(self.trunk, self.mend, self.val_texts, h, at_once=at_once)
         row = {
             "step": step,
             "seconds": time.perf_counter() - self.started,

@@ -24,18 +24,20 @@ def validate(
     /,
     *,
     strength: float = 1.0,
+    at_once: int = 1,
 ) -> dict[str, float]:
-    """Teacher-forced shares over single edits, and the loss.
+    """Teacher-forced shares over single edits, or `at_once` made as one, and the loss.
 
     `edit_success`, `paraphrase`: all target tokens right, the end of the answer included; `neighbourhood`, `locality`:
     share of answer positions whose argmax is as before; `score`: the harmonic mean of those that the data have.
     """
     success: dict[str, list[float]] = {role: [] for role in ROLES}
     losses: dict[str, list[float]] = {role: [] for role in ROLES}
-    for at in range(0, len(examples), h.val_batch_size):
-        own = examples[at : at + h.val_batch_size]
+    size = h.val_batch_size if at_once == 1 else at_once
+    for at in range(0, len(examples), size):
+        own = examples[at : at + size]
         factors = capture_factors(trunk, [e.edit for e in own], tokens=h.edit_tokens, reduction=h.loss_reduction)
-        updates = mend(factors, len(own))
+        updates = mend(factors, len(own), at_once=1 if at_once == 1 else len(own))
         updates = {name: u.scaled(strength) for name, u in updates.items()}
         targets = forced(trunk, [[e.edit, *e.paraphrases] for e in own], updates)
         keep = forced(trunk, [[*e.neighbours, *e.unrelated] for e in own], updates, compare=True)

@@ -12,7 +12,7 @@ LEVELS = [
     {"text_model", "cache", "layouts"},
     {"models", "listing", "readers"},
     {"texts", "trunk", "files"},
-    {"factors", "adapter", "merge"},
+    {"factors", "adapter", "merge", "least_squares"},
     {"edit"},
     {"mend", "scoring", "many"},
     {"archive", "heldout", "metrics", "decoding"},

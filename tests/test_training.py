@@ -94,7 +94,7 @@ def test_a_missing_role_fills_up_without_weight(llama):
 def test_every_example_is_drawn_once_an_epoch(llama):
     examples = prepare_texts(llama, hparams(), EXAMPLES)
     batches = iter(Sampler(examples, EXAMPLES[: len(examples)], hparams(batch_size=2)))
-    drawn = [i for _ in range(5) for i in next(batches)]
+    drawn = [i for _ in range(5) for i in next(batches)[0]]
     assert sorted(drawn[:5]) == sorted(drawn[5:]) == list(range(5))
 
 
@@ -137,7 +137,7 @@ def test_training_learns(llama, tmp_path):
 
 def test_the_best_archive_is_kept_not_the_last(llama, tmp_path, monkeypatch):
     scores = iter([0.1, 0.3, 0.9, 0.2, 0.4])
-    monkeypatch.setattr("mendkit.training.validate", lambda *_: {"score": next(scores), "loss": 1.0})
+    monkeypatch.setattr("mendkit.training.validate", lambda *_, at_once: {"score": next(scores), "loss": 1.0})
     h = hparams(max_iters=4, val_interval=1, batch_size=2)
     result = train(h, EXAMPLES, EXAMPLES[:1], base=llama, run_dir=tmp_path)
     assert result.best["step"] == 2
@@ -149,12 +149,12 @@ def test_there_is_always_an_archive(llama, tmp_path):
     assert train(h, EXAMPLES, EXAMPLES[:1], base=llama, run_dir=tmp_path).archive.is_file()
     scores = iter([0.9, 0.1])
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("mendkit.training.validate", lambda *_: {"score": next(scores), "loss": 1.0})
+        patch.setattr("mendkit.training.validate", lambda *_, at_once: {"score": next(scores), "loss": 1.0})
         assert train(h, EXAMPLES, EXAMPLES[:1], base=llama, run_dir=tmp_path / "worse").archive.is_file()
 
 
 def test_early_stopping_stops(llama, tmp_path, monkeypatch):
-    monkeypatch.setattr("mendkit.training.validate", lambda *_: {"score": 0.5, "loss": 1.0})
+    monkeypatch.setattr("mendkit.training.validate", lambda *_, at_once: {"score": 0.5, "loss": 1.0})
     h = hparams(max_iters=50, val_interval=1, early_stop_patience=3, batch_size=2)
     result = train(h, EXAMPLES, EXAMPLES[:1], base=llama, run_dir=tmp_path)
     assert "no better score for 3 steps" in result.stopped
