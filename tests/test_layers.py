@@ -20,6 +20,8 @@ LEVELS = [
     {"conformance"},
     {"validation", "evaluate"},
     {"baselines", "inspection", "training", "textbook", "edit_command"},
+    {"rome"},
+    {"tuning"},
     {"tables", "notebook", "report_page", "report", "bench", "__init__"},
     {"__main__"},
 ]

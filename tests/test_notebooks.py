@@ -21,10 +21,12 @@ from papermill.exceptions import PapermillExecutionError
 from mendkit.archive import inspect_archive
 from mendkit.findings import HEADLINE
 from mendkit.runs import project_path
+from mendkit.tuning import BUDGET
 from tests.tiny import save_tiny
 
 ROOT = Path(__file__).parents[1]
 TRAIN, EDIT, INSIDE = "01_train_without_archive.ipynb", "02_edit_with_archive.ipynb", "03_inside_mend.ipynb"
+HONEST = "04_honest_evaluation.ipynb"
 PARAMETERS = {
     TRAIN: {
         "config": ("str", "configs/smollm2-135m.yaml"),
@@ -59,13 +61,29 @@ PARAMETERS = {
         "sizes": ("list", [0.0001, 0.0003, 0.001, 0.003, 0.01, 0.03, 0.1, 0.3]),
         "out": ("str", "runs/03_inside_mend"),
     },
+    HONEST: {
+        "config": ("str", "configs/smollm2-135m.yaml"),
+        "overrides": ("list", []),
+        "archive": ("str", "runs/01_train_without_archive/archive.safetensors"),
+        "test_data": ("str", "facts:test"),
+        "test_limit": ("int", 60),
+        "validation_data": ("str", "facts:validation"),
+        "validation_limit": ("int", 12),
+        "text": ("str", ""),
+        "kinds": ("list", ["identity", "finetune", "finetune_capped", "localised", "rome"]),
+        "max_new_tokens": ("int", 16),
+        "shown": ("int", 4),
+        "out": ("str", "runs/04_honest_evaluation"),
+    },
 }
 FIGURES = {
     TRAIN: {"loss_curves", "validation", "step_sizes", "control"},
     EDIT: {"next_tokens", "headline", "by_relation", "probability_shifts", "strength"},
     INSIDE: {"ranks", "signs", "normalisers", "alignment", "spectra", "step_sizes"},
+    HONEST: {"decoding", "editors"},
 }
 FEW = {"examples": 5, "statistics_limit": 8, "dense": 2, "sizes": [0.001, 0.1]}  # enough to run notebook 03
+FEWER = {"test_limit": 3, "validation_limit": 1, "max_new_tokens": 3, "shown": 1}  # and 04
 
 
 def read(name: str) -> NotebookNode:
@@ -195,7 +213,7 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> SimpleNamespace:
         "rank=8",
     ]
     sizes = {"train_limit": 24, "validation_limit": 6}
-    out = {TRAIN: folder / "train", EDIT: folder / "edit", INSIDE: folder / "inside"}
+    out = {TRAIN: folder / "train", EDIT: folder / "edit", INSIDE: folder / "inside", HONEST: folder / "honest"}
     executed = {TRAIN: run(TRAIN, folder / "01.ipynb", overrides=overrides, out=str(out[TRAIN]), **sizes)}
     sizes = {"test_limit": 6, "validation_limit": 4, "max_new_tokens": 8, "shown": 2}
     archive = str(out[TRAIN] / "archive.safetensors")
@@ -203,6 +221,8 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> SimpleNamespace:
     executed[EDIT] = run(EDIT, folder / "02.ipynb", **own, **sizes)
     own = {**own, **FEW, "out": str(out[INSIDE])}
     executed[INSIDE] = run(INSIDE, folder / "03.ipynb", **own)
+    own = {"overrides": overrides[:1], "archive": archive, "out": str(out[HONEST])}
+    executed[HONEST] = run(HONEST, folder / "04.ipynb", **own, **FEWER)
     results = {name: json.loads((out[name] / "results.json").read_text()) for name in out}
     return SimpleNamespace(out=out, executed=executed, results=results, overrides=overrides)
 
@@ -262,6 +282,21 @@ def test_inside_mend_the_gradient_is_a_sum_of_rank_one_terms_and_identity_descen
 
 
 @pytest.mark.slow
+def test_honest_evaluation_scores_every_baseline_on_the_same_edits(tiny: SimpleNamespace) -> None:
+    out, results = tiny.out[HONEST], tiny.results[HONEST]
+    with (out / "figures/editors.csv").open(encoding="utf-8", newline="") as file:
+        drawn = {(row["editor"], row["metric"]): float(row["mean"]) for row in csv.DictReader(file)}
+    names = {"": "trained MEND", "context.": "fact in context", "identity.": "identity", "finetune.": "fine-tuning"}
+    names |= {"finetune_capped.": "fine-tuning, capped", "localised.": "localised fine-tuning", "rome.": "ROME"}
+    for prefix, name in names.items():
+        assert results[f"{prefix}single.edits.scored"] == results["single.edits.scored"] == 3
+        for metric in HEADLINE:
+            assert drawn[name, metric] == results[f"{prefix}single.{metric}"]
+    assert {results[f"{kind}.tuning.tried"] for kind in PARAMETERS[HONEST]["kinds"][1]} == {BUDGET}
+    assert results["tuning.edits"] == 1 and len(list(out.glob("rows_*.jsonl"))) == len(names)
+
+
+@pytest.mark.slow
 def test_inside_mend_without_an_archive_says_that_nothing_was_trained(tiny: SimpleNamespace, tmp_path: Path) -> None:
     own = {"overrides": tiny.overrides[:1], "archive": "", "out": str(tmp_path / "out")}
     executed = run(INSIDE, tmp_path / "executed.ipynb", **own, **FEW)
@@ -281,6 +316,7 @@ def test_inside_mend_without_an_archive_says_that_nothing_was_trained(tiny: Simp
         (EDIT, {"archive": "no/such.safetensors"}, "no such archive"),
         (EDIT, {"test_data": "no/such.json"}, "no such file"),
         (INSIDE, {"archive": "no/such.safetensors"}, "no such archive"),
+        (HONEST, {"text": "no/such.txt"}, "no such file"),
     ],
 )
 def test_a_mistake_is_told_before_anything_is_written(
