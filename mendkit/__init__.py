@@ -1,7 +1,14 @@
 """mendkit: train and use MEND model editors (Mitchell et al., "Fast Model Editing at Scale", ICLR 2022)."""
 
 from .archive import inspect_archive, load_archive, save_archive
-from .baselines import FineTuning, best_of, fact_in_context, identity_editor, tune_identity
+from .baselines import (
+    FineTuning,
+    LocalisedFineTuning,
+    best_of,
+    fact_in_context,
+    identity_editor,
+    tune_identity,
+)
 from .data import EditExample, Probe
 from .edit import Edit, LowRankUpdate
 from .editor import EditSession, MENDEditor
@@ -18,15 +25,18 @@ from .readers import (
     with_unrelated,
     write_examples,
 )
+from .rome import ROME
 from .scoring import next_tokens
 from .training import TrainingResult, train
+from .tuning import KINDS, running_text, tune
 from .validation import strength_curve
 
 __all__ = [
-    "ArchiveError", "BaseModel", "DataError", "Edit", "EditExample", "EditSession", "EvaluationReport",
-    "EvaluationSet", "FineTuning", "HyperParamError", "Interval", "LowRankUpdate", "MENDEditor",
-    "MENDHyperParams", "MendkitError", "ModelError", "Probe", "TrainingResult", "best_of", "evaluate",
-    "export_archive", "fact_in_context", "identity_editor", "import_archive", "inspect_archive", "load_archive",
-    "load_model", "next_tokens", "read_examples", "read_questions", "read_text", "save_archive", "split_examples",
-    "strength_curve", "train", "tune_identity", "with_unrelated", "write_examples",
+    "KINDS", "ROME", "ArchiveError", "BaseModel", "DataError", "Edit", "EditExample", "EditSession",
+    "EvaluationReport", "EvaluationSet", "FineTuning", "HyperParamError", "Interval", "LocalisedFineTuning",
+    "LowRankUpdate", "MENDEditor", "MENDHyperParams", "MendkitError", "ModelError", "Probe", "TrainingResult",
+    "best_of", "evaluate", "export_archive", "fact_in_context", "identity_editor", "import_archive",
+    "inspect_archive", "load_archive", "load_model", "next_tokens", "read_examples", "read_questions", "read_text",
+    "running_text", "save_archive", "split_examples", "strength_curve", "train", "tune", "tune_identity",
+    "with_unrelated", "write_examples",
 ]  # fmt: skip

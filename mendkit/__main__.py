@@ -20,6 +20,7 @@ from typing import Any
 
 from .adapter import ADAPTER_FILES
 from .archive import inspect_archive, load_archive
+from .baselines import fact_in_context
 from .bench import bench_table, run_bench
 from .checkpoints import choose_device, silence_transformers
 from .compare import read_runs, sweep_results
@@ -36,7 +37,8 @@ from .heldout import TEXT_TOKENS
 from .hparams import MENDHyperParams, parse_overrides
 from .listing import list_layers, table
 from .loggers import check_logger
-from .models import load_for_training, load_model
+from .many import Editor
+from .models import BaseModel, load_for_training, load_model
 from .notebook import Failure
 from .plan import PLANNED, fitting, plan
 from .plan import table as plan_table
@@ -45,6 +47,7 @@ from .report import ARCHIVE, default_config, plan_report, run_report
 from .runs import free_memory, open_run, peak_memory_gb, write_json
 from .sweep import plan_sweep, read_sweep, run_sweep, summarise_sweep
 from .training import train
+from .tuning import BUDGET, KINDS, running_text, tune
 from .ways import MODELS, QUICK, Settings
 
 logger = logging.getLogger("mendkit")
@@ -191,32 +194,49 @@ def _evaluate(args: argparse.Namespace) -> int:
     k = args.k or (DEFAULT_K if args.mode == "batch" else None)
     if k is not None and args.mode != "batch":
         args.parser.error("--k goes with --mode batch")
+    if args.editor == "context" and args.mode != "single":
+        args.parser.error("--editor context edits nothing; it goes with --mode single")
     hparams = _hparams(args)
     old = _existing(args.out, ("results.json", "rows.jsonl"), args.overwrite)
     examples = read_examples(args.data, limit=args.limit, skip_invalid=args.skip_invalid)
     text = read_text(args.text) if args.text else None
     if args.unrelated:
         examples = with_unrelated(examples, read_questions(args.unrelated))
-    editor = MENDEditor.from_hparams(hparams)
+    mend = MENDEditor.from_hparams(hparams) if args.editor in ("mend", "identity") else None
+    base, h = (mend.base, mend.hparams) if mend else (load_model(hparams), hparams)
+    editor, tuning = (mend, {}) if args.editor in ("mend", "context") else _tuned(args, base, h, mend)
     logger.info("scoring %d edits, mode %s", len(examples), args.mode)
     start = time.perf_counter()
     on = EvaluationSet(
-        editor.base,
-        editor.hparams,
+        base,
+        h,
         examples,
         max_new_tokens=args.max_new_tokens,
         text=text,
         text_tokens=args.text_tokens,
         fluency=args.fluency,
     )
-    report = evaluate(editor, on, mode=args.mode, k=k)
-    results = report.results() | {"seconds": time.perf_counter() - start, "peak_memory_gb": peak_memory_gb()}
+    report = evaluate(editor, on, mode=args.mode, k=k) if editor else fact_in_context(on)
+    results = report.results() | tuning | {"seconds": time.perf_counter() - start, "peak_memory_gb": peak_memory_gb()}
     if args.out:
         _open(args.out, old)
         report.save_rows(args.out / "rows.jsonl")
         write_json(args.out / "results.json", results)
     _say(json.dumps(results, indent=1) if args.json else _table(report))
     return 0
+
+
+def _tuned(
+    args: argparse.Namespace, base: BaseModel, hparams: MENDHyperParams, mend: MENDEditor | None
+) -> tuple[Editor, dict[str, Any]]:
+    """A baseline at the best of its settings on single validation edits, and which it is."""
+    text = read_text(args.key_text) if args.key_text else running_text(read_examples("facts:train"))
+    examples = read_examples(args.tune_data, limit=args.tune_limit)
+    on = EvaluationSet(base, hparams, examples, max_new_tokens=args.max_new_tokens)
+    tuned = tune(args.editor, on, text=text, mend=mend)
+    results = tuned.results() | {"tuning.edits": len(on.to_edit)}
+    logger.info("%s: %s", tuned.editor.name, results["tuning.kept"])
+    return tuned.editor, results
 
 
 def _table(report: EvaluationReport) -> str:
@@ -495,6 +515,17 @@ def _options_evaluate(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--k", type=_count, metavar="K", help=f"edits made at once in mode batch (default: {DEFAULT_K})"
     )
+    parser.add_argument(
+        "--editor",
+        default="mend",
+        choices=("mend", *KINDS, "context"),
+        help=f"the archive's (default), or a baseline at the best of {BUDGET} settings, or the fact in the context",
+    )
+    parser.add_argument("--tune-data", default="facts:validation", metavar="FILE", help="edits for these settings")
+    parser.add_argument("--tune-limit", type=_count, default=12, metavar="N", help="the first N of them (default: 12)")
+    parser.add_argument(
+        "--key-text", metavar="FILE", help="text for ROME's covariance (default: facts:train's prompts)"
+    )
     parser.add_argument("--text", metavar="FILE", help="held-out text for drawdown of perplexity and accuracy (slow)")
     parser.add_argument(
         "--text-tokens", type=_count, default=TEXT_TOKENS, metavar="N", help=f"of its tokens (default: {TEXT_TOKENS})"
@@ -561,7 +592,7 @@ COMMANDS = {
     ),
     "evaluate": _Command(
         _evaluate, _options_evaluate,
-        "score an archive's edits on examples",
+        "score an archive's edits on examples, or a baseline's",
         "archive=runs/first/archive.safetensors --limit 50 --mode sequential --out runs/scores",
     ),
     "inspect": _Command(

@@ -60,6 +60,7 @@ class Tokens:
     targets: tuple[int, ...] = ()  # empty if the text has no answer
     ends: bool = False  # whether the last target is the end-of-text token added to the answer
     decoder: tuple[int, ...] = ()  # what the decoder reads
+    subject: tuple[int, ...] = ()  # positions of an edit's subject (a causal model's), where its prompt names it
 
     @property
     def key(self) -> tuple[tuple[int, ...], ...]:
@@ -73,12 +74,20 @@ def join(prompt: str, answer: str) -> str:
 
 
 def tokenize(
-    tokenizer: Any, prompt: str, answer: str | None = None, /, *, add_eos: bool = False, max_length: int = 512
+    tokenizer: Any,
+    prompt: str,
+    answer: str | None = None,
+    /,
+    *,
+    add_eos: bool = False,
+    max_length: int = 512,
+    subject: str | None = None,
 ) -> Tokens:
     """Tokenise a prompt with its answer; the scored positions are exactly those that predict the answer's characters.
 
-    `add_eos` appends the end-of-text token to the answer, so that an edit also teaches where to stop. Raises
-    DataError if the text is longer than `max_length` tokens or the answer has no token.
+    `add_eos` appends the end-of-text token to the answer, so that an edit also teaches where to stop; the tokens of
+    `subject` are those of its last mention in the prompt. Raises DataError if the text is longer than `max_length`
+    tokens or the answer has no token.
     """
     text = prompt if answer is None else join(prompt, answer)
     encoded = tokenizer(text, return_offsets_mapping=True, return_special_tokens_mask=True, add_special_tokens=True)
@@ -96,7 +105,10 @@ def tokenize(
     if ends:  # the tokenizer may have appended the end of text by itself, then what follows the answer goes
         ids = [*ids[: positions[-1] + 1], tokenizer.eos_token_id]
         positions.append(len(ids) - 1)
-    return Tokens(tuple(ids), tuple(p - 1 for p in positions), tuple(ids[p] for p in positions), ends)
+    begin, end = (at := prompt.rfind(subject or "\0")), at + len(subject or "")
+    named = tuple(p for p, (a, b) in enumerate(encoded["offset_mapping"]) if own[p] and a < end and b > begin >= 0)
+    scored, targets = tuple(p - 1 for p in positions), tuple(ids[p] for p in positions)
+    return Tokens(tuple(ids), scored, targets, ends, subject=named)
 
 
 def tokenize_pair(

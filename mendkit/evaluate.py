@@ -10,6 +10,7 @@ together are not independent, and then the intervals are too narrow. A classifie
 a question form and answers that compete on a neighbour do not apply to it.
 """
 
+import copy
 import logging
 import time
 from collections import Counter
@@ -30,7 +31,7 @@ from .heldout import TEXT_TOKENS, HeldOutText, ngram_entropy_bits
 from .hparams import MENDHyperParams
 from .many import Editor, in_sequence, one_after_another, so_far, together
 from .metrics import Card, answers_probe, locality_values, normalise, probability_values, target_values
-from .models import BaseModel
+from .models import BaseModel, Site
 from .scores import HARMONIC, EditRow, EvaluationReport, Interval, summarise
 from .scoring import Forced, forced, select
 from .text_model import STOP
@@ -97,16 +98,28 @@ class EvaluationSet:
         if not cards:
             raise DataError(f"no example can be scored; first problem: {(self.skipped or ['no example given'])[0]}")
         self.cards = self._with_greedy(self._with_reworded(cards))
-        self.trunk.fill(
-            [text for card in self.cards for text in (*card.targets, *card.old, *card.rivals, *_kept(card))]
-        )
+        self.trunk.fill(self._texts())
         self.kept_before = forced(self.trunk, [_kept(card) for card in self.cards], None)
         self.implied = self._implied()
         self.text = None if text is None else HeldOutText(self.trunk, text, tokens=text_tokens)
         self.before, self.written = self.score(None, range(len(self.cards)))
+        self._elsewhere: dict[tuple[Site, ...], EvaluationSet] = {}
 
     def __len__(self) -> int:
         return len(self.cards)
+
+    def at(self, base: BaseModel, /) -> "EvaluationSet":
+        """This set for editors of other sites of its model: with a trunk for them, and f's values as they are here."""
+        if base.sites == self.base.sites:
+            return self
+        if base.sites not in self._elsewhere:
+            other = copy.copy(self)
+            other.trunk = self.trunk.at(base)
+            other.base = other.trunk.base
+            other.trunk.fill(self._texts())
+            other.text = self.text and self.text.at(other.trunk)
+            self._elsewhere[base.sites] = other
+        return self._elsewhere[base.sites]
 
     def score(self, updates: Updates | None, index: Sequence[int], /) -> tuple[list[dict[str, float]], list[list[str]]]:
         """Values by metric, and what is written after each prompt, for the examples `index`, each under its own edit in
@@ -143,6 +156,10 @@ class EvaluationSet:
         return EditRow(i, e.id, e.relation, e.prompt, e.target_new, e.ground_truth, values, tuple(outputs))
 
     # ------------------------------------------------------------------------------------------------- preparing
+
+    def _texts(self) -> list[Tokens]:
+        """Every text that is read, not written."""
+        return [text for card in self.cards for text in (*card.targets, *card.old, *card.rivals, *_kept(card))]
 
     def _card(self, e: EditExample) -> Card:
         base, h = self.base, self.hparams
@@ -306,7 +323,8 @@ def evaluate(
 ) -> EvaluationReport:
     """Score an editor: each edit on a fresh model ("single"), `k` at once ("batch"), or all in a row ("sequential").
 
-    Pass an `EvaluationSet` to score several editors on the same examples without preparing them again (then
+    Pass an `EvaluationSet` to score several editors of one model, whatever their sites, on the same examples without
+    preparing them again (then
     `max_new_tokens`, `text` and `fluency` are the set's own). `strength` multiplies every update. The number of edits
     is part of the result's name: `batch_25`, and `sequential_1`, `_10`, `_100`, `_1000` and the last. Raises
     HyperParamError for another mode, or a `k` that does not go with it.
@@ -325,7 +343,7 @@ def evaluate(
     if not examples.to_edit:
         n = len(examples)
         raise DataError(f"the unedited model already writes the new answer of all {n} examples; nothing to score")
-    run = _Run(editor, examples, strength * editor.hparams.lr_scale, start)
+    run = _Run(editor, examples.at(editor.base), strength * editor.hparams.lr_scale, start)
     return run.batches(k) if k is not None else run.single() if mode == "single" else run.sequence()
 
 

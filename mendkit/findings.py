@@ -51,6 +51,29 @@ def verdict(trained: Summary, control: Summary, /) -> str:
     return f"The trained editor {verb} the identity control: score {a:.2f} against {b:.2f}"
 
 
+def decoding(summary: Summary, /) -> str:
+    """Edit success under one score after the other, from teacher forcing to free decoding in another format."""
+    steps = {"tf_exact": "under teacher forcing", "free_gold_length": "in free decoding cut at the answer's length"}
+    steps |= {"free_exact": "uncut", "free_exact_question": "asked as a question"}
+    own = {said: summary.get(f"edit_success.{name}") for name, said in steps.items()}
+    return "Edit success is " + ", ".join(
+        f"{value.mean:.2f} {said}" for said, value in own.items() if value is not None
+    )
+
+
+def ranking(summaries: Mapping[str, Summary], /) -> str:
+    """Which editor is best by the headline score, and which by teacher forcing on the edit prompt alone."""
+    scores = {name: headline_score(own) for name, own in summaries.items()}
+    forced = {name: own["edit_success.tf_exact"].mean for name, own in summaries.items()}
+    best, most = max(scores, key=scores.__getitem__), max(forced.values())
+    equal = [name for name, mean in forced.items() if mean == most]
+    if not scores[best]:
+        return f"None of {len(scores)} editors has a headline score above 0"
+    teacher = f"{len(equal)} share the lead," if len(equal) > 1 else f"{equal[0]},"
+    headline = f"Best of {len(scores)} by the headline score: {best}, {scores[best]:.2f}"
+    return f"{headline}; by teacher forcing: {teacher} {most:.2f}"
+
+
 def smooth(values: Sequence[float], /) -> list[float]:
     """Centred running mean over a twelfth of the values, narrower at the ends."""
     half = len(values) // 24

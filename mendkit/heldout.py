@@ -5,6 +5,7 @@ windows; a token is scored in the first window that holds it, so that all but th
 window before them.
 """
 
+import copy
 import math
 from collections import Counter
 from collections.abc import Iterator, Sequence
@@ -52,6 +53,13 @@ class HeldOutText:
             raise DataError(f"held-out text has {len(ids)} tokens; at least two are needed")
         trunk.fill(self.windows)
         (self.before,) = self.read(None, 1)
+
+    def at(self, trunk: FrozenTrunk, /) -> "HeldOutText":
+        """The same text on another trunk of the same model."""
+        other = copy.copy(self)
+        other.trunk = trunk
+        trunk.fill(self.windows)
+        return other
 
     def read(self, updates: Updates | None, n_edits: int, /) -> list[TextScore]:
         """The text under each of `n_edits` edits."""

@@ -51,7 +51,10 @@ def target_values(target: str, card: Card, read: Sequence[Forced], written: Sequ
 
 
 def _success(target: str, text: Tokens, value: Forced, written: str) -> dict[str, float]:
-    """The four scores of one prompt; teacher forcing counts y's own tokens, not the end of text."""
+    """The scores of one prompt; teacher forcing counts y's own tokens, not the end of text.
+
+    `free_gold_length` is free decoding that stops where y does: what follows is not looked at.
+    """
     n = len(text.targets) - text.ends
     hits = [a == b for a, b in zip(value.argmax[:n], text.targets[:n], strict=True)]
     want, got = normalise(target), normalise(written)
@@ -59,6 +62,7 @@ def _success(target: str, text: Tokens, value: Forced, written: str) -> dict[str
         "tf_token": fmean(hits),
         "tf_exact": float(all(hits)),
         "free_exact": float(got == want),
+        "free_gold_length": float(f"{got} ".startswith(f"{want} ")),
         "free_contains": float(f" {want} " in f" {got} "),
     }
 

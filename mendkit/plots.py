@@ -57,6 +57,17 @@ HEADLINE_LABELS = {
 }
 
 
+SCORES = {
+    "tf_token": "teacher-forced,\nshare of tokens",
+    "tf_exact": "teacher-forced,\nall tokens",
+    "free_gold_length": "free decoding,\ncut at the answer's length",
+    "free_contains": "free decoding,\nanswer somewhere in it",
+    "free_exact": "free decoding,\nexactly the answer",
+    "free_exact_question": "the same,\nasked as a question",
+}
+"""Ways to score one and the same answer, roughly from the easiest to the hardest."""
+
+
 @dataclass(frozen=True)
 class Chart:
     """A figure, its title (the finding) and the rows it was drawn from. Shows itself in a notebook."""
@@ -220,6 +231,52 @@ def headline(trained: Summary, control: Summary, /) -> Chart:
     n = max((trained[metric].n for metric in labels), default=0)
     note = f"score: harmonic mean of the shares shown; n = {n} edits, each on a fresh model"
     return _chart("headline", findings.verdict(trained, control), figure, rows, note=note)
+
+
+def decoding(summary: Summary, /) -> Chart:
+    """One editor under every score of its answers: on the edit prompt, on paraphrases, and before the edit."""
+    figure, (ax,) = _panels(1, 1.5 + 0.55 * len(SCORES))
+    rows: list[Row] = []
+    series = (("unedited", "before.edit_success", GREY, "D"), ("edit success", "edit_success", BLUE, "o"))
+    for k, (label, prefix, colour, marker) in enumerate((*series, ("paraphrase", "paraphrase", ORANGE, "s"))):
+        for i, name in enumerate(SCORES):
+            if (value := summary.get(f"{prefix}.{name}")) is not None:
+                y, first = i + 0.24 * (k - 1), not any(row["series"] == label for row in rows)
+                drawn = _whisker(ax, value, y, colour=colour, marker=marker, label=label if first else "")
+                ax.text(1.05, y, f"{value.mean:.2f}", color=colour, fontsize=8, va="center")
+                rows.append({"series": label, "score": name, **drawn})
+    _categories(ax, list(SCORES.values()))
+    ax.set(xlim=(-0.03, 1.12), xticks=TICKS, xlabel="share, with its 95 % interval over edits", ylabel="score")
+    note = f"n = {max(row['n'] for row in rows)} edits, each on a fresh model"
+    return _chart("decoding", findings.decoding(summary), figure, rows, note=note)
+
+
+def editors(summaries: Mapping[str, Summary], /) -> Chart:
+    """The headline shares of several editors, a panel each; the first is drawn apart."""
+    labels = {m: label for m, label in HEADLINE_LABELS.items() if any(m in own for own in summaries.values())}
+    figure, axes = _panels(len(labels), 1.2 + (0.8 + 0.2 * len(summaries)) * -(-len(labels) // 2))
+    rows: list[Row] = []
+    for ax, (metric, label) in zip(axes, labels.items(), strict=True):
+        for y, (name, own) in enumerate(summaries.items()):
+            if metric in own:
+                colour, marker = (BLACK, "s") if y else (BLUE, "o")
+                rows.append(
+                    {
+                        "editor": name,
+                        "metric": metric,
+                        **_whisker(ax, own[metric], y, colour=colour, marker=marker, label=""),
+                    }
+                )
+                ax.text(1.05, y, f"{own[metric].mean:.2f}", color=colour, fontsize=8, va="center")
+        left = ax.get_subplotspec().is_first_col()
+        _categories(ax, list(summaries))
+        ax.tick_params(labelleft=left)
+        ax.set_title(label.replace("\n", " "), fontsize=9, loc="left")
+        ax.set(xlim=(-0.03, 1.2), xticks=TICKS, xlabel="share, with its 95 % interval", ylabel="editor" if left else "")
+    note = (
+        f"n = {max(row['n'] for row in rows)} edits, each on a fresh model; headline score: harmonic mean of the four"
+    )
+    return _chart("editors", findings.ranking(summaries), figure, rows, note=note, key=False)
 
 
 def by_relation(edit: Summary, paraphrase: Summary, /) -> Chart:

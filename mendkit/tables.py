@@ -16,6 +16,7 @@ from .findings import Row
 from .hparams import MENDHyperParams
 from .models import BaseModel
 from .training import TrainingResult
+from .tuning import Tuned
 
 LONGEST = 25  # relations listed one by one
 CELL = 'style="text-align:left;vertical-align:top"'
@@ -199,14 +200,52 @@ def before_after(asked: Sequence[Asked], before: Sequence[str], after: Sequence[
 
 def scores(trained: EvaluationReport, control: EvaluationReport, /) -> str:
     """All scores with their intervals: unedited, identity control, trained editor."""
-    names = [n for n in trained.summary if not n.startswith("before.") and n != "edit.seconds"]
-    columns = (("before.", trained.summary), ("", control.summary), ("", trained.summary))
-    rows = [(n, *(_mean(own.get(prefix + n)) for prefix, own in columns), trained.summary[n].n) for n in names]
+    return _columns({"identity control": control, "trained editor": trained}, leave=("edit.seconds",))
+
+
+def editors(reports: Mapping[str, EvaluationReport], /) -> str:
+    """All scores of editors on the same edits, with their intervals; the first one names the scores and n."""
+    return _columns(reports)
+
+
+def _columns(reports: Mapping[str, EvaluationReport], /, *, leave: Sequence[str] = ()) -> str:
+    first = next(iter(reports.values())).summary
+    columns = [("before.", first), *(("", report.summary) for report in reports.values())]
+    names = [n for n in first if not n.startswith("before.") and n not in leave]
+    rows = [(n, *(_mean(own.get(prefix + n)) for prefix, own in columns), first[n].n) for n in names]
     for name in HARMONIC:
-        key = f"{trained.mode}.{name}"
-        values = (control.results().get(key), trained.results().get(key))
+        values = (report.harmonic.get(name) for report in reports.values())
         rows.append((name, "", *("" if v is None else f"{v:.3f}" for v in values), ""))
-    return table(("score", "unedited", "identity control", "trained editor", "n edits"), rows)
+    return table(("score", "unedited", *reports, "n edits"), rows)
+
+
+def tried(tuned: Sequence[Tuned], /) -> str:
+    """Every setting of every kind of editor that was tried on validation edits; ✓ marks the one that was kept."""
+    shares = dict.fromkeys(name for own in tuned for row in own.rows for name in findings.HEADLINE if name in row)
+    names = (*shares, "score")
+    rows = [
+        (row["editor"], row["settings"], *(f"{row[n]:.3f}" for n in names), "✓" if row["chosen"] else "")
+        for own in tuned
+        for row in own.rows
+    ]
+    return table(("editor", "setting", *names, "kept"), rows)
+
+
+def baselines_conclusion(reports: Mapping[str, EvaluationReport], /) -> str:
+    """The findings of notebook 04; the first report is the trained editor's."""
+    (name, first), *others = reports.items()
+    own, scores = first.summary, {other: findings.headline_score(report.summary) for other, report in others}
+    score = findings.headline_score(own)
+    better = [f"{other} ({value:.2f})" for other, value in scores.items() if value >= score]
+    lines = [
+        findings.decoding(own),
+        findings.ranking({other: report.summary for other, report in reports.items()}),
+        f"{name}, {score:.2f}, beats " + (f"all but {', '.join(better)}" if better else f"all {len(others)} others"),
+    ]
+    if (ns := own.get("neighbourhood.ns")) is not None:
+        kept = _mean(own["neighbourhood.argmax_agreement"])
+        lines.append(f"Neighbours keep their argmax {kept}, and prefer their own answer to the new one {_mean(ns)}")
+    return "\n".join(f"- {line}." for line in lines)
 
 
 def counts(report: EvaluationReport, /) -> str:
@@ -236,6 +275,19 @@ def generations(trained: EvaluationReport, control: EvaluationReport, /, *, n: i
                 texts = (_said(text) for text in (own["before"], theirs["after"], own["after"]))
                 rows.append((own["prompt"], row.target_new, *texts, _tick(good)))
     return table(("prompt", "new answer", "unedited", "identity control", "trained editor", ""), rows)
+
+
+def hidden(report: EvaluationReport, /, *, n: int) -> str:
+    """What is written for n edits, on the bare prompt and in question form; first those whose scores disagree most."""
+    names = ("edit_success.tf_exact", "edit_success.free_exact", "edit_success.free_exact_question")
+    scored = [(row, [row.values[name] == 1 for name in names if name in row.values]) for row in report.rows]
+    scored.sort(key=lambda pair: (-len(set(pair[1])), pair[1][1], -pair[1][0]))  # stable: else in their order
+    rows = []
+    for row, good in scored[:n]:
+        said = [_said(output["after"]) for output in row.outputs[: len(good) - 1]]
+        marked = (f"{_tick(ok)} {text}" for ok, text in zip(good[1:], said, strict=True))
+        rows.append((row.prompt, row.target_new, _tick(good[0]), *marked))
+    return table(("prompt", "new answer", "teacher-forced", "written", "written, asked as a question"), rows)
 
 
 def editing_conclusion(trained: EvaluationReport, control: EvaluationReport, curve: Sequence[Row], /) -> str:

@@ -85,11 +85,19 @@ class TextModel:
         return self._memo[key]
 
     def tokenize(
-        self, prompt: str, answer: str | None = None, /, *, add_eos: bool = False, max_length: int = 512
+        self,
+        prompt: str,
+        answer: str | None = None,
+        /,
+        *,
+        add_eos: bool = False,
+        max_length: int = 512,
+        subject: str | None = None,
     ) -> Tokens:
         """A prompt and its answer as this family reads them; a classifier's answer is the name of a class.
 
-        Raises DataError as `data.tokenize` and, for a label that the classifier does not have, `Labels.id`.
+        Only a causal model's text tells where it names `subject`. Raises DataError as `data.tokenize` and, for a label
+        that the classifier does not have, `Labels.id`.
         """
         if self.head is not None:
             label = None if answer is None else self.head.labels.id(answer)
@@ -98,7 +106,7 @@ class TextModel:
             )
         options = {"add_eos": add_eos, "max_length": max_length}
         if self.family == CAUSAL:
-            return tokenize(self.tokenizer, prompt, answer, **options)
+            return tokenize(self.tokenizer, prompt, answer, subject=subject, **options)
         return tokenize_pair(self.tokenizer, prompt, answer, start=self.start_id, **options)
 
     def prompt_of(self, text: Tokens) -> Tokens:

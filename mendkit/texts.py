@@ -43,6 +43,7 @@ def edit_tokens(base: BaseModel, hparams: MENDHyperParams, example: EditExample,
         example.target_new,
         add_eos=hparams.add_eos,
         max_length=hparams.max_length,
+        subject=example.subject,
     )
     if len(tokens.targets) > hparams.max_target_tokens:
         raise LimitError(

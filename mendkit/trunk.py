@@ -9,6 +9,7 @@ clean split, such as one of an encoder and a decoder, runs whole, with the same 
 Axes: n texts, t padded tokens, l padded tokens of a decoder (else t), d width, s scored positions, v vocabulary.
 """
 
+import copy
 import hashlib
 import logging
 import random
@@ -111,6 +112,14 @@ class FrozenTrunk:
         self.base, self.cache, self.label_only = base, cache, label_only
         self.split = base.blocks is not None and base.blocks.first > 0
         self._rows: dict[Any, tuple[np.ndarray, np.ndarray]] = {}  # states, reference
+
+    def at(self, base: BaseModel, /) -> "FrozenTrunk":
+        """A trunk for other sites of the same model, with this one's values if they enter no block above those."""
+        other = FrozenTrunk(base, label_only=self.label_only)
+        if base.blocks and self.base.blocks and self.base.blocks.first <= base.blocks.first:
+            other.base, other.split, other._rows = copy.copy(base), self.split, self._rows
+            other.base.blocks = self.base.blocks
+        return other
 
     def fill(self, texts: Sequence[Tokens], progress: Any = None) -> int:
         """Keep the values of `texts`, read or computed; returns how many were not there already."""

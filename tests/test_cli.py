@@ -106,6 +106,7 @@ def test_other_mistakes_as_well(here, typed, capsys):
     [
         "", "fly", "edit tiny.yaml", "edit tiny.yaml --prompt P", "inspect", "report --overwrite", "train --limit",
         "edit tiny.yaml --data f --prompt P --target T", "evaluate --mode all", "evaluate --max-new-tokens x",
+        "evaluate tiny.yaml --editor context --mode sequential", "evaluate --editor best",
         "evaluate tiny.yaml --k 3", f"edit tiny.yaml {EDIT} --adapter-rank 3", f"edit tiny.yaml {EDIT} --strength nan",
     ],
 )  # fmt: skip
@@ -309,6 +310,18 @@ def test_evaluate_prints_a_table_or_json_and_nothing_else(here, capsys):
     steady = {k: v for k, v in saved.items() if k not in unsteady and "edit.seconds" not in k}
     assert printed.items() >= steady.items() and steady["single.edits.scored"] == 4
     assert main([*command, "--out", "scores"]) == 2  # nothing is written over
+
+
+def test_evaluate_tunes_and_scores_a_baseline_without_an_archive(here, capsys):
+    few = ["--limit", "2", "--max-new-tokens", "2", "--tune-limit", "1", "--json"]
+    assert main(["evaluate", "tiny.yaml", "--editor", "finetune_capped", *few]) == 0
+    results = json.loads(capsys.readouterr().out)
+    assert results["tuning.tried"] == 4 and results["tuning.edits"] == 1 and "cap 0.00" in results["tuning.kept"]
+    assert results["single.edits.scored"] == 2 and results["single.norm.relative_max"] <= 0.0021
+    assert main(["evaluate", "tiny.yaml", "--editor", "context", *few]) == 0
+    assert "tuning.kept" not in json.loads(capsys.readouterr().out)
+    assert main(["evaluate", "tiny.yaml", "--editor", "identity", *few]) == 2
+    assert "archive is null" in capsys.readouterr().err
 
 
 def test_evaluate_names_results_by_the_number_of_edits(here, capsys):

@@ -179,9 +179,12 @@ def test_scores_of_hand_made_readings():
     assert values == {
         "edit_success.tf_token": 1.0, "edit_success.tf_exact": 1.0, "edit_success.free_exact": 1.0,
         "edit_success.free_contains": 1.0, "edit_success.free_exact_question": 1.0,
+        "edit_success.free_gold_length": 1.0, "paraphrase.free_gold_length": 0.5,
         "paraphrase.tf_token": 0.25, "paraphrase.tf_exact": 0.0, "paraphrase.free_exact": 0.0,
         "paraphrase.free_contains": 0.5, "edit_success.paper": pytest.approx(1 / 3),
     }  # fmt: skip
+    longer = target_values("New York", card, targets, ["old New York", "", "New Yorkers", "New York and so on"])
+    assert longer["edit_success.free_gold_length"] == 0.0 and longer["paraphrase.free_gold_length"] == 0.5
     pairs = [read(7, logp=(-2.5,)), read(7, logp=(-1.5,)), read(7, logp=(-2.5,)), read(5, logp=(-9.0,))]
     kept = [
         read(7, logp=(-1.0,), kl=(0.5,), same=(True,)),

@@ -20,7 +20,8 @@ LEVELS = [
     {"conformance"},
     {"validation", "evaluate"},
     {"baselines", "inspection", "training", "textbook"},
-    {"ways", "plan"},
+    {"ways", "plan", "rome"},
+    {"tuning"},
     {
         *("tables", "notebook", "report_page", "report", "bench", "sweep", "compare", "edit_command"),
         *("playground", "widgets", "__init__"),

@@ -22,12 +22,14 @@ from papermill.exceptions import PapermillExecutionError
 from mendkit.archive import inspect_archive
 from mendkit.findings import HEADLINE
 from mendkit.runs import project_path
+from mendkit.tuning import BUDGET
 from tests.tiny import save_tiny
 
 ROOT = Path(__file__).parents[1]
 COMPARE = "08_compare_runs.ipynb"
 TRAIN, EDIT, INSIDE = "01_train_without_archive.ipynb", "02_edit_with_archive.ipynb", "03_inside_mend.ipynb"
 COSTS, PLAY = "07_what_training_costs.ipynb", "06_playground.ipynb"
+HONEST = "04_honest_evaluation.ipynb"
 PARAMETERS = {
     TRAIN: {
         "config": ("str", "configs/smollm2-135m.yaml"),
@@ -83,6 +85,20 @@ PARAMETERS = {
         "strengths": ("list", [0, 0.25, 0.5, 0.75, 1, 1.5, 2]),
         "out": ("str", "runs/06_playground"),
     },
+    HONEST: {
+        "config": ("str", "configs/smollm2-135m.yaml"),
+        "overrides": ("list", []),
+        "archive": ("str", "runs/01_train_without_archive/archive.safetensors"),
+        "test_data": ("str", "facts:test"),
+        "test_limit": ("int", 60),
+        "validation_data": ("str", "facts:validation"),
+        "validation_limit": ("int", 12),
+        "text": ("str", ""),
+        "kinds": ("list", ["identity", "finetune", "finetune_capped", "localised", "rome"]),
+        "max_new_tokens": ("int", 16),
+        "shown": ("int", 4),
+        "out": ("str", "runs/04_honest_evaluation"),
+    },
 }
 FIGURES = {
     TRAIN: {"loss_curves", "validation", "step_sizes", "control"},
@@ -91,8 +107,10 @@ FIGURES = {
     COSTS: {"costs_of_training", "memory_of_training"},
     COMPARE: {"success_against_locality", "scores_by_setting"},
     PLAY: {"next_tokens"},
+    HONEST: {"decoding", "editors"},
 }
 FEW = {"examples": 5, "statistics_limit": 8, "dense": 2, "sizes": [0.001, 0.1]}  # enough to run notebook 03
+FEWER = {"test_limit": 3, "validation_limit": 1, "max_new_tokens": 3, "shown": 1}  # and 04
 
 
 def read(name: str) -> NotebookNode:
@@ -222,8 +240,8 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> SimpleNamespace:
         "rank=8",
     ]
     sizes = {"train_limit": 24, "validation_limit": 6}
-    names = {TRAIN: "train", EDIT: "edit", INSIDE: "inside", COSTS: "costs", COMPARE: "compare", PLAY: "play"}
-    out = {notebook: folder / name for notebook, name in names.items()}
+    names = {TRAIN: "train", EDIT: "edit", INSIDE: "inside", HONEST: "honest", PLAY: "play", COSTS: "costs"}
+    out = {notebook: folder / name for notebook, name in {**names, COMPARE: "compare"}.items()}
     executed = {TRAIN: run(TRAIN, folder / "01.ipynb", overrides=overrides, out=str(out[TRAIN]), **sizes)}
     sizes = {"test_limit": 6, "validation_limit": 4, "max_new_tokens": 8, "shown": 2}
     archive = str(out[TRAIN] / "archive.safetensors")
@@ -242,6 +260,8 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> SimpleNamespace:
     executed[COMPARE] = run(COMPARE, folder / "08.ipynb", sweep=str(folder), out=str(out[COMPARE]))
     own = {"overrides": overrides[:1], "archive": archive, "out": str(out[PLAY]), "facts": 3, "strengths": [0, 1]}
     executed[PLAY] = run(PLAY, folder / "06.ipynb", **own)
+    own = {"overrides": overrides[:1], "archive": archive, "out": str(out[HONEST])}
+    executed[HONEST] = run(HONEST, folder / "04.ipynb", **own, **FEWER)
     results = {name: json.loads((out[name] / "results.json").read_text()) for name in out}
     return SimpleNamespace(out=out, executed=executed, results=results, overrides=overrides)
 
@@ -322,6 +342,21 @@ def test_costs_are_measured_on_equal_numbers(tiny: SimpleNamespace) -> None:
 
 
 @pytest.mark.slow
+def test_honest_evaluation_scores_every_baseline_on_the_same_edits(tiny: SimpleNamespace) -> None:
+    out, results = tiny.out[HONEST], tiny.results[HONEST]
+    with (out / "figures/editors.csv").open(encoding="utf-8", newline="") as file:
+        drawn = {(row["editor"], row["metric"]): float(row["mean"]) for row in csv.DictReader(file)}
+    names = {"": "trained MEND", "context.": "fact in context", "identity.": "identity", "finetune.": "fine-tuning"}
+    names |= {"finetune_capped.": "fine-tuning, capped", "localised.": "localised fine-tuning", "rome.": "ROME"}
+    for prefix, name in names.items():
+        assert results[f"{prefix}single.edits.scored"] == results["single.edits.scored"] == 3
+        for metric in HEADLINE:
+            assert drawn[name, metric] == results[f"{prefix}single.{metric}"]
+    assert {results[f"{kind}.tuning.tried"] for kind in PARAMETERS[HONEST]["kinds"][1]} == {BUDGET}
+    assert results["tuning.edits"] == 1 and len(list(out.glob("rows_*.jsonl"))) == len(names)
+
+
+@pytest.mark.slow
 def test_inside_mend_without_an_archive_says_that_nothing_was_trained(tiny: SimpleNamespace, tmp_path: Path) -> None:
     own = {"overrides": tiny.overrides[:1], "archive": "", "out": str(tmp_path / "out")}
     executed = run(INSIDE, tmp_path / "executed.ipynb", **own, **FEW)
@@ -351,6 +386,7 @@ def test_playing_leaves_an_adapter_and_a_snapshot_for_where_no_kernel_runs(tiny:
         (EDIT, {"test_data": "no/such.json"}, "no such file"),
         (INSIDE, {"archive": "no/such.safetensors"}, "no such archive"),
         (PLAY, {"archive": "no/such.safetensors"}, "no such archive"),
+        (HONEST, {"text": "no/such.txt"}, "no such file"),
     ],
 )
 def test_a_mistake_is_told_before_anything_is_written(

@@ -100,6 +100,10 @@ def charts() -> Iterator[Chart]:
     yield plots.headline(
         summary(0.9, 0.8, 0.9, 1.0) | {"before." + METRICS[0]: interval(0.0)}, summary(0.5, 0.2, 0.6, 0.9)
     )
+    for mean in (0.0, 0.8):
+        scored = {f"edit_success.{name}": interval(mean) for name in plots.SCORES}
+        yield plots.decoding(scored | {"paraphrase.free_exact": interval(0.3)})
+        yield plots.editors({"trained": summary(*[mean] * 4) | scored, "context": {METRICS[0]: interval(0.4)} | scored})
     yield plots.by_relation({f"relation_{i}": interval(i / 20) for i in range(18)}, {"relation_3": interval(0.3)})
     yield plots.by_relation({"None": interval(0.5)}, {})
     yield plots.probability_shifts(SHIFTS)
@@ -189,6 +193,17 @@ def test_losses_are_drawn_per_role_and_a_loss_of_zero_does_no_harm() -> None:
     assert {"neighbours", "unrelated prompts"} <= set(lines(chart, 1))
     assert lines(chart)["edit"][1] == pytest.approx([row["edit"] for row in rows if "edit" in row])  # too few to smooth
     assert set(lines(chart, 1)["unrelated prompts"][1]) == {plots.TINY}
+
+
+def test_the_figure_of_editors_draws_what_each_has() -> None:
+    low = {"edit_success.tf_exact": interval(1.0)}
+    chart = plots.editors({"a": summary(0.9, 0.8, 0.9, 1.0) | low, "b": {METRICS[0]: interval(0.4)} | low})
+    assert [(row["editor"], row["mean"]) for row in chart.rows if row["metric"] == METRICS[0]] == [
+        ("a", 0.9),
+        ("b", 0.4),
+    ]
+    assert len(chart.rows) == 5 and chart.finding.startswith("Best of 2 by the headline score: a, 0.89")
+    assert chart.finding.endswith("by teacher forcing: 2 share the lead, 1.00")
 
 
 def test_the_headline_figure_draws_the_intervals_it_was_given() -> None:

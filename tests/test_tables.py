@@ -8,11 +8,13 @@ from types import SimpleNamespace
 import pytest
 
 from mendkit import findings, tables
+from mendkit.baselines import FineTuning
 from mendkit.data import EditExample, Probe
 from mendkit.evaluate import EditRow, EvaluationReport, Interval
 from mendkit.hparams import MENDHyperParams
 from mendkit.models import BaseModel
 from mendkit.training import TrainingResult
+from mendkit.tuning import Tuned
 from tests.claims import EXAMPLES
 
 FREE = "edit_success.free_exact"
@@ -202,6 +204,39 @@ def test_scores_stand_side_by_side() -> None:
     assert tables.counts(trained).startswith("9 edits were scored; 2 were left out") and "10 ms" in tables.counts(
         trained
     )
+
+
+def test_editors_stand_side_by_side_with_what_they_cost(llama: BaseModel) -> None:
+    reports = {"ours": _report("ours", [1]), "theirs": _report("theirs", [0])}
+    del reports["theirs"].summary["edit.seconds"]
+    html = tables.editors(reports)
+    assert "edit.seconds" in html and _row("edit.seconds", "", "0.010 [0.010, 0.010]", "", 9) in html
+    editor = FineTuning(llama, MENDHyperParams(model_name="tiny"), lr=1.0)
+    tried = Tuned(editor, ({"editor": "ROME", "settings": "clamp 4", "score": 0.25, FREE: 0.5, "chosen": True},))
+    assert _row("ROME", "clamp 4", "0.500", "0.250", "✓") in tables.tried([tried])
+    assert tried.results("rome.") == {
+        "rome.tuning.tried": 1,
+        "rome.tuning.kept": "clamp 4",
+        "rome.tuning.score": 0.25,
+    }
+
+
+def test_hidden_failures_come_first() -> None:
+    forced, question = "edit_success.tf_exact", "edit_success.free_exact_question"
+    report = _report("trained", [1, 0, 1])
+    values = [{forced: 1.0, question: 1.0}, {forced: 0.0, question: 0.0}, {forced: 1.0, question: 0.0}]
+    rows = tuple(replace(r, values={**r.values, **v}) for r, v in zip(report.rows, values, strict=True))
+    html = tables.hidden(replace(report, rows=rows), n=2)
+    assert _row("x 2", "new", "✓", "✓ new", "✗ new of trained") in html
+    assert html.index("x 2") < html.index("x 1") and "x 0" not in html
+
+
+def test_the_conclusion_over_baselines_names_who_is_not_beaten() -> None:
+    forced = {"edit_success.tf_exact": Interval(1, 1, 1, 9)}
+    own = {n: replace(_report(n, [1]), summary=summary(m, m, m, m) | forced) for n, m in (("a", 0.5), ("b", 0.7))}
+    text = tables.baselines_conclusion(own)
+    assert "- a, 0.50, beats all but b (0.70)." in text and "Best of 2 by the headline score: b, 0.70" in text
+    assert "- b, 0.70, beats all 1 others." in tables.baselines_conclusion(dict(reversed(own.items())))
 
 
 def test_the_conclusion_names_the_weakest_share_and_the_failures() -> None:
