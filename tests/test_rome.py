@@ -6,7 +6,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from mendkit.baselines import FineTuning, LocalisedFineTuning
+from mendkit.baselines import FineTuning, LocalisedFineTuning, best_of
 from mendkit.data import tokenize
 from mendkit.errors import DataError, HyperParamError, MendkitError, ModelError
 from mendkit.evaluate import EvaluationSet, evaluate
@@ -206,20 +206,18 @@ def test_independent_localised_edits_stop_by_themselves(llama64):
 # ------------------------------------------------------------------------------------------- tuning, undoing
 
 
-def quick(base, lr: float) -> FineTuning:
-    return FineTuning(base, hparams(), lr=lr, steps=1)
-
-
 def test_every_kind_has_the_same_budget_and_keeps_the_best(llama, monkeypatch):
     on = EvaluationSet(llama, hparams(), EXAMPLES[:1], max_new_tokens=2)
     for kind in ("finetune_capped", "localised", "rome"):
         assert len(KINDS[kind](on, TEXT, None)) == BUDGET
-    monkeypatch.setitem(KINDS, "two", lambda *_: [(e, e.settings) for e in (quick(llama, 1e-6), quick(llama, 0.5))])
+    two = [FineTuning(llama, hparams(), lr=lr, steps=1) for lr in (1e-6, 0.5)]
+    monkeypatch.setitem(KINDS, "two", lambda *_: [(editor, editor.settings) for editor in two])
+    monkeypatch.setattr("mendkit.tuning.best_of", lambda own, on: (own[1], best_of(own, on)[1]))
     tuned = tune("two", on, text=TEXT)
-    kept = next(row for row in tuned.rows if row["chosen"])
     assert [row["settings"] for row in tuned.rows] == ["lr 1e-06, steps 1", "lr 0.5, steps 1"]
-    assert kept["score"] == max(row["score"] for row in tuned.rows) == tuned.results()["tuning.score"]
-    assert tuned.editor.settings["lr"] == float(kept["settings"].split()[1].rstrip(","))
+    assert tuned.editor is two[1] and [row["chosen"] for row in tuned.rows] == [False, True]
+    assert tuned.results("x.")["x.tuning.kept"] == "lr 0.5, steps 1" and tuned.results()["tuning.tried"] == 2
+    assert tuned.rows[1]["score"] == evaluate(two[1], on).harmonic["score.headline"]
     with pytest.raises(MendkitError, match="set `archive`"):
         tune("identity", on, text=TEXT)
     assert running_text(EXAMPLES[:2]) == "The capital of France is Paris.\nThe capital of the United Kingdom is London."
