@@ -138,6 +138,27 @@ def next_tokens(facts: Sequence[Row], /) -> str:
     )
 
 
+def many(rows: Sequence[Row], /, *, at_once: bool) -> str:
+    """Which editor keeps most of the largest number of edits, against the first one."""
+    metric, most = "edit_success.free_exact" if at_once else "retention.all", max(row["edits"] for row in rows)
+    kept = {row["editor"]: row["mean"] for row in rows if row["metric"] == metric and row["edits"] == most}
+    first, best = next(iter(kept)), max(kept, key=kept.__getitem__)
+    lead = f"Of {most} edits {'at once' if at_once else 'in a row'} {first} keeps {kept[first]:.2f}"
+    return lead if best == first else f"{lead}, {best} {kept[best]:.2f}"
+
+
+def cost_of_many(rows: Sequence[Row], /) -> list[str]:
+    """For each editor what its edits cost elsewhere, at the largest number made at once."""
+    most, out = max(row["edits"] for row in rows), []
+    names = {"paraphrase.free_exact": "paraphrases", "locality.argmax_agreement": "unrelated prompts"}
+    for editor in dict.fromkeys(row["editor"] for row in rows):
+        own = {r["metric"]: r["mean"] for r in rows if r["editor"] == editor and r["edits"] == most}
+        said = [f"{own[metric]:.2f} of {name}" for metric, name in names.items() if metric in own]
+        if said:
+            out.append(f"{editor}, {most} at once: {' and '.join(said)} are as they should be")
+    return out
+
+
 def by_relation(edit: Summary, /) -> str:
     """Between which relations edit success ranges."""
     best, worst = max(edit, key=lambda r: edit[r].mean), min(edit, key=lambda r: edit[r].mean)

@@ -68,6 +68,23 @@ SCORES = {
 """Ways to score one and the same answer, roughly from the easiest to the hardest."""
 
 
+AT_ONCE = {
+    "edit_success.free_exact": "edit success",
+    "paraphrase.free_exact": "paraphrase",
+    "neighbourhood.argmax_agreement": "neighbourhood (argmax as before)",
+    "locality.argmax_agreement": "locality (argmax as before)",
+}
+IN_A_ROW = {
+    "edit_success.free_exact": "edit success right after the edit",
+    "retention.all": "retention: of all edits so far, now",
+    "locality.argmax_agreement": "locality (argmax as before), now",
+    "norm.relative_max": "relative norm of the change, largest site",
+    "drawdown.perplexity": "perplexity of held-out text, above before",
+}
+MEASURES = {"norm.relative_max": "‖ΔW‖ / ‖W‖", "drawdown.perplexity": "perplexity"}
+"""Panels of notebook 05: many edits at once, and in a row; and the metrics that are no shares."""
+
+
 @dataclass(frozen=True)
 class Chart:
     """A figure, its title (the finding) and the rows it was drawn from. Shows itself in a notebook."""
@@ -277,6 +294,35 @@ def editors(summaries: Mapping[str, Summary], /) -> Chart:
         f"n = {max(row['n'] for row in rows)} edits, each on a fresh model; headline score: harmonic mean of the four"
     )
     return _chart("editors", findings.ranking(summaries), figure, rows, note=note, key=False)
+
+
+def many_edits(rows: Sequence[Row], /, *, at_once: bool) -> Chart:
+    """Each metric against the number of edits that a model holds, a line for each editor (`tables.many` rows)."""
+    labels = {
+        m: label for m, label in (AT_ONCE if at_once else IN_A_ROW).items() if any(r["metric"] == m for r in rows)
+    }
+    figure, axes = _panels(len(labels), 1 + 2.5 * -(-len(labels) // 2))
+    shown, counts = [], sorted({row["edits"] for row in rows})
+    for ax, (metric, label) in zip(axes, labels.items(), strict=True):
+        for (colour, marker), editor in zip(SERIES, dict.fromkeys(row["editor"] for row in rows), strict=False):
+            own = [row for row in rows if row["metric"] == metric and row["editor"] == editor]
+            shown += own
+            x, y = [row["edits"] for row in own], [row["mean"] for row in own]
+            ax.plot(x, y, color=colour, marker=marker, ms=4, lw=1.4, label=editor)
+            if all("low" in row for row in own):
+                ax.fill_between(x, [r["low"] for r in own], [r["high"] for r in own], color=colour, alpha=0.12, lw=0)
+        ax.set_title(label, fontsize=9, loc="left")
+        ax.set(xscale="log", xlabel="edits made " + ("at once" if at_once else "in a row"))
+        ax.set_xticks(counts, [str(count) for count in counts])
+        ax.minorticks_off()
+        if metric in MEASURES:
+            ax.set(yscale="symlog", ylabel=MEASURES[metric])
+        else:
+            ax.set(ylim=(-0.03, 1.03), ylabel="share")
+    n = max((row["n"] for row in shown if "n" in row), default=0)
+    name, note = ("at_once", "made at once") if at_once else ("in_a_row", "in one sequence, never reset")
+    note = f"bands: 95 % intervals over up to n = {n} edits {note}; free decoding"
+    return _chart(name, findings.many(rows, at_once=at_once), figure, shown, note=note)
 
 
 def by_relation(edit: Summary, paraphrase: Summary, /) -> Chart:

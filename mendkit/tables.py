@@ -248,6 +248,41 @@ def baselines_conclusion(reports: Mapping[str, EvaluationReport], /) -> str:
     return "\n".join(f"- {line}." for line in lines)
 
 
+def many(reports: Mapping[str, Sequence[EvaluationReport]], /) -> list[Row]:
+    """A row for every editor, number of edits (`edits`) and metric: `mean`, with `low`, `high`, `n` where it is one."""
+    rows: list[Row] = []
+    for editor, own in reports.items():
+        for report in (each for last in own for each in (*last.earlier, last)):
+            one = {"editor": editor, "edits": 1 if report.mode == "single" else int(report.mode.rpartition("_")[2])}
+            rows += [{**one, "metric": m, **vars(value)} for m, value in report.summary.items()]
+            rows += [{**one, "metric": m, "mean": value} for m, value in report.values.items()]
+    return rows
+
+
+def by_count(rows: Sequence[Row], metrics: Sequence[str], /) -> str:
+    """Some metrics of `many` rows: a line for every editor and number of edits."""
+    found = {(row["editor"], row["edits"], row["metric"]): row for row in rows}
+    names = [m for m in metrics if any(row["metric"] == m for row in rows)]
+    lines = [
+        (editor, edits, *(_cell(found.get((editor, edits, m))) for m in names))
+        for editor, edits in dict.fromkeys((row["editor"], row["edits"]) for row in rows)
+    ]
+    return table(("editor", "edits", *names), lines)
+
+
+def many_conclusion(at_once: Sequence[Row], in_a_row: Sequence[Row], /) -> str:
+    """The findings of notebook 05, from `many` rows."""
+    lines = [findings.many(at_once, at_once=True), *findings.cost_of_many(at_once)]
+    lines += [findings.many(in_a_row, at_once=False)] if in_a_row else []
+    return "\n".join(f"- {line}." for line in lines)
+
+
+def _cell(row: Row | None) -> str:
+    if row is None:
+        return ""
+    return f"{row['mean']:.3f} [{row['low']:.3f}, {row['high']:.3f}]" if "low" in row else f"{row['mean']:.3g}"
+
+
 def counts(report: EvaluationReport, /) -> str:
     """How many edits were scored, how many not and why, and how long one takes."""
     c, seconds = report.counts, report.summary["edit.seconds"].mean

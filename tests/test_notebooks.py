@@ -29,7 +29,7 @@ ROOT = Path(__file__).parents[1]
 COMPARE = "08_compare_runs.ipynb"
 TRAIN, EDIT, INSIDE = "01_train_without_archive.ipynb", "02_edit_with_archive.ipynb", "03_inside_mend.ipynb"
 COSTS, PLAY = "07_what_training_costs.ipynb", "06_playground.ipynb"
-HONEST = "04_honest_evaluation.ipynb"
+HONEST, MANY = "04_honest_evaluation.ipynb", "05_many_edits.ipynb"
 PARAMETERS = {
     TRAIN: {
         "config": ("str", "configs/smollm2-135m.yaml"),
@@ -99,6 +99,22 @@ PARAMETERS = {
         "shown": ("int", 4),
         "out": ("str", "runs/04_honest_evaluation"),
     },
+    MANY: {
+        "config": ("str", "configs/smollm2-135m.yaml"),
+        "overrides": ("list", []),
+        "archive": ("str", "runs/01_train_without_archive/archive.safetensors"),
+        "data": ("str", "facts:test"),
+        "limit": ("int", 125),
+        "at_once": ("list", [1, 5, 25, 125]),
+        "in_a_row": ("int", 100),
+        "keys_data": ("str", "facts:train"),
+        "keys_limit": ("int", 200),
+        "text": ("str", ""),
+        "kinds": ("list", ["localised"]),
+        "validation_limit": ("int", 8),
+        "max_new_tokens": ("int", 16),
+        "out": ("str", "runs/05_many_edits"),
+    },
 }
 FIGURES = {
     TRAIN: {"loss_curves", "validation", "step_sizes", "control"},
@@ -108,8 +124,10 @@ FIGURES = {
     COMPARE: {"success_against_locality", "scores_by_setting"},
     PLAY: {"next_tokens"},
     HONEST: {"decoding", "editors"},
+    MANY: {"at_once", "in_a_row"},
 }
 FEW = {"examples": 5, "statistics_limit": 8, "dense": 2, "sizes": [0.001, 0.1]}  # enough to run notebook 03
+SOME = {"limit": 4, "at_once": [1, 2], "in_a_row": 3, "keys_limit": 4, "kinds": [], "max_new_tokens": 3}  # and 05
 FEWER = {"test_limit": 3, "validation_limit": 1, "max_new_tokens": 3, "shown": 1}  # and 04
 
 
@@ -240,8 +258,7 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> SimpleNamespace:
         "rank=8",
     ]
     sizes = {"train_limit": 24, "validation_limit": 6}
-    names = {TRAIN: "train", EDIT: "edit", INSIDE: "inside", HONEST: "honest", PLAY: "play", COSTS: "costs"}
-    out = {notebook: folder / name for notebook, name in {**names, COMPARE: "compare"}.items()}
+    out = {name: folder / f"out{name[:2]}" for name in PARAMETERS}
     executed = {TRAIN: run(TRAIN, folder / "01.ipynb", overrides=overrides, out=str(out[TRAIN]), **sizes)}
     sizes = {"test_limit": 6, "validation_limit": 4, "max_new_tokens": 8, "shown": 2}
     archive = str(out[TRAIN] / "archive.safetensors")
@@ -262,6 +279,8 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> SimpleNamespace:
     executed[PLAY] = run(PLAY, folder / "06.ipynb", **own)
     own = {"overrides": overrides[:1], "archive": archive, "out": str(out[HONEST])}
     executed[HONEST] = run(HONEST, folder / "04.ipynb", **own, **FEWER)
+    own = {"overrides": overrides[:1], "archive": archive, "out": str(out[MANY])}
+    executed[MANY] = run(MANY, folder / "05.ipynb", **own, **SOME)
     results = {name: json.loads((out[name] / "results.json").read_text()) for name in out}
     return SimpleNamespace(out=out, executed=executed, results=results, overrides=overrides)
 
@@ -329,6 +348,19 @@ def test_inside_mend_the_gradient_is_a_sum_of_rank_one_terms_and_identity_descen
     assert results["inside.trained.cosine"] < 0.99 and abs(results["inside.init_xavier.cosine"]) < 0.9
     assert results["inside.minus.0.001.loss.edit"] < results["inside.minus.0.loss.edit"]
     assert results["inside.minus.0.loss.edit"] < results["inside.plus.0.001.loss.edit"]
+
+
+@pytest.mark.slow
+def test_many_edits_draws_what_was_measured_at_every_count(tiny: SimpleNamespace) -> None:
+    results = tiny.results[MANY]
+    for name, modes in {"at_once": ("batch_1", "batch_2"), "in_a_row": ("sequential_1", "sequential_3")}.items():
+        with (tiny.out[MANY] / f"figures/{name}.csv").open(encoding="utf-8", newline="") as file:
+            drawn = list(csv.DictReader(file))
+        assert {row["editor"] for row in drawn} == {"MEND, sum", "MEND, least squares"}
+        assert {row["edits"] for row in drawn} == {mode.rpartition("_")[2] for mode in modes}
+        for row in drawn:
+            slug, mode = row["editor"].replace(", ", "_").replace(" ", "_").lower(), modes[0].partition("_")[0]
+            assert results[f"{slug}.{mode}_{row['edits']}.{row['metric']}"] == float(row["mean"])
 
 
 @pytest.mark.slow
