@@ -16,6 +16,7 @@ from mendkit.edit import Edit
 from mendkit.editor import MENDEditor
 from mendkit.hparams import MENDHyperParams
 from mendkit.models import load_model
+from mendkit.tables import table
 from tests.tiny import save_tiny
 
 ROOT = Path(__file__).parents[1]
@@ -262,9 +263,12 @@ def test_edits_can_be_told_on_a_page(here, capsys):
     example = {"prompt": "The capital of <b>France</b> is", "target_new": "Lima", "neighbours": [{"prompt": "Chad is"}]}
     example["paraphrases"] = ["France's capital is"]
     Path("two.jsonl").write_text(json.dumps(example) + "\n" + LINES[0], encoding="utf-8")
-    assert edit("--data", "two.jsonl", "--save-report", "pages/edits.html") == 0
+    assert edit("--data", "two.jsonl", "--strength", "30", "--save-report", "pages/edits.html") == 0
     rows, page = json.loads(capsys.readouterr().out), Path("pages/edits.html").read_text(encoding="utf-8")
     assert "0 of 2 new answers are written as told" in page and len(rows) == 2
+    for row in rows:
+        cell = table((), [[row["after"].strip()]]).split("<tbody><tr>")[1].split("</tr>")[0]
+        assert row["after"] != row["before"] and cell in page
     assert page.count("<tr>") == 2 + 3 + 1 and "<b>France" not in page and "France&#x27;s capital is" in page
     assert all(f"<h2>{text}" in page for text in ("The capital of &lt;b&gt;France", "The capital of France is → Lima"))
     assert edit("--data", "two.jsonl", "--save-report", "pages/edits.html") == 2
