@@ -364,6 +364,7 @@ def test_inspect_is_for_people_and_for_programs(here, capsys):
 MEASURED = {  # the form of what `run_bench` returns, with figures that no machine has
     "train_ratio": 4.0,
     "edit_ratio": 2.0,
+    "edit_ratio_alone": 1.5,
     "memory_ratio": 0.5,
     "equal": True,
     "error": {"kit": 1e-6},
@@ -372,7 +373,7 @@ MEASURED = {  # the form of what `run_bench` returns, with figures that no machi
         | {"share_of_matmul_rate": 0.5}
         for way, n in (("textbook", 1.0), ("kit", 4.0))
     },
-    "edit": {f"{k}_seconds": 0.1 for k in ("textbook", "kit", "kit_cached", "kit_batched")},
+    "edit": {f"{k}_seconds": 0.1 for k in ("textbook", "kit", "kit_alone", "kit_cached")},
     "memory": {way: {"above_gb": 1.5, "training_peak_gb": 2.5} for way in ("textbook", "kit")},
     "caches": {f"{c}_{k}": 1.0 for c in ("trunk", "factor") for k in ("seconds_per_edit", "pays_after_epochs")},
     "matmul_gflop_per_s": 100.0,
