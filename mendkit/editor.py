@@ -59,13 +59,16 @@ class MENDEditor:
         return editor
 
     @torch.no_grad()
-    def by_least_squares(self, examples: Sequence[EditExample], /) -> "MENDEditor":
-        """The same hypernetwork, whose updates least squares put together, as it was not trained for. The keys to keep
-        are those of the examples' texts; the ridge is `hparams.ridge`."""
+    def by_least_squares(
+        self, examples: Sequence[EditExample], /, *, ridge: float = 0.003, ridge_shared: float = 0.04
+    ) -> "MENDEditor":
+        """The same hypernetwork, whose updates least squares put together, as it was not trained for. The keys to spare
+        are those of the examples' texts. A `ridge_shared` of 1e9 leaves out what a fact's wordings share: then edits
+        hold better, and paraphrases do not."""
         trunk = FrozenTrunk(self.base)
         texts = [text for own in prepare_texts(self.base, self.hparams, examples) for text in own.first(1).all()]
         inputs = (capture_inputs(trunk, texts[at : at + KEYS_BATCH]) for at in range(0, len(texts), KEYS_BATCH))
-        mend = self.mend.with_least_squares(inputs, self.hparams.ridge)
+        mend = self.mend.with_least_squares(inputs, ridge=ridge, ridge_shared=ridge_shared)
         return MENDEditor(self.base, mend, name=f"{self.name}, least squares")
 
     def tokens(self, example: EditExample) -> Tokens:

@@ -183,7 +183,8 @@ class MENDHyperParams:
     whiten_pairs: bool = False
     unit_response: bool = False
     aggregate: str = _key("sum", legal=("sum", "least_squares"))
-    ridge: float = _key(0.03, above=0)  # its logarithm is learned
+    ridge: float = _key(0.003, above=0)  # the logarithms of both are learned
+    ridge_shared: float = _key(0.04, above=0)
     stats_examples: int = _key(500, low=1)
     stats_held_out: bool = False
     # training

@@ -9,9 +9,10 @@ t of all edits,
 with k the layer's input (the key), ŷ = C ũ (k·ũ) / (ũᵀ C ũ) its part along MEND's own ũ (what the hypernetwork holds to
 be common to a fact's wordings; the projection is orthogonal under C⁻¹), and C = E[x xᵀ] over the keys of other prompts,
 whose shift is held small: as in MEMIT (Meng et al., 2023, arXiv 2210.07229, equation 14) with the values of MALMEN (Tan
-et al., 2024, arXiv 2311.04661, section 4.1). The ridges λ are relative to the size of what they stand for, and learned.
-For a sequence C grows by the keys of the edits so far (`Memory`): recursive least squares, which gives the solution of
-all of them together.
+et al., 2024, arXiv 2311.04661, section 4.1). The ridges λ are relative to the size of what they stand for, and learned;
+λ_y grows with the number of edits, for ŷ is an estimate, and what other wordings have besides it adds to the last term
+once an edit. For a sequence C grows by the keys of the edits so far (`Memory`): recursive least squares, which gives
+the solution of all of them together.
 Axes: b updates, t tokens of an update (zero rows are padding), i layer input, o layer output.
 """
 
@@ -21,8 +22,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-Memory = dict[str, Tensor]
-"""By site name (C + Σ_t z zᵀ / λ)⁻¹ over the keys of earlier edits: (i, i) in float64."""
+Memory = dict[str, tuple[Tensor, int]]
+"""By site name (C + Σ_t z zᵀ / λ)⁻¹ over the keys of earlier edits, (i, i) in float64, and how many edits that were."""
 
 
 class OtherKeys(nn.Module):

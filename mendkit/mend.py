@@ -262,7 +262,7 @@ class MEND(nn.Module):
         self.register_buffer("edit_lr_unit", torch.ones(len(self.sites)))
         if hparams.aggregate == "least_squares":
             self.others = nn.ModuleDict({stats_name(site, hparams): OtherKeys(site.d_in) for site in self.sites})
-            start = torch.tensor([hparams.ridge, PART_RIDGE * hparams.ridge])
+            start = torch.tensor([hparams.ridge, hparams.ridge_shared])
             self.log_ridge = nn.Parameter(start.log().repeat(len(self.sites), 1))
 
     def _stack(self, width: int, n_layers: int | None, generator: torch.Generator) -> nn.ModuleList:
@@ -310,9 +310,10 @@ class MEND(nn.Module):
             if isinstance(module, (Whitening, OtherKeys)):
                 module.fit()
 
-    def with_least_squares(self, inputs: Iterable[Inputs], ridge: float, /) -> "MEND":
-        """A copy that puts many edits together by least squares; `inputs` are the keys to keep."""
-        made = MEND(self.sites, self.hparams.replace(aggregate="least_squares", ridge=ridge))
+    def with_least_squares(self, inputs: Iterable[Inputs], /, *, ridge: float, ridge_shared: float) -> "MEND":
+        """A copy that puts many edits together by least squares; `inputs` are the keys to spare."""
+        h = self.hparams.replace(aggregate="least_squares", ridge=ridge, ridge_shared=ridge_shared)
+        made = MEND(self.sites, h)
         made = made.to(self.log_edit_lr.device)
         made.load_state_dict({name: value.clone() for name, value in self.state_dict().items()}, False, assign=True)
         for own in inputs:
@@ -372,11 +373,16 @@ class MEND(nn.Module):
     ) -> LowRankUpdate:
         """One update for each `at_once` edits, from the update and the keys of each (least_squares.py)."""
         shifts = LowRankUpdate(keys, own.branch(keys), 1.0).merged(at_once)
-        other, ridge = self.others[stats_name(site, self.hparams)], self.log_ridge[self.sites.index(site)].exp()
-        kept = None if memory is None else memory.get(site.name)
-        u, z, ridges = solve(shifts.u, own.merged(at_once).u, other, ridge.double(), memory=kept)
+        other, ridge = (
+            self.others[stats_name(site, self.hparams)],
+            self.log_ridge[self.sites.index(site)].exp().double(),
+        )
+        kept, earlier = (memory or {}).get(site.name, (None, 0))
+        ridge = ridge * ridge.new_tensor([1, earlier + at_once])
+        u, z, ridges = solve(shifts.u, own.merged(at_once).u, other, ridge, memory=kept)
         if memory is not None and len(z) == 1:
-            memory[site.name] = remember(other.inverse() if kept is None else kept, z[0], ridges[0])
+            grown = remember(other.inverse() if kept is None else kept, z[0], ridges[0])
+            memory[site.name] = grown, earlier + at_once
         return LowRankUpdate(u, shifts.delta, 1.0)
 
     def _transform(
@@ -407,9 +413,6 @@ class MEND(nn.Module):
             limits["first"] = torch.diff(factors.rows, prepend=factors.rows.new_full((1,), -1)) != 0
         return moments["u"].normalise(factors.u, **limits), delta
 
-
-PART_RIDGE = 10.0
-"""The ridge of the part of a key that other wordings share starts at so many times that of the key itself."""
 
 PARTS = (":u", ":delta")
 """What the names of blocks of their own end with; combined blocks have the bare name of their group."""

@@ -345,7 +345,8 @@ class Trainer:
             )
         wordings = self.paired(own) if self.reads_wordings else ()
         if self.new_aggregate:
-            self.mend = self.loaded.with_least_squares((inputs for inputs, *_ in wordings), self.hparams.ridge)
+            ridges = {"ridge": self.hparams.ridge, "ridge_shared": self.hparams.ridge_shared}
+            self.mend = self.loaded.with_least_squares((inputs for inputs, *_ in wordings), **ridges)
         else:
             total = self.team.total if self.team.size > 1 else None
             self.mend.warm_up(self.statistics(own), wordings, total=total)

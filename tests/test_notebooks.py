@@ -356,7 +356,7 @@ def test_many_edits_draws_what_was_measured_at_every_count(tiny: SimpleNamespace
     for name, modes in {"at_once": ("batch_1", "batch_2"), "in_a_row": ("sequential_1", "sequential_3")}.items():
         with (tiny.out[MANY] / f"figures/{name}.csv").open(encoding="utf-8", newline="") as file:
             drawn = list(csv.DictReader(file))
-        assert {row["editor"] for row in drawn} == {"MEND, sum", "MEND, least squares"}
+        assert {row["editor"] for row in drawn} == {"MEND, sum", "MEND, least squares", "MEND, keys alone"}
         assert {row["edits"] for row in drawn} == {mode.rpartition("_")[2] for mode in modes}
         for row in drawn:
             slug, mode = row["editor"].replace(", ", "_").replace(" ", "_").lower(), modes[0].partition("_")[0]
