@@ -16,7 +16,7 @@ from mendkit.edit import Edit
 from mendkit.editor import MENDEditor
 from mendkit.hparams import MENDHyperParams
 from mendkit.models import load_model
-from mendkit.tables import table
+from mendkit.tables import Changed, table
 from tests.tiny import save_tiny
 
 ROOT = Path(__file__).parents[1]
@@ -267,7 +267,7 @@ def test_edits_can_be_told_on_a_page(here, capsys):
     rows, page = json.loads(capsys.readouterr().out), Path("pages/edits.html").read_text(encoding="utf-8")
     assert "0 of 2 new answers are written as told" in page and len(rows) == 2
     for row in rows:
-        cell = table((), [[row["after"].strip()]]).split("<tbody><tr>")[1].split("</tr>")[0]
+        cell = table((), [[Changed(row["after"].strip())]]).split("<tbody><tr>")[1].split("</tr>")[0]
         assert row["after"] != row["before"] and cell in page
     assert page.count("<tr>") == 2 + 3 + 1 and "<b>France" not in page and "France&#x27;s capital is" in page
     assert all(f"<h2>{text}" in page for text in ("The capital of &lt;b&gt;France", "The capital of France is → Lima"))
@@ -410,7 +410,7 @@ def test_bench_prints_one_object_with_every_models_ratios(here, capsys, measured
 
 def test_bench_is_for_people_too_and_fails_if_the_numbers_differ(here, capsys, measured, monkeypatch):
     assert main(["bench", "--models", "tiny.yaml", "--quick"]) == 0
-    assert "training 4.0, edit 2.0, memory 0.5" in capsys.readouterr().out
+    assert "training 4.0, edit 2.0 (alone 1.5), memory 0.5" in capsys.readouterr().out
     assert measured[0][0][0].rank < 100
     monkeypatch.setitem(MEASURED, "equal", False)
     assert main(["bench", "--models", "tiny.yaml"]) == 1
