@@ -90,7 +90,7 @@ class MENDEditor:
         return self.mend(factors, len(texts), at_once=len(texts), memory=self.memory)
 
     def edit(self, examples: EditExample | Sequence[EditExample]) -> Edit:
-        """One edit from one example, or one from several at once (their updates are summed)."""
+        """One edit from one example, or one from several at once (`aggregate` says how)."""
         several = [examples] if isinstance(examples, EditExample) else list(examples)
         if not several:
             raise MendkitError("no example to edit; give an EditExample or a non-empty list")
@@ -116,7 +116,8 @@ class EditSession:
 
     @classmethod
     def load(cls, path: str | Path, editor: MENDEditor) -> "EditSession":
-        """The session that `save` wrote, with the edits in force that were; raises ArchiveError as `Edit.load`."""
+        """The session that `save` wrote, with the edits in force that were; raises ArchiveError as `Edit.load`. With
+        `aggregate: least_squares` edits made from now on do not spare the keys of those loaded."""
         session = cls(editor)
         for edit, active in load_edits(path, editor.base):
             session.journal.append(edit.apply() if active else edit)

@@ -82,12 +82,11 @@ def solve(
     `shared` is ũ, `ridge` (λ_k, λ_y) in units of the mean kᵀC⁻¹k of the update and of each ŷᵀC⁻¹ŷ. Solved in float64 in
     the number of tokens, or in the width where that is smaller.
     """
-    inverse = other.inverse() if memory is None else memory
     k, s, c = keys.double(), shared.double(), other.moment.double()
     sc = s @ c
     along = (k * s).sum(-1, keepdim=True) / (sc * s).sum(-1, keepdim=True).clamp(min=torch.finfo(torch.float32).tiny)
     z = torch.cat([k, along * sc], 1)
-    zp = torch.cat([k @ other.inverse(), along * s], 1) if memory is None else z @ inverse
+    zp = torch.cat([k @ other.inverse(), along * s], 1) if memory is None else z @ memory
     size = (z * zp).sum(-1) if memory is None else (z * (z @ other.inverse())).sum(-1)
     t = k.shape[1]
     there = (size[:, :t] > 0).to(k)

@@ -373,10 +373,8 @@ class MEND(nn.Module):
     ) -> LowRankUpdate:
         """One update for each `at_once` edits, from the update and the keys of each (least_squares.py)."""
         shifts = LowRankUpdate(keys, own.branch(keys), 1.0).merged(at_once)
-        other, ridge = (
-            self.others[stats_name(site, self.hparams)],
-            self.log_ridge[self.sites.index(site)].exp().double(),
-        )
+        other = self.others[stats_name(site, self.hparams)]
+        ridge = self.log_ridge[self.sites.index(site)].exp().double()
         kept, earlier = (memory or {}).get(site.name, (None, 0))
         ridge = ridge * ridge.new_tensor([1, earlier + at_once])
         u, z, ridges = solve(shifts.u, own.merged(at_once).u, other, ridge, memory=kept)

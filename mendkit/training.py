@@ -137,8 +137,7 @@ class Sampler:
         self.by_relation: dict[str | None, list[int]] = {}
         for i, (_, relation, _) in enumerate(self.lent):
             self.by_relation.setdefault(relation, []).append(i)
-
-        self.order: list[int] = []
+        self.order: list[int] = []  # what is left of the epoch
 
     def __iter__(self) -> Iterator[tuple[list[int], int]]:
         while True:

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from mendkit.archive import load_archive, save_archive
-from mendkit.edit import side_branches
+from mendkit.edit import padded, side_branches
 from mendkit.factors import capture_factors, capture_inputs
 from mendkit.least_squares import OtherKeys, remember, solve
 from mendkit.losses import edit_nll
@@ -120,6 +120,24 @@ def test_a_tight_ridge_gives_every_key_the_shift_that_its_own_edit_asks_for(llam
         wanted = key @ alone[name].T
         error, spoilt = ((key @ other[name].T - wanted).norm() / wanted.norm() for other in (solved, summed))
         assert float(error) < 1e-3 < 1e-2 < float(spoilt)
+
+
+def test_the_ridge_on_what_wordings_share_grows_with_the_number_of_edits(llama64):
+    summing = editor_for(llama64, edit_tokens="scored")
+    editor = summing.by_least_squares(EXAMPLES, ridge=0.05, ridge_shared=0.2)
+    texts = [editor.tokens(example) for example in EXAMPLES[:2]]
+    factors = capture_factors(FrozenTrunk(llama64), texts, tokens="scored")
+    found, own = editor.updates(texts, at_once=True), summing.updates(texts)
+    for (name, update), ridges in zip(found.items(), editor.mend.log_ridge.detach().exp().double(), strict=True):
+        keys = padded(factors[name].u, factors[name].rows, 2).flatten(0, 1)[None]
+        assert ridges.tolist() == pytest.approx([0.05, 0.2])
+        ridge = ridges * torch.tensor([1.0, 2.0])
+        u, *_ = solve(keys, own[name].u.flatten(0, 1)[None], editor.mend.others[name.replace(".", "-")], ridge)
+        torch.testing.assert_close(update.u, u, rtol=1e-6, atol=1e-9)
+    sequence = editor.remembering()
+    for count, text in enumerate(texts, 1):
+        sequence.updates([text], at_once=True)
+        assert {edits for _, edits in sequence.memory.values()} == {count}
 
 
 def test_memory_spares_the_earlier_edit(llama64):
