@@ -32,6 +32,7 @@ from .edit_command import before_and_after, in_full, read_stream, shown, write_f
 from .editor import MENDEditor
 from .errors import MendkitError
 from .evaluate import MODES, EvaluationReport, EvaluationSet, evaluate
+from .files import damage_named
 from .foreign import export_archive, import_archive, read_foreign
 from .heldout import TEXT_TOKENS
 from .hparams import MENDHyperParams, parse_overrides
@@ -255,7 +256,9 @@ def _table(report: EvaluationReport) -> str:
 
 def _inspect(args: argparse.Namespace) -> int:
     metadata = inspect_archive(args.archive)
-    _say(json.dumps(metadata, indent=1) if args.json else _summary(args.archive, metadata))
+    with damage_named(args.archive, "metadata"):
+        text = json.dumps(metadata, indent=1) if args.json else _summary(args.archive, metadata)
+    _say(text)
     return 0
 
 

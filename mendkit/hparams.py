@@ -217,7 +217,7 @@ class MENDHyperParams:
     early_stop_key: str = _key("score", store=EARLY_STOP_KEYS.__getitem__, words=" or ".join(EARLY_STOP_KEYS))
     grad_clip: float = _key(1.0, above=0)
     opt: str = _key("Adam", legal=("Adam", "AdamW"))
-    seed: int = _key(42, low=0)
+    seed: int = _key(42, low=0, most=2**32 - 1)
     log_interval: int = _key(10, low=1)
     logger: str | None = _key(None, legal=("tensorboard", "trackio", "wandb"))  # history.jsonl is written always
     # data and caches
