@@ -58,7 +58,10 @@ _UNREMARKABLE = {"cbase": 1.0, "final_eval": True, "verbose": True}  # like null
 
 def _show(value: Any) -> str:
     """A value as a YAML user knows it, cut to fit a message."""
-    text = "null" if value is None else str(value).lower() if isinstance(value, bool) else repr(value)
+    try:
+        text = "null" if value is None else str(value).lower() if isinstance(value, bool) else repr(value)
+    except ValueError:  # Python writes no integer of more than 4300 digits
+        text = "a number of too many digits"
     return text if len(text) <= 80 else text[:77] + "..."
 
 

@@ -11,6 +11,7 @@ import struct
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors.torch import load_file
@@ -168,3 +169,35 @@ def rehashed(path: Path, rng: random.Random, n: int) -> Iterator[tuple[str, dict
         yield f"without {name}", fewer, with_sums(fewer)
         more = tensors | {f"{name}.more": value.clone()}
         yield f"{name} once more", more, with_sums(more)
+
+
+ODD_VALUES = (None, True, -1, 0, 10**400, float("nan"), 1e999, "", "x", "\x00", "\ud800", "é🙂")
+ODD_VALUES += ([], [[]], {}, {"name": {}})
+    None,
+    True,
+    -1,
+    0,
+    10**400,
+    float("nan"),
+    1e999,
+    "",
+    "x",
+    "\x00",
+    "\ud800",
+    "é🙂",
+    [],
+    [[]],
+    {},
+    {"name": {}},
+)
+
+
+def with_each_replaced(document: Any, odd: Any) -> Iterator[Any]:
+    """A JSON document with each of its values in turn, at any depth, replaced by `odd`."""
+    if not isinstance(document, dict | list):
+        return
+    for key, own in document.items() if isinstance(document, dict) else enumerate(document):
+        for new in (odd, *with_each_replaced(own, odd)):
+            changed = document.copy()
+            changed[key] = new
+            yield changed

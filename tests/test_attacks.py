@@ -30,7 +30,17 @@ from mendkit.errors import ArchiveError
 from mendkit.foreign import import_archive, read_foreign, to_foreign
 from mendkit.hparams import MENDHyperParams
 from mendkit.mend import MEND
-from tests.attacks import Layout, Variant, flipped, misdeclared, rehashed, swapped, truncated
+from tests.attacks import (
+    ODD_VALUES,
+    Layout,
+    Variant,
+    flipped,
+    misdeclared,
+    rehashed,
+    swapped,
+    truncated,
+    with_each_replaced,
+)  # fmt: skip
 from tests.claims import EXAMPLES, scrambled, with_statistics
 from tests.textbook import save_published
 from tests.tiny import tiny_gpt2, tiny_llama
@@ -216,26 +226,11 @@ def test_hostile_metadata_are_refused_although_every_checksum_is_right(base, arc
         assert attacked_once(archive, load)
 
 
-def nodes(value, path=()) -> Iterator[tuple]:
-    """The path of every value in a JSON document."""
-    for key, own in value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ():
-        yield (*path, key)
-        yield from nodes(own, (*path, key))
-
-
-ODD_VALUES = (None, True, -1, 0, 10**400, float("nan"), 1e999, "", "x", "\x00", "é🙂", [], [[]], {}, {"name": {}})
-
-
 def forged(layout: Layout, rng: random.Random, n: int) -> Iterator[Variant]:
     """Every value of the metadata, one at a time, replaced by one that does not belong there."""
-    places = [*nodes(layout.metadata)]
-    for place in rng.sample(places, min(n, len(places))):
-        metadata, odd = layout.metadata, rng.choice(ODD_VALUES)
-        inner = metadata
-        for key in place[:-1]:
-            inner = inner[key]
-        inner[place[-1]] = odd
-        yield f"{'.'.join(map(str, place))} is {odd!r:.20}", layout.retold(metadata)
+    odd = [(value, changed) for value in ODD_VALUES for changed in with_each_replaced(layout.metadata, value)]
+    for value, metadata in rng.sample(odd, n):
+        yield f"{value!r:.20} in {json.dumps(metadata)}", layout.retold(metadata)
 
 
 def test_forged_values_of_metadata_raise_nothing_else_and_inspect_says_so(base, archive, capsys):
