@@ -32,6 +32,7 @@ from .edit_command import before_and_after, in_full, read_stream, shown, write_f
 from .editor import MENDEditor
 from .errors import MendkitError
 from .evaluate import MODES, EvaluationReport, EvaluationSet, evaluate
+from .files import damage_named
 from .foreign import export_archive, import_archive, read_foreign
 from .heldout import TEXT_TOKENS
 from .hparams import MENDHyperParams, parse_overrides
@@ -46,6 +47,7 @@ from .readers import read_examples, read_questions, read_text, with_unrelated
 from .report import ARCHIVE, default_config, plan_report, run_report
 from .runs import free_memory, open_run, peak_memory_gb, write_json
 from .sweep import plan_sweep, read_sweep, run_sweep, summarise_sweep
+from .texts import usable
 from .training import train
 from .tuning import BUDGET, KINDS, running_text, tune
 from .ways import MODELS, QUICK, Settings
@@ -87,7 +89,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _say(text: str) -> None:
-    sys.stdout.write(f"{text}\n")
+    encoding = sys.stdout.encoding or "utf-8"  # which may lack some characters, and UTF-8 lacks half surrogate pairs
+    sys.stdout.write(text.encode(encoding, "backslashreplace").decode(encoding) + "\n")
     sys.stdout.flush()
 
 
@@ -102,14 +105,16 @@ def _train(args: argparse.Namespace) -> int:
     out = args.out or Path(hparams.results_dir) / "train"
     written = (ARCHIVE, "history.jsonl", "results.json", "run.json")
     old = team.first(lambda: _existing(out, written, args.overwrite))
-    examples = read_examples(args.train_data, limit=args.train_limit)
-    validation = read_examples(args.validation_data, limit=args.validation_limit)
+    examples = read_examples(args.train_data, limit=args.train_limit, skip_invalid=args.skip_invalid)
+    validation = read_examples(args.validation_data, limit=args.validation_limit, skip_invalid=args.skip_invalid)
     if hparams.archive is not None:
         inspect_archive(hparams.archive)  # before the model is loaded, which may take long
     base = load_for_training(hparams)
     if hparams.archive is not None:
         load_archive(hparams.archive, base=base)
         old = [path for path in old if path.resolve() != Path(hparams.archive).resolve()]
+    if args.skip_invalid:
+        examples, validation = (usable(base, hparams, own) for own in (examples, validation))
     team.first(lambda: _open(out, old))
     logger.info("training on %d examples, validating on %d, in %s", len(examples), len(validation), out)
     result = train(hparams, examples, validation, base=base, run_dir=out, done_with_base=True)
@@ -134,10 +139,12 @@ def _edit(args: argparse.Namespace) -> int:
     hparams = _hparams(args)
     old = _existing(args.out, ("results.json", "rows.jsonl"), args.overwrite)
     files = _edit_files(args)
+    if args.skip_invalid and args.data in (None, "-"):
+        args.parser.error("--skip-invalid goes with --data FILE")
     if args.data == "-":
         examples = read_stream(sys.stdin, limit=args.limit)
     elif args.data:
-        examples = read_examples(args.data, limit=args.limit)
+        examples = read_examples(args.data, limit=args.limit, skip_invalid=args.skip_invalid)
     else:
         examples = [EditExample(prompt=args.prompt, target_new=args.target)]
     if files and len(examples) > 1 and not args.together:
@@ -146,6 +153,10 @@ def _edit(args: argparse.Namespace) -> int:
             "give --together to make them one, or --limit 1"
         )
     editor, rows, tables = MENDEditor.from_hparams(hparams), [], []
+    if args.skip_invalid:
+        examples = usable(editor.base, editor.hparams, examples)
+    for example in examples:
+        editor.tokens(example)  # what cannot be edited is told before anything is
     for group in [examples] if args.together else [[example] for example in examples]:
         edit, new = before_and_after(editor, group, strength=args.strength, max_new_tokens=args.max_new_tokens)
         rows += new
@@ -156,6 +167,7 @@ def _edit(args: argparse.Namespace) -> int:
     if args.json:
         _say(json.dumps(rows, indent=1, ensure_ascii=False))
     results = {"edit.free_exact": sum(row["success"] for row in rows) / len(rows), "edit.free_exact.n": len(rows)}
+    results |= {"edit.skipped": len(examples.skipped)} if args.skip_invalid else {}
     results |= write_files(
         edit, merged=args.save_merged, adapter=args.save_adapter, rank=args.adapter_rank, saved=args.save_edit
     )
@@ -255,7 +267,9 @@ def _table(report: EvaluationReport) -> str:
 
 def _inspect(args: argparse.Namespace) -> int:
     metadata = inspect_archive(args.archive)
-    _say(json.dumps(metadata, indent=1) if args.json else _summary(args.archive, metadata))
+    with damage_named(args.archive, "metadata"):
+        text = json.dumps(metadata, indent=1) if args.json else _summary(args.archive, metadata)
+    _say(text)
     return 0
 
 
@@ -294,8 +308,8 @@ def _sites(args: argparse.Namespace) -> int:
 
 def _plan(args: argparse.Namespace) -> int:
     hparams = _hparams(args)
-    examples = read_examples(args.train_data, limit=args.train_limit)
-    validation = read_examples(args.validation_data, limit=args.validation_limit)
+    examples = read_examples(args.train_data, limit=args.train_limit, skip_invalid=args.skip_invalid)
+    validation = read_examples(args.validation_data, limit=args.validation_limit, skip_invalid=args.skip_invalid)
     machine = Machine.measured(PLANNED)
     own = plan(hparams, examples, validation, machine=machine)
     figures = ("peak", "needed", "training_needed", "seconds")
@@ -474,6 +488,11 @@ def _options_train(parser: argparse.ArgumentParser) -> None:
         source = f"facts:{split}"
         parser.add_argument(f"--{split}-data", default=source, metavar="FILE", help=f"default: {source}")
         parser.add_argument(f"--{split}-limit", type=_count, metavar="N", help="use the first N examples")
+    _option_skip(parser)
+
+
+def _option_skip(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--skip-invalid", action="store_true", help="leave invalid records out and count them")
 
 
 def _options_plan(parser: argparse.ArgumentParser) -> None:
@@ -492,6 +511,7 @@ def _options_edit(parser: argparse.ArgumentParser) -> None:
         metavar="FILE",
         help="examples instead, or facts:test; -: lines of JSON or prompt<TAB>target from stdin",
     )
+    _option_skip(parser)
     parser.add_argument("--together", action="store_true", help="make all examples one edit (default: each alone)")
     parser.add_argument("--strength", type=_number, default=1.0, metavar="S", help="times the update (default: 1)")
     parser.add_argument("--save-adapter", type=Path, metavar="DIR", help="write the edit as a PEFT LoRA adapter")
@@ -532,7 +552,7 @@ def _options_evaluate(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--fluency", action="store_true", help="entropy of 100 freely written tokens, too (slow)")
     parser.add_argument("--unrelated", metavar="FILE", help="NQ-open questions as further unrelated prompts")
-    parser.add_argument("--skip-invalid", action="store_true", help="leave invalid records out and count them")
+    _option_skip(parser)
     _options_decoding(parser)
 
 

@@ -12,10 +12,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 from safetensors import safe_open
+from torch import Tensor
 
-from .errors import ArchiveError, HyperParamError
-from .files import Kind, checked_tensor, matching_base, read_metadata, save_tensors
+from .errors import ArchiveError
+from .files import Kind, checked_tensor, damage_named, matching_base, read_metadata, save_tensors
 from .hparams import MENDHyperParams
 from .mend import MEND
 from .models import BaseModel, model_fingerprint
@@ -80,13 +82,15 @@ def load_archive(path: str | Path, *, base: BaseModel) -> Archive:
     The archive decides the edit sites: the returned `Archive.base` shares the given model.
     """
     metadata = inspect_archive(path)
-    try:
+    with damage_named(path, "metadata"):
         hparams = MENDHyperParams(**_tuples(metadata["hparams"]))
         checked = matching_base(ARCHIVE, path, base, metadata["base_model"])
-    except (KeyError, TypeError, HyperParamError) as error:
-        raise ArchiveError(f"{path}: damaged metadata: {error!r}") from None
-    mend = MEND(checked.sites, hparams)
-    _fill(mend, Path(path), metadata)
+    if hparams.n_hidden >= len(metadata["tensors"]):
+        raise ArchiveError(f"{path}: damaged metadata: n_hidden is {hparams.n_hidden}, more than there are tensors")
+    with torch.device("meta"):  # nothing is allocated before the file has shown what it holds
+        mend = MEND(checked.sites, hparams)
+    with damage_named(path):
+        mend.load_state_dict(_tensors(mend, Path(path), metadata), assign=True)
     return Archive(Path(path), checked, mend.to(base.device).eval(), metadata)
 
 
@@ -94,18 +98,20 @@ def _tuples(values: dict[str, Any]) -> dict[str, Any]:
     return {k: tuple(v) if isinstance(v, list) else v for k, v in values.items()}
 
 
-def _fill(mend: MEND, path: Path, metadata: Mapping[str, Any]) -> None:
-    expected = mend.state_dict()
-    sums = metadata.get("sha256", {})
+def _tensors(mend: MEND, path: Path, metadata: Mapping[str, Any]) -> dict[str, Tensor]:
+    """The file's tensors. Raises ArchiveError if they are not those of `mend`, or damaged."""
+    expected, values = mend.state_dict(), {}
+    if "edit_lr_unit" not in {
+        *metadata["tensors"],
+        *metadata.get("sha256", ()),
+    }:  # written by the first version: all are 1
+        values["edit_lr_unit"] = torch.ones(expected.pop("edit_lr_unit").shape)
+    odd = sorted(set(metadata["tensors"]) ^ set(expected))
+    if odd:
+        raise ArchiveError(f"{path}: damaged: tensors missing or unknown: {', '.join(odd[:3])}")
     with safe_open(path, "pt") as file:
-        names = set(file.keys())
-        if "edit_lr_unit" not in names:  # written by the first version: all are 1
-            del expected["edit_lr_unit"]
-        if names != set(expected):
-            odd = sorted(names ^ set(expected))
-            raise ArchiveError(f"{path}: damaged: tensors missing or unknown: {', '.join(odd[:3])}")
         for name, value in expected.items():
-            tensor = checked_tensor(file, path, name, sums)
+            values[name] = tensor = checked_tensor(file, path, name, metadata["sha256"])
             if tensor.shape != value.shape or tensor.dtype != value.dtype:
                 raise ArchiveError(f"{path}: damaged: tensor {name} is {tensor.dtype} of shape {tuple(tensor.shape)}")
-            value.copy_(tensor)
+    return values

@@ -26,7 +26,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from .bundled import cache_root
-from .runs import atomically
+from .runs import DAMAGE, atomically
 
 logger = logging.getLogger(__name__)
 
@@ -97,7 +97,7 @@ class TextCache:
                 try:
                     with safe_open(path, "pt") as file:
                         self._where |= dict.fromkeys(_keys(file.get_tensor("keys")), path)
-                except (OSError, SafetensorError) as error:
+                except DAMAGE as error:
                     self._drop(path, error)
 
     def _read(self, path: Path) -> dict[bytes, Values]:
@@ -108,7 +108,7 @@ class TextCache:
                 expected = (file.metadata() or {}).get("sha256")
             if _checksum(tensors) != expected:
                 raise SafetensorError("its checksum is another")
-        except (OSError, SafetensorError) as error:
+        except DAMAGE as error:
             self._drop(path, error)
             return {}
         self.used.add(path)
@@ -128,7 +128,7 @@ class TextCache:
         self._seen.discard(path)
         if path.exists():  # else another process made room in the meantime
             logger.warning("cache: %s cannot be read (%s); its values are computed again", path, error)
-        if isinstance(error, SafetensorError):
+        if not isinstance(error, OSError):
             with suppress(OSError):
                 path.unlink()
 

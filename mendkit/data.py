@@ -73,6 +73,15 @@ def join(prompt: str, answer: str) -> str:
     return prompt + answer if prompt[-1:].isspace() or answer[:1].isspace() else f"{prompt} {answer}"
 
 
+def check_unicode(text: str, what: str = "a text") -> str:
+    """The text itself. Raises DataError for half a surrogate pair, which JSON's escapes can write and no file holds."""
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise DataError(f"{what} is not Unicode: {text[:60]!r} has {text[error.start]!r} at {error.start}") from None
+    return text
+
+
 def tokenize(
     tokenizer: Any,
     prompt: str,
@@ -87,9 +96,9 @@ def tokenize(
 
     `add_eos` appends the end-of-text token to the answer, so that an edit also teaches where to stop; the tokens of
     `subject` are those of its last mention in the prompt. Raises DataError if the text is longer than `max_length`
-    tokens or the answer has no token.
+    tokens, is not Unicode, or the answer has no token.
     """
-    text = prompt if answer is None else join(prompt, answer)
+    text = check_unicode(prompt if answer is None else join(prompt, answer))
     encoded = tokenizer(text, return_offsets_mapping=True, return_special_tokens_mask=True, add_special_tokens=True)
     ids, own = list(encoded["input_ids"]), [not special for special in encoded["special_tokens_mask"]]
     _check_length(text, ids, max_length)
@@ -97,7 +106,7 @@ def tokenize(
         return Tokens(tuple(ids), (max((p for p, kept in enumerate(own) if kept), default=len(ids) - 1),))
     # where a token ends decides: some tokenizers leave the space before it out of its offsets, or give a space none
     positions = [p for p, (_, end) in enumerate(encoded["offset_mapping"]) if own[p] and end > len(prompt)]
-    if not positions or positions[0] == 0:
+    if not positions or positions[0] == 0 or not answer.strip():  # else the space between the two would be taught
         raise DataError(
             f"answer {answer!r} of prompt {prompt!r} has no token to predict; give a non-empty prompt and answer"
         )
@@ -126,10 +135,11 @@ def tokenize_pair(
     The tokenizer's special tokens before an answer (BART's `<s>`) are given to the decoder and not scored; without an
     answer the position that predicts its first token is. `add_eos` and errors as in `tokenize`.
     """
-    ids = tokenizer(prompt)["input_ids"]
-    encoded = tokenizer(text_target="a" if answer is None else answer, return_special_tokens_mask=True)
+    ids = tokenizer(check_unicode(prompt))["input_ids"]
+    answered = "a" if answer is None else check_unicode(answer)
+    encoded = tokenizer(text_target=answered, return_special_tokens_mask=True)
     written = [p for p, special in enumerate(encoded["special_tokens_mask"]) if not special]
-    if not ids or not written:
+    if not ids or not written or not answered.strip():
         raise DataError(
             f"answer {answer!r} of prompt {prompt!r} has no token to predict; give a non-empty prompt and answer"
         )
@@ -152,7 +162,7 @@ def tokenize_claim(
 
     Raises DataError if the claim has no token, or more than `max_length`.
     """
-    ids = tuple(tokenizer(claim)["input_ids"])
+    ids = tuple(tokenizer(check_unicode(claim))["input_ids"])
     if not ids:
         raise DataError("a claim without tokens cannot be classified; give at least one character")
     _check_length(claim, ids, max_length)

@@ -11,6 +11,7 @@ Axes: b independent edits, t tokens of an edit, i layer input, o layer output.
 
 import hashlib
 import json
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
@@ -26,7 +27,7 @@ from .adapter import AdapterSite, LoRA, write_adapter
 from .checkpoints import silence_transformers
 from .data import EditExample, Probe
 from .errors import ArchiveError, MendkitError
-from .files import Kind, checked_tensor, make_folder, matching_base, read_metadata, save_tensors
+from .files import Kind, checked_tensor, damage_named, make_folder, matching_base, read_metadata, save_tensors
 from .merge import Merged, MergedSite, merge
 from .models import BaseModel, model_fingerprint
 from .sites import Site
@@ -59,6 +60,12 @@ class LowRankUpdate:
     def select(self, index: Sequence[int] | slice) -> "LowRankUpdate":
         """The updates of some of the edits."""
         return replace(self, u=self.u[index], delta=self.delta[index])
+
+    def to(self, device: torch.device) -> "LowRankUpdate":
+        """The same update on a device."""
+        c = self.coefficient
+        c = c.to(device) if isinstance(c, Tensor) else c
+        return replace(self, u=self.u.to(device), delta=self.delta.to(device), coefficient=c)
 
     def dense(self) -> Float[Tensor, "o i"]:
         """Σ_b ΔW_b as a matrix in (output, input) orientation."""
@@ -330,37 +337,48 @@ def save_edits(path: str | Path, edits: Sequence[Edit]) -> Path:
 def load_edits(path: str | Path, base: BaseModel) -> list[tuple[Edit, bool]]:
     """The edits of a file, none applied, and for each whether it was; raises as `Edit.load`."""
     metadata = read_metadata(EDIT, Path(path))
-    try:
+    with damage_named(path, "metadata"):
         if _digest(metadata["edits"]) != metadata["edits_sha256"]:
             raise ArchiveError(f"{path}: damaged metadata: the edits do not match their checksum")
         checked = matching_base(EDIT, path, base, metadata["base_model"])
-        edits = []
-        for about, updates in zip(metadata["edits"], _read_updates(path, metadata, checked.device), strict=True):
-            examples = [_example(record) for record in about["examples"]]
-            known = {"strength": about["strength"], "archive": about["archive_sha256"]}
-            edits.append((Edit(checked, updates, examples, **known), about["active"]))
-    except (KeyError, TypeError) as error:
-        raise ArchiveError(f"{path}: damaged metadata: {error!r}") from None
-    return edits
+        described = [_about(record) for record in metadata["edits"]]
+    every = _read_updates(path, metadata, checked)
+    return [
+        (Edit(checked, updates, examples, strength=strength, archive=archive), active)
+        for updates, (examples, strength, archive, active) in zip(every, described, strict=True)
+    ]
+
+
+def _about(record: Mapping[str, Any]) -> tuple[list[EditExample], float, str | None, bool]:
+    """An edit's examples, strength, archive, and whether it was applied. Raises TypeError or ValueError for others."""
+    strength, archive, active = float(record["strength"]), record["archive_sha256"], record["active"]
+    if not math.isfinite(strength) or not isinstance(archive, str | None) or not isinstance(active, bool):
+        raise ValueError(f"strength {strength}, archive {archive!r}, active {active!r}")
+    return [_example(example) for example in record["examples"]], strength, archive, active
 
 
 def _digest(described: Any) -> str:
     return hashlib.sha256(json.dumps(described, sort_keys=True).encode()).hexdigest()
 
 
-def _read_updates(path: str | Path, metadata: Mapping[str, Any], device: torch.device) -> list[Updates]:
+def _read_updates(path: str | Path, metadata: Mapping[str, Any], base: BaseModel) -> list[Updates]:
     """Every edit's updates, their tensors checked. Raises ArchiveError if one is missing, unknown or damaged."""
-    edits = list(enumerate(metadata["edits"]))
-    names = {(index, site): [f"{index}/{site}/{part}" for part in _PARTS] for index, e in edits for site in e["sites"]}
+    edits, sites = list(enumerate(metadata["edits"])), {site.name: site for site in base.sites}
+    with damage_named(path, "metadata"):
+        names = {(i, sites[site]): [f"{i}/{site}/{part}" for part in _PARTS] for i, e in edits for site in e["sites"]}
     odd = sorted(set(metadata["tensors"]) ^ {name for parts in names.values() for name in parts})
     if odd:
         raise ArchiveError(f"{path}: damaged: tensors missing or unknown: {', '.join(odd[:3])}")
     updates: list[Updates] = [{} for _ in edits]
-    with safe_open(path, "pt") as file:
+    with damage_named(path), safe_open(path, "pt") as file:
         for (index, site), parts in names.items():
-            values = [checked_tensor(file, path, name, metadata["sha256"]).to(device) for name in parts]
-            updates[index][site] = LowRankUpdate(*values)
-    return updates
+            u, delta, c = (checked_tensor(file, path, name, metadata["sha256"]) for name in parts)
+            shapes = [(*u.shape[:2], site.d_in), (*u.shape[:2], site.d_out), ()]
+            real = all(x.is_floating_point() and x.numel() for x in (u, delta, c))
+            if [u.shape, delta.shape, c.shape] != shapes or not real:
+                raise ArchiveError(f"{path}: damaged: the update of {site.name} has other shapes or no real numbers")
+            updates[index][site.name] = LowRankUpdate(u, delta, c)
+    return [{name: update.to(base.device) for name, update in each.items()} for each in updates]
 
 
 def _example(record: Mapping[str, Any]) -> EditExample:
@@ -369,6 +387,10 @@ def _example(record: Mapping[str, Any]) -> EditExample:
     def restored(value: Any) -> Any:
         if isinstance(value, dict):
             return Probe(**{field: restored(own) for field, own in value.items()})
-        return tuple(map(restored, value)) if isinstance(value, list) else value
+        if isinstance(value, list):
+            return tuple(map(restored, value))
+        if not isinstance(value, str | None):
+            raise TypeError(f"an example has {value!r} where text belongs")
+        return value
 
     return EditExample(**{field: restored(value) for field, value in record.items()})

@@ -1,5 +1,6 @@
 """The editor: an archive in, edits out."""
 
+import logging
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from copy import copy
@@ -18,6 +19,8 @@ from .mend import MEND
 from .models import BaseModel, load_model
 from .texts import edit_tokens, prepare_texts
 from .trunk import FrozenTrunk
+
+logger = logging.getLogger(__name__)
 
 KEYS_BATCH = 32
 
@@ -95,11 +98,22 @@ class MENDEditor:
         if not several:
             raise MendkitError("no example to edit; give an EditExample or a non-empty list")
         updates = self.updates([self.tokens(example) for example in several], at_once=True)
+        _warn_of_contradictions(several)
         return Edit(self.base, updates, several, strength=self.mend.hparams.lr_scale, archive=self.archive)
 
     def session(self) -> "EditSession":
         """Edits one after another on the edited model, with a journal."""
         return EditSession(self)
+
+
+def _warn_of_contradictions(examples: Sequence[EditExample]) -> None:
+    told: dict[str, dict[str, None]] = {}
+    for example in examples:
+        told.setdefault(example.prompt, {})[example.target_new] = None
+    for prompt, answers in told.items():
+        if len(answers) > 1:
+            listed = ", ".join(map(repr, answers))
+            logger.warning("%r is given %d answers: %s; their updates are summed", prompt, len(answers), listed)
 
 
 class EditSession:

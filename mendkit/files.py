@@ -1,12 +1,15 @@
 """The kit's own files: safetensors with JSON metadata, tied to a base model.
 
 A file is whole or not there (written to a temporary one and renamed), carries the SHA-256 of every tensor, and names
-the base model it belongs to; another one is refused (CORRECTNESS rows 23, 24).
+the base model it belongs to; another one is refused (CORRECTNESS rows 23, 24). The metadata have a checksum of their
+own beside them, which files of the first versions lack. A file is not trusted: what it declares is compared with what
+it holds before anything is made from it, and what is wrong with it is told as one ArchiveError.
 """
 
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,7 +21,7 @@ from torch import Tensor
 
 from .errors import ArchiveError, MendkitError
 from .models import BaseModel, model_fingerprint
-from .runs import atomically
+from .runs import DAMAGE, atomically
 
 
 @dataclass(frozen=True)
@@ -50,12 +53,36 @@ def make_folder(path: str | Path) -> Path:
     return path
 
 
+@contextmanager
+def damage_named(path: str | Path, what: str = "") -> Iterator[None]:
+    """Within the context whatever reading damaged content raises becomes one ArchiveError that names the file."""
+    try:
+        yield
+    except ArchiveError:
+        raise
+    except DAMAGE as error:
+        first = (str(error).splitlines() or [""])[0][:200]
+        raise ArchiveError(f"{path}: damaged {what or 'file'}: {type(error).__name__}: {first}") from None
+
+
 def save_tensors(kind: Kind, path: str | Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, Any]) -> Path:
-    """Write a file of this kind; its format and the tensors' checksums join the metadata."""
+    """Write a file of this kind; its format and the tensors' checksums join the metadata.
+
+    Raises ArchiveError for numbers that no reader would take.
+    """
     tensors = {name: value.detach().cpu().contiguous() for name, value in tensors.items()}
+    odd = [name for name, value in tensors.items() if not is_finite(value)]
+    if odd:
+        raise ArchiveError(f"{path}: not written: {', '.join(odd[:3])} not finite; this {kind.noun} is of no use")
     sums = {name: tensor_sha256(tensor) for name, tensor in tensors.items()}
     text = json.dumps({"format": kind.format, **metadata, "sha256": sums}, sort_keys=True)
-    return atomically(Path(path), lambda temporary: save_file(tensors, temporary, metadata={"mendkit": text}))
+    header = {"mendkit": text, "sha256": hashlib.sha256(text.encode()).hexdigest()}
+    return atomically(Path(path), lambda temporary: save_file(tensors, temporary, metadata=header))
+
+
+def is_finite(tensor: Tensor) -> bool:
+    """Whether no number of the tensor is NaN or infinite."""
+    return bool(tensor.isfinite().all())
 
 
 def read_metadata(kind: Kind, path: Path) -> dict[str, Any]:
@@ -67,28 +94,51 @@ def read_metadata(kind: Kind, path: Path) -> dict[str, Any]:
         raise ArchiveError(f"{path}: no such {kind.noun}; {kind.if_missing}")
     try:
         with safe_open(path, "pt") as file:
-            text = (file.metadata() or {}).get("mendkit")
+            header = file.metadata() or {}
             shapes = {name: list(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
     except (SafetensorError, OSError) as error:
-        pickled = path.is_file() and path.read_bytes()[:2] == b"PK"
-        hint = kind.if_pickle if pickled else "is it a whole safetensors file?"
+        hint = kind.if_pickle if _begins(path, b"PK") else "is it a whole safetensors file?"
         raise ArchiveError(f"{path}: not a readable {kind.noun} ({error}); {hint}") from None
-    if text is None:
+    if "mendkit" not in header:
         raise ArchiveError(f"{path}: a safetensors file, but no {kind.noun} of mendkit (no metadata)")
-    try:
-        metadata = json.loads(text)
-    except json.JSONDecodeError as error:
-        raise ArchiveError(f"{path}: damaged metadata: {error}") from None
+    with damage_named(path, "metadata"):
+        own = hashlib.sha256(header["mendkit"].encode()).hexdigest()
+        if set(header) - {"mendkit", "sha256"} or header.get("sha256", own) != own:
+            raise ValueError("they do not match their checksum")
+        metadata = json.loads(header["mendkit"], object_pairs_hook=_each_once)
     if not isinstance(metadata, dict) or metadata.get("format") != kind.format:
         raise ArchiveError(f"{path}: unknown format; this version reads {kind.format}")
     return metadata | {"tensors": shapes}
 
 
+def _begins(path: Path, magic: bytes) -> bool:
+    try:
+        with path.open("rb") as file:
+            return file.read(len(magic)) == magic
+    except OSError:
+        return False
+
+
+def _each_once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """An object of JSON. Raises ValueError for a key that is given twice."""
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        raise ValueError("a key is given twice")
+    return found
+
+
 def checked_tensor(file: Any, path: str | Path, name: str, sums: Mapping[str, str]) -> Tensor:
-    """A tensor of an open safetensors file. Raises ArchiveError if it does not match its checksum."""
-    tensor = file.get_tensor(name)
-    if tensor_sha256(tensor) != sums.get(name):
+    """A copy of a tensor of an open safetensors file, which may change later.
+
+    Raises ArchiveError if it does not match its checksum, or is not finite.
+    """
+    with damage_named(path, f"tensor {name}"):
+        tensor = file.get_tensor(name).clone()
+        matches, finite = tensor_sha256(tensor) == sums.get(name), is_finite(tensor)
+    if not matches:
         raise ArchiveError(f"{path}: damaged: tensor {name} does not match its checksum; restore it or make it anew")
+    if not finite:
+        raise ArchiveError(f"{path}: damaged: tensor {name} is not finite; make it anew")
     return tensor
 
 
@@ -115,7 +165,9 @@ def _differences(theirs: Mapping[str, Any], ours: Mapping[str, Any]) -> list[str
     out = []
     if theirs.get("class") != ours["class"]:
         out.append(f"class {theirs.get('class')}, here {ours['class']}")
-    for a, b in zip(theirs.get("sites", []), ours["sites"], strict=False):
+    if len(theirs["sites"]) != len(ours["sites"]):
+        out.append(f"{len(theirs['sites'])} sites, here {len(ours['sites'])}")
+    for a, b in zip(theirs["sites"], ours["sites"], strict=False):
         if a != b:
             shapes = {k: (a.get(k), b.get(k)) for k in b if a.get(k) != b.get(k)}
             out.append(f"site {a.get('name')}: " + ", ".join(f"{k} {x}, here {y}" for k, (x, y) in shapes.items()))

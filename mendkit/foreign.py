@@ -13,8 +13,8 @@ from collections import OrderedDict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from pickle import UnpicklingError
 from typing import Any
+from zipfile import ZIP_STORED, ZipFile
 
 import torch
 from jaxtyping import Float
@@ -23,10 +23,11 @@ from torch.serialization import get_unsafe_globals_in_checkpoint, safe_globals
 
 from .archive import load_archive, save_archive
 from .errors import ArchiveError
+from .files import damage_named, is_finite
 from .hparams import MENDHyperParams
 from .mend import MEND, PARTS, RunningMoments, group_name, stats_name, transformed
 from .models import BaseModel, Site, load_model
-from .runs import atomically
+from .runs import DAMAGE, atomically
 
 EPS = 1e-7  # published code adds it to every standard deviation
 CONVENTIONS = {"update_sign": -1, "std_floor": 0.0, "std_eps": EPS, "z_clip": None, "whiten": None}
@@ -71,12 +72,13 @@ def read_foreign(path: str | Path) -> ForeignArchive:
     if not path.is_file():
         raise ArchiveError(f"{path}: no such file; give the archive that the original MEND or EasyEdit wrote")
     try:
+        _check_zip(path)
         names = get_unsafe_globals_in_checkpoint(path)
         configs = [name for name in names if _CONFIG.fullmatch(name)]
         odd = sorted(set(names) - {*configs, *_AS_DICT})
         with safe_globals([(_Config, name) for name in configs] + [(_plain_dict, name) for name in _AS_DICT]):
             content = None if odd else torch.load(path, map_location="cpu", weights_only=True)
-    except (UnpicklingError, RuntimeError, ValueError, EOFError, KeyError, AttributeError, TypeError) as error:
+    except DAMAGE as error:
         first = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise ArchiveError(f"{path}: not a readable archive of MEND ({first}); is it a whole .pt file?") from None
     if odd:
@@ -85,6 +87,17 @@ def read_foreign(path: str | Path) -> ForeignArchive:
             "needs only tensors, plain containers and a transformers configuration"
         )
     return _content(path, content, configs)
+
+
+def _check_zip(path: Path) -> None:
+    """Raises ValueError or BadZipFile if a checksum is wrong, or more is declared than the file holds."""
+    with ZipFile(path) as file:
+        entries = file.infolist()
+        held = sum(entry.file_size for entry in entries)
+        if held > path.stat().st_size or any(entry.compress_type != ZIP_STORED for entry in entries):
+            raise ValueError("its entries are compressed, or larger than the file")
+        if len(set(file.namelist())) < len(entries) or file.testzip() is not None:
+            raise ValueError(f"{file.testzip() or 'an entry that is there twice'} does not match its checksum")
 
 
 def _content(path: Path, content: Any, configs: Sequence[str]) -> ForeignArchive:
@@ -142,9 +155,10 @@ def from_foreign(state: Mapping[str, Tensor], sites: Sequence[Site], h: MENDHype
     if not isinstance(h.inner_params, tuple) or {s.name for s in sites} != set(h.inner_params):
         raise ArchiveError("`inner_params` must list the archive's layers in its order; `auto` does not tell it")
     h = foreign_hparams(state, sites, h)
-    mend = MEND(sites, h)
-    if state["edit_lrs"].dtype == torch.float64:
-        mend.double()
+    if h.n_hidden >= len(state):
+        raise ArchiveError(f"the archive numbers a block {h.n_hidden}, but holds only {len(state)} tensors")
+    with torch.device("meta"):  # nothing is allocated before the archive has shown what it holds
+        mend = MEND(sites, h)
     order = [h.inner_params.index(site.name) for site in sites]
     values = {"log_edit_lr": torch.zeros(len(sites)), "edit_lr_unit": -_take(state, "edit_lrs", len(sites))[order]}
     for site in sites:
@@ -159,6 +173,12 @@ def from_foreign(state: Mapping[str, Tensor], sites: Sequence[Site], h: MENDHype
         for kind, letter, width in (("u", "u", site.d_in), ("delta", "v", site.d_out)):
             moments = _moments(state, f"mend.{key}.", letter, width)
             values |= {f"moments.{stats_name(site, h)}.{kind}.{n}": v for n, v in moments.items()}
+    odd = [name for name, value in values.items() if not is_finite(value)]
+    if odd:
+        raise ArchiveError(f"the archive has numbers that are not finite: {', '.join(odd[:3])}; train it anew")
+    mend = MEND(sites, h)
+    if state["edit_lrs"].dtype == torch.float64:
+        mend.double()
     mend.load_state_dict(values)
     return mend.eval()
 
@@ -167,6 +187,8 @@ def _take(state: Mapping[str, Tensor], name: str, *shape: int) -> Tensor:
     if name not in state or tuple(state[name].shape) != shape:
         found = f"has shape {tuple(state[name].shape)}" if name in state else "is missing"
         raise ArchiveError(f"the archive's {name} {found}, expected {shape}; is `inner_params` its list of layers?")
+    if not state[name].is_floating_point():
+        raise ArchiveError(f"the archive's {name} is {state[name].dtype}, expected real numbers")
     return state[name].detach()
 
 
@@ -190,11 +212,12 @@ def import_archive(
     """
     foreign = read_foreign(path)
     base = (base or load_model(hparams)).with_sites(hparams.inner_params)
-    _check_base(foreign, base)
-    try:
-        mend = from_foreign(foreign.state, base.sites, hparams)
-    except ArchiveError as error:
-        raise ArchiveError(f"{path}: {error}") from None
+    with damage_named(path):
+        _check_base(foreign, base)
+        try:
+            mend = from_foreign(foreign.state, base.sites, hparams)
+        except ArchiveError as error:
+            raise ArchiveError(f"{path}: {error}") from None
     training = {"imported_from": str(path), "best": {} if foreign.step is None else {"step": foreign.step}}
     return save_archive(out, base, mend.to(base.device), training=training)
 

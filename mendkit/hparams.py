@@ -58,7 +58,10 @@ _UNREMARKABLE = {"cbase": 1.0, "final_eval": True, "verbose": True}  # like null
 
 def _show(value: Any) -> str:
     """A value as a YAML user knows it, cut to fit a message."""
-    text = "null" if value is None else str(value).lower() if isinstance(value, bool) else repr(value)
+    try:
+        text = "null" if value is None else str(value).lower() if isinstance(value, bool) else repr(value)
+    except ValueError:  # Python writes no integer of more than 4300 digits
+        text = "a number of too many digits"
     return text if len(text) <= 80 else text[:77] + "..."
 
 
@@ -218,7 +221,7 @@ class MENDHyperParams:
     early_stop_key: str = _key("score", store=EARLY_STOP_KEYS.__getitem__, words=" or ".join(EARLY_STOP_KEYS))
     grad_clip: float = _key(1.0, above=0)
     opt: str = _key("Adam", legal=("Adam", "AdamW"))
-    seed: int = _key(42, low=0)
+    seed: int = _key(42, low=0, most=2**32 - 1)
     log_interval: int = _key(10, low=1)
     logger: str | None = _key(None, legal=("tensorboard", "trackio", "wandb"))  # history.jsonl is written always
     # data and caches

@@ -8,7 +8,7 @@ subjects of the same relation, and nothing else. Raises DataError naming the fie
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
-from .data import EditExample, Probe
+from .data import EditExample, Probe, check_unicode
 from .errors import DataError
 
 Record = Mapping[str, Any]
@@ -35,11 +35,31 @@ def text(record: Record, key: str, /, *, required: bool = True) -> str | None:
     if value is None and not required:
         return None
     if not isinstance(value, str):
-        found = "missing" if key not in record else f"{value!r} ({type(value).__name__})"
+        found = "missing" if key not in record else _shown(value)
         raise DataError(f"field `{key}` must be text, is {found}")
     if not value.strip():
         raise DataError(f"field `{key}` is empty")
-    return value
+    return check_unicode(value, f"field `{key}`")
+
+
+def _shown(value: Any) -> str:
+    """A value of another kind than expected, with its kind, cut to fit a message."""
+    try:
+        return f"{repr(value)[:200]} ({type(value).__name__})"
+    except ValueError:  # Python writes no integer of more than 4300 digits
+        return f"a value too long to show ({type(value).__name__})"
+
+
+def _id(record: Record, key: str) -> str | None:
+    """A number or text that names a record."""
+    value = record.get(key)
+    number = isinstance(value, int | float) and not isinstance(value, bool)
+    return text({key: _shown(value).rpartition(" (")[0]} if number else record, key, required=False)
+
+
+def _cell(record: Record, key: str) -> str | None:
+    """A cell of a table; None where it is blank."""
+    return text(record, key) if str(record.get(key) or "").strip() else None
 
 
 def items(record: Record, key: str, parse_item: Callable[[Any], Any], /) -> tuple[Any, ...]:
@@ -48,7 +68,7 @@ def items(record: Record, key: str, parse_item: Callable[[Any], Any], /) -> tupl
     if value is None:
         return ()
     if not isinstance(value, list):
-        raise DataError(f"field `{key}` must be a list, is {value!r} ({type(value).__name__})")
+        raise DataError(f"field `{key}` must be a list, is {_shown(value)}")
     out = []
     for i, item in enumerate(value):
         try:
@@ -70,9 +90,9 @@ def answers(record: Record, key: str, /) -> tuple[str, ...]:
             for part in value:
                 yield from names(part)
         elif not isinstance(value, str):
-            raise DataError(f"field `{key}` must be text or lists of texts, has {value!r} ({type(value).__name__})")
+            raise DataError(f"field `{key}` must be text or lists of texts, has {_shown(value)}")
         elif value.strip():
-            yield value
+            yield check_unicode(value, f"field `{key}`")
 
     return tuple(names(record[key])) if record.get(key) is not None else ()
 
@@ -89,7 +109,7 @@ def _probe(value: Any) -> Probe:
     if isinstance(value, str):
         return Probe(_item(value))
     if not isinstance(value, dict):
-        raise DataError(f"must be text or an object with `prompt` and `answer`, is {value!r}")
+        raise DataError(f"must be text or an object with `prompt` and `answer`, is {_shown(value)}")
     aliases = items(value, "aliases", _item)
     return Probe(text(value, "prompt"), text(value, "answer", required=False), aliases)  # type: ignore[arg-type]
 
@@ -97,7 +117,7 @@ def _probe(value: Any) -> Probe:
 def _questions(value: Any) -> tuple[Probe, ...]:
     """A benchmark's `{"prompt", "ground_truth"}`, each a text or a list (of prompts, with an answer each)."""
     if not isinstance(value, dict):
-        raise DataError(f"must be an object with `prompt` and `ground_truth`, is {value!r}")
+        raise DataError(f"must be an object with `prompt` and `ground_truth`, is {_shown(value)}")
     if not isinstance(value.get("prompt"), list):
         names = answers(value, "ground_truth")
         return (Probe(text(value, "prompt"), *names[:1], aliases=names[1:]),)  # type: ignore[arg-type]
@@ -105,7 +125,8 @@ def _questions(value: Any) -> tuple[Probe, ...]:
     if len(prompts) == 1 and not (isinstance(truths, list) and len(truths) == 1):
         truths = [truths]
     if not isinstance(truths, list) or len(truths) != len(prompts):
-        raise DataError(f"field `ground_truth` must have an answer for each of {len(prompts)} prompts, is {truths!r}")
+        expected = f"an answer for each of {len(prompts)} prompts"
+        raise DataError(f"field `ground_truth` must have {expected}, is {_shown(truths)}")
     pairs = zip(prompts, truths, strict=True)
     return tuple(probe for p, truth in pairs for probe in _questions({"prompt": p, "ground_truth": truth}))
 
@@ -183,7 +204,7 @@ def _counterfact(record: Record) -> EditExample:
         ground_truth=text(record, "ground_truth"),
         paraphrases=(text(record, "rephrase_prompt"),),
         neighbours=(neighbour,),
-        id=str(record["case_id"]) if "case_id" in record else None,
+        id=_id(record, "case_id"),
         portability=_portability(record),
     )
 
@@ -193,7 +214,7 @@ def _rome(record: Record) -> EditExample:
     true, enter none of its scores and are not read."""
     rewrite = record["requested_rewrite"]
     if not isinstance(rewrite, dict):
-        raise DataError(f"field `requested_rewrite` must be an object, is {rewrite!r}")
+        raise DataError(f"field `requested_rewrite` must be an object, is {_shown(rewrite)}")
     subject, old, new = text(rewrite, "subject"), rewrite.get("target_true"), rewrite.get("target_new")
     truth = text(old, "str") if isinstance(old, dict) else text(rewrite, "target_true", required=False)
 
@@ -209,7 +230,7 @@ def _rome(record: Record) -> EditExample:
         paraphrases=items(record, "paraphrase_prompts", _item),
         neighbours=items(record, "neighborhood_prompts", neighbour),
         relation=text(rewrite, "relation_id", required=False),
-        id=str(record["case_id"]) if "case_id" in record else None,
+        id=_id(record, "case_id"),
         generation_prompts=items(record, "generation_prompts", _item),
     )
 
@@ -243,7 +264,7 @@ def _structured(record: Record) -> EditExample:
         target_new=others[0],
         ground_truth=truths[0] if truths else None,
         paraphrases=tuple(p for p in items(record, "filtered_rephrases", _item) if p != prompt),
-        id=str(record["id"]) if "id" in record else None,
+        id=_id(record, "id"),
     )
 
 
@@ -263,7 +284,7 @@ def _knowedit(record: Record) -> EditExample:
         ground_truth=truths[0] if truths else None,
         paraphrases=_texts(record, "rephrase_prompt"),
         unrelated=_grouped(record, "locality"),
-        id=str(record["case_id"]) if "case_id" in record else None,
+        id=_id(record, "case_id"),
         portability=_portability(record),
     )
 
@@ -271,9 +292,9 @@ def _knowedit(record: Record) -> EditExample:
 def _hallu(record: Record) -> EditExample:
     """HalluEditBench's tables: the object is the new answer, what the recorded model said the old one; questions of
     two to six hops are its portability. Yes/no, multiple-choice and reversed questions are not read."""
-    said = [value for key, value in record.items() if key.startswith("output_") and value]
-    hops = [(record.get(f"question_{n}hop"), record.get(f"answer_{n}hop")) for n in range(2, 7)]
-    locality = record.get("locality_question")
+    said = [value for key in record if key.startswith("output_") and (value := _cell(record, key))]
+    hops = [(_cell(record, f"question_{n}hop"), _cell(record, f"answer_{n}hop")) for n in range(2, 7)]
+    locality = _cell(record, "locality_question")
     return EditExample(
         prompt=text(record, "question"),
         target_new=_new(text(record, "object"), said, "object", "output_…"),

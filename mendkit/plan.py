@@ -29,6 +29,7 @@ from .data import EditExample, Tokens
 from .dryrun import SIZES, DryRun, Machine, Work
 from .errors import MendkitError, ModelError
 from .families import Head
+from .files import damage_named
 from .hollow import trunk_names
 from .hparams import MENDHyperParams
 from .mend import MEND
@@ -197,9 +198,10 @@ def plan(
         raise MendkitError("a plan needs at least one training and one validation example")
     if hparams.archive is not None:
         theirs = inspect_archive(hparams.archive)
-        kept = {key: theirs["hparams"][key] for key in STRUCTURE if key in theirs["hparams"]}
-        sites = tuple(site["name"] for site in theirs["base_model"]["sites"])
-        hparams = hparams.replace(archive=None, inner_params=sites, **kept)
+        with damage_named(hparams.archive, "metadata"):
+            kept = {key: theirs["hparams"][key] for key in STRUCTURE if key in theirs["hparams"]}
+            sites = tuple(site["name"] for site in theirs["base_model"]["sites"])
+            hparams = hparams.replace(archive=None, inner_params=sites, **kept)
     base, exact = shape_model(hparams, (*train, *validation))
     idle = psutil.Process().memory_info().rss
     machine = machine or Machine.measured(PLANNED)

@@ -223,12 +223,18 @@ def _content(path: Path) -> str:
         raise DataError(f"{path}: not UTF-8 text ({error.reason} at byte {error.start})") from None
 
 
+_JSON_ERRORS = (ValueError, RecursionError)  # what is no JSON, a number of too many digits, lists within lists
+
+
 def _records(path: Path, skip_invalid: bool, skipped: list[Skipped]) -> Iterator[tuple[str, Any]]:
     """(where, record) of a JSON array, an object with such an array as `records`, JSON lines, or a table (CSV)."""
     content = _content(path)
     if path.suffix.lower() == ".csv":
-        rows = csv.DictReader(io.StringIO(content))
-        yield from ((f"{path}:{rows.line_num}", row) for row in rows)
+        rows = csv.DictReader(io.StringIO(content), restkey="further cells")
+        try:
+            yield from ((f"{path}:{rows.line_num}", row) for row in rows)
+        except csv.Error as error:
+            raise DataError(f"{path}:{rows.line_num}: no table: {error}") from None
         return
     whole = _whole(path, content)
     if whole is not None:
@@ -240,10 +246,11 @@ def _records(path: Path, skip_invalid: bool, skipped: list[Skipped]) -> Iterator
         where = f"{path}:{number}"
         try:
             yield where, json.loads(line)
-        except json.JSONDecodeError as error:
+        except _JSON_ERRORS as error:
+            why = f"invalid JSON: {getattr(error, 'msg', error)}"
             if not skip_invalid:
-                raise DataError(f"{where}: invalid JSON: {error.msg}") from None
-            skipped.append(Skipped(where, f"invalid JSON: {error.msg}"))
+                raise DataError(f"{where}: {why}") from None
+            skipped.append(Skipped(where, why))
 
 
 def _whole(path: Path, content: str) -> list[Any] | None:
@@ -251,9 +258,10 @@ def _whole(path: Path, content: str) -> list[Any] | None:
     array = content.lstrip().startswith("[")
     try:
         value = json.loads(content)
-    except json.JSONDecodeError as error:
+    except _JSON_ERRORS as error:
         if array:
-            raise DataError(f"{path}:{error.lineno}: invalid JSON: {error.msg}") from None
+            line = f"{path}:{getattr(error, 'lineno', 1)}"
+            raise DataError(f"{line}: invalid JSON: {getattr(error, 'msg', error)}") from None
         return None
     if isinstance(value, dict) and isinstance(value.get("records"), list):
         return value["records"]

@@ -13,15 +13,22 @@ import time
 from collections.abc import Callable, Mapping
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import Any
+from zipfile import BadZipFile
 
 import numpy as np
 import psutil
 import torch
+from safetensors import SafetensorError
 
 logger = logging.getLogger(__name__)
 
 PACKAGES = ("mendkit", "torch", "transformers", "safetensors", "papermill", "matplotlib")
+
+DAMAGE = (ArithmeticError, AttributeError, LookupError, OSError, RuntimeError, TypeError, ValueError)
+DAMAGE += (AssertionError, EOFError, BadZipFile, SafetensorError, UnpicklingError)
+"""What reading a damaged file may raise."""
 
 
 def open_run(folder: str | Path, hparams: Any = None) -> Path:

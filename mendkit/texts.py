@@ -1,12 +1,16 @@
 """The texts of an edit example as tokens: what training, validation, editing and scoring read."""
 
+import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 from .data import EditExample, Probe, Tokens, join
-from .errors import LimitError
+from .errors import DataError, LimitError
 from .hparams import MENDHyperParams
 from .models import BaseModel
+from .readers import Examples, Skipped
+
+logger = logging.getLogger(__name__)
 
 ROLES = ("edit", "paraphrases", "neighbours", "unrelated")
 
@@ -73,3 +77,24 @@ def prepare_texts(base: BaseModel, h: MENDHyperParams, examples: Sequence[EditEx
         )
         for e in examples
     ]
+
+
+def usable(base: BaseModel, h: MENDHyperParams, examples: Sequence[EditExample], /) -> Examples:
+    """The examples that can be tokenised with all their texts; the others join `skipped`, and a warning says so.
+
+    Raises DataError if none is left.
+    """
+    kept: list[EditExample] = []
+    skipped: list[Skipped] = []
+    for number, example in enumerate(examples, 1):
+        try:
+            prepare_texts(base, h, [example])
+            kept.append(example)
+        except DataError as error:
+            skipped.append(Skipped(f"example {number}", str(error)))
+    if skipped:
+        first = f"{skipped[0].where}: {skipped[0].why}"
+        if not kept:
+            raise DataError(f"no example can be used; first problem: {first}")
+        logger.warning("skipped %d of %d examples, first: %s", len(skipped), len(examples), first)
+    return Examples.of(kept, (*getattr(examples, "skipped", ()), *skipped))

@@ -4,6 +4,7 @@ import io
 import json
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -16,7 +17,9 @@ from mendkit.edit import Edit
 from mendkit.editor import MENDEditor
 from mendkit.hparams import MENDHyperParams
 from mendkit.models import load_model
+from mendkit.readers import write_examples
 from mendkit.tables import Changed, table
+from tests.claims import EXAMPLES
 from tests.tiny import save_tiny
 
 ROOT = Path(__file__).parents[1]
@@ -239,6 +242,27 @@ def test_edits_come_from_standard_input_too(here, monkeypatch, capsys):
         monkeypatch.setattr("sys.stdin", io.StringIO(text))
         assert edit("--data", "-") == 2
         assert capsys.readouterr().err.splitlines()[-1].startswith(f"error: {words}")
+
+
+def test_a_bad_record_costs_only_itself_if_told_and_is_named(here, capsys, caplog):
+    good, long = EXAMPLES[0], replace(EXAMPLES[1], target_new="Rome " * 60)
+    write_examples([good, long, EXAMPLES[2]], "some.jsonl")
+    with Path("some.jsonl").open("a", encoding="utf-8") as file:
+        file.write('{"prompt": "P", "target_new": 3}\n')
+    assert edit("--data", "some.jsonl") == 2
+    assert "some.jsonl:4: field `target_new` must be text" in capsys.readouterr().err
+    assert edit("--data", "some.jsonl", "--limit", "3") == 2  # and nothing was edited before
+    said = capsys.readouterr()
+    assert "has 62 tokens" in said.err and said.out == ""
+    caplog.clear()
+    assert edit("--data", "some.jsonl", "--skip-invalid", "--out", "out") == 0
+    assert [row["prompt"] for row in json.loads(capsys.readouterr().out)] == [good.prompt, EXAMPLES[2].prompt]
+    assert read("out/results.json")["edit.skipped"] == 2
+    assert "some.jsonl:4" in caplog.text and "skipped 1 of 3 examples, first: example 2" in caplog.text
+    command = ["train", "tiny.yaml", "--train-data", "some.jsonl", *DATA[2:], "--out", "run"]
+    assert main(command) == 2 and not Path("run").exists()
+    assert main([*command, "--skip-invalid"]) == 0
+    assert read("run/results.json")["train.examples"] == 2
 
 
 def test_edits_made_together_are_one_edit_that_can_be_kept(here, monkeypatch, capsys):

@@ -188,7 +188,7 @@ def test_unknown_key_names_line_value_and_the_nearest_key(write):
 WRONG = {  # key -> what the message must say is expected, and values in YAML
     "rank": ("an integer >= 1 or null", ["0", "1.0", "'256'", "true"]),
     "max_iters": ("an integer >= 0", ["1e3", "-1"]),
-    "seed": ("an integer >= 0", ["010", "-1", ""]),
+    "seed": ("an integer >= 0 and <= 4294967295", ["010", "-1", "4294967296", ""]),
     "lr": ("a finite number >= 0", ["fast", "-1e-6", ".nan", ".inf", "'inf'", "true", "", "1:30", "[1]"]),
     "edit_lr": ("a finite number > 0", ["0", "1" + "0" * 400]),
     "z_clip": ("a finite number > 0 or null", ["0.0"]),
