@@ -51,11 +51,18 @@ def make_folder(path: str | Path) -> Path:
 
 
 def save_tensors(kind: Kind, path: str | Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, Any]) -> Path:
-    """Write a file of this kind; its format and the tensors' checksums join the metadata."""
+    """Write a file of this kind; its format and the tensors' checksums join the metadata.
+
+    Raises MendkitError if it cannot be written; what was there stays.
+    """
     tensors = {name: value.detach().cpu().contiguous() for name, value in tensors.items()}
     sums = {name: tensor_sha256(tensor) for name, tensor in tensors.items()}
     text = json.dumps({"format": kind.format, **metadata, "sha256": sums}, sort_keys=True)
-    return atomically(Path(path), lambda temporary: save_file(tensors, temporary, metadata={"mendkit": text}))
+    try:
+        return atomically(Path(path), lambda temporary: save_file(tensors, temporary, metadata={"mendkit": text}))
+    except (OSError, SafetensorError) as error:
+        kept = "what was there is as it was" if Path(path).exists() else "nothing was left there"
+        raise MendkitError(f"cannot write the {kind.noun} {path}: {error}; {kept}; make room there") from None
 
 
 def read_metadata(kind: Kind, path: Path) -> dict[str, Any]:
