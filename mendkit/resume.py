@@ -36,7 +36,7 @@ CHECKPOINT = Kind(
 )
 FILE = "checkpoint.safetensors"
 ELSEWHERE = ("cache_dir", "disk_cache_bytes", "results_dir", "logger", "checkpoint_interval", "stream_trunk")
-"""Hyperparameters that no bit of the result depends on: they may be others when a run goes on."""
+"""Hyperparameters that no number depends on: they may be others when a run goes on."""
 
 VERSIONS = ("mendkit", "torch", "transformers")
 
