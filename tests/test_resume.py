@@ -170,14 +170,24 @@ def start(name):
         os._exit(0)
     return child
 
+def lines(path):
+    file = path / "history.jsonl"
+    return file.read_text().count(os.linesep) if file.exists() else 0
+
 began = time.monotonic()
 os.waitpid(start("whole"), 0)
 took, runs, done, went_on = time.monotonic() - began, 1, 0, 0
 while done < kills:
     path = folder / str(runs)
     had = (path / FILE).exists()
-    child = start(str(runs))
-    time.sleep(chance.uniform(0, took))
+    child, rows = start(str(runs)), lines(path)
+    if chance.random() < 0.5:  # some time after its start, or some time after it has got further than the last one
+        time.sleep(chance.uniform(0, took))
+    else:
+        wanted = rows + chance.randrange(1, 12)
+        while lines(path) < wanted and os.waitid(os.P_PID, child, os.WEXITED | os.WNOHANG | os.WNOWAIT) is None:
+            time.sleep(0.002)
+        time.sleep(chance.uniform(0, took / 20))
     os.kill(child, signal.SIGKILL)  # a process that has ended waits to be asked for, and is not hurt
     _, status = os.waitpid(child, 0)
     if os.WIFSIGNALED(status):
