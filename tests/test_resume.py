@@ -129,13 +129,18 @@ def test_whichever_file_was_not_replaced_any_more_nothing_is_lost(llama, tmp_pat
     assert number > 6  # run.json, checkpoints at steps 0, 1, 2 and the end, one archive at least
 
 
-def test_seconds_go_on_and_a_used_up_time_budget_stays_used_up(llama, tmp_path, monkeypatch):
+def test_seconds_go_on_and_a_used_up_time_budget_stays_used_up(llama, tmp_path):
     stopped(tmp_path, llama, at=4, max_seconds=1e6)
     checkpoint = Checkpoint(tmp_path, hparams(**STEPS, max_seconds=1e6), EXAMPLES, EXAMPLES[:2])
     course = checkpoint.unfinished()
     assert course.step == 2 and 0 < course.elapsed < course.seconds
-    course.elapsed = 2e6
     tensors = checkpoint.tensors(llama)
+    course.elapsed = 1000.0
+    checkpoint.write(llama, course, tensors)
+    stopped(tmp_path, llama, at=2, max_seconds=1e6)  # in the second step from there
+    last = json.loads((tmp_path / "history.jsonl").read_text().splitlines()[-1])
+    assert last["step"] == 3 and 1000 < last["seconds"] < 2000
+    course.elapsed = 2e6
     checkpoint.write(llama, course, tensors)
     result = run(tmp_path, llama, max_seconds=1e6)
     assert "time budget" in result.stopped and max(row["step"] for row in result.history) == 2
