@@ -45,10 +45,11 @@ from .plan import PLANNED, fitting, plan
 from .plan import table as plan_table
 from .readers import read_examples, read_questions, read_text, with_unrelated
 from .report import ARCHIVE, default_config, plan_report, run_report
+from .resume import FILE as CHECKPOINT_FILE
 from .runs import free_memory, open_run, peak_memory_gb, write_json
 from .sweep import plan_sweep, read_sweep, run_sweep, summarise_sweep
 from .texts import usable
-from .training import train
+from .training import TrainingResult, finished, train
 from .tuning import BUDGET, KINDS, running_text, tune
 from .ways import MODELS, QUICK, Settings
 
@@ -98,15 +99,74 @@ def _say(text: str) -> None:
 
 
 def _train(args: argparse.Namespace) -> int:
+    if args.resume and args.overwrite:
+        args.parser.error("--resume goes on with what --overwrite would remove; give one of them")
     hparams = _hparams(args)
     check_logger(hparams.logger)
     team = Team(hparams.device)
     logger.setLevel(logging.ERROR if team.rank else logging.INFO)
     out = args.out or Path(hparams.results_dir) / "train"
-    written = (ARCHIVE, "history.jsonl", "results.json", "run.json")
-    old = team.first(lambda: _existing(out, written, args.overwrite))
+    old = team.first(lambda: _earlier_training(args, out))
     examples = read_examples(args.train_data, limit=args.train_limit, skip_invalid=args.skip_invalid)
     validation = read_examples(args.validation_data, limit=args.validation_limit, skip_invalid=args.skip_invalid)
+    result = None
+    if not args.skip_invalid:  # else only the model says which examples it is
+        result = _ended(args, hparams, examples, validation, out, team=team)
+    if result is None:
+        result, examples = _trained(args, hparams, examples, validation, out, old=old, team=team)
+    team.leave()
+    if team.rank:
+        return 0
+    logger.info("%s", result.stopped)
+    scores = {name.replace("val.", "validation."): v for name, v in result.best.items() if "val." in name}
+    values = {"seconds": result.seconds, "best_step": result.best["step"], "stopped": result.stopped}
+    values |= {"skipped": result.skipped, "examples": len(examples), "peak_memory_gb": peak_memory_gb()}
+    results = {f"train.{name}": value for name, value in (values | result.cache | scores).items()}
+    write_json(out / "results.json", results)
+    _say(json.dumps(results, indent=1) if args.json else str(result.archive))
+    return 0
+
+
+def _earlier_training(args: argparse.Namespace, out: Path) -> list[Path]:
+    """Files that this training would overwrite; refused unless asked for, or to go on with what is not finished."""
+    written = (ARCHIVE, "history.jsonl", CHECKPOINT_FILE, "results.json", "run.json")
+    if not args.resume:
+        more = " --resume to go on with it," if (out / CHECKPOINT_FILE).exists() else ""
+        return _existing(out, written, args.overwrite, more=more)
+    if (out / CHECKPOINT_FILE).exists():
+        return []
+    return _existing(out, (ARCHIVE, "results.json"), False)  # a run without checkpoint is begun anew
+
+
+def _ended(
+    args: argparse.Namespace,
+    hparams: MENDHyperParams,
+    examples: Sequence[EditExample],
+    validation: Sequence[EditExample],
+    out: Path,
+    /,
+    *,
+    team: Team,
+) -> TrainingResult | None:
+    """What this training came to, if it is to be resumed and has ended."""
+    result = team.first(lambda: finished(hparams, examples, validation, run_dir=out)) if args.resume else None
+    if result is not None:
+        logger.info("%s is a run that has ended; nothing is left to do", out)
+    return result
+
+
+def _trained(
+    args: argparse.Namespace,
+    hparams: MENDHyperParams,
+    examples: Sequence[EditExample],
+    validation: Sequence[EditExample],
+    out: Path,
+    /,
+    *,
+    old: Sequence[Path],
+    team: Team,
+) -> tuple[TrainingResult, Sequence[EditExample]]:
+    """Load the model and train; with the examples that were used."""
     if hparams.archive is not None:
         inspect_archive(hparams.archive)  # before the model is loaded, which may take long
     base = load_for_training(hparams)
@@ -115,20 +175,12 @@ def _train(args: argparse.Namespace) -> int:
         old = [path for path in old if path.resolve() != Path(hparams.archive).resolve()]
     if args.skip_invalid:
         examples, validation = (usable(base, hparams, own) for own in (examples, validation))
+        result = _ended(args, hparams, examples, validation, out, team=team)
+        if result is not None:
+            return result, examples
     team.first(lambda: _open(out, old))
     logger.info("training on %d examples, validating on %d, in %s", len(examples), len(validation), out)
-    result = train(hparams, examples, validation, base=base, run_dir=out, done_with_base=True)
-    team.leave()
-    if team.rank:
-        return 0
-    logger.info("%s", result.stopped)
-    scores = {name.replace("val.", "validation."): v for name, v in result.best.items() if "val." in name}
-    values = {"seconds": result.seconds, "best_step": result.best["step"], "stopped": result.stopped}
-    values |= {"examples": len(examples), "peak_memory_gb": peak_memory_gb(), **result.cache, **scores}
-    results = {f"train.{name}": value for name, value in values.items()}
-    write_json(out / "results.json", results)
-    _say(json.dumps(results, indent=1) if args.json else str(result.archive))
-    return 0
+    return train(hparams, examples, validation, base=base, run_dir=out, done_with_base=True), examples
 
 
 def _edit(args: argparse.Namespace) -> int:
@@ -437,8 +489,10 @@ def _hparams(args: argparse.Namespace) -> MENDHyperParams:
     return MENDHyperParams.from_hparams(config, **parse_overrides(settings))
 
 
-def _existing(out: Path | None, names: Sequence[str], overwrite: bool, option: str = "--out") -> list[Path]:
-    """Files of an earlier run that this one would overwrite; refused unless asked for."""
+def _existing(
+    out: Path | None, names: Sequence[str], overwrite: bool, option: str = "--out", *, more: str = ""
+) -> list[Path]:
+    """Files of an earlier run that this one would overwrite; refused unless asked for. `more`: another remedy."""
     if out is None:
         return []
     if out.exists() and not out.is_dir():
@@ -446,7 +500,7 @@ def _existing(out: Path | None, names: Sequence[str], overwrite: bool, option: s
     found = [out / name for name in names if (out / name).exists()]
     if found and not overwrite:
         held = ", ".join(path.name for path in found)
-        raise MendkitError(f"{out} holds {held} of an earlier run; give another {option}, or --overwrite")
+        raise MendkitError(f"{out} holds {held} of an earlier run; give another {option},{more} or --overwrite")
     return found
 
 
@@ -484,6 +538,15 @@ def _number(text: str) -> float:
 
 
 def _options_train(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--resume",
+        action="store_true",
+        help="go on with the run in --out that was stopped: same settings, same data, same archive",
+    )
+    _options_data(parser)
+
+
+def _options_data(parser: argparse.ArgumentParser) -> None:
     for split in ("train", "validation"):
         source = f"facts:{split}"
         parser.add_argument(f"--{split}-data", default=source, metavar="FILE", help=f"default: {source}")
@@ -496,7 +559,7 @@ def _option_skip(parser: argparse.ArgumentParser) -> None:
 
 
 def _options_plan(parser: argparse.ArgumentParser) -> None:
-    _options_train(parser)
+    _options_data(parser)
     parser.add_argument("--data", dest="train_data", metavar="FILE", help="the same as --train-data")
     parser.add_argument(
         "--memory", type=_bytes, metavar="SIZE", help="propose settings that fit, such as 8GB (default: what is free)"

@@ -34,9 +34,15 @@ class RunResult:
 
     @property
     def summary(self) -> dict[str, Interval]:
-        """Means of the trained editor with their intervals, by metric; empty for a run that did not end well."""
-        names = [name for name in self.results if name.startswith(PREFIX) and f"{name}.n" in self.results]
+        """Means of the trained editor with their intervals, by metric; empty for a run that did not end well.
+
+        Raises MendkitError for a mean with an interval and no count: of how many edits, nobody could say.
+        """
         parts = ("", ".low", ".high", ".n")
+        names = [name[: -len(".low")] for name in self.results if name.startswith(PREFIX) and name.endswith(".low")]
+        for name in names:
+            if f"{name}.n" not in self.results:
+                raise MendkitError(f"{self.folder}: {name} has no count; run it again")
         return {name.removeprefix(PREFIX): Interval(*(self.results[name + part] for part in parts)) for name in names}
 
     @property

@@ -9,8 +9,6 @@ An edit leaves the process in three ways: as a LoRA adapter (`save_adapter`), me
 Axes: b independent edits, t tokens of an edit, i layer input, o layer output.
 """
 
-import hashlib
-import json
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -330,7 +328,7 @@ def save_edits(path: str | Path, edits: Sequence[Edit]) -> Path:
         about = {"sites": list(edit._unit), "strength": edit.strength, "active": edit.active}
         examples = [asdict(example) for example in edit.examples]
         described.append(about | {"archive_sha256": edit.archive, "examples": examples})
-    metadata = {"base_model": model_fingerprint(base), "edits": described, "edits_sha256": _digest(described)}
+    metadata = {"base_model": model_fingerprint(base), "edits": described}
     return save_tensors(EDIT, path, tensors, metadata)
 
 
@@ -338,8 +336,6 @@ def load_edits(path: str | Path, base: BaseModel) -> list[tuple[Edit, bool]]:
     """The edits of a file, none applied, and for each whether it was; raises as `Edit.load`."""
     metadata = read_metadata(EDIT, Path(path))
     with damage_named(path, "metadata"):
-        if _digest(metadata["edits"]) != metadata["edits_sha256"]:
-            raise ArchiveError(f"{path}: damaged metadata: the edits do not match their checksum")
         checked = matching_base(EDIT, path, base, metadata["base_model"])
         described = [_about(record) for record in metadata["edits"]]
     every = _read_updates(path, metadata, checked)
@@ -355,10 +351,6 @@ def _about(record: Mapping[str, Any]) -> tuple[list[EditExample], float, str | N
     if not math.isfinite(strength) or not isinstance(archive, str | None) or not isinstance(active, bool):
         raise ValueError(f"strength {strength}, archive {archive!r}, active {active!r}")
     return [_example(example) for example in record["examples"]], strength, archive, active
-
-
-def _digest(described: Any) -> str:
-    return hashlib.sha256(json.dumps(described, sort_keys=True).encode()).hexdigest()
 
 
 def _read_updates(path: str | Path, metadata: Mapping[str, Any], base: BaseModel) -> list[Updates]:

@@ -93,12 +93,22 @@ class MENDEditor:
         return self.mend(factors, len(texts), at_once=len(texts), memory=self.memory)
 
     def edit(self, examples: EditExample | Sequence[EditExample]) -> Edit:
-        """One edit from one example, or one from several at once (`aggregate` says how)."""
+        """One edit from one example, or one from several at once (`aggregate` says how).
+
+        Raises MendkitError if the weight change is not finite, or zero at every site.
+        """
         several = [examples] if isinstance(examples, EditExample) else list(examples)
         if not several:
             raise MendkitError("no example to edit; give an EditExample or a non-empty list")
         updates = self.updates([self.tokens(example) for example in several], at_once=True)
         _warn_of_contradictions(several)
+        norms = torch.cat([update.norms() for update in updates.values()])
+        if not bool(norms.isfinite().all()) or not bool(norms.any()):
+            found = "zero" if bool(norms.isfinite().all()) else "not finite"
+            raise MendkitError(
+                f"the weight change for {several[0].prompt!r} is {found}; train the archive anew with a "
+                f"{'larger' if found == 'zero' else 'smaller'} `edit_lr`, or edit other layers (`inner_params`)"
+            )
         return Edit(self.base, updates, several, strength=self.mend.hparams.lr_scale, archive=self.archive)
 
     def session(self) -> "EditSession":

@@ -123,12 +123,19 @@ def record_factors(
 ) -> dict[str, tuple[Float[Tensor, "*n i"], Float[Tensor, "*n o"]]]:
     """(u, delta) of every site and every position for the scalar that `loss()` computes with the model.
 
-    Both are (e, t, …), or (e · t, …) where a layer sees rows and positions as one axis.
+    Both are (e, t, …), or (e · t, …) where a layer sees rows and positions as one axis. Raises ModelError naming the
+    sites that the scalar does not depend on: an edit there would change nothing.
     """
+    names = [site.name for site in base.sites]
     with torch.enable_grad(), _record(base) as record:
         value = loss()
-        deltas = torch.autograd.grad(value, [record[site.name][1] for site in base.sites])
-    return {site.name: (record[site.name][0].detach(), d) for site, d in zip(base.sites, deltas, strict=True)}
+        outputs = [record[name][1] for name in names if name in record]
+        deltas = torch.autograd.grad(value, outputs, allow_unused=True) if outputs else ()
+    found = dict(zip((name for name in names if name in record), deltas, strict=True))
+    outside = [name for name in names if found.get(name) is None]
+    if outside:
+        raise ModelError(f"{', '.join(outside)}: the answer does not depend on it; leave it out of `inner_params`")
+    return {name: (record[name][0].detach(), delta) for name, delta in found.items()}
 
 
 def as_one_loss(factors: Factors, texts: Sequence[Tokens], /) -> Factors:

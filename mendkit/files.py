@@ -2,7 +2,7 @@
 
 A file is whole or not there (written to a temporary one and renamed), carries the SHA-256 of every tensor, and names
 the base model it belongs to; another one is refused (CORRECTNESS rows 23, 24). The metadata have a checksum of their
-own beside them, which files of the first versions lack. A file is not trusted: what it declares is compared with what
+own among them, which files of the first versions lack. A file is not trusted: what it declares is compared with what
 it holds before anything is made from it, and what is wrong with it is told as one ArchiveError.
 """
 
@@ -22,6 +22,8 @@ from torch import Tensor
 from .errors import ArchiveError, MendkitError
 from .models import BaseModel, model_fingerprint
 from .runs import DAMAGE, atomically
+
+SEAL = "metadata_sha256"  # the key of the metadata's own checksum
 
 
 @dataclass(frozen=True)
@@ -68,16 +70,21 @@ def damage_named(path: str | Path, what: str = "") -> Iterator[None]:
 def save_tensors(kind: Kind, path: str | Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, Any]) -> Path:
     """Write a file of this kind; its format and the tensors' checksums join the metadata.
 
-    Raises ArchiveError for numbers that no reader would take.
+    Raises ArchiveError for numbers that no reader would take, MendkitError if it cannot be written; what was there
+    stays.
     """
     tensors = {name: value.detach().cpu().contiguous() for name, value in tensors.items()}
     odd = [name for name, value in tensors.items() if not is_finite(value)]
     if odd:
         raise ArchiveError(f"{path}: not written: {', '.join(odd[:3])} not finite; this {kind.noun} is of no use")
     sums = {name: tensor_sha256(tensor) for name, tensor in tensors.items()}
-    text = json.dumps({"format": kind.format, **metadata, "sha256": sums}, sort_keys=True)
-    header = {"mendkit": text, "sha256": hashlib.sha256(text.encode()).hexdigest()}
-    return atomically(Path(path), lambda temporary: save_file(tensors, temporary, metadata=header))
+    told = {"format": kind.format, **metadata, "sha256": sums}
+    header = {"mendkit": json.dumps(told | {SEAL: _digest(told)}, sort_keys=True)}
+    try:
+        return atomically(Path(path), lambda temporary: save_file(tensors, temporary, metadata=header))
+    except (OSError, SafetensorError) as error:
+        kept = "what was there is as it was" if Path(path).exists() else "nothing was left there"
+        raise MendkitError(f"cannot write the {kind.noun} {path}: {error}; {kept}; make room there") from None
 
 
 def is_finite(tensor: Tensor) -> bool:
@@ -102,13 +109,17 @@ def read_metadata(kind: Kind, path: Path) -> dict[str, Any]:
     if "mendkit" not in header:
         raise ArchiveError(f"{path}: a safetensors file, but no {kind.noun} of mendkit (no metadata)")
     with damage_named(path, "metadata"):
-        own = hashlib.sha256(header["mendkit"].encode()).hexdigest()
-        if set(header) - {"mendkit", "sha256"} or header.get("sha256", own) != own:
-            raise ValueError("they do not match their checksum")
         metadata = json.loads(header["mendkit"], object_pairs_hook=_each_once)
     if not isinstance(metadata, dict) or metadata.get("format") != kind.format:
         raise ArchiveError(f"{path}: unknown format; this version reads {kind.format}")
+    seal = metadata.pop(SEAL, None)
+    if set(header) > {"mendkit"} or seal not in (None, _digest(metadata)):
+        raise ArchiveError(f"{path}: damaged metadata: they do not match their checksum; restore it or make it anew")
     return metadata | {"tensors": shapes}
+
+
+def _digest(metadata: Any) -> str:
+    return hashlib.sha256(json.dumps(metadata, sort_keys=True).encode()).hexdigest()
 
 
 def _begins(path: Path, magic: bytes) -> bool:

@@ -217,6 +217,7 @@ class MENDHyperParams:
     val_interval: int = _key(100, low=1)
     val_steps: int = _key(100, low=1)
     val_batch_size: int = _key(32, low=1)
+    checkpoint_interval: int | None = _key(None, low=1)
     early_stop_patience: int = _key(20000, low=1)
     early_stop_key: str = _key("score", store=EARLY_STOP_KEYS.__getitem__, words=" or ".join(EARLY_STOP_KEYS))
     grad_clip: float = _key(1.0, above=0)

@@ -1,6 +1,7 @@
 """Run folders: parameters, provenance, results and progress."""
 
 import ctypes
+import errno
 import json
 import logging
 import os
@@ -67,18 +68,32 @@ def seed_everything(seed: int) -> None:
 
 
 def atomically(path: Path, write: Callable[[str], object]) -> Path:
-    """Let `write` fill a temporary file, and rename it to `path`; what was there stays if that fails."""
+    """Let `write` fill a temporary file, and rename it to `path`; what was there stays if that (or the power) fails."""
     path.parent.mkdir(parents=True, exist_ok=True)
     handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}-")
     os.close(handle)
     try:
         write(temporary)
         os.chmod(temporary, 0o644)
+        with open(temporary, "rb+") as file:  # a rename may reach the disk before the data
+            os.fsync(file.fileno())
         os.replace(temporary, path)
     except BaseException:
         os.unlink(temporary)
         raise
     return path
+
+
+def append_line(path: Path, text: str) -> None:
+    """Append a line as a whole or not at all. Raises OSError if there is no room."""
+    with path.open("ab", buffering=0) as file:
+        size, line = file.tell(), text.encode() + b"\n"
+        try:
+            if file.write(line) < len(line):
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        except OSError:
+            file.truncate(size)
+            raise
 
 
 def write_json(path: str | Path, values: Any) -> Path:

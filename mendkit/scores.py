@@ -1,6 +1,7 @@
 """What an evaluation hands back: rows per edit, means with intervals, flat results. Pure data."""
 
 import json
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -8,6 +9,8 @@ from statistics import harmonic_mean
 from typing import Any
 
 import numpy as np
+
+from .errors import MendkitError
 
 RESAMPLES = 2000
 
@@ -95,6 +98,16 @@ class EvaluationReport:
         return Path(path)
 
 
+def _check(name: str, values: Sequence[tuple[int, float]]) -> None:
+    share = name.removeprefix("before.").startswith(SHARES) and not name.endswith("kl_nats")
+    for index, value in values:
+        if not math.isfinite(value) or (share and not 0 <= value <= 1):
+            expected = "a share from 0 to 1" if share else "a finite number"
+            raise MendkitError(f"{name} of edit {index} is {value}, expected {expected}; its mean would mean nothing")
+
+
+SHARES = ("edit_success.", "paraphrase.", "neighbourhood.", "locality.", "retention.", "portability.")
+
 HARMONIC = {
     "score.harmonic": ("edit_success.es", "paraphrase.ps", "neighbourhood.ns"),
     "score.headline": (
@@ -108,6 +121,11 @@ HARMONIC = {
 
 
 def summarise(rows: Sequence[EditRow]) -> dict[str, Interval]:
-    """Every metric's interval over the rows that have it."""
+    """Every metric's interval over the rows that have it.
+
+    Raises MendkitError if a value is not finite, or a share not between 0 and 1.
+    """
     names = sorted({name for row in rows for name in row.values})
+    for name in names:
+        _check(name, [(row.index, row.values[name]) for row in rows if name in row.values])
     return {name: Interval.of([row.values[name] for row in rows if name in row.values]) for name in names}

@@ -51,7 +51,7 @@ def edit_tokens(base: BaseModel, hparams: MENDHyperParams, example: EditExample,
     )
     if len(tokens.targets) > hparams.max_target_tokens:
         raise LimitError(
-            f"target_new {example.target_new!r} has {len(tokens.targets)} tokens, the limit is "
+            f"target_new {example.target_new[:60]!r} has {len(tokens.targets)} tokens, the limit is "
             f"{hparams.max_target_tokens}; shorten it or raise `max_target_tokens`"
         )
     return tokens

@@ -25,7 +25,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .archive import load_archive, save_archive
+from .archive import inspect_archive, load_archive, save_archive
 from .data import EditExample, Tokens
 from .distributed import Team
 from .edit import Updates, side_branches
@@ -37,15 +37,25 @@ from .loggers import Log, check_logger, open_logger
 from .losses import edit_nll, locality_kl, wide
 from .mend import MEND, Wordings
 from .models import BaseModel, load_for_training
-from .runs import Progress, open_run, provenance, return_memory
+from .resume import FILE as CHECKPOINT_FILE
+from .resume import Checkpoint, Course
+from .runs import Progress, append_line, atomically, open_run, provenance, return_memory
 from .texts import ROLES, ExampleTexts, prepare_texts, role_weights
 from .trunk import FrozenTrunk, collate, trunk_cache
 from .validation import validate
 
 logger = logging.getLogger(__name__)
 
+ARCHIVE, HISTORY = "archive.safetensors", "history.jsonl"
+"""Files of a run folder, beside its checkpoint (resume.py)."""
+
 FACTOR_BATCH = 32
 FEW_PAIRED = 300
+MOST_SKIPPED = 10
+"""Steps in a row without a finite loss and gradient at which training stops. Batches are drawn at random: were it the
+fault of a text in every second one, ten in a row would come once in a thousand steps; an editor that has gone astray
+fails on all."""
+
 STRUCTURE = (
     *("rank", "n_hidden", "init", "norm", "combine", "one_sided", "x_only", "delta_only", "shared", "norm_stats"),
     *("update_sign", "std_floor", "std_eps", "z_clip", "edit_tokens", "loss_reduction", "whiten"),
@@ -61,10 +71,11 @@ class TrainingResult:
     archive: Path
     history: tuple[dict[str, float], ...]  # one row per logged step and per validation
     best: dict[str, float]  # the validation row of the archive that was kept
-    seconds: float  # wall time of training, caches included
+    seconds: float  # wall time of training, caches included, over all its starts if it was stopped
     stopped: str  # why training ended
     normaliser_examples: int  # how many examples gave the statistics; 0 if an archive was trained on
     cache: dict[str, float]  # seconds and bytes of the caches
+    skipped: int = 0  # steps whose loss or gradient was not finite
 
 
 class FactorCache:
@@ -270,7 +281,10 @@ def make_optimiser(mend: MEND, h: MENDHyperParams, /) -> torch.optim.Optimizer:
 
 
 class Trainer:
-    """State of one training run; `run()` is the loop. `log` is told every row of the history."""
+    """State of one training run; `run()` is the loop. `log` is told every row of the history.
+
+    With `course`, which the checkpoint in `run_dir` tells, the run goes on from there.
+    """
 
     def __init__(
         self,
@@ -282,8 +296,10 @@ class Trainer:
         *,
         done_with_base: bool = False,
         log: Log = lambda row: None,
+        course: Course | None = None,
     ) -> None:
-        self.started, self.log = time.perf_counter(), log
+        self.started, self.log = time.perf_counter() - (course.seconds if course else 0), log
+        self.checkpoint = Checkpoint(run_dir, hparams, train, val)
         self.team = Team(hparams.device)
         self.progress = Progress("MEND", silent=self.team.rank > 0)
         self.loaded, self.new_aggregate = None, False
@@ -311,10 +327,9 @@ class Trainer:
         self.val_texts = prepare_texts(base, hparams, val[: hparams.val_steps])
         self.trunk = FrozenTrunk(base, cache=trunk_cache(base, hparams.cache_dir, limit=hparams.disk_cache_bytes))
         self.factors = FactorCache(self.trunk, hparams, as_needed=self.team.size > 1)
-        self.history: list[dict[str, float]] = []
-        self.best: dict[str, float] = {}
-        self.archive = run_dir / "archive.safetensors"
-        self.normaliser_examples = 0
+        self.course = course or Course(self.steps())
+        self.saved = {} if course is None else self.checkpoint.tensors(base)
+        self.archive = run_dir / ARCHIVE
         self.release = hparams.release_trunk is True or (
             hparams.release_trunk == "auto" and done_with_base and self.trunk.split and not base.is_spread
         )
@@ -333,8 +348,19 @@ class Trainer:
         t2 = time.perf_counter()
         self.cache = {"trunk_seconds": t1 - t0, "factor_seconds": t2 - t1}
         self.cache |= {"factor_bytes": self.factors.bytes, "factor_examples": len(self.factors)}
+        self._make(chosen, own)
+        self.optimiser = make_optimiser(self.mend, self.hparams)
+        self.sampler = Sampler(self.train_texts, self.train_examples, self.hparams)
+        self.cache["statistics_seconds"] = time.perf_counter() - t2
+
+    def _make(self, chosen: Sequence[ExampleTexts], own: Sequence[ExampleTexts]) -> None:
+        """Build the hypernetwork with the statistics of the `chosen` examples, of which this process gathers its `own`;
+        or take that of the archive or the checkpoint."""
         self.mend = self.loaded or MEND(self.base.sites, self.hparams).to(self.base.device)
-        if self.loaded is not None and not self.new_aggregate:
+        if self.saved:
+            self.mend = MEND(self.base.sites, self.hparams.replace(archive=None)).to(self.base.device)
+            self.mend.load_state_dict({n.removeprefix("mend/"): v for n, v in self.saved.items() if n[:5] == "mend/"})
+        if self.saved or (self.loaded is not None and not self.new_aggregate):
             return
         if self.hparams.whiten_pairs and len(chosen) < FEW_PAIRED:
             logger.warning(
@@ -351,7 +377,6 @@ class Trainer:
             self.mend.warm_up(self.statistics(own), wordings, total=total)
         self.team.align(self.mend)
         return_memory()
-        self.cache["statistics_seconds"] = time.perf_counter() - t2
 
     def fill_trunk(self, chosen: Sequence[ExampleTexts]) -> None:
         """Trunk states of all texts, those of the statistics' examples included; then the trunk may be released."""
@@ -375,7 +400,7 @@ class Trainer:
         """Examples for the normaliser: held out of training, or drawn from it at random."""
         texts, h = self.stats_texts or self.train_texts, self.hparams
         order = torch.randperm(len(texts), generator=torch.Generator().manual_seed(h.seed))[: h.stats_examples].tolist()
-        self.normaliser_examples = len(order)
+        self.course.normaliser_examples = len(order)
         return sorted((texts[i] for i in order), key=lambda e: len(e.edit.ids))
 
     def wordings(self, example: ExampleTexts) -> tuple[list[Tokens], list[Tokens]]:
@@ -414,35 +439,98 @@ class Trainer:
         return h.max_iters if h.max_epochs is None else h.max_epochs * per_epoch
 
     def run(self) -> TrainingResult:
-        """Train until the steps, the time or the patience are used up; the best archive is on disk at the end."""
+        """Train until the steps, the time or the patience are used up; the best archive is on disk at the end.
+
+        Raises MendkitError if an edit site has no effect, or if too many steps in a row or all validations were not
+        finite.
+        """
+        h, course = self.hparams, self.course
         self.prepare()
-        h = self.hparams
-        optimiser, sampler = make_optimiser(self.mend, h), Sampler(self.train_texts, self.train_examples, h)
-        max_iters = self.steps()
-        batches, best_step, stopped = iter(sampler), 0, "all steps done"
-        loop_start = time.perf_counter()
-        self.validate(0)
-        for step in range(1, max_iters + 1):
-            row = self.step(step, optimiser, sampler, batches, max_iters)
-            elapsed = time.perf_counter() - loop_start
-            self.progress.step(step, max_iters, row, elapsed, self.best)
-            if step % h.log_interval == 0 or step == 1:
-                self.record({"step": step, "seconds": elapsed, **row})
-            out_of_time = h.max_seconds is not None and self.team.first(partial(operator.gt, elapsed, h.max_seconds))
-            if (step % h.val_interval == 0 or step == max_iters or out_of_time) and self.validate(step):
-                best_step = step
-            if out_of_time:
-                stopped = f"time budget of {h.max_seconds:g} s used up at step {step}"
-                break
-            if step - best_step >= h.early_stop_patience:
-                stopped = f"no better {h.early_stop_key} for {h.early_stop_patience} steps"
-                break
+        start = time.perf_counter() - course.elapsed
+        if self.saved:
+            self.go_on()
+        else:
+            self.validate()
+        batches = iter(self.sampler)
+        while (stopped := self.over()) is None:
+            course.step += 1
+            row = self.step(course.step, self.optimiser, self.sampler, batches, course.steps)
+            course.elapsed = time.perf_counter() - start
+            self.progress.step(course.step, course.steps, row, course.elapsed, course.best)
+            if course.step % h.log_interval == 0 or course.step == 1 or "skipped" in row:
+                self.record({"step": course.step, "seconds": course.elapsed, **row})
+            if course.step % h.val_interval == 0 or course.step == course.steps or self.out_of_time():
+                self.validate()
+            elif h.checkpoint_interval and course.step % h.checkpoint_interval == 0:
+                self.team.first(self.save)
         self.progress.close()
-        seconds = time.perf_counter() - self.started
-        result = TrainingResult(
-            self.archive, tuple(self.history), self.best, seconds, stopped, self.normaliser_examples, self.cache
-        )
-        return self.team.first(lambda: result)
+        return self.team.first(partial(self.finish, stopped))
+
+    def out_of_time(self) -> bool:
+        """Whether the time budget is used up; the first process's clock counts."""
+        h = self.hparams
+        return h.max_seconds is not None and self.team.first(partial(operator.gt, self.course.elapsed, h.max_seconds))
+
+    def over(self) -> str | None:
+        """Why training ends after the steps made so far; None if it does not."""
+        h, course = self.hparams, self.course
+        if course.step and self.out_of_time():
+            return f"time budget of {h.max_seconds:g} s used up at step {course.step}"
+        if course.step - course.best_step >= h.early_stop_patience:
+            return f"no better {h.early_stop_key} for {h.early_stop_patience} steps"
+        return "all steps done" if course.step >= course.steps else None
+
+    def save(self) -> None:
+        """Write the checkpoint."""
+        state = self.optimiser.state_dict()["state"]
+        tensors = {f"mend/{name}": value for name, value in self.mend.state_dict().items()}
+        tensors |= {f"optimiser/{i}/{name}": value for i, own in state.items() for name, value in own.items()}
+        tensors |= {"generator": self.sampler.generator.get_state(), "order": torch.tensor(self.sampler.order).long()}
+        self.course.seconds = time.perf_counter() - self.started
+        self.checkpoint.write(self.base, self.course, tensors)
+
+    def go_on(self) -> None:
+        """Take up optimiser, draws, history and archive as they were when the checkpoint was written."""
+        state: dict[int, dict[str, Tensor]] = {}
+        for name, value in self.saved.items():
+            if name.startswith("optimiser/"):
+                _, index, key = name.split("/")
+                state.setdefault(int(index), {})[key] = value
+        self.optimiser.load_state_dict(self.optimiser.state_dict() | {"state": state})
+        self.sampler.generator.set_state(self.saved["generator"])
+        self.sampler.order = self.saved["order"].tolist()
+        self.saved = {}
+        self.team.first(self._go_on)
+
+    def _go_on(self) -> None:
+        course = self.course
+        logger.warning("going on with the run in %s from step %d of %d", self.run_dir, course.step, course.steps)
+        for row in course.history:
+            self.log(row)
+        lines = "".join(json.dumps(row) + "\n" for row in course.history)
+        atomically(self.run_dir / HISTORY, lambda temporary: Path(temporary).write_text(lines, encoding="utf-8"))
+        if course.best and course.best_step == course.step:  # the process may have ended between checkpoint and archive
+            self.save_archive()
+        elif course.best and inspect_archive(self.archive)["training"]["best"] != without_seconds(course.best):
+            raise MendkitError(
+                f"{self.archive}: not the archive that this run kept at step {course.best_step}; put that back, or "
+                f"delete {self.checkpoint.path} to start anew"
+            )
+
+    def finish(self, stopped: str) -> TrainingResult:
+        """Mark the run as ended."""
+        course = self.course
+        if not course.best:
+            raise MendkitError(
+                f"no validation gave finite numbers, so no archive was kept ({stopped}); lower `edit_lr` or `lr`"
+            )
+        course.stopped, course.seconds, course.cache = stopped, time.perf_counter() - self.started, self.cache
+        self.checkpoint.write(self.base, course, {})
+        if course.skipped:
+            logger.warning(
+                "%d of %d steps were skipped: their loss or gradient was not finite", course.skipped, course.step
+            )
+        return _result(course, self.run_dir)
 
     def step(self, step, optimiser, sampler, batches, max_iters: int) -> dict[str, float]:
         """One optimiser step over `accumulate_bs` micro-batches; returns the mean losses and the gradient norm."""
@@ -465,8 +553,12 @@ class Trainer:
             zip(sums, self.team.total(torch.tensor([*sums.values()], dtype=torch.float64)).tolist(), strict=True)
         )
         norm = float(torch.nn.utils.clip_grad_norm_(self.mend.parameters(), h.grad_clip))
-        if not math.isfinite(norm):
-            raise MendkitError(f"step {step}: the gradient is not finite; lower `edit_lr` or `lr`")
+        if not all(map(math.isfinite, (norm, *sums.values()))):
+            optimiser.zero_grad(set_to_none=True)
+            return self._skip(step)
+        self.course.in_a_row = 0
+        if not optimiser.state:
+            self._check_sites(step)
         for group in optimiser.param_groups:
             group["lr"] = group["base"] * learning_rate_factor(step - 1, h, max_iters)
         optimiser.step()
@@ -489,12 +581,35 @@ class Trainer:
         rows = [[*own, ("edit", earlier[i % len(earlier)])] for i, own in enumerate(rows)]
         return batch_losses(self.trunk, self.mend, factors, rows, before=before, memory=memory)
 
-    def validate(self, step: int) -> bool:
-        """Validate, write the archive if it is the best so far; whether it was. The first process does it for all."""
-        return self.team.first(partial(self._validate, step))
+    def _skip(self, step: int) -> dict[str, float]:
+        """Count a step that was not made; the row that tells of it."""
+        course = self.course
+        course.skipped, course.in_a_row = course.skipped + 1, course.in_a_row + 1
+        if course.in_a_row >= MOST_SKIPPED:
+            kept = f"the archive of step {course.best_step} is kept in {self.archive}" if course.best else "no archive"
+            raise MendkitError(
+                f"step {step}: loss or gradient were not finite in {MOST_SKIPPED} steps in a row; {kept}; lower "
+                "`edit_lr` or `lr`"
+            )
+        return {"skipped": float(course.skipped)}
 
-    def _validate(self, step: int) -> bool:
-        h = self.hparams
+    def _check_sites(self, step: int) -> None:
+        """Raise MendkitError if the loss does not depend on the step size of a site: its edits change nothing."""
+        gradient = self.mend.log_edit_lr.grad
+        idle = [site.name for site, own in zip(self.base.sites, gradient.tolist(), strict=True) if own == 0]
+        if idle:
+            raise MendkitError(
+                f"step {step}: the gradient is exactly zero at {', '.join(idle)}: edits there change nothing that the "
+                "loss sees; leave it out of `inner_params`, or give texts and weights (`cedit`, `cloc`, …) that see it"
+            )
+
+    def validate(self) -> None:
+        """Validate, write checkpoint and, if it is the best so far, archive. The first process does it for all."""
+        if self.team.first(self._validate):
+            self.course.best_step = self.course.step
+
+    def _validate(self) -> bool:
+        h, course, step = self.hparams, self.course, self.course.step
         at_once = h.most_edits if h.train_on == "batch" else 1
         values = validate(self.trunk, self.mend, self.val_texts, h, at_once=at_once)
         row = {
@@ -505,32 +620,73 @@ class Trainer:
         self.record(row)
         key = f"val.{h.early_stop_key}"
         sign = -1 if h.early_stop_key == "loss" else 1
-        better = not self.best or sign * row[key] > sign * self.best[key]
-        if better and step > 0:
-            self.best = row
-            save_archive(self.archive, self.base, self.mend, training=self.summary())
+        better = all(map(math.isfinite, row.values()))
+        better = better and (not course.best or sign * row[key] > sign * course.best[key])
+        if better and (step > 0 or course.steps == 0):
+            course.best, course.best_step = row, step
+        self.save()
+        if course.best is row:
+            self.save_archive()
         return better
 
+    def save_archive(self) -> None:
+        """Write the archive."""
+        save_archive(self.archive, self.base, self.mend, training=self.summary())
+
     def summary(self) -> dict[str, Any]:
-        """What an archive tells about its training."""
+        """What an archive tells about its training: the same after the same training, so no times."""
         texts = json.dumps([text.key for own in (*self.train_texts, *self.stats_texts) for text in own.all()])
         return {
-            "best": self.best,
+            "best": without_seconds(self.course.best),
             "continued_from": self.hparams.archive,
             "examples": len(self.train_texts),
-            "normaliser_examples": self.normaliser_examples,
+            "normaliser_examples": self.course.normaliser_examples,
             "texts_sha256": hashlib.sha256(texts.encode()).hexdigest(),
-            **provenance(),
+            **{key: value for key, value in provenance().items() if key != "started"},
         }
 
     def record(self, row: dict[str, float]) -> None:
         """Keep a history row, in memory and (the first process) in the run folder, and log it."""
-        self.history.append(row)
+        self.course.history.append(row)
         self.log(row)
         if self.team.rank:
             return
-        with (self.run_dir / "history.jsonl").open("a", encoding="utf-8") as file:
-            file.write(json.dumps(row) + "\n")
+        try:
+            append_line(self.run_dir / HISTORY, json.dumps(row))
+        except OSError as error:
+            raise MendkitError(f"cannot write to {self.run_dir}: {error}; make room there, then go on") from None
+
+
+def without_seconds(row: Mapping[str, float], /) -> dict[str, float]:
+    """A row of the history without its time."""
+    return {name: value for name, value in row.items() if name != "seconds"}
+
+
+def finished(
+    hparams: MENDHyperParams,
+    train_examples: Sequence[EditExample],
+    val_examples: Sequence[EditExample],
+    /,
+    *,
+    run_dir: str | Path,
+) -> TrainingResult | None:
+    """What `train` returned for this run, if `run_dir` holds it and it has ended. Raises MendkitError if it holds
+    another one."""
+    course = Checkpoint(Path(run_dir), hparams, train_examples, val_examples).read()
+    return None if course is None or course.stopped is None else _result(course, Path(run_dir))
+
+
+def _result(course: Course, run_dir: Path) -> TrainingResult:
+    return TrainingResult(
+        archive=run_dir / ARCHIVE,
+        history=tuple(course.history),
+        best=course.best,
+        seconds=course.seconds,
+        stopped=str(course.stopped),
+        normaliser_examples=course.normaliser_examples,
+        cache=course.cache,
+        skipped=course.skipped,
+    )
 
 
 def train(
@@ -546,19 +702,47 @@ def train(
     """Train a hypernetwork on `train_examples` and write the archive that is best on `val_examples`.
 
     `hparams.archive` null starts anew, a path goes on from it (its sites and the hypernetwork's shape are kept). Writes
-    `archive.safetensors` and `history.jsonl` into `run_dir`. `done_with_base`: `base` serves this training alone, so
-    `release_trunk: auto` may free what lies below the edits. Raises MendkitError if there is nothing to train or
-    validate on, if `logger` is not installed, or if the gradient is no longer finite.
+    `archive.safetensors` and `history.jsonl` into `run_dir`, and at every validation (`checkpoint_interval`) a
+    checkpoint. Where `run_dir` holds that of this very run, which was stopped, training goes on from it: the archive
+    will be the same, bit for bit. A run that has ended starts anew. `done_with_base`: `base` serves this training
+    alone, so `release_trunk: auto` may free what lies below the edits.
+
+    Raises MendkitError if there is nothing to train or validate on, if `logger` is not installed, if `run_dir` holds
+    the checkpoint of another run that was stopped or cannot be written to, or for reasons of `Trainer.run`.
     """
     check_logger(hparams.logger)
     if not train_examples or not val_examples:
         raise MendkitError("training needs at least one training and one validation example")
     team = Team(hparams.device)
-    run = team.first(partial(open_run, run_dir, hparams))
-    if team.rank == 0:
-        (run / "history.jsonl").unlink(missing_ok=True)
-    done_with_base = done_with_base or base is None
+    run = Path(run_dir)
+    course = team.first(Checkpoint(run, hparams, train_examples, val_examples).unfinished)
+    team.first(partial(_open, run, hparams, anew=course is None))
+    own = {"done_with_base": done_with_base or base is None, "course": course}
     base = base or load_for_training(hparams)
     with open_logger(hparams, run, first=team.rank == 0) as log:
-        trainer = Trainer(base, hparams, train_examples, val_examples, run, done_with_base=done_with_base, log=log)
-        return trainer.run()
+        trainer = Trainer(base, hparams, train_examples, val_examples, run, log=log, **own)
+        try:
+            return trainer.run()
+        except KeyboardInterrupt:
+            if team.rank == 0:
+                _say_how_to_go_on(trainer)
+            raise
+
+
+def _open(run: Path, hparams: MENDHyperParams, *, anew: bool) -> None:
+    open_run(run, hparams)
+    for name in (HISTORY, CHECKPOINT_FILE) if anew else ():
+        (run / name).unlink(missing_ok=True)
+
+
+def _say_how_to_go_on(trainer: Trainer) -> None:
+    course = trainer.checkpoint.unfinished()
+    logger.warning(
+        "interrupted after step %d of %d; %s",
+        trainer.course.step,
+        trainer.course.steps,
+        "nothing is lost but the preparation: no step was kept"
+        if course is None
+        else f"{trainer.checkpoint.path} holds step {course.step}: the same call goes on from there, and so does "
+        "`python -m mendkit train … --resume`",
+    )

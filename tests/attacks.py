@@ -4,7 +4,6 @@ Each variant comes with a name for the report, from a seeded generator. Containe
 library writes none of these; `Layout` is a file taken apart.
 """
 
-import hashlib
 import json
 import random
 import struct
@@ -16,11 +15,17 @@ from typing import Any
 import torch
 from safetensors.torch import load_file
 
-from mendkit.files import tensor_sha256
+from mendkit.files import SEAL, _digest, tensor_sha256
 
 Variant = tuple[str, bytes]
 DTYPES = ("F64", "F32", "F16", "BF16", "I64", "I32", "U8", "BOOL", "U64", "F8_E4M3", "F8_E8M0", "F4", "C64", "X")
 HUGE = (2**63 - 1, 2**64 - 1, 2**40, 2**31, 10**30, -1)
+
+
+def sealed(metadata: dict) -> dict:
+    """The metadata with a checksum that is right for them, as an attacker would write."""
+    told = {key: value for key, value in metadata.items() if key != SEAL}
+    return told | {SEAL: _digest(told)}
 
 
 @dataclass
@@ -41,7 +46,8 @@ class Layout:
 
     @property
     def metadata(self) -> dict:
-        return json.loads(self.header["__metadata__"]["mendkit"])
+        told = json.loads(self.header["__metadata__"]["mendkit"])
+        return {key: value for key, value in told.items() if key != SEAL}
 
     def text(self) -> str:
         return json.dumps(self.header)
@@ -58,14 +64,10 @@ class Layout:
 
     def retold(self, metadata: dict | str, *, checksum: str | None = "right") -> bytes:
         """The file with other metadata, by default with a checksum that is right for them, as an attacker would."""
+        if isinstance(metadata, dict) and checksum is not None:
+            metadata = sealed(metadata) if checksum == "right" else metadata | {SEAL: checksum}
         text = metadata if isinstance(metadata, str) else json.dumps(metadata)
-        own = {
-            "mendkit": text,
-            "sha256": hashlib.sha256(text.encode()).hexdigest() if checksum == "right" else checksum,
-        }
-        return Layout(
-            self.header | {"__metadata__": {k: v for k, v in own.items() if v is not None}}, self.data
-        ).bytes()
+        return Layout(self.header | {"__metadata__": {"mendkit": text}}, self.data).bytes()
 
 
 def truncated(whole: bytes, rng: random.Random, n: int) -> Iterator[Variant]:

@@ -46,6 +46,18 @@ for name, settings in RUNS.items():
     h = hparams(cache_dir=str(folder / "cache"), **settings)
     result = train(h, EXAMPLES, EXAMPLES[:3], base=base, run_dir=folder / name)
     said[name] = [result.stopped, result.best, len(result.history)]
+step, made = Trainer.step, []
+def once(*words):
+    made.append(1)
+    if len(made) == 4:
+        raise KeyboardInterrupt
+    return step(*words)
+h = hparams(cache_dir=str(folder / "cache"), **RUNS["plain"])
+for Trainer.step in (once, step):
+    try:
+        train(h, EXAMPLES, EXAMPLES[:3], base=base, run_dir=folder / "resumed")
+    except KeyboardInterrupt:
+        assert Trainer.step is once
 try:
     train(hparams(batch_size=1), EXAMPLES, EXAMPLES[:3], base=base, run_dir=folder / "small")
 except HyperParamError as error:
@@ -98,6 +110,17 @@ def test_two_processes_train_what_one_does(llama, tmp_path, two, name):
         assert {k: v for k, v in row.items() if k != "seconds"} == pytest.approx(
             {k: v for k, v in own.items() if k != "seconds"}, rel=1e-4, abs=1e-6
         )
+
+
+@pytest.mark.slow
+def test_two_processes_go_on_where_they_were_interrupted(llama, two):
+    one, other = (load_archive(two / name / "archive.safetensors", base=llama) for name in ("plain", "resumed"))
+    expected = one.mend.state_dict()
+    for key, value in other.mend.state_dict().items():  # factors are kept as needed, so their batches are others
+        torch.testing.assert_close(value, expected[key], rtol=1e-4, atol=1e-5, msg=lambda m, k=key: f"{k}: {m}")
+    rows = [(two / name / "history.jsonl").read_text().splitlines() for name in ("plain", "resumed")]
+    assert [json.loads(row)["step"] for row in rows[0]] == [json.loads(row)["step"] for row in rows[1]]
+    assert (two / "stderr").read_text().count("going on with the run") == 1  # the first process says so
 
 
 @pytest.mark.slow

@@ -6,8 +6,8 @@ from pathlib import Path
 import mendkit
 
 LEVELS = [
-    {"errors", "findings", "scores"},
-    {"hparams", "losses", "plots", "runs", "checkpoints", "sites", "distributed", "architectures", "dryrun"},
+    {"errors", "findings"},
+    {"scores", "hparams", "losses", "plots", "runs", "checkpoints", "sites", "distributed", "architectures", "dryrun"},
     {"bundled", "data", "families", "hollow", "loggers"},
     {"text_model", "cache", "layouts"},
     {"models", "listing", "readers"},
@@ -15,7 +15,7 @@ LEVELS = [
     {"factors", "adapter", "merge", "least_squares"},
     {"edit"},
     {"mend", "scoring", "many"},
-    {"archive", "heldout", "metrics", "decoding"},
+    {"archive", "heldout", "metrics", "decoding", "resume"},
     {"editor", "foreign"},
     {"conformance"},
     {"validation", "evaluate"},
