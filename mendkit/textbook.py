@@ -20,7 +20,7 @@ from .errors import MendkitError
 from .families import CAUSAL
 from .hparams import MENDHyperParams
 from .losses import edit_nll, locality_kl, wide
-from .mend import MEND, RunningMoments, group_name, stats_name
+from .mend import MEND, LowRankResidual, RunningMoments, group_name, stats_name
 from .models import BaseModel, Site
 from .trunk import TextBatch, collate
 
@@ -91,15 +91,25 @@ def normalised(x: Float[Tensor, "t d"], moments: RunningMoments, h: MENDHyperPar
     return ((x - moments.mean.to(x.dtype)) / std.to(x.dtype)).clamp(-h.z_clip, h.z_clip)
 
 
+def entering(mend: MEND, site: Site, u: Float[Tensor, "t i"], delta: Float[Tensor, "t o"]) -> Float[Tensor, "t d"]:
+    """What enters the hypernetwork: the normalised factors of each token of one site."""
+    moments, h = mend.moments[stats_name(site, mend.hparams)], mend.hparams
+    return torch.cat([normalised(u, moments["u"], h), normalised(delta, moments["delta"], h)], 1)
+
+
+def hidden(block: LowRankResidual, layer: int, z: Float[Tensor, "t d"]) -> Float[Tensor, "t d"]:
+    """What a block clamps: s ⊙ (U V z + b) + o."""
+    return block.scale[layer] * (z @ block.V.T @ block.U.T + block.bias) + block.shift[layer]
+
+
 def change(mend: MEND, site: Site, u: Float[Tensor, "t i"], delta: Float[Tensor, "t o"]) -> Float[Tensor, "o i"]:
     """The dense ΔW of one site (equation 3, Algorithm 2)."""
-    h, group = mend.hparams, group_name(site, mend.hparams.shared)
-    moments, layer = mend.moments[stats_name(site, h)], mend.groups[group].index(site.name)
-    z = torch.cat([normalised(u, moments["u"], h), normalised(delta, moments["delta"], h)], 1)
+    group = group_name(site, mend.hparams.shared)
+    layer, z = mend.groups[group].index(site.name), entering(mend, site, u, delta)
     for block in mend.blocks[group]:
-        z = z + torch.relu(block.scale[layer] * (z @ block.V.T @ block.U.T + block.bias) + block.shift[layer])
+        z = z + torch.relu(hidden(block, layer, z))
     alpha = mend.log_edit_lr[mend.sites.index(site)].exp()
-    return h.update_sign * alpha * (z[:, site.d_in :].T @ z[:, : site.d_in])
+    return mend.hparams.update_sign * alpha * (z[:, site.d_in :].T @ z[:, : site.d_in])
 
 
 def edited_weights(base: BaseModel, mend: MEND, edit: Tokens) -> Weights:

@@ -6,7 +6,7 @@ same optimiser. The learning rate is 0, so that every step is the same step, whi
 """
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,7 +20,7 @@ from .bundled import BUNDLED, bundled_model
 from .data import EditExample, Tokens
 from .errors import MendkitError
 from .hparams import MENDHyperParams
-from .mend import MEND, stats_name
+from .mend import MEND, group_name, stats_name
 from .models import BaseModel, load_model
 from .texts import prepare_texts
 from .training import FactorCache, batch_losses, total_loss
@@ -136,12 +136,34 @@ def make_mend(base: BaseModel, h: MENDHyperParams, rows: Sequence[Row], /) -> ME
     for name, parameter in mend.named_parameters():
         if name.endswith(".U"):
             torch.nn.init.normal_(parameter, std=0.1 / parameter.shape[1] ** 0.5, generator=generator)
-    for (_, edit), *_ in rows:
-        for name, (u, delta) in textbook.factors(base, edit).items():
-            moments = mend.moments[stats_name(next(s for s in base.sites if s.name == name), h)]
-            moments["u"].add(u)
-            moments["delta"].add(delta)
+    found = [textbook.factors(base, row[0][1]) for row in rows]
+    factors = {
+        site.name: tuple(map(torch.cat, zip(*(own[site.name] for own in found), strict=True))) for site in base.sites
+    }
+    for site in base.sites:
+        for part, values in zip(("u", "delta"), factors[site.name], strict=True):
+            mend.moments[stats_name(site, h)][part].add(values)
+    clear_hinges(mend, factors)
     return mend
+
+
+@torch.no_grad()
+def clear_hinges(mend: MEND, factors: Mapping[str, tuple[Tensor, Tensor]], /) -> None:
+    """Move each ReLU's hinge (o in equation 3) to the middle of a gap between what it sees of a site's (u, δ): the
+    widest gap within the middle half of the tokens.
+
+    The gradient jumps at a hinge. Of millions of values a few are so close to it that rounding, which no two ways
+    share, decides on which side they are; a whole row of the gradient then differs between ways that are both right.
+    """
+    for site in mend.sites:
+        group, own = group_name(site, mend.hparams.shared), [x.to(mend.log_edit_lr) for x in factors[site.name]]
+        layer, z = mend.groups[group].index(site.name), textbook.entering(mend, site, *own)
+        quarter = len(z) // 4
+        for block in mend.blocks[group] if len(z) > 1 else ():
+            middle = textbook.hidden(block, layer, z).sort(0).values[quarter : len(z) - quarter]
+            below = middle.diff(dim=0).argmax(0, keepdim=True)
+            block.shift[layer] -= (middle.gather(0, below) + middle.gather(0, below + 1))[0] / 2
+            z = z + torch.relu(textbook.hidden(block, layer, z))
 
 
 class Way:

@@ -8,6 +8,7 @@ import torch
 
 from mendkit import bench, textbook, ways
 from mendkit.errors import MendkitError
+from mendkit.mend import group_name
 from mendkit.training import make_optimiser
 from mendkit.ways import KIT, TEXTBOOK, WAYS, Settings, Way
 from tests.claims import EXAMPLES
@@ -39,6 +40,48 @@ def test_every_way_to_train_has_the_textbooks_losses_and_gradients(family, setti
     assert all(float(g.norm()) > 0 for g in grads.values())  # nothing agrees for being zero
     for name in WAYS:
         assert ways.largest_error(found[TEXTBOOK], found[name]) < 1e-10, name
+
+
+def gates(base, mend, rows, *, off):
+    """Which values the hypernetwork's ReLUs let pass, if the factors are off by so much (relative)."""
+    generator, passed = torch.Generator().manual_seed(0), []
+    for row in rows:
+        for name, pair in textbook.factors(base, row[0][1]).items():
+            site = next(site for site in base.sites if site.name == name)
+            group = group_name(site, mend.hparams.shared)
+            u, delta = (x * (1 + off * torch.randn(x.shape, generator=generator)) for x in pair)
+            z = textbook.entering(mend, site, u, delta)
+            for block in mend.blocks[group]:
+                hidden = textbook.hidden(block, mend.groups[group].index(name), z)
+                passed.append(hidden > 0)
+                z = z + torch.relu(hidden)
+    return torch.cat([some.flatten() for some in passed])
+
+
+def test_rounding_moves_nothing_across_a_hinge(llama, settings, monkeypatch):
+    """Factors off by ten thousand times float32's rounding pass the same ReLUs, unless hinges are not cleared."""
+    h = ways.recipe(settings, llama)
+    _, rows = ways.draw(llama, h, EXAMPLES)
+
+    def crossings() -> int:
+        mend = ways.make_mend(llama, h, rows)
+        with torch.no_grad():
+            before = gates(llama, mend, rows, off=0)
+            assert 0.2 < float(before.float().mean()) < 0.8  # as ReLUs are in use
+            return int((gates(llama, mend, rows, off=1e-3) != before).sum())
+
+    assert crossings() == 0
+    monkeypatch.setattr(ways, "clear_hinges", lambda *_: None)
+    assert crossings() > 0
+
+
+def test_one_token_has_no_gap_to_move_a_hinge_to(llama, settings):
+    h = ways.recipe(settings, llama)
+    _, rows = ways.draw(llama, h, EXAMPLES)
+    mend = ways.make_mend(llama, h, rows)
+    before = {name: p.detach().clone() for name, p in mend.named_parameters()}
+    ways.clear_hinges(mend, {s.name: (torch.ones(1, s.d_in), torch.ones(1, s.d_out)) for s in llama.sites})
+    assert all(torch.equal(p, before[name]) for name, p in mend.named_parameters())
 
 
 def test_what_is_compared_reports_ratios_and_equality(llama, settings):
