@@ -216,11 +216,11 @@ def memory(s: Settings, name: str, /) -> dict[str, float]:
     release = getattr(base, "release_trunk", None)
     if release is not None and use == Savings():
         release()
-    filled = peak_gb()
+    filled = peak_memory_gb()
     _restart_peak()
     for _ in range(2):
         way.step()
-    after = peak_gb()
+    after = peak_memory_gb()
     peak = max(filled, after)
     return {"base_gb": before, "peak_gb": peak, "above_gb": peak - before, "training_peak_gb": after}
 
@@ -232,16 +232,7 @@ def _restart_peak() -> float:
         Path("/proc/self/clear_refs").write_text("5")
     except OSError:
         logger.warning("this system cannot restart the peak of a process's memory: peaks include loading")
-    return peak_gb()
-
-
-def peak_gb() -> float:
-    """Peak resident memory of this process since the last restart, in GB (10⁹ bytes)."""
-    try:
-        lines = Path("/proc/self/status").read_text().splitlines()
-        return next(int(line.split()[1]) for line in lines if line.startswith("VmHWM:")) * 1024 / 1e9
-    except (OSError, StopIteration):
-        return peak_memory_gb()
+    return peak_memory_gb()
 
 
 def depths(s: Settings, layers: Sequence[int], /) -> dict[str, dict[str, float]]:

@@ -103,7 +103,7 @@ def write_json(path: str | Path, values: Any) -> Path:
 
 
 def peak_memory_gb() -> float:
-    """Peak resident memory of this process so far, in GB (10⁹ bytes)."""
+    """Peak resident memory of this process so far, or since its peak was restarted, in GB (10⁹ bytes)."""
     status = Path("/proc/self/status")
     if status.is_file():  # what getrusage says may be the peak of the process that started this one
         return int(re.search(r"VmHWM:\s*(\d+)", status.read_text())[1]) * 1024 / 1e9
