@@ -16,6 +16,7 @@ import time
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from itertools import chain
 from statistics import fmean
 from typing import Any
 
@@ -29,7 +30,7 @@ from .errors import DataError, HyperParamError, LimitError, MendkitError
 from .families import CAUSAL, CLASSIFIER
 from .heldout import TEXT_TOKENS, HeldOutText, ngram_entropy_bits
 from .hparams import MENDHyperParams
-from .many import Editor, in_sequence, one_after_another, so_far, together
+from .many import Editor, apart, in_sequence, one_after_another, so_far, together
 from .metrics import Card, answers_probe, locality_values, normalise, probability_values, target_values
 from .models import BaseModel, Site
 from .scores import HARMONIC, EditRow, EvaluationReport, Interval, summarise
@@ -379,16 +380,19 @@ class _Run:
         if not groups:
             raise DataError(f"{len(index)} edits cannot make a batch of {k}; lower k or give more examples")
         rows, models = [], []
-        for group in groups:
-            t0 = time.perf_counter()
-            updates = together(scaled(self._updates(group, at_once=True), self.strength))
-            seconds = (time.perf_counter() - t0) / k
-            models.append(self._model_values(updates))
-            for part in _chunks(group, EDIT_BATCH):
-                values, written = self.on.score(updates, part)
+        for pool in _chunks(groups, EDIT_BATCH // k if k * k <= EDIT_BATCH else 1):
+            made, seconds = [], []
+            for group in pool:
+                t0 = time.perf_counter()
+                made.append(together(scaled(self._updates(group, at_once=True), self.strength)))
+                seconds += [(time.perf_counter() - t0) / k] * k
+                models.append(self._model_values(made[-1]))
+            updates = made[0] if len(pool) == 1 else apart(made, texts=k)
+            for part in _chunks([(i, s) for i, s in zip(chain(*pool), seconds, strict=True)], EDIT_BATCH):
+                values, written = self.on.score(updates, [i for i, _ in part])
                 rows += [
-                    self.on.row(i, v | {"edit.seconds": seconds}, w)
-                    for i, v, w in zip(part, values, written, strict=True)
+                    self.on.row(i, v | {"edit.seconds": s}, w)
+                    for (i, s), v, w in zip(part, values, written, strict=True)
                 ]
         shared = {name: fmean(values[name] for values in models) for name in models[0]}
         counts = {"groups": len(groups), "left_out": len(index) - k * len(groups)}

@@ -13,6 +13,7 @@ from typing import Protocol, runtime_checkable
 import torch
 from jaxtyping import Float
 from torch import Tensor
+from torch.nn.functional import pad
 
 from .data import Tokens
 from .edit import LowRankUpdate, Updates, side_branches, side_by_side, summed
@@ -61,6 +62,20 @@ def together(*updates: Updates) -> Updates:
     """The sum of all edits in all `updates` as one edit (b = 1), in place of which nothing grows beyond bounds."""
     names = updates[0] if updates else ()
     return {name: _compact([u[name] for u in updates]) for name in names}
+
+
+def apart(several: Sequence[Updates], /, *, texts: int) -> Updates:
+    """Each of `several` (b = 1) for so many edits' texts: b = len(several) · texts, none under another's update."""
+    out = {}
+    for name in several[0]:
+        parts = [side_by_side([updates[name]]) for updates in several]
+        longest = max(part.u.shape[1] for part in parts)
+        u, delta = (
+            torch.cat([pad(x, (0, 0, 0, longest - x.shape[1])) for x in own]).repeat_interleave(texts, 0)
+            for own in ([part.u for part in parts], [part.delta for part in parts])
+        )
+        out[name] = LowRankUpdate(u, delta, 1.0)
+    return out
 
 
 def _compact(parts: Sequence[LowRankUpdate]) -> LowRankUpdate:

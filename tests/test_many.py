@@ -137,7 +137,9 @@ def test_what_follows_a_sequence_is_told_of_its_end_and_success_of_each_edit(lla
 # ------------------------------------------------------------------------------------------------- at once
 
 
-def test_a_batch_is_one_edit_from_several_examples(llama, prepared):
+@pytest.mark.parametrize("rows", [64, 2], ids=["groups scored together", "one group at a time"])
+def test_a_batch_is_one_edit_from_several_examples(llama, prepared, monkeypatch, rows):
+    monkeypatch.setattr(EVALUATE, "EDIT_BATCH", rows)
     editor = editor_for(llama)
     report = evaluate(editor, prepared, mode="batch", k=2)
     assert report.mode == "batch_2" and report.counts["groups"] == 2 and report.counts["left_out"] == 1
@@ -146,10 +148,13 @@ def test_a_batch_is_one_edit_from_several_examples(llama, prepared):
     for group in (EXAMPLES[:2], EXAMPLES[2:4]):
         edit = editor.edit(list(group))
         worst.append(max(edit.relative_norm().values()))
+        own = prepared.score(edit.updates, [EXAMPLES.index(example) for example in group])[0]
+        log_p = [values["log_p.new"] for values in own]
         with edit.applied():
             for example in group:
                 (row,) = [row for row in report.rows if row.id == example.id]
                 assert row.values["edit_success.free_exact"] == success(llama, example)[0]
+                assert row.values["log_p.new"] == pytest.approx(log_p.pop(0), rel=1e-4)
                 assert normalise(row.outputs[0]["after"]) == normalise(success(llama, example)[1])
     assert report.values["norm.relative_max"] == pytest.approx(sum(worst) / 2, rel=1e-4)
     assert "batch_2.drawdown.perplexity" in report.results() and "batch_2.before.perplexity" in report.results()
