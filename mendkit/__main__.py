@@ -26,7 +26,7 @@ from .checkpoints import choose_device, silence_transformers
 from .compare import read_runs, sweep_results
 from .conformance import conformance, conformance_table, reference_folders
 from .data import EditExample
-from .distributed import Team, process_count
+from .distributed import Team, locked, process_count
 from .dryrun import Machine
 from .edit_command import before_and_after, in_full, read_stream, shown, write_files, write_report
 from .editor import MENDEditor
@@ -41,7 +41,7 @@ from .loggers import check_logger
 from .many import Editor
 from .models import BaseModel, load_for_training, load_model
 from .notebook import Failure
-from .plan import PLANNED, fitting, plan
+from .plan import PLANNED, check_memory, fitting, plan
 from .plan import table as plan_table
 from .readers import read_examples, read_questions, read_text, with_unrelated
 from .report import ARCHIVE, default_config, plan_report, run_report
@@ -106,6 +106,11 @@ def _train(args: argparse.Namespace) -> int:
     team = Team(hparams.device)
     logger.setLevel(logging.ERROR if team.rank else logging.INFO)
     out = args.out or Path(hparams.results_dir) / "train"
+    with team.alone_in(out):
+        return _train_alone(args, hparams, out, team=team)
+
+
+def _train_alone(args: argparse.Namespace, hparams: MENDHyperParams, out: Path, /, *, team: Team) -> int:
     old = team.first(lambda: _earlier_training(args, out))
     examples = read_examples(args.train_data, limit=args.train_limit, skip_invalid=args.skip_invalid)
     validation = read_examples(args.validation_data, limit=args.validation_limit, skip_invalid=args.skip_invalid)
@@ -169,6 +174,8 @@ def _trained(
     """Load the model and train; with the examples that were used."""
     if hparams.archive is not None:
         inspect_archive(hparams.archive)  # before the model is loaded, which may take long
+    if not args.ignore_memory:
+        team.first(lambda: check_memory(hparams, examples, validation))
     base = load_for_training(hparams)
     if hparams.archive is not None:
         load_archive(hparams.archive, base=base)
@@ -446,16 +453,20 @@ def _charts_of_costs() -> Callable[[dict[str, Any]], list[Any]]:
 def _report(args: argparse.Namespace) -> int:
     config, settings = _config(args.words)
     out = args.out or Path("runs/sweep" if args.sweep else "runs/report")
-    if args.sweep:
-        return _sweep(args, config, settings, out)
-    report = run_report(plan_report(config, settings, out=out), command=args.command)
+    with locked(out):
+        if args.sweep:
+            return _sweep(args, config, settings, out)
+        plan = plan_report(config, settings, out=out, ignore_memory=args.ignore_memory)
+        report = run_report(plan, command=args.command, cell_seconds=args.cell_timeout)
     _say(json.dumps(dict(report.results), indent=1) if args.json else str(report.index))
     return _failed(report.failure, out)
 
 
 def _sweep(args: argparse.Namespace, config: Path, settings: Sequence[str], out: Path) -> int:
     sweep = read_sweep(args.sweep)
-    runs = plan_sweep(sweep, config, settings, out=out)
+    options = ["--ignore-memory"] if args.ignore_memory else []
+    options += ["--cell-timeout", str(args.cell_timeout)] if args.cell_timeout else []
+    runs = plan_sweep(sweep, config, settings, out=out, options=options)
     run_sweep(sweep, runs, out=out, command=args.command)
     index, failure = summarise_sweep(out)
     _say(json.dumps(sweep_results(read_runs(out)), indent=1) if args.json else str(index))
@@ -543,7 +554,14 @@ def _options_train(parser: argparse.ArgumentParser) -> None:
         action="store_true",
         help="go on with the run in --out that was stopped: same settings, same data, same archive",
     )
+    _option_memory(parser)
     _options_data(parser)
+
+
+def _option_memory(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--ignore-memory", action="store_true", help="train even if it is planned to need more memory than is free"
+    )
 
 
 def _options_data(parser: argparse.ArgumentParser) -> None:
@@ -639,6 +657,8 @@ def _options_report(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--sweep", metavar="FILE", help="a YAML file with a `grid` of settings to run it with; see docs/QUESTIONS.md"
     )
+    parser.add_argument("--cell-timeout", type=_count, metavar="S", help="fail if a cell takes longer, in seconds")
+    _option_memory(parser)
 
 
 def _counts(text: str) -> tuple[int, ...]:
