@@ -7,6 +7,7 @@ anything is written, and nothing is overwritten unasked.
 from __future__ import annotations
 
 import argparse
+import errno
 import json
 import logging
 import math
@@ -46,7 +47,7 @@ from .plan import table as plan_table
 from .readers import read_examples, read_questions, read_text, with_unrelated
 from .report import ARCHIVE, default_config, plan_report, run_report
 from .resume import FILE as CHECKPOINT_FILE
-from .runs import free_memory, open_run, peak_memory_gb, write_json
+from .runs import free_memory, open_run, peak_memory_gb, write_json, write_text
 from .sweep import plan_sweep, read_sweep, run_sweep, summarise_sweep
 from .texts import usable
 from .training import TrainingResult, finished, train
@@ -57,6 +58,10 @@ logger = logging.getLogger("mendkit")
 
 MODEL_FILES = ("config.json", "model.safetensors", "model.safetensors.index.json")
 DEFAULT_K = 25
+
+PLACE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EROFS, errno.EACCES, errno.EPERM)
+PLACE += (errno.ENOTDIR, errno.EEXIST)
+"""Errors of the system that are the place's fault, which the user may mend."""
 
 EXIT_CODES = """\
 exit status: 0 all of it was done; 1 a notebook or a run of a sweep failed, a comparison missed, or an unexpected error
@@ -83,6 +88,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         return command.run(args)
     except MendkitError as error:
         sys.stderr.write(f"error: {error}\n")
+        return 2
+    except OSError as error:
+        if error.errno not in PLACE:
+            raise
+        sys.stderr.write(f"error: cannot read or write there: {error}; make room, or give another place\n")
         return 2
     except KeyboardInterrupt:
         sys.stderr.write("interrupted\n")
@@ -235,7 +245,7 @@ def _edit(args: argparse.Namespace) -> int:
     if args.out:
         _open(args.out, old)
         lines = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
-        (args.out / "rows.jsonl").write_text(lines, encoding="utf-8")
+        write_text(args.out / "rows.jsonl", lines)
         write_json(args.out / "results.json", results)
     return 0
 

@@ -26,7 +26,7 @@ from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 from .architectures import published
 from .archive import inspect_archive
 from .cache import SHARD_BYTES
-from .checkpoints import DTYPES, choose_device, read_tokenizer, silence_transformers, skeleton
+from .checkpoints import DTYPES, choose_device, locate, read_config, read_tokenizer, silence_transformers, skeleton
 from .data import EditExample, Tokens
 from .dryrun import ROWS, SIZES, DryRun, Machine, Work
 from .errors import MendkitError, ModelError
@@ -456,18 +456,22 @@ def check_memory(
 ) -> None:
     """Raise MendkitError if `train` on the CPU is planned to need more memory than is free, and TOLERANCE besides.
 
-    A warning where there is no plan. `keep_trunk`: the model is used after training, too, and so kept whole.
+    A warning where there is no plan. `keep_trunk`: the model is used after training, too, and so kept whole. Raises
+    ModelError if the model's configuration cannot be read.
     """
     device, processes = choose_device(hparams.device), int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
     if device.type != "cpu":  # which stops by itself where memory ends, and whose plans nobody has measured
         return
     if keep_trunk:
         hparams = hparams.replace(stream_trunk=False, release_trunk=hparams.release_trunk is True)
+    if hparams.model_name != BUNDLED:
+        read_config(locate(hparams.model_name), trust_remote_code=hparams.trust_remote_code)
     free = free_memory(device) // processes
     try:
         own = plan(hparams, train, validation, machine=_UNTIMED)
         if own.needed - own.idle <= (1 + TOLERANCE) * free:
             return
+        logger.info("memory is short; looking for settings that fit")
         settings, other = fitting(
             hparams, train, validation, budget=free + own.idle, machine=_UNTIMED, keep_trunk=keep_trunk
         )
@@ -475,11 +479,11 @@ def check_memory(
         logger.warning("whether memory is enough is not known: %s", error)
         return
     words = " ".join(f"{name}={str(value).lower()}" for name, value in settings.items())
-    fits = "fits" if other.needed - other.idle <= free else "is still too much"
+    less = other.needed - other.idle
+    fits = f"with {words} it fits" if less <= free else f"even with {words or 'all savings'} it does not fit"
     raise MendkitError(
         f"training is planned to need {(own.needed - own.idle) / 1e9:.2f} GB ({own.largest}), {free / 1e9:.2f} GB are "
-        f"free; with {words or 'nothing'} it {fits} ({(other.needed - other.idle) / 1e9:.2f} GB); --ignore-memory "
-        "trains all the same"
+        f"free; {fits} ({less / 1e9:.2f} GB); --ignore-memory trains all the same"
     )
 
 

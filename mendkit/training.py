@@ -40,7 +40,7 @@ from .mend import MEND, Wordings
 from .models import BaseModel, load_for_training
 from .resume import FILE as CHECKPOINT_FILE
 from .resume import Checkpoint, Course
-from .runs import Progress, append_line, atomically, open_run, provenance, return_memory
+from .runs import Progress, append_line, open_run, provenance, return_memory, write_text
 from .texts import ROLES, ExampleTexts, prepare_texts, role_weights
 from .trunk import FrozenTrunk, collate, trunk_cache
 from .validation import validate
@@ -509,7 +509,7 @@ class Trainer:
         for row in course.history:
             self.log(row)
         lines = "".join(json.dumps(row) + "\n" for row in course.history)
-        atomically(self.run_dir / HISTORY, lambda temporary: Path(temporary).write_text(lines, encoding="utf-8"))
+        write_text(self.run_dir / HISTORY, lines)
         if course.best and course.best_step == course.step:  # the process may have ended between checkpoint and archive
             self.save_archive()
         elif course.best and inspect_archive(self.archive)["training"]["best"] != without_seconds(course.best):
