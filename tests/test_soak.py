@@ -105,7 +105,7 @@ def test_sessions_one_after_another_leave_memory_flat(kind):
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_long_session_that_is_undone_leaves_the_bits_and_nothing_else(kind):
     """Every edit is made on top of all earlier ones; the journal keeps each, and with it they are gone."""
-    base = tiny_llama(layers=2)
+    base = tiny_llama(layers=2).with_sites(["model.layers.1.mlp.down_proj.weight"])  # where each edit adds a branch
     own, before, ids = KINDS[kind](editor(base)), weights_sha256(base), torch.arange(12)[None]
     with torch.no_grad():
         logits = base.model(ids).logits
