@@ -47,8 +47,8 @@ def test_a_second_training_ends_at_once_and_one_after_a_kill_starts(here, llama,
         assert first.poll() is None, first.communicate()[1]
         time.sleep(0.05)
     before = contents(Path("run"))
-    for more in ("--overwrite", "--resume"):
-        assert main(["train", "tiny.yaml", *long, more, "--out", "run", *DATA]) == 2
+    for more in ("--resume", "--overwrite"):
+        assert main(["train", "tiny.yaml", more, "--out", "run", *DATA]) == 2
         assert capsys.readouterr().err.splitlines()[-1].startswith("error: run is in use by another run; wait")
     with pytest.raises(MendkitError, match="in use by another run"):
         train(hparams(max_iters=1), EXAMPLES, EXAMPLES[:2], base=llama, run_dir="run")
