@@ -43,18 +43,20 @@ def contents(folder: Path) -> dict[str, bytes]:
 def test_a_second_training_ends_at_once_and_one_after_a_kill_starts(here, llama, capsys):
     long = ["max_iters=1000000", "val_interval=1000000", "log_interval=1000000", "checkpoint_interval=1000000"]
     first = start("train", "tiny.yaml", *long, "--ignore-memory", "--out", "run", *DATA)
-    while not Path("run/checkpoint.safetensors").exists():
-        assert first.poll() is None, first.communicate()[1]
-        time.sleep(0.05)
-    before = contents(Path("run"))
-    for more in ("--resume", "--overwrite"):
-        assert main(["train", "tiny.yaml", more, "--out", "run", *DATA]) == 2
-        assert capsys.readouterr().err.splitlines()[-1].startswith("error: run is in use by another run; wait")
-    with pytest.raises(MendkitError, match="in use by another run"):
-        train(hparams(max_iters=1), EXAMPLES, EXAMPLES[:2], base=llama, run_dir="run")
-    assert first.poll() is None and contents(Path("run")) == before
-    first.send_signal(signal.SIGKILL)
-    first.communicate()
+    try:
+        while not Path("run/checkpoint.safetensors").exists():
+            assert first.poll() is None, first.communicate()[1]
+            time.sleep(0.05)
+        before = contents(Path("run"))
+        for more in ("--resume", "--overwrite"):
+            assert main(["train", "tiny.yaml", more, "--out", "run", *DATA]) == 2
+            assert capsys.readouterr().err.splitlines()[-1].startswith("error: run is in use by another run; wait")
+        with pytest.raises(MendkitError, match="in use by another run"):
+            train(hparams(max_iters=1), EXAMPLES, EXAMPLES[:2], base=llama, run_dir="run")
+        assert first.poll() is None and contents(Path("run")) == before
+    finally:
+        first.send_signal(signal.SIGKILL)
+        first.communicate()
     assert main(["train", "tiny.yaml", "--overwrite", "--out", "run", *DATA]) == 0
 
 
