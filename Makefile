@@ -1,5 +1,6 @@
 # make report   train, edit and report under $(OUT), with CONFIG=, ARGS="key=value ..."
 # make test     lint and tests            make lint   lint only
+# make soak     10,000 edits applied and taken back, 2,000 in a row: memory stays flat, the model its bits; half an hour
 # make test-browser   the playground in Chromium, on JupyterLab and Voilà; as root on Debian it installs Chromium
 # make bench    what training and editing cost against a textbook MEND, under runs/bench (OUT=, ARGS=)
 # make lab      JupyterLab on notebooks/  make playground   the playground alone, by Voilà
@@ -17,7 +18,7 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check
 PINS := pyproject.toml constraints.txt
 
 .DELETE_ON_ERROR:
-.PHONY: help report bench test test-browser lint lab playground clean
+.PHONY: help report bench test soak test-browser lint lab playground clean
 
 help:
 	@sed -n '/^#/!q; s/^# \{0,1\}//p' Makefile
@@ -31,6 +32,9 @@ bench: .venv/.installed-notebooks
 
 test: lint
 	$(BIN)/python -m pytest -q --durations=10
+
+soak: .venv/.installed-test
+	MENDKIT_CYCLES=10000 MENDKIT_EDITS=2000 $(BIN)/python -m pytest -q tests/test_soak.py -o log_cli=true -o log_cli_level=INFO
 
 test-browser: .venv/.installed-browser
 	$(BIN)/python -m pytest -q tests/test_browser.py

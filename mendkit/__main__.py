@@ -7,6 +7,7 @@ anything is written, and nothing is overwritten unasked.
 from __future__ import annotations
 
 import argparse
+import errno
 import json
 import logging
 import math
@@ -26,7 +27,7 @@ from .checkpoints import choose_device, silence_transformers
 from .compare import read_runs, sweep_results
 from .conformance import conformance, conformance_table, reference_folders
 from .data import EditExample
-from .distributed import Team, process_count
+from .distributed import Team, locked, process_count
 from .dryrun import Machine
 from .edit_command import before_and_after, in_full, read_stream, shown, write_files, write_report
 from .editor import MENDEditor
@@ -41,12 +42,12 @@ from .loggers import check_logger
 from .many import Editor
 from .models import BaseModel, load_for_training, load_model
 from .notebook import Failure
-from .plan import PLANNED, fitting, plan
+from .plan import PLANNED, check_memory, fitting, plan
 from .plan import table as plan_table
 from .readers import read_examples, read_questions, read_text, with_unrelated
 from .report import ARCHIVE, default_config, plan_report, run_report
 from .resume import FILE as CHECKPOINT_FILE
-from .runs import free_memory, open_run, peak_memory_gb, write_json
+from .runs import free_memory, open_run, peak_memory_gb, write_json, write_text
 from .sweep import plan_sweep, read_sweep, run_sweep, summarise_sweep
 from .texts import usable
 from .training import TrainingResult, finished, train
@@ -57,6 +58,10 @@ logger = logging.getLogger("mendkit")
 
 MODEL_FILES = ("config.json", "model.safetensors", "model.safetensors.index.json")
 DEFAULT_K = 25
+
+PLACE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EROFS, errno.EACCES, errno.EPERM)
+PLACE += (errno.ENOTDIR, errno.EEXIST)
+"""Errors of the system that are the place's fault, which the user may mend."""
 
 EXIT_CODES = """\
 exit status: 0 all of it was done; 1 a notebook or a run of a sweep failed, a comparison missed, or an unexpected error
@@ -84,6 +89,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     except MendkitError as error:
         sys.stderr.write(f"error: {error}\n")
         return 2
+    except OSError as error:
+        if error.errno not in PLACE:
+            raise
+        sys.stderr.write(f"error: cannot read or write there: {error}; make room, or give another place\n")
+        return 2
     except KeyboardInterrupt:
         sys.stderr.write("interrupted\n")
         return 130
@@ -106,6 +116,11 @@ def _train(args: argparse.Namespace) -> int:
     team = Team(hparams.device)
     logger.setLevel(logging.ERROR if team.rank else logging.INFO)
     out = args.out or Path(hparams.results_dir) / "train"
+    with team.alone_in(out):
+        return _train_alone(args, hparams, out, team=team)
+
+
+def _train_alone(args: argparse.Namespace, hparams: MENDHyperParams, out: Path, /, *, team: Team) -> int:
     old = team.first(lambda: _earlier_training(args, out))
     examples = read_examples(args.train_data, limit=args.train_limit, skip_invalid=args.skip_invalid)
     validation = read_examples(args.validation_data, limit=args.validation_limit, skip_invalid=args.skip_invalid)
@@ -169,6 +184,8 @@ def _trained(
     """Load the model and train; with the examples that were used."""
     if hparams.archive is not None:
         inspect_archive(hparams.archive)  # before the model is loaded, which may take long
+    if not args.ignore_memory:
+        team.first(lambda: check_memory(hparams, examples, validation))
     base = load_for_training(hparams)
     if hparams.archive is not None:
         load_archive(hparams.archive, base=base)
@@ -228,7 +245,7 @@ def _edit(args: argparse.Namespace) -> int:
     if args.out:
         _open(args.out, old)
         lines = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
-        (args.out / "rows.jsonl").write_text(lines, encoding="utf-8")
+        write_text(args.out / "rows.jsonl", lines)
         write_json(args.out / "results.json", results)
     return 0
 
@@ -446,16 +463,20 @@ def _charts_of_costs() -> Callable[[dict[str, Any]], list[Any]]:
 def _report(args: argparse.Namespace) -> int:
     config, settings = _config(args.words)
     out = args.out or Path("runs/sweep" if args.sweep else "runs/report")
-    if args.sweep:
-        return _sweep(args, config, settings, out)
-    report = run_report(plan_report(config, settings, out=out), command=args.command)
+    with locked(out):
+        if args.sweep:
+            return _sweep(args, config, settings, out)
+        plan = plan_report(config, settings, out=out, ignore_memory=args.ignore_memory)
+        report = run_report(plan, command=args.command, cell_seconds=args.cell_timeout)
     _say(json.dumps(dict(report.results), indent=1) if args.json else str(report.index))
     return _failed(report.failure, out)
 
 
 def _sweep(args: argparse.Namespace, config: Path, settings: Sequence[str], out: Path) -> int:
     sweep = read_sweep(args.sweep)
-    runs = plan_sweep(sweep, config, settings, out=out)
+    options = ["--ignore-memory"] if args.ignore_memory else []
+    options += ["--cell-timeout", str(args.cell_timeout)] if args.cell_timeout else []
+    runs = plan_sweep(sweep, config, settings, out=out, options=options)
     run_sweep(sweep, runs, out=out, command=args.command)
     index, failure = summarise_sweep(out)
     _say(json.dumps(sweep_results(read_runs(out)), indent=1) if args.json else str(index))
@@ -543,7 +564,14 @@ def _options_train(parser: argparse.ArgumentParser) -> None:
         action="store_true",
         help="go on with the run in --out that was stopped: same settings, same data, same archive",
     )
+    _option_memory(parser)
     _options_data(parser)
+
+
+def _option_memory(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--ignore-memory", action="store_true", help="train even if it is planned to need more memory than is free"
+    )
 
 
 def _options_data(parser: argparse.ArgumentParser) -> None:
@@ -639,6 +667,8 @@ def _options_report(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--sweep", metavar="FILE", help="a YAML file with a `grid` of settings to run it with; see docs/QUESTIONS.md"
     )
+    parser.add_argument("--cell-timeout", type=_count, metavar="S", help="fail if a cell takes longer, in seconds")
+    _option_memory(parser)
 
 
 def _counts(text: str) -> tuple[int, ...]:

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from .files import make_folder
 from .models import BaseModel
-from .runs import atomically
+from .runs import atomically, write_text
 from .sites import Site
 
 ADAPTER_FILES = ("adapter_model.safetensors", "adapter_config.json")
@@ -69,7 +69,7 @@ def write_adapter(folder: str | Path, base: BaseModel, loras: Mapping[str, LoRA]
     config = json.dumps(_config(base, sites, ranks), indent=2) + "\n"
     weights, settings = (make_folder(folder) / name for name in ADAPTER_FILES)
     atomically(weights, lambda temporary: save_file(tensors, temporary, metadata={"format": "pt"}))
-    atomically(settings, lambda temporary: Path(temporary).write_text(config, encoding="utf-8"))
+    write_text(settings, config)
     return tuple(AdapterSite(s.name, ranks[s.module], loras[s.name].relative_error) for s in sites)
 
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import logging
 import os
 import re
 from collections.abc import Iterator
@@ -41,6 +42,10 @@ DTYPES = {
     "float16": torch.float16,
     "float64": torch.float64,
 }
+
+TRUST = "such code may do whatever you may do on this machine, with your files and in your name"
+
+logger = logging.getLogger(__name__)
 
 
 @contextlib.contextmanager
@@ -161,7 +166,10 @@ def read_config(place: str | Path, *, trust_remote_code: bool = False) -> PreTra
     is_file = isinstance(place, Path) and place.is_file()
     folder, file = (place.parent, {"gguf_file": place.name}) if is_file else (place, {})
     with explained("the configuration of", place):
-        return AutoConfig.from_pretrained(folder, **file, trust_remote_code=trust_remote_code)
+        config = AutoConfig.from_pretrained(folder, **file, trust_remote_code=trust_remote_code)
+    if trust_remote_code and getattr(config, "auto_map", None):
+        logger.warning("%s: trust_remote_code: Python code from there is run; %s", place, TRUST)
+    return config
 
 
 def skeleton(source: str | Path, *, trust_remote_code: bool = False) -> PreTrainedModel:
@@ -192,6 +200,9 @@ def explained(what: str, place: str | Path) -> Iterator[None]:
                 f"{Path.cwd()} has no such folder, so it was looked for on the hub: without a network give a "
                 "local folder, or the bundled smollm2-135m"
             )
+        if "trust_remote_code" in str(error):
+            reason = "it brings Python code of its own, which was not run"
+            remedy = f"{TRUST}: read it first, then set `trust_remote_code: true`, or give another model"
         raise ModelError(f"cannot load {what} {str(place)!r}: {reason}; {remedy}") from error
 
 

@@ -1,12 +1,16 @@
 """Training in several processes (Hugging Face Accelerate; gloo between CPUs, NCCL between GPUs).
 
 Every process has the whole model, draws the same batches from the same generator and takes its share of each; sums over
-the processes make of the shares what one process would have computed. The first process alone decides and writes.
+the processes make of the shares what one process would have computed. The first process alone decides and writes, and
+keeps other runs out of the folder.
 """
 
+import logging
 import os
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from datetime import timedelta
+from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
@@ -15,6 +19,13 @@ from accelerate.utils import broadcast, broadcast_object_list, reduce
 from torch import Tensor, nn
 
 from .errors import MendkitError
+
+try:
+    import fcntl
+except ImportError:  # Windows
+    fcntl = None
+
+logger = logging.getLogger(__name__)
 
 T = TypeVar("T")
 
@@ -25,6 +36,34 @@ TIMEOUT = timedelta(hours=1)
 def process_count() -> int:
     """How many processes `torchrun` or `accelerate launch` started; 1 without them."""
     return int(os.environ.get("WORLD_SIZE", "1"))
+
+
+_locked: set[tuple[int, int]] = set()  # device and number of the folders that this process holds
+
+
+@contextmanager
+def locked(folder: Path) -> Iterator[None]:
+    """Within the context no other process gets this: the system's lock on the folder, which ends with the process.
+
+    A process may enter again. Nothing is locked where there is no folder yet, or where the file system cannot. Raises
+    MendkitError if another process is within.
+    """
+    with ExitStack() as stack:
+        try:
+            handle = os.open(folder, os.O_RDONLY)
+            stack.callback(os.close, handle)
+            own = (os.fstat(handle).st_dev, os.fstat(handle).st_ino)
+            if fcntl is not None and own not in _locked:
+                fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                _locked.add(own)
+                stack.callback(_locked.discard, own)
+        except BlockingIOError:
+            raise MendkitError(
+                f"{folder} is in use by another run; wait until it has ended, or give another folder"
+            ) from None
+        except OSError as error:
+            logger.debug("%s is not locked: %s", folder, error)
+        yield
 
 
 class Team:
@@ -74,6 +113,13 @@ class Team:
         if said[1] is not None:
             raise MendkitError(f"the first process stopped with {said[1]}")
         return said[0]
+
+    @contextmanager
+    def alone_in(self, folder: Path, /) -> Iterator[None]:
+        """Within the context no other run may use the folder; see `locked`."""
+        with ExitStack() as stack:
+            self.first(lambda: stack.enter_context(locked(folder)))
+            yield
 
     def leave(self) -> None:
         """Close the connections; call it when all is done."""

@@ -14,11 +14,12 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
 from jaxtyping import Float, Int
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from .adapter import AdapterSite, LoRA, write_adapter
@@ -262,15 +263,20 @@ class Edit:
     def save_merged(self, folder: str | Path) -> tuple[MergedSite, ...]:
         """Write `merged()` with its tokenizer as a model folder for transformers; returns what is left of the edit.
 
-        Raises MendkitError if the folder is a file, or the one that the base model was read from.
+        Raises MendkitError if the folder is a file, cannot be written to, or is the base model's own.
         """
         folder = make_folder(folder)
         if folder.resolve() == Path(self.base.model.name_or_path or "/").resolve():
             raise MendkitError(f"{folder} holds the base model itself; give another folder")
         merged = self.merged()
-        with silence_transformers():
-            merged.base.model.save_pretrained(folder)
-            merged.base.tokenizer.save_pretrained(folder)
+        try:
+            with silence_transformers(), TemporaryDirectory(dir=folder, prefix=".new-") as new:
+                merged.base.model.save_pretrained(new)
+                merged.base.tokenizer.save_pretrained(new)
+                for path in Path(new).iterdir():
+                    path.replace(folder / path.name)
+        except (OSError, SafetensorError) as error:
+            raise MendkitError(f"cannot write the edited model to {folder}: {error}; make room there") from None
         return merged.sites
 
     def save(self, path: str | Path) -> Path:

@@ -15,7 +15,7 @@ from .errors import DataError
 from .evaluate import normalise
 from .readers import Examples, read_examples
 from .report_page import Html, tag, whole_page
-from .runs import atomically
+from .runs import write_text
 from .tables import before_after as table_of
 from .tables import prompts_of
 
@@ -95,7 +95,7 @@ def write_report(path: Path, tables: Sequence[Html], rows: Sequence[dict[str, An
     told = sum(row["success"] for row in rows)
     how = tag("p", tag("code", command), class_="soft")
     text = whole_page(f"{told} of {len(rows)} new answers are written as told", [how, *tables])
-    atomically(path, lambda temporary: Path(temporary).write_text(text, encoding="utf-8"))
+    write_text(path, text)
     logger.info("report: %s", path)
 
 

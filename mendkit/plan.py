@@ -9,9 +9,11 @@ files a stand-in of about four characters a token gives the lengths.
 from __future__ import annotations
 
 import logging
+import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
+from itertools import product
 from pathlib import Path
 
 import psutil
@@ -24,9 +26,9 @@ from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 from .architectures import published
 from .archive import inspect_archive
 from .cache import SHARD_BYTES
-from .checkpoints import DTYPES, choose_device, read_tokenizer, silence_transformers, skeleton
+from .checkpoints import DTYPES, choose_device, locate, read_config, read_tokenizer, silence_transformers, skeleton
 from .data import EditExample, Tokens
-from .dryrun import SIZES, DryRun, Machine, Work
+from .dryrun import ROWS, SIZES, DryRun, Machine, Work
 from .errors import MendkitError, ModelError
 from .families import Head
 from .files import damage_named
@@ -44,6 +46,11 @@ logger = logging.getLogger(__name__)
 WORKING = "working memory"
 PLANNED = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 """The precisions that training may calculate in."""
+
+TOLERANCE = 0.15
+"""By how much predicted peaks were off, of three models (docs/LOG.md)."""
+
+_UNTIMED = Machine(dict.fromkeys(product(PLANNED, ROWS), 1.0), dict.fromkeys(SIZES, 1.0), 1.0)
 
 
 @dataclass(frozen=True)
@@ -89,6 +96,11 @@ class Plan:
     def needed(self) -> int:
         """The same without the pages of the trunk cache on disk."""
         return self.idle + max(phase.peak - phase.mapped for phase in self.phases if phase.times)
+
+    @property
+    def largest(self) -> str:
+        """The phase that takes it."""
+        return max((p for p in self.phases if p.times), key=lambda p: p.peak - p.mapped).name
 
     @property
     def training_needed(self) -> int:
@@ -405,14 +417,15 @@ def fitting(
     *,
     budget: int,
     machine: Machine,
+    keep_trunk: bool = False,
 ) -> tuple[dict[str, object], Plan]:
     """The first settings, least harmful first, with which the plan fits into `budget` bytes, and that plan.
 
-    The last ones tried if none does.
+    The last ones tried if none does. With `keep_trunk` the model stays whole.
     """
     given, tried = hparams, {}
     whole = plan(given, train, validation, machine=machine)
-    for name, value in _savings(hparams, whole):
+    for name, value in _savings(hparams, keep_trunk=keep_trunk):
         if whole.needed <= budget:
             break
         tried[name] = value
@@ -420,9 +433,9 @@ def fitting(
     return tried, whole
 
 
-def _savings(h: MENDHyperParams, whole: Plan) -> list[tuple[str, object]]:
+def _savings(h: MENDHyperParams, *, keep_trunk: bool) -> list[tuple[str, object]]:
     """Settings that save memory, each beside those before it."""
-    out: list[tuple[str, object]] = [("release_trunk", True), ("stream_trunk", True)]
+    out: list[tuple[str, object]] = [] if keep_trunk else [("release_trunk", True), ("stream_trunk", True)]
     if h.dtype in ("auto", "float32"):
         out.append(("dtype", "bfloat16"))
     out += [("cache_bytes", h.cache_bytes // 4), ("cache_bytes", 0)]
@@ -431,6 +444,47 @@ def _savings(h: MENDHyperParams, whole: Plan) -> list[tuple[str, object]]:
             out += [("batch_size", h.batch_size // divisor), ("accumulate_bs", h.accumulate_bs * divisor)]
     out += [("rank", h.rank // divisor) for divisor in (2, 4) if h.rank is not None and h.rank >= divisor]
     return [(name, value) for name, value in out if value != getattr(h, name)]
+
+
+def check_memory(
+    hparams: MENDHyperParams,
+    train: Sequence[EditExample],
+    validation: Sequence[EditExample],
+    /,
+    *,
+    keep_trunk: bool = False,
+) -> None:
+    """Raise MendkitError if `train` on the CPU is planned to need more memory than is free, and TOLERANCE besides.
+
+    A warning where there is no plan. `keep_trunk`: the model is used after training, too, and so kept whole. Raises
+    ModelError if the model's configuration cannot be read.
+    """
+    device, processes = choose_device(hparams.device), int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    if device.type != "cpu":  # which stops by itself where memory ends, and whose plans nobody has measured
+        return
+    if keep_trunk:
+        hparams = hparams.replace(stream_trunk=False, release_trunk=hparams.release_trunk is True)
+    if hparams.model_name != BUNDLED:
+        read_config(locate(hparams.model_name), trust_remote_code=hparams.trust_remote_code)
+    free = free_memory(device) // processes
+    try:
+        own = plan(hparams, train, validation, machine=_UNTIMED)
+        if own.needed - own.idle <= (1 + TOLERANCE) * free:
+            return
+        logger.info("memory is short; looking for settings that fit")
+        settings, other = fitting(
+            hparams, train, validation, budget=free + own.idle, machine=_UNTIMED, keep_trunk=keep_trunk
+        )
+    except Exception as error:  # code of a model, or of transformers, may not run on shapes alone
+        logger.warning("whether memory is enough is not known: %s", error)
+        return
+    words = " ".join(f"{name}={str(value).lower()}" for name, value in settings.items())
+    less = other.needed - other.idle
+    fits = f"with {words} it fits" if less <= free else f"even with {words or 'all savings'} it does not fit"
+    raise MendkitError(
+        f"training is planned to need {(own.needed - own.idle) / 1e9:.2f} GB ({own.largest}), {free / 1e9:.2f} GB are "
+        f"free; {fits} ({less / 1e9:.2f} GB); --ignore-memory trains all the same"
+    )
 
 
 def table(own: Plan) -> str:

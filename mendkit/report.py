@@ -28,11 +28,14 @@ from pathlib import Path
 from typing import Any
 
 from .archive import inspect_archive, load_archive
+from .distributed import locked
 from .errors import MendkitError
+from .files import make_folder
 from .hparams import ALIASES, NO_EFFECT, MENDHyperParams, parse_overrides
 from .loggers import check_logger
 from .models import load_model
 from .notebook import CHECKOUT, Failure, Parameter, export_html, read_parameters, run_notebook
+from .plan import check_memory
 from .readers import read_examples
 from .report_page import write_page
 from .runs import Progress, clock, provenance, write_json
@@ -90,15 +93,19 @@ def plan_report(
     *,
     out: str | Path,
     notebooks_dir: str | Path | None = None,
+    ignore_memory: bool = False,
 ) -> Plan:
     """Check a report: `settings` are hyperparameters and notebook parameters, each "key=value".
 
     Loads the model once (a first use fetches it here) and, if `archive` is set, holds the archive against it.
     Raises the kit's errors for unknown names, mistyped values, missing or bad files, an archive of another
-    model, a folder that holds something else than a report.
+    model, a folder that holds something else than a report, too little memory to train (unless `ignore_memory`).
     """
     plan = draft_report(config, settings, out=out, notebooks_dir=notebooks_dir)
-    _check_folder(plan, _check_data(plan))
+    data = [read_examples(source, limit=limit) for source, limit in data_of(plan)]
+    _check_folder(plan, [Path(source) for source, _ in data_of(plan)])
+    if TRAIN in plan.notebooks and not ignore_memory:
+        check_memory(plan.hparams, *data[:2], keep_trunk=True)
     _check_model(plan.hparams)
     return plan
 
@@ -145,20 +152,14 @@ def _split(settings: Iterable[str], known: Mapping[str, Mapping[str, Parameter]]
 
 
 def data_of(plan: Plan) -> list[tuple[str, int | None]]:
-    """Every data set that the notebooks will read: its file, or facts:…, and how many of its first examples."""
+    """Every data set that the notebooks will read: its file, or facts:…, and how many of its first examples. Those for
+    training and its validation come first."""
     found = []
     for path in plan.notebooks.values():
         own = {name: plan.given.get(name, p.default) for name, p in read_parameters(path).items()}
         for name in (name for name in own if name.endswith("_data")):
             found.append((str(own[name]), own.get(f"{name.removesuffix('_data')}_limit") or None))
     return found
-
-
-def _check_data(plan: Plan) -> list[Path]:
-    """Read every data set; their paths."""
-    for source, limit in data_of(plan):
-        read_examples(source, limit=limit)
-    return [Path(source) for source, _ in data_of(plan)]
 
 
 def _check_model(hparams: MENDHyperParams) -> None:
@@ -215,8 +216,13 @@ def run_report(plan: Plan, /, *, command: str = "", cell_seconds: int | None = N
     """Run a plan. A notebook that fails keeps what it did, later ones do not run; the page is written anyway.
 
     `command` is the command line that the page shows; `cell_seconds` limits every cell. Raises MendkitError
-    if the folder cannot be written to.
+    if the folder cannot be written to, or another process writes to it.
     """
+    with locked(make_folder(plan.out)):
+        return _run(plan, command, cell_seconds)
+
+
+def _run(plan: Plan, command: str, cell_seconds: int | None) -> Report:
     start = time.perf_counter()
     run = _open(plan, command)
     results: dict[str, Any] = {}
@@ -259,7 +265,6 @@ def _open(plan: Plan, command: str) -> dict[str, Any]:
     }
     try:
         old = _earlier(plan.out) or []
-        plan.out.mkdir(parents=True, exist_ok=True)
         marker = write_json(plan.out / "run.json", run)  # first, so that the folder is known at all times
         for path in old:
             if path == marker or (plan.hparams.archive and _same(path, Path(plan.hparams.archive))):

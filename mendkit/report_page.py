@@ -15,7 +15,7 @@ from typing import Any
 from urllib.parse import quote
 
 from .hparams import MENDHyperParams
-from .runs import clock
+from .runs import clock, write_text
 
 HEADLINE = (
     ("edit_success.free_exact", "Edit success", "writes the new answer itself, exactly"),
@@ -114,9 +114,7 @@ def write_page(folder: Path, run: Mapping[str, Any], results: Mapping[str, Any],
         _provenance(run, results),
         _numbers(results),
     ]
-    index = folder / "index.html"
-    index.write_text(whole_page(_title(run, results), body), encoding="utf-8")
-    return index
+    return write_text(folder / "index.html", whole_page(_title(run, results), body))
 
 
 def whole_page(title: str, body: Iterable[Html], /) -> str:

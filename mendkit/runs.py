@@ -68,18 +68,27 @@ def seed_everything(seed: int) -> None:
 
 
 def atomically(path: Path, write: Callable[[str], object]) -> Path:
-    """Let `write` fill a temporary file, and rename it to `path`; what was there stays if that (or the power) fails."""
+    """Let `write` fill a temporary file, and rename it to `path`; what was there stays if that (or the power) fails.
+
+    Raises OSError that names `path`.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}-")
-    os.close(handle)
+    temporary = None
     try:
+        handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}-")
+        os.close(handle)
         write(temporary)
         os.chmod(temporary, 0o644)
         with open(temporary, "rb+") as file:  # a rename may reach the disk before the data
             os.fsync(file.fileno())
         os.replace(temporary, path)
-    except BaseException:
-        os.unlink(temporary)
+    except BaseException as error:
+        if temporary is not None:
+            os.unlink(temporary)
+        if isinstance(error, SafetensorError):
+            raise OSError(errno.EIO, str(error), str(path)) from None
+        if isinstance(error, OSError):
+            error.filename = str(path)
         raise
     return path
 
@@ -98,7 +107,11 @@ def append_line(path: Path, text: str) -> None:
 
 def write_json(path: str | Path, values: Any) -> Path:
     """Write JSON atomically."""
-    text = json.dumps(values, indent=1, ensure_ascii=False) + "\n"
+    return write_text(path, json.dumps(values, indent=1, ensure_ascii=False) + "\n")
+
+
+def write_text(path: str | Path, text: str) -> Path:
+    """Write UTF-8 atomically."""
     return atomically(Path(path), lambda temporary: Path(temporary).write_text(text, encoding="utf-8"))
 
 

@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 
 from .errors import MendkitError
+from .runs import write_text
 
 RESAMPLES = 2000
 
@@ -94,8 +95,7 @@ class EvaluationReport:
     def save_rows(self, path: str | Path) -> Path:
         """Write the rows as JSON lines."""
         text = "".join(json.dumps(vars(row), ensure_ascii=False) + "\n" for row in self.rows)
-        Path(path).write_text(text, encoding="utf-8")
-        return Path(path)
+        return write_text(path, text)
 
 
 def _check(name: str, values: Sequence[tuple[int, float]]) -> None:

@@ -134,8 +134,11 @@ def _count(value: Any) -> int:
     return value
 
 
-def plan_sweep(sweep: Sweep, config: str | Path, settings: Sequence[str], /, *, out: Path) -> list[Run]:
+def plan_sweep(
+    sweep: Sweep, config: str | Path, settings: Sequence[str], /, *, out: Path, options: Sequence[str] = ()
+) -> list[Run]:
     """The runs of a sweep in `out`, those done already marked so. Nothing is written, no model is loaded.
+    `options` are further ones of the `report` command.
 
     Raises the kit's errors for unknown settings, mistyped values, runs that are alike, and a folder of something else.
     """
@@ -152,7 +155,7 @@ def plan_sweep(sweep: Sweep, config: str | Path, settings: Sequence[str], /, *, 
         name = f"{re.sub(r'[^A-Za-z0-9.+_-]+', '-', words)[:60]}-{_key(plan)[:10]}"
         if name in runs:
             raise MendkitError(f"two runs of the sweep are the same: {values} and {runs[name].values}; drop one")
-        report = [sys.executable, "-m", "mendkit", "report", str(plan.config), *own, "--out", str(out / name)]
+        report = [sys.executable, "-m", "mendkit", "report", str(plan.config), *own, "--out", str(out / name), *options]
         threads, say = f"OMP_NUM_THREADS={sweep.cores}", ["sh", "-c", 'exec "$@" >"$0" 2>&1', str(out / f"{name}.log")]
         runs[name] = Run(name, dict(values), ["env", threads, *say, *report])
         if _finished(out / name):

@@ -31,6 +31,7 @@ from .distributed import Team
 from .edit import Updates, side_branches
 from .errors import HyperParamError, MendkitError
 from .factors import Factors, capture_factors, capture_inputs, pack, unpack
+from .files import make_folder
 from .hparams import MENDHyperParams
 from .least_squares import Memory
 from .loggers import Log, check_logger, open_logger
@@ -39,7 +40,7 @@ from .mend import MEND, Wordings
 from .models import BaseModel, load_for_training
 from .resume import FILE as CHECKPOINT_FILE
 from .resume import Checkpoint, Course
-from .runs import Progress, append_line, atomically, open_run, provenance, return_memory
+from .runs import Progress, append_line, open_run, provenance, return_memory, write_text
 from .texts import ROLES, ExampleTexts, prepare_texts, role_weights
 from .trunk import FrozenTrunk, collate, trunk_cache
 from .validation import validate
@@ -508,7 +509,7 @@ class Trainer:
         for row in course.history:
             self.log(row)
         lines = "".join(json.dumps(row) + "\n" for row in course.history)
-        atomically(self.run_dir / HISTORY, lambda temporary: Path(temporary).write_text(lines, encoding="utf-8"))
+        write_text(self.run_dir / HISTORY, lines)
         if course.best and course.best_step == course.step:  # the process may have ended between checkpoint and archive
             self.save_archive()
         elif course.best and inspect_archive(self.archive)["training"]["best"] != without_seconds(course.best):
@@ -708,25 +709,27 @@ def train(
     alone, so `release_trunk: auto` may free what lies below the edits.
 
     Raises MendkitError if there is nothing to train or validate on, if `logger` is not installed, if `run_dir` holds
-    the checkpoint of another run that was stopped or cannot be written to, or for reasons of `Trainer.run`.
+    the checkpoint of another run that was stopped, is in use by another process or cannot be written to, or for reasons
+    of `Trainer.run`.
     """
     check_logger(hparams.logger)
     if not train_examples or not val_examples:
         raise MendkitError("training needs at least one training and one validation example")
     team = Team(hparams.device)
-    run = Path(run_dir)
-    course = team.first(Checkpoint(run, hparams, train_examples, val_examples).unfinished)
-    team.first(partial(_open, run, hparams, anew=course is None))
-    own = {"done_with_base": done_with_base or base is None, "course": course}
-    base = base or load_for_training(hparams)
-    with open_logger(hparams, run, first=team.rank == 0) as log:
-        trainer = Trainer(base, hparams, train_examples, val_examples, run, log=log, **own)
-        try:
-            return trainer.run()
-        except KeyboardInterrupt:
-            if team.rank == 0:
-                _say_how_to_go_on(trainer)
-            raise
+    run = team.first(partial(make_folder, run_dir))
+    with team.alone_in(run):
+        course = team.first(Checkpoint(run, hparams, train_examples, val_examples).unfinished)
+        team.first(partial(_open, run, hparams, anew=course is None))
+        own = {"done_with_base": done_with_base or base is None, "course": course}
+        base = base or load_for_training(hparams)
+        with open_logger(hparams, run, first=team.rank == 0) as log:
+            trainer = Trainer(base, hparams, train_examples, val_examples, run, log=log, **own)
+            try:
+                return trainer.run()
+            except KeyboardInterrupt:
+                if team.rank == 0:
+                    _say_how_to_go_on(trainer)
+                raise
 
 
 def _open(run: Path, hparams: MENDHyperParams, *, anew: bool) -> None:

@@ -17,6 +17,7 @@ from mendkit.edit import Edit
 from mendkit.editor import MENDEditor
 from mendkit.hparams import MENDHyperParams
 from mendkit.models import load_model
+from mendkit.plan import check_memory
 from mendkit.readers import write_examples
 from mendkit.tables import Changed, table
 from tests.claims import EXAMPLES
@@ -45,6 +46,7 @@ def trained(tmp_path_factory):
 def here(trained, tmp_path, monkeypatch) -> Path:
     """A working directory with the config of `trained`, and its archive at `archive.safetensors`."""
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("mendkit.__main__.check_memory", lambda *_: None)  # takes seconds; has tests of its own
     Path("tiny.yaml").write_bytes((trained / "tiny.yaml").read_bytes())
     Path("archive.safetensors").write_bytes((trained / "run" / "archive.safetensors").read_bytes())
     return tmp_path
@@ -170,6 +172,16 @@ def test_train_writes_over_nothing_unless_told(here, capsys):
     assert main(["train", "tiny.yaml", "--out", "run", "--overwrite", *DATA]) == 0
     assert "old" not in Path("run/history.jsonl").read_text()
     assert inspect_archive("run/archive.safetensors")["hparams"]["rank"] == 4
+
+
+def test_train_checks_memory_before_it_writes_unless_told_not_to(here, capsys, monkeypatch):
+    monkeypatch.setattr("mendkit.__main__.check_memory", check_memory)
+    monkeypatch.setattr("mendkit.plan.free_memory", lambda _: 10**5)
+    least = ["release_trunk=true", "stream_trunk=true", "dtype=bfloat16", "cache_bytes=0", "batch_size=1", "rank=1"]
+    assert main(["train", "tiny.yaml", *least, "--out", "run", *DATA]) == 2
+    assert "0.00 GB are free; even with all savings it does not fit" in capsys.readouterr().err.splitlines()[-1]
+    assert not Path("run").exists()
+    assert main(["train", "tiny.yaml", "--out", "run", "--ignore-memory", *DATA]) == 0
 
 
 def test_a_mistake_writes_over_nothing_even_if_told(here):

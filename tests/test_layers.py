@@ -6,8 +6,8 @@ from pathlib import Path
 import mendkit
 
 LEVELS = [
-    {"errors", "findings"},
-    {"scores", "hparams", "losses", "plots", "runs", "checkpoints", "sites", "distributed", "architectures", "dryrun"},
+    {"errors", "findings", "runs"},
+    {"scores", "hparams", "losses", "plots", "checkpoints", "sites", "distributed", "architectures", "dryrun"},
     {"bundled", "data", "families", "hollow", "loggers"},
     {"text_model", "cache", "layouts"},
     {"models", "listing", "readers"},

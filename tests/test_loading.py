@@ -1,5 +1,6 @@
 """Claims about loading: folders, files and hub ids, and every way in which they are wrong."""
 
+import json
 import logging
 from pathlib import Path
 
@@ -12,7 +13,10 @@ from transformers.utils import logging as transformers_logging
 from mendkit import checkpoints
 from mendkit.errors import ModelError
 from mendkit.hparams import MENDHyperParams
+from mendkit.listing import list_layers
 from mendkit.models import BaseModel, load_model
+from mendkit.plan import check_memory, plan
+from tests.claims import EXAMPLES
 from tests.tiny import END, save_tiny, sentences, tiny_llama, tiny_tokenizer
 
 PROMPTS = tuple(s[: 8 + 3 * i] for i, s in enumerate(sentences()[::37]))
@@ -153,6 +157,37 @@ def test_a_model_whose_tokenizer_or_weights_are_lost_is_refused(folder):
         (folder / name).unlink()
     with pytest.raises(ModelError, match="tokenizer"):
         load_model(folder)
+
+
+def test_code_in_a_models_folder_runs_only_if_told_and_says_what_that_means(folder, tmp_path, monkeypatch, caplog):
+    monkeypatch.setattr("transformers.dynamic_module_utils.HF_MODULES_CACHE", str(tmp_path / "modules"))
+    monkeypatch.syspath_prepend(tmp_path / "modules")
+    ran = tmp_path / "ran"
+    own = {"Config": "model_type = 'my'", "ForCausalLM": "from .my_Config import MyConfig as config_class"}
+    for name, body in own.items():
+        kind = f"from transformers import Llama{name}\nclass My{name}(Llama{name}):\n    {body}\n"
+        (folder / f"my_{name}.py").write_text(f"from pathlib import Path\nPath({str(ran)!r}).touch()\n{kind}")
+    config = json.loads((folder / "config.json").read_text())
+    config |= {"model_type": "my", "architectures": ["MyForCausalLM"]}
+    config["auto_map"] = {"AutoConfig": "my_Config.MyConfig", "AutoModelForCausalLM": "my_ForCausalLM.MyForCausalLM"}
+    (folder / "config.json").write_text(json.dumps(config))
+    h = MENDHyperParams(model_name=str(folder))
+    for act in (
+        load_model,
+        list_layers,
+        lambda h: plan(h, EXAMPLES, EXAMPLES),
+        lambda h: check_memory(h, EXAMPLES, []),
+    ):
+        with pytest.raises(
+            ModelError, match=r"was not run; such code may do whatever you may.*trust_remote_code: true"
+        ):
+            act(h)
+    checkpoints.read_tokenizer(folder)
+    assert not ran.exists() and "is run" not in caplog.text
+    assert checkpoints.read_config(folder, trust_remote_code=True).model_type == "my"
+    assert ran.exists() and "Python code from there is run; such code may do whatever" in caplog.text
+    ran.unlink()
+    assert type(load_model(folder, trust_remote_code=True).model).__name__ == "MyForCausalLM" and ran.exists()
 
 
 def test_transformers_is_loud_again_after_loading(folder):

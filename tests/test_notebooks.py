@@ -321,6 +321,23 @@ def test_editing_scores_both_editors_on_the_same_edits(tiny: SimpleNamespace) ->
 
 
 @pytest.mark.slow
+def test_a_notebook_run_again_has_the_same_results(tiny: SimpleNamespace, tmp_path: Path) -> None:
+    archive = str(tiny.out[TRAIN] / "archive.safetensors")
+    sizes = {"test_limit": 6, "validation_limit": 4, "max_new_tokens": 8, "shown": 2}
+    given = {
+        TRAIN: {"overrides": tiny.overrides, "train_limit": 24, "validation_limit": 6},
+        EDIT: {"overrides": tiny.overrides[:1], "archive": archive, **sizes},
+    }
+    for name, own in given.items():
+        run(name, tmp_path / name, out=str(tmp_path / name[:2]), **own)
+        again = json.loads((tmp_path / name[:2] / "results.json").read_text())
+        assert again.keys() == tiny.results[name].keys()
+        differ = {key for key, value in again.items() if value != tiny.results[name][key]}
+        assert all("seconds" in key or "memory" in key for key in differ), differ
+    assert (tmp_path / "01" / "archive.safetensors").read_bytes() == Path(archive).read_bytes()
+
+
+@pytest.mark.slow
 def test_the_headline_figure_is_drawn_from_the_results(tiny: SimpleNamespace) -> None:
     with (tiny.out[EDIT] / "figures/headline.csv").open(encoding="utf-8", newline="") as file:
         rows = {(row["editor"], row["metric"]): float(row["mean"]) for row in csv.DictReader(file)}

@@ -9,7 +9,7 @@ from mendkit.__main__ import main
 from mendkit.dryrun import MAPPED, ROWS, SIZES, DryRun, Machine
 from mendkit.errors import MendkitError, ModelError
 from mendkit.hparams import MENDHyperParams
-from mendkit.plan import PLANNED, plan, shape_model
+from mendkit.plan import PLANNED, Phase, Plan, check_memory, plan, shape_model
 from mendkit.texts import prepare_texts
 from tests.claims import EXAMPLES
 from tests.test_configs import CONFIGS
@@ -92,6 +92,45 @@ def test_what_is_held_is_the_shapes_bytes(folder):
 def test_nothing_to_plan_is_an_error():
     with pytest.raises(MendkitError, match="at least one training"):
         plan(hparams(), [], EXAMPLES, machine=MACHINE)
+
+
+def test_training_is_refused_where_it_is_planned_to_need_more_than_is_free(folder, monkeypatch):
+    idle, seen, need = 10**9, [], 2 * 10**9
+    phases = (
+        Phase("step", {"weights": 3 * 10**9}, 10**9, 1.0),
+        Phase("one edit", {"weights": 9 * 10**9}, 0, 1.0, times=0),
+    )
+    own = Plan("tiny", 1, False, False, False, 1, 1, phases, idle)
+
+    def plan_of(h: MENDHyperParams, *_, **__):
+        seen.append(h)
+        return own
+
+    def check(free: float, **options) -> None:
+        seen.clear()
+        monkeypatch.setattr("mendkit.plan.free_memory", lambda _: int(free))
+        check_memory(hparams().replace(model_name=str(folder)), EXAMPLES, EXAMPLES[:2], **options)
+
+    monkeypatch.setattr("mendkit.plan.plan", plan_of)
+    check(need / 1.14)
+    said = r"need 2\.00 GB \(step\), 1\.72 GB are free; even with release_trunk=true .* not fit .*--ignore-memory"
+    with pytest.raises(MendkitError, match=said):
+        check(need / 1.16)
+    assert any(h.release_trunk is True for h in seen)
+    with pytest.raises(MendkitError):
+        check(need / 1.16, keep_trunk=True)
+    assert {(h.release_trunk, h.stream_trunk) for h in seen} == {(False, False)}
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")  # as many processes share what is free
+    check(2 * need / 1.14)
+    with pytest.raises(MendkitError):
+        check(2 * need / 1.16)
+
+
+def test_where_there_is_no_plan_training_is_not_refused(monkeypatch, caplog):
+    monkeypatch.setattr("mendkit.plan.free_memory", lambda _: 1)
+    monkeypatch.setattr("mendkit.plan.read_config", lambda *_, **__: None)  # of the hub
+    check_memory(MENDHyperParams.from_hparams(CONFIGS / "bert-base.yaml"), EXAMPLES, EXAMPLES[:2])
+    assert "whether memory is enough is not known" in caplog.text and "is a classifier" in caplog.text
 
 
 def test_the_command_writes_json(folder, tmp_path, capsys):

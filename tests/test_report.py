@@ -15,6 +15,7 @@ import nbformat
 import pytest
 from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook
 
+from mendkit.__main__ import main
 from mendkit.archive import save_archive
 from mendkit.errors import ArchiveError, DataError, HyperParamError, MendkitError, ModelError
 from mendkit.mend import MEND
@@ -83,6 +84,7 @@ def here(tmp_path, model_folder, monkeypatch) -> Path:
     """A working directory with a config and stub notebooks."""
     monkeypatch.chdir(tmp_path)
     Path("tiny.yaml").write_text(f"model_name: {model_folder}\nrank: 4\n", encoding="utf-8")
+    monkeypatch.setattr("mendkit.report.check_memory", lambda *_, **__: None)  # takes seconds; has a test of its own
     write_notebooks(tmp_path / "notebooks")
     return tmp_path
 
@@ -219,15 +221,21 @@ def test_the_live_line_is_passed_on(here):
     assert lines[0] == "cell 1/6" and lines[-1] == "cell 6/6"
 
 
-def test_an_interrupt_ends_kernel_and_report(here, monkeypatch):
+def test_an_interrupt_ends_kernel_and_report_which_had_its_folder_to_itself(here, monkeypatch, capsys):
     write_notebooks(here / "notebooks", train="Path('pid').write_text(str(os.getpid()))\ntime.sleep(600)")
     monkeypatch.setenv("PYTHONPATH", str(Path(__file__).parents[1]))
-    command = [sys.executable, "-m", "mendkit", "report", "tiny.yaml", "--out", "out"]
+    command = [sys.executable, "-m", "mendkit", "report", "tiny.yaml", "--ignore-memory", "--out", "out"]
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     deadline = time.monotonic() + 120
     while not Path("pid").is_file() or not Path("pid").read_text():
         assert time.monotonic() < deadline and process.poll() is None, process.communicate()
         time.sleep(0.1)
+    before = {path: path.stat().st_mtime_ns for path in Path("out").rglob("*")}
+    assert main(["report", "tiny.yaml", "--out", "out"]) == 2
+    assert "error: out is in use by another run" in capsys.readouterr().err
+    with pytest.raises(MendkitError, match="in use by another run"):
+        report()
+    assert {path: path.stat().st_mtime_ns for path in Path("out").rglob("*")} == before
     process.send_signal(signal.SIGINT)
     stdout, stderr = process.communicate(timeout=60)
     assert process.returncode == 130, stderr
@@ -345,6 +353,20 @@ def test_the_archive_of_another_model_is_refused(here, archive, gpt2, tmp_path_f
     with pytest.raises(ArchiveError, match="trained for another model"):
         plan_report("tiny.yaml", [f"archive={archive}", f"model_name={other}"], out="out")
     assert not Path("out").exists()
+
+
+def test_memory_is_checked_for_a_model_that_stays_whole(here, archive, monkeypatch):
+    def check(hparams, train, validation, *, keep_trunk):
+        assert (hparams.rank, len(train), len(validation), keep_trunk) == (4, 6, 2, True)
+        raise MendkitError("too much")
+
+    monkeypatch.setattr("mendkit.report.check_memory", check)
+    few = ["train_limit=6", "validation_limit=2"]
+    with pytest.raises(MendkitError, match="too much"):
+        plan_report("tiny.yaml", few, out="out")
+    assert not Path("out").exists()
+    assert plan_report("tiny.yaml", few, out="out", ignore_memory=True)
+    assert plan_report("tiny.yaml", [f"archive={archive}"], out="out")  # trains nothing
 
 
 def test_notebooks_that_are_none_are_refused(here):

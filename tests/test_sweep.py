@@ -70,6 +70,8 @@ def test_every_combination_of_every_grid_is_a_run(here):
     report = ["-m", "mendkit", "report"]
     assert tails[2] == [*report, "tiny.yaml", "lr=1e-3", "rank=null", "shown=1", "--out", folders[2]]
     assert tails[4] == [*report, "other.yaml", "lr=1e-3", 'inner_params=["a.w", "b.w"]', "--out", folders[4]]
+    (run, *_) = plan_sweep(read_sweep("sweep.yaml"), "tiny.yaml", [], out=Path("runs"), options=["--ignore-memory"])
+    assert run.command[-1] == "--ignore-memory" and run.name == plan()[0].name
     assert runs[0].name.startswith("rank-2_shown-1-") and len(set(folders)) == 5 and not Path("runs").exists()
 
 
