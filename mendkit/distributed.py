@@ -67,11 +67,11 @@ def locked(folder: Path) -> Iterator[None]:
 
 
 class Team:
-    """The processes that train together, or this one alone. `device`: the hyperparameter."""
+    """The processes that train together, or this one (`alone`: in any case). `device`: the hyperparameter."""
 
-    def __init__(self, device: str = "auto") -> None:
+    def __init__(self, device: str = "auto", *, alone: bool = False) -> None:
         self.rank, self.size = 0, 1
-        if process_count() > 1:
+        if process_count() > 1 and not alone:
             on_cpu = device == "cpu" or not torch.cuda.is_available()
             self._state = PartialState(cpu=on_cpu, timeout=TIMEOUT)
             self.rank, self.size = self._state.process_index, self._state.num_processes

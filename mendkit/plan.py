@@ -28,6 +28,7 @@ from .archive import inspect_archive
 from .cache import SHARD_BYTES
 from .checkpoints import DTYPES, choose_device, locate, read_config, read_tokenizer, silence_transformers, skeleton
 from .data import EditExample, Tokens
+from .distributed import Team
 from .dryrun import ROWS, SIZES, DryRun, Machine, Work
 from .errors import MendkitError, ModelError
 from .families import Head
@@ -226,7 +227,7 @@ class _Planner:
     def __init__(self, base: BaseModel, hparams: MENDHyperParams, train, validation, machine: Machine) -> None:
         self.base, self.h, self.machine = base, hparams, machine
         no_disk = hparams.replace(disk_cache_bytes=0)  # which would need the weights' hash
-        self.trainer = Trainer(base, no_disk, train, validation, Path("."), done_with_base=True)
+        self.trainer = Trainer(base, no_disk, train, validation, Path("."), done_with_base=True, team=Team(alone=True))
         self.trainer.trunk = self.trainer.factors.trunk = _ShapeTrunk(base)
         self.whole, self.below, self.block = _weight_bytes(base)
         split = base.blocks is not None and base.blocks.first > 0

@@ -298,10 +298,11 @@ class Trainer:
         done_with_base: bool = False,
         log: Log = lambda row: None,
         course: Course | None = None,
+        team: Team | None = None,
     ) -> None:
         self.started, self.log = time.perf_counter() - (course.seconds if course else 0), log
         self.checkpoint = Checkpoint(run_dir, hparams, train, val)
-        self.team = Team(hparams.device)
+        self.team = team or Team(hparams.device)
         self.progress = Progress("MEND", silent=self.team.rank > 0)
         self.loaded, self.new_aggregate = None, False
         if hparams.archive is not None:
@@ -723,7 +724,7 @@ def train(
         own = {"done_with_base": done_with_base or base is None, "course": course}
         base = base or load_for_training(hparams)
         with open_logger(hparams, run, first=team.rank == 0) as log:
-            trainer = Trainer(base, hparams, train_examples, val_examples, run, log=log, **own)
+            trainer = Trainer(base, hparams, train_examples, val_examples, run, log=log, team=team, **own)
             try:
                 return trainer.run()
             except KeyboardInterrupt:
