@@ -13,6 +13,7 @@ from urllib.parse import quote
 from . import findings
 from .errors import MendkitError
 from .findings import HEADLINE
+from .report import TRAIN
 from .report_page import Html, cells_table, tag
 from .runs import clock
 from .scores import Interval
@@ -44,6 +45,12 @@ class RunResult:
             if f"{name}.n" not in self.results:
                 raise MendkitError(f"{self.folder}: {name} has no count; run it again")
         return {name.removeprefix(PREFIX): Interval(*(self.results[name + part] for part in parts)) for name in names}
+
+    @property
+    def history(self) -> list[dict[str, float]]:
+        """The rows of its training; none if it edited with an archive."""
+        path = self.folder / TRAIN / "history.jsonl"
+        return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()] if path.is_file() else []
 
     @property
     def score(self) -> float | None:

@@ -122,6 +122,25 @@ def relative_norms(base: BaseModel, updates: Mapping[str, LowRankUpdate], /) -> 
     return {name: update.norms() / float(weights[name].double().norm()) for name, update in updates.items()}
 
 
+def capped(base: BaseModel, updates: Updates, most: float, /, *, strength: float = 1.0) -> Updates:
+    """Updates that leave ‖T + ΔW_b‖_F / ‖W‖_F ≤ `most` at every site, T being the sum of the edits in force.
+
+    An update that goes beyond, taken at its `strength`, is made c times as strong, with the largest c in [0, 1] that
+    does not: ‖T‖² + 2 c ⟨T, ΔW⟩ + c² ‖ΔW‖² = (most ‖W‖)². Where none does, as T is too large, c gives the least norm.
+    """
+    out = dict(updates)
+    for site in base.sites:
+        unit = updates[site.name]
+        update, hooks = unit.scaled(strength), base.site_module(site)._forward_hooks.values()
+        total = sum((h.update.dense() for h in hooks if isinstance(h, _Branch)), torch.zeros_like(update.dense()))
+        along = (torch.einsum("bto,oi,bti->b", update.delta, total, update.u) * update.coefficient).double()
+        room = (most * float(base.site_weight(site).double().norm())) ** 2 - float(total.double().square().sum())
+        own = update.norms().square()
+        c = (((along**2 + own * room).clamp(min=0).sqrt() - along) / own).nan_to_num(1.0).clamp(0, 1)
+        out[site.name] = replace(unit, delta=unit.delta * c.to(unit.delta)[:, None, None])
+    return out
+
+
 def padded(values: Float[Tensor, "n d"], rows: Int[Tensor, " n"], n_edits: int, /) -> Float[Tensor, "{n_edits} t d"]:
     """Packed per-token values (rows ascending) as one zero-padded matrix per edit."""
     counts = torch.bincount(rows, minlength=n_edits)

@@ -3,14 +3,14 @@
 import logging
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from copy import copy
+from copy import copy, deepcopy
 from pathlib import Path
 
 import torch
 
 from .archive import load_archive
 from .data import EditExample, Tokens
-from .edit import Edit, Updates, load_edits, save_edits
+from .edit import Edit, Updates, capped, load_edits, save_edits
 from .errors import ArchiveError, MendkitError
 from .factors import as_one_loss, capture_factors, capture_inputs
 from .hparams import MENDHyperParams
@@ -31,6 +31,7 @@ class MENDEditor:
     def __init__(self, base: BaseModel, mend: MEND, /, *, name: str = "MEND", archive: str | None = None) -> None:
         self.base, self.mend, self.name = base, mend, name
         self.memory: Memory | None = None  # keys of earlier edits, if it keeps them
+        self.gather: tuple[str, ...] = ()  # sites whose statistics run on
         self.archive = archive  # the SHA-256 of the hypernetwork's file, if it comes from one
 
     @property
@@ -51,14 +52,21 @@ class MENDEditor:
             )
         base = base or load_model(hparams)
         archive = load_archive(hparams.archive, base=base)
-        archive.mend.hparams = archive.mend.hparams.replace(lr_scale=hparams.lr_scale)
+        own = archive.mend.hparams
+        archive.mend.hparams = own.replace(
+            lr_scale=hparams.lr_scale,
+            max_relative_norm=hparams.max_relative_norm or own.max_relative_norm,
+            lifelong_norm=hparams.lifelong_norm or own.lifelong_norm,
+        )
         return cls(archive.base, archive.mend, archive=archive.sha256())
 
     def remembering(self) -> "MENDEditor":
         """The same editor at the start of a sequence: with `aggregate: least_squares` it keeps what it edits, so that
-        later edits shift the keys of earlier ones little."""
+        later edits shift the keys of earlier ones little; with `lifelong_norm` it has statistics of its own."""
         editor = copy(self)
         editor.memory = {} if self.hparams.aggregate == "least_squares" else None
+        if self.hparams.lifelong_norm:
+            editor.mend, editor.gather = deepcopy(self.mend), tuple(site.name for site in self.mend.sites)
         return editor
 
     @torch.no_grad()
@@ -88,9 +96,11 @@ class MENDEditor:
         factors = capture_factors(trunk, texts, tokens=h.edit_tokens, reduction=h.loss_reduction)
         if at_once and h.loss_reduction == "batch":
             factors = as_one_loss(factors, texts)
-        if not at_once:
-            return self.mend(factors, len(texts))
-        return self.mend(factors, len(texts), at_once=len(texts), memory=self.memory)
+        if at_once:
+            made = self.mend(factors, len(texts), gather=self.gather, at_once=len(texts), memory=self.memory)
+        else:
+            made = self.mend(factors, len(texts))
+        return capped(self.base, made, h.max_relative_norm, strength=h.lr_scale) if h.max_relative_norm else made
 
     def edit(self, examples: EditExample | Sequence[EditExample]) -> Edit:
         """One edit from one example, or one from several at once (`aggregate` says how).

@@ -190,6 +190,8 @@ class MENDHyperParams:
     ridge_shared: float = _key(0.04, above=0)
     stats_examples: int = _key(500, low=1)
     stats_held_out: bool = False
+    max_relative_norm: float | None = _key(None, above=0)
+    lifelong_norm: bool = False
     # training
     lr: float = _key(1e-4, low=0)
     edit_lr: float = _key(1e-4, above=0)  # its logarithm is learned
@@ -206,6 +208,7 @@ class MENDHyperParams:
     texts_per_role: tuple[int, ...] | int | None = _key(None, store=_counts, words="an integer >= 1, or three")
     borrow: float = _key(0.0, low=0, most=1)
     swap: float = _key(0.0, low=0, most=1)
+    hard_negatives: float = _key(0.0, low=0, most=1)
     paraphrases_per_edit: int = _key(1, low=0)
     neighbours_per_edit: int = _key(1, low=0)
     unrelated_per_edit: int = _key(1, low=0)

@@ -326,9 +326,9 @@ class MEND(nn.Module):
         for site in self.sites if self.hparams.aggregate == "least_squares" else ():
             self.others[stats_name(site, self.hparams)].add(inputs[site.name])
 
-    def _gather(self, site: Site, factors: GradientFactors) -> None:
+    def _gather(self, site: Site, factors: GradientFactors, *, fitted: bool = False) -> None:
         moments = self.moments[stats_name(site, self.hparams)]
-        if not self.hparams.whiten_pairs:
+        if isinstance(moments["u"], RunningMoments) or not (fitted or self.hparams.whiten_pairs):
             moments["u"].add(factors.u)
         moments["delta"].add(factors.delta)
 
@@ -346,13 +346,13 @@ class MEND(nn.Module):
         one update for each so many in a row. The edits that `memory` holds are kept; a single update joins them.
 
         With `gather`, all sites' names, the statistics run on, as the authors' code does while it trains: each
-        layer's tokens join them just before they are normalised, layer by layer in this order.
+        layer's tokens join them just before they are normalised, layer by layer in this order (not those of `whiten`).
         """
         coefficient = dict(zip((s.name for s in self.sites), self.hparams.update_sign * self.steps(), strict=True))
         by_name, normal = {site.name: site for site in self.sites}, {}
         for name in gather or by_name:
             if gather:
-                self._gather(by_name[name], factors[name])
+                self._gather(by_name[name], factors[name], fitted=True)
             normal[name] = self._normalised(by_name[name], factors[name])
         updates: Updates = {}
         for group, names in self.groups.items():

@@ -548,6 +548,28 @@ def success_against_locality(runs: Mapping[str, Summary], scores: Mapping[str, f
     return _chart("success_against_locality", findings.runs(scores), figure, rows, note=note, key=False)
 
 
+def curves_of_runs(histories: Mapping[str, Sequence[Row]], /) -> Chart:
+    """Validation shares of several runs against training steps: a panel for each share, a line for each run.
+
+    `histories` by what was varied; one without a validation is left out.
+    """
+    curves = {label: [row for row in own if "val.score" in row] for label, own in histories.items()}
+    curves = {label: own for label, own in curves.items() if own}
+    names = [name for name in SHARES if any(f"val.{name}" in row for own in curves.values() for row in own)]
+    figure, axes = _panels(max(len(names), 1), 1 + 2.2 * -(-len(names) // 2))
+    rows: list[Row] = []
+    for ax, name in zip(axes, names, strict=False):
+        for number, (label, own) in enumerate(curves.items(), 1):
+            style = {"color": COLOURS[number % len(COLOURS)], "marker": MARKERS[number % len(MARKERS)], "ms": 4}
+            found = [(row["step"], row[f"val.{name}"]) for row in own if f"val.{name}" in row]
+            ax.plot(*zip(*found, strict=True), **style, label=label)
+            rows += [{"settings": label, "share": name, "step": step, "value": value} for step, value in found]
+        ax.set(xlabel="training step", ylabel=SHARES[name][0], ylim=(-0.03, 1.03), yticks=TICKS)
+    finding = findings.runs({label: max(row["val.score"] for row in own) for label, own in curves.items()})
+    note = f"n = {len(curves)} runs; shares of each run's validation edits, {ALONE}"
+    return _chart("curves_of_runs", finding, figure, rows, note=note)
+
+
 def scores_by_setting(by_setting: Mapping[str, Mapping[str, Sequence[float]]], /) -> Chart:
     """The score of every run above the values of each setting, and their mean; scores by setting and value."""
     drawn = by_setting or {"setting": {}}

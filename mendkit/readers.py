@@ -9,6 +9,7 @@ import io
 import json
 import logging
 import random
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -146,6 +147,36 @@ def with_unrelated(
                 drawn.append(question)
         out.append(replace(example, unrelated=(*example.unrelated, *drawn)))
     return Examples.of(out, getattr(examples, "skipped", ()))
+
+
+def hard_negatives(examples: Sequence[EditExample], /, *, seed: int = 0) -> list[tuple[Probe, ...]]:
+    """For each example prompts that look like its own and are not its fact: its prompt about the subject of another
+    example, which shares the relation or the prompt's wording, with the answer known there; and a beginning of its
+    prompt, cut after some word, without an answer. None where there is no such subject, or no word to cut after."""
+    rng, kin = random.Random(seed), {}
+    for e in examples:
+        for key in _kinship(e):
+            kin.setdefault(key, []).append(e)
+    out = []
+    for e in examples:
+        others = [o for key in _kinship(e) for o in kin[key] if o.subject.casefold() != e.subject.casefold()]
+        found = []
+        if others:
+            other = rng.choice(others)
+            found.append(Probe(e.prompt.replace(e.subject, other.subject), other.ground_truth))
+        ends = [at.start() for at in re.finditer(r"(?<=\S)\s+\S", e.prompt)]
+        if ends:
+            found.append(Probe(e.prompt[: rng.choice(ends)]))
+        out.append(tuple(found))
+    return out
+
+
+def _kinship(e: EditExample) -> list[tuple[str, str]]:
+    """What an example, whose prompt names its subject, may share with others: the relation, the prompt's wording."""
+    if not e.subject or e.subject not in e.prompt:
+        return []
+    wording = ("wording", e.prompt.replace(e.subject, "\0"))
+    return [wording, ("relation", e.relation)] if e.relation else [wording]
 
 
 def read_text(path: str | Path, /) -> str:

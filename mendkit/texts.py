@@ -2,13 +2,13 @@
 
 import logging
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from .data import EditExample, Probe, Tokens, join
 from .errors import DataError, LimitError
 from .hparams import MENDHyperParams
 from .models import BaseModel
-from .readers import Examples, Skipped
+from .readers import Examples, Skipped, hard_negatives
 
 logger = logging.getLogger(__name__)
 
@@ -29,6 +29,7 @@ class ExampleTexts:
     paraphrases: tuple[Tokens, ...]
     neighbours: tuple[Tokens, ...]
     unrelated: tuple[Tokens, ...]
+    hard: tuple[Tokens, ...] = ()  # hard negatives, of training examples only
 
     def first(self, most: int | tuple[int, ...] | None) -> "ExampleTexts":
         """At most so many texts of each role besides the edit: one number for all or one each; all texts if None."""
@@ -37,7 +38,7 @@ class ExampleTexts:
 
     def all(self) -> tuple[Tokens, ...]:
         """Every text."""
-        return (self.edit, *self.paraphrases, *self.neighbours, *self.unrelated)
+        return (self.edit, *self.paraphrases, *self.neighbours, *self.unrelated, *self.hard)
 
 
 def edit_tokens(base: BaseModel, hparams: MENDHyperParams, example: EditExample, prompt: str | None = None) -> Tokens:
@@ -60,6 +61,16 @@ def edit_tokens(base: BaseModel, hparams: MENDHyperParams, example: EditExample,
 def told(example: EditExample, prompt: str) -> str:
     """A prompt with the example's new fact before it."""
     return f"{join(example.prompt, example.target_new)}.\n{prompt}"
+
+
+def training_texts(base: BaseModel, h: MENDHyperParams, examples: Sequence[EditExample]) -> list[ExampleTexts]:
+    """The texts to train on: at most `texts_per_role`, and with `hard_negatives` those besides."""
+    texts = [own.first(h.texts_per_role) for own in prepare_texts(base, h, examples)]
+    probes = hard_negatives(examples, seed=h.seed) if h.hard_negatives else [()] * len(texts)
+    return [
+        replace(own, hard=tuple(base.tokenize(p.prompt, p.answer, max_length=h.max_length) for p in hard))
+        for own, hard in zip(texts, probes, strict=True)
+    ]
 
 
 def prepare_texts(base: BaseModel, h: MENDHyperParams, examples: Sequence[EditExample]) -> list[ExampleTexts]:

@@ -41,7 +41,7 @@ from .models import BaseModel, load_for_training
 from .resume import FILE as CHECKPOINT_FILE
 from .resume import Checkpoint, Course
 from .runs import Progress, append_line, open_run, provenance, return_memory, write_text
-from .texts import ROLES, ExampleTexts, prepare_texts, role_weights
+from .texts import ROLES, ExampleTexts, prepare_texts, role_weights, training_texts
 from .trunk import FrozenTrunk, collate, trunk_cache
 from .validation import validate
 
@@ -132,6 +132,7 @@ class Sampler:
 
     `borrow` is the share of neighbours and unrelated prompts that are other examples' texts, whatever their role: of
     the same relation for neighbours, of another for unrelated prompts, and never one that names the edit's subject.
+    `hard_negatives` is the share of neighbours that are an example's own hard ones (`readers.hard_negatives`).
     `swap` is the share of edits made with any of an example's wordings; its other wordings are then the paraphrases.
     """
 
@@ -198,6 +199,10 @@ class Sampler:
                     borrowed = [self._borrowed(i, role) for _ in range(count) if self._chance() < h.borrow]
                     borrowed = [text for text in borrowed if text is not None]
                     chosen = [*borrowed, *chosen][:count]
+                if h.hard_negatives and role == "neighbours":
+                    number = sum(self._chance() < h.hard_negatives for _ in range(count))
+                    order = torch.randperm(len(example.hard), generator=self.generator)[:number].tolist()
+                    chosen = [*(example.hard[j] for j in order), *chosen][:count]
                 drawn += [(role, text) for text in chosen]
             out.append(drawn)
         most = max(map(len, out))
@@ -317,7 +322,7 @@ class Trainer:
         self.base, self.hparams, self.run_dir = base, hparams, run_dir
         if hparams.train_on != "single" and self.team.size > 1:
             raise HyperParamError(f"train_on: {hparams.train_on} works in one process only; set `train_on: single`")
-        texts = [own.first(hparams.texts_per_role) for own in prepare_texts(base, hparams, train)]
+        texts = training_texts(base, hparams, train)
         held_out = min(hparams.stats_examples, len(texts) // 2) if hparams.stats_held_out else 0
         self.train_texts, self.stats_texts = texts[: len(texts) - held_out], texts[len(texts) - held_out :]
         self.train_examples = train[: len(self.train_texts)]
@@ -410,7 +415,7 @@ class Trainer:
         if not self.reads_wordings:
             return [example.edit], []
         alike = [text for text in example.paraphrases if text.targets == example.edit.targets]
-        return [example.edit, *alike], [*example.neighbours, *example.unrelated]
+        return [example.edit, *alike], [*example.neighbours, *example.unrelated, *example.hard]
 
     def statistics(self, examples: Sequence[ExampleTexts]) -> Iterator[Factors]:
         """Factors of the examples' edits."""

@@ -2,7 +2,9 @@
 
 import hashlib
 from contextlib import ExitStack
+from copy import copy, deepcopy
 from random import Random
+from statistics import median
 
 import pytest
 import torch
@@ -11,6 +13,9 @@ from mendkit.archive import save_archive
 from mendkit.edit import Edit, side_branches
 from mendkit.editor import EditSession, MENDEditor
 from mendkit.errors import ArchiveError, MendkitError
+from mendkit.factors import capture_factors
+from mendkit.mend import RunningMoments, stats_name
+from mendkit.trunk import FrozenTrunk
 from tests.claims import EXAMPLES
 from tests.test_edit import editor_for, logits
 from tests.test_mend import hparams
@@ -35,6 +40,66 @@ def test_session_edits_the_edited_model_and_undoes_in_order(llama):
     assert torch.equal(logits(llama), before)
     with pytest.raises(MendkitError, match="empty"):
         session.undo()
+
+
+def capped_change(total, change, limit):
+    """The largest c in [0, 1] with ‖total + c change‖ ≤ limit, by bisection: one root, as the total is below it."""
+    low, high = 0.0, 1.0
+    for _ in range(60):
+        middle = (low + high) / 2
+        low, high = (middle, high) if (total + middle * change).norm() <= limit else (low, middle)
+    return high * change
+
+
+@pytest.mark.parametrize("aggregate", ["sum", "least_squares"])
+@pytest.mark.parametrize("strength", [1.0, 2.0])
+def test_the_weight_change_of_all_edits_in_force_stays_under_the_cap(llama64, aggregate, strength):
+    free = editor_for(llama64, edit_tokens="scored", lr_scale=strength)
+    free = free if aggregate == "sum" else free.by_least_squares(EXAMPLES, ridge=0.01)
+    limit = 0.99 * median(free.edit(EXAMPLES[:2]).relative_norm().values())
+    mend = deepcopy(free.mend)
+    mend.hparams = mend.hparams.replace(max_relative_norm=limit, lr_scale=strength)
+    free.mend.hparams = free.mend.hparams.replace(lr_scale=strength)
+    before, norms = logits(llama64), {s.name: float(llama64.site_weight(s).norm()) for s in llama64.sites}
+    total = {name: torch.zeros(()) for name in norms}
+    scales = set()
+    with MENDEditor(llama64, mend).session() as session:
+        for examples in (EXAMPLES[:2], EXAMPLES[2], EXAMPLES[3], EXAMPLES[4]):
+            free.memory = copy(session.editor.memory)
+            wanted, found = free.edit(examples).dense(), session.edit(examples).dense()
+            for name, norm in norms.items():
+                expected = capped_change(total[name], wanted[name], limit * norm)
+                torch.testing.assert_close(found[name], expected, rtol=1e-6, atol=1e-12)
+                total[name] = total[name] + found[name]
+                scales.add(torch.allclose(found[name], wanted[name]))
+            assert max(session.combined().relative_norm().values()) <= limit * (1 + 1e-9)
+        assert scales == {True, False}  # some changes had room, some had not
+    assert torch.equal(logits(llama64), before)
+
+
+def test_lifelong_statistics_are_those_of_all_factors_seen_so_far(llama64):
+    editor = editor_for(llama64, lifelong_norm=True)
+    kept, before = {n: v.clone() for n, v in editor.mend.state_dict().items()}, logits(llama64)
+    texts = [editor.tokens(example) for example in EXAMPLES]
+    seen = [capture_factors(FrozenTrunk(llama64), texts)]
+    with editor.session() as session:
+        for example, text in zip(EXAMPLES, texts, strict=True):
+            seen.append(capture_factors(FrozenTrunk(llama64), [text]))  # of the model as edited so far
+            made = session.edit(example)
+            plain = deepcopy(editor.mend)
+            for site in llama64.sites:
+                moments = session.editor.mend.moments[stats_name(site, editor.hparams)]
+                for part in ("u", "delta"):
+                    rows = torch.cat([getattr(f[site.name], part) for f in seen])
+                    torch.testing.assert_close(moments[part].mean, rows.mean(0), rtol=1e-9, atol=1e-12)
+                    torch.testing.assert_close(moments[part].plain_std(), rows.std(0), rtol=1e-7, atol=1e-12)
+                    fresh = RunningMoments(rows.shape[1])
+                    fresh.add(rows)
+                    plain.moments[stats_name(site, editor.hparams)][part] = fresh
+            for name, update in plain(seen[-1], 1).items():
+                torch.testing.assert_close(made.updates[name].dense(), update.dense(), rtol=1e-6, atol=1e-12)
+    assert all(torch.equal(kept[name], value) for name, value in editor.mend.state_dict().items())
+    assert torch.equal(logits(llama64), before)
 
 
 def test_any_order_of_changes_gives_the_bits_of_what_is_in_force(llama):

@@ -121,7 +121,7 @@ FIGURES = {
     EDIT: {"next_tokens", "headline", "by_relation", "probability_shifts", "strength"},
     INSIDE: {"ranks", "signs", "normalisers", "alignment", "spectra", "step_sizes"},
     COSTS: {"costs_of_training", "memory_of_training"},
-    COMPARE: {"success_against_locality", "scores_by_setting"},
+    COMPARE: {"success_against_locality", "curves_of_runs", "scores_by_setting"},
     PLAY: {"next_tokens"},
     HONEST: {"decoding", "editors"},
     MANY: {"at_once", "in_a_row"},
@@ -272,6 +272,7 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> SimpleNamespace:
     runs = [{"name": f"r{rank}", "values": {"rank": rank}, "status": "done", "error": ""} for rank in (2, 4)]
     for run_folder in (folder / f"r{rank}" for rank in (2, 4)):
         shutil.copytree(out[EDIT], run_folder)
+        shutil.copytree(out[TRAIN], run_folder / TRAIN.removesuffix(".ipynb"))
     runs.append({"name": "r6", "values": {"rank": 6}, "status": "failed", "error": "<b>out of memory</b>"})
     (folder / "sweep.json").write_text(json.dumps({"runs": runs}))
     executed[COMPARE] = run(COMPARE, folder / "08.ipynb", sweep=str(folder), out=str(out[COMPARE]))

@@ -117,6 +117,7 @@ def charts() -> Iterator[Chart]:
     yield plots.alignment(COSINES, n=5)
     yield plots.spectra(ENERGY, n=5)
     yield plots.success_against_locality(RUNS, {"Run 1 ($rank$ 2)": 0.7, "Run 3": 0.9})
+    yield plots.curves_of_runs({"Run 1 ($rank$ 2)": history(good=True), "Run 3": history(good=False), "Run 4": []})
     yield plots.scores_by_setting(
         {"rank": {"2": [0.3, 0.5], "null": [0.6]}, "inner_params": {f"[{'a.w, ' * 20}]": [1]}}
     )
@@ -238,6 +239,17 @@ def test_runs_are_points_with_whiskers_both_ways_and_keep_their_numbers() -> Non
         assert [text.get_text().strip() for text in chart.figure.axes[panel].texts] == ["1", "3"]
 
 
+def test_every_share_has_a_line_for_each_run_that_was_validated() -> None:
+    rows = history(good=True)
+    chart = plots.curves_of_runs({"a": rows, "b": history(good=False), "edited only": []})
+    assert chart.finding.startswith("a has the highest score of 2 runs")
+    assert [ax.get_ylabel() for ax in chart.figure.axes] == [plots.SHARES[name][0] for name in SHARES]
+    for ax, name in zip(chart.figure.axes, SHARES, strict=True):
+        x, y = ax.get_lines()[0].get_data()
+        found = [(row["step"], row[f"val.{name}"]) for row in rows if "val.score" in row]
+        assert list(zip(x, y, strict=True)) == found and len(ax.get_lines()) == 2
+
+
 def test_the_findings_of_a_sweep_name_the_best_and_what_moves_the_score() -> None:
     assert plots.findings.runs({"a": 0.2, "b": 0.9}) == "b has the highest score of 2 runs, 0.90; the lowest is 0.20"
     assert plots.findings.runs({"a": 0.2, "b": 0.2}) == "No run is ahead: 2 scored 0.20"
@@ -247,6 +259,7 @@ def test_the_findings_of_a_sweep_name_the_best_and_what_moves_the_score() -> Non
     assert "No setting" in plots.findings.settings({"seed": {"1": [0.5], "2": [0.5]}})
     plots.success_against_locality({}, {}).png()
     plots.scores_by_setting({}).png()
+    plots.curves_of_runs({}).png()
 
 
 def test_a_metric_that_the_data_lack_is_left_out() -> None:

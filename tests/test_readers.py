@@ -8,6 +8,7 @@ from mendkit.data import EditExample, Probe
 from mendkit.errors import DataError
 from mendkit.readers import (
     Examples,
+    hard_negatives,
     read_examples,
     read_questions,
     read_text,
@@ -297,6 +298,26 @@ def test_unrelated_questions_do_not_name_the_subject(tmp_path):
         with_unrelated(examples, questions, each=6)
     with pytest.raises(DataError, match=r"nq\.jsonl:1: field `question`"):
         read_questions(write(tmp_path / "nq.jsonl", [{"answer": "a"}], lines=True))
+
+
+def test_hard_negatives_are_the_own_prompt_about_another_subject_and_its_beginning():
+    alone = EditExample("Emma was written by", "Bo", subject="Emma", ground_truth="Jane Austen", relation="author")
+    kin = EditExample("Who wrote Ivanhoe? It was", "Bo", subject="Ivanhoe", ground_truth="Scott", relation="author")
+    wording = EditExample("The capital of Peru is", "Rome", subject="Peru", ground_truth="Lima")
+    nameless = EditExample("Snow is", "black")
+    every = [*EXAMPLES, alone, kin, wording, nameless]
+    truths = {e.subject: e.ground_truth for e in every}
+    for seed in range(20):
+        found = dict(zip(every, hard_negatives(every, seed=seed), strict=True))
+        for e in EXAMPLES:
+            other, cut = found[e]
+            subject = other.prompt.removeprefix("The capital of ").removesuffix(" is")
+            assert subject != e.subject and other.answer == truths[subject]
+            assert e.prompt.startswith(f"{cut.prompt} ") and cut.answer is None
+        assert found[alone][0] == Probe("Ivanhoe was written by", "Scott")
+        assert found[wording][0].answer in {e.ground_truth for e in EXAMPLES}
+        assert found[nameless] == (Probe("Snow"),)
+    assert hard_negatives([EditExample("Snow", "falls", subject="Snow")]) == [()]
 
 
 def test_held_out_text_is_read_or_refused(tmp_path):

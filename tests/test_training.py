@@ -10,7 +10,7 @@ from mendkit.archive import inspect_archive, load_archive
 from mendkit.errors import MendkitError
 from mendkit.mend import MEND
 from mendkit.textbook import textbook_losses
-from mendkit.texts import edit_tokens, prepare_texts
+from mendkit.texts import edit_tokens, prepare_texts, training_texts
 from mendkit.training import FactorCache, Sampler, Trainer, batch_losses, learning_rate_factor, total_loss, train
 from mendkit.trunk import FrozenTrunk
 from tests.claims import EXAMPLES, scrambled, with_statistics
@@ -217,6 +217,23 @@ def test_borrowed_texts_are_of_the_right_relation_and_never_name_the_subject(lla
     assert not any("United Kingdom" in text or "Japan" in text for text in written["unrelated"])
     plain = Sampler(texts, source, h.replace(borrow=0.0)).texts([0])[0]
     assert {text for role, text in plain if role == "neighbours"} == set(texts[0].neighbours)
+
+
+def test_hard_negatives_take_their_share_of_the_neighbours(llama, tmp_path):
+    h = quick(hard_negatives=1.0, neighbours_per_edit=2, texts_per_role=1, edit_tokens="scored")
+    h = h.replace(whiten=0.02, whiten_pairs=True)
+    trainer = Trainer(llama, h, EXAMPLES, EXAMPLES[:1], tmp_path)
+    hard = training_texts(llama, h, EXAMPLES)[0].hard
+    written = {llama.tokenizer.decode(text.ids) for text in hard}
+    assert len(hard) == 2 and not any("France is" in text for text in written)
+    assert trainer.train_texts[0].hard == hard and trainer.val_texts[0].hard == ()
+    assert set(hard) <= set(trainer.wordings(trainer.train_texts[0])[1])
+    for share, few, many in ((1.0, 2, 2), (0.5, 0.8, 1.2), (0.0, 0, 0)):
+        sampler = Sampler(trainer.train_texts, EXAMPLES, h.replace(hard_negatives=share))
+        drawn = [[text for role, text in sampler.texts([0])[0] if role == "neighbours"] for _ in range(200)]
+        assert few <= sum(text in hard for own in drawn for text in own) / 200 <= many
+        assert all(len(set(own)) == len(own) for own in drawn)
+    assert train(h, EXAMPLES, EXAMPLES[:1], base=llama, run_dir=tmp_path / "run").archive.is_file()
 
 
 def test_swapped_edits_are_made_with_any_wording_and_the_others_are_paraphrases(llama):
