@@ -122,6 +122,29 @@ def relative_norms(base: BaseModel, updates: Mapping[str, LowRankUpdate], /) -> 
     return {name: update.norms() / float(weights[name].double().norm()) for name, update in updates.items()}
 
 
+def in_force(base: BaseModel, site: Site, /) -> Float[Tensor, "o i"]:
+    """The sum of the edits that the model holds at a site."""
+    hooks = base.site_module(site)._forward_hooks.values()
+    none = torch.zeros(site.d_out, site.d_in, device=base.site_weight(site).device)
+    return sum((hook.update.dense() for hook in hooks if isinstance(hook, _Branch)), none)
+
+
+@contextmanager
+def unedited(base: BaseModel, /) -> Iterator[None]:
+    """Within the context no site adds a branch; afterwards those that did do so again, in their order."""
+    every = [base.site_module(site)._forward_hooks for site in base.sites]
+    kept = [dict(hooks) for hooks in every]
+    try:
+        for hooks in every:
+            for key in [key for key, hook in hooks.items() if isinstance(hook, _Branch)]:
+                del hooks[key]
+        yield
+    finally:
+        for hooks, own in zip(every, kept, strict=True):
+            hooks.clear()
+            hooks.update(own)
+
+
 def capped(base: BaseModel, updates: Updates, most: float, /, *, strength: float = 1.0) -> Updates:
     """Updates that leave ‖T + ΔW_b‖_F / ‖W‖_F ≤ `most` at every site, T being the sum of the edits in force.
 
@@ -131,8 +154,7 @@ def capped(base: BaseModel, updates: Updates, most: float, /, *, strength: float
     out = dict(updates)
     for site in base.sites:
         unit = updates[site.name]
-        update, hooks = unit.scaled(strength), base.site_module(site)._forward_hooks.values()
-        total = sum((h.update.dense() for h in hooks if isinstance(h, _Branch)), torch.zeros_like(update.dense()))
+        update, total = unit.scaled(strength), in_force(base, site).to(unit.u)
         along = (torch.einsum("bto,oi,bti->b", update.delta, total, update.u) * update.coefficient).double()
         room = (most * float(base.site_weight(site).double().norm())) ** 2 - float(total.double().square().sum())
         own = update.norms().square()

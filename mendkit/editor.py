@@ -2,7 +2,7 @@
 
 import logging
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from copy import copy, deepcopy
 from pathlib import Path
 
@@ -10,7 +10,7 @@ import torch
 
 from .archive import load_archive
 from .data import EditExample, Tokens
-from .edit import Edit, Updates, capped, load_edits, save_edits
+from .edit import Edit, Updates, capped, in_force, load_edits, save_edits, unedited
 from .errors import ArchiveError, MendkitError
 from .factors import as_one_loss, capture_factors, capture_inputs
 from .hparams import MENDHyperParams
@@ -61,8 +61,9 @@ class MENDEditor:
         return cls(archive.base, archive.mend, archive=archive.sha256())
 
     def remembering(self) -> "MENDEditor":
-        """The same editor at the start of a sequence: with `aggregate: least_squares` it keeps what it edits, so that
-        later edits shift the keys of earlier ones little; with `lifelong_norm` it has statistics of its own."""
+        """The same editor at the start of a sequence: with `aggregate: least_squares` it keeps what it edits, and what
+        the edits in force and a new one come to is what they would have come to at once; with `lifelong_norm` it has
+        statistics of its own."""
         editor = copy(self)
         editor.memory = {} if self.hparams.aggregate == "least_squares" else None
         if self.hparams.lifelong_norm:
@@ -93,11 +94,16 @@ class MENDEditor:
         """Updates of edits, one per text (from `EditExample` by `tokens`): independent ones, or all made at once."""
         h = self.mend.hparams
         trunk = trunk or FrozenTrunk(self.base)
-        factors = capture_factors(trunk, texts, tokens=h.edit_tokens, reduction=h.loss_reduction)
+        together = at_once and self.memory is not None  # with the edits in force, as if made at once with them
+        with unedited(self.base) if together else nullcontext():
+            factors = capture_factors(trunk, texts, tokens=h.edit_tokens, reduction=h.loss_reduction)
         if at_once and h.loss_reduction == "batch":
             factors = as_one_loss(factors, texts)
         if at_once:
-            made = self.mend(factors, len(texts), gather=self.gather, at_once=len(texts), memory=self.memory)
+            own = {"gather": self.gather, "at_once": len(texts), "memory": self.memory}
+            if together and h.lr_scale:
+                own["held"] = {site.name: in_force(self.base, site) / h.lr_scale for site in self.base.sites}
+            made = self.mend(factors, len(texts), **own)
         else:
             made = self.mend(factors, len(texts))
         return capped(self.base, made, h.max_relative_norm, strength=h.lr_scale) if h.max_relative_norm else made
@@ -137,7 +143,8 @@ def _warn_of_contradictions(examples: Sequence[EditExample]) -> None:
 
 
 class EditSession:
-    """A journal of edits made in sequence: each is computed on the model as edited so far.
+    """A journal of edits made in sequence: each is computed on the model as edited so far; with
+    `aggregate: least_squares` on the unedited model, as if made at once with those in force.
 
     Any of them can be taken back, put in force again, scaled or dropped, in any order; later ones are not recomputed.
     What the model then computes depends on the journal alone, to the bit, and not on how it came about. Indices count

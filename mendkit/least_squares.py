@@ -11,8 +11,9 @@ be common to a fact's wordings; the projection is orthogonal under C⁻¹), and 
 whose shift is held small: as in MEMIT (Meng et al., 2023, arXiv 2210.07229, equation 14) with the values of MALMEN (Tan
 et al., 2024, arXiv 2311.04661, section 4.1). The ridges λ are relative to the size of what they stand for, and learned;
 λ_y grows with the number of edits, for ŷ is an estimate, and what other wordings have besides it adds to the last term
-once an edit. For a sequence C grows by the keys of the edits so far (`Memory`): recursive least squares, which gives
-the solution of all of them together.
+once an edit. For a sequence C grows by the keys of the edits so far (`Memory`), and an edit is asked for what they
+leave to be done of its shift, with keys and gradients of the unedited model: recursive least squares, the solution of
+all together.
 Axes: b updates, t tokens of an update (zero rows are padding), i layer input, o layer output.
 """
 
@@ -76,8 +77,10 @@ def solve(
     /,
     *,
     memory: Float[Tensor, "i i"] | None = None,
-) -> tuple[Float[Tensor, "b t i"], Float[Tensor, "b 2*t i"], Float[Tensor, "b 2*t"]]:
-    """The u for which ΔW = Σ_t d_t u_tᵀ solves the least squares, the keys z = [k; ŷ] and their ridges.
+) -> tuple[Float[Tensor, "b 2*t i"], Float[Tensor, "b 2*t i"], Float[Tensor, "b 2*t"]]:
+    """The u for which ΔW = Σ_t d_t u_tᵀ solves the least squares, the keys z = [k; ŷ] that they are of, their ridges.
+
+    With `memory` d is what the edits so far leave to be done, d − ΔW z: their sum is then the solution of all together.
 
     `shared` is ũ, `ridge` (λ_k, λ_y) in units of the mean kᵀC⁻¹k of the update and of each ŷᵀC⁻¹ŷ. Solved in float64 in
     the number of tokens, or in the width where that is smaller.
@@ -99,7 +102,7 @@ def solve(
         precision = c if memory is None else torch.linalg.inv(memory)
         weighted = z / lam[:, :, None]
         u = torch.linalg.solve(precision + weighted.mT @ z, weighted.mT).mT
-    return (u[:, :t] + u[:, t:]).to(keys), z.detach(), lam.detach()
+    return u.to(keys), z.detach(), lam.detach()
 
 
 @torch.no_grad()

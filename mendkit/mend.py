@@ -16,7 +16,7 @@ a clip on the result; log α is learned with its own learning rate, the sign is 
 Axes: n tokens (packed), i layer input, o layer output, d = i + o.
 """
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -341,9 +341,11 @@ class MEND(nn.Module):
         gather: Sequence[str] = (),
         at_once: int = 1,
         memory: Memory | None = None,
+        held: Mapping[str, Tensor] | None = None,
     ) -> Updates:
         """Updates of `n_edits` independent edits from their packed factors, as padded low-rank branches; with `at_once`
-        one update for each so many in a row. The edits that `memory` holds are kept; a single update joins them.
+        one update for each so many in a row. The edits that `memory` holds are kept; a single update joins them, and
+        does what `held`, the weight changes (o, i) in force by site name, leave to be done.
 
         With `gather`, all sites' names, the statistics run on, as the authors' code does while it trains: each
         layer's tokens join them just before they are normalised, layer by layer in this order (not those of `whiten`).
@@ -363,13 +365,21 @@ class MEND(nn.Module):
                 own = LowRankUpdate(padded(u, rows, n_edits), padded(delta, rows, n_edits), coefficient[name])
                 if self.hparams.aggregate == "least_squares":
                     keys = padded(factors[name].u, rows, n_edits)
-                    updates[name] = self._least_squares(by_name[name], own, keys, at_once, memory)
+                    updates[name] = self._least_squares(
+                        by_name[name], own, keys, at_once, memory, (held or {}).get(name)
+                    )
                 else:
                     updates[name] = own.merged(at_once)
         return {site.name: updates[site.name] for site in self.sites}
 
     def _least_squares(
-        self, site: Site, own: LowRankUpdate, keys: Float[Tensor, "b t i"], at_once: int, memory: Memory | None
+        self,
+        site: Site,
+        own: LowRankUpdate,
+        keys: Float[Tensor, "b t i"],
+        at_once: int,
+        memory: Memory | None,
+        held: Float[Tensor, "o i"] | None,
     ) -> LowRankUpdate:
         """One update for each `at_once` edits, from the update and the keys of each (least_squares.py)."""
         shifts = LowRankUpdate(keys, own.branch(keys), 1.0).merged(at_once)
@@ -381,7 +391,10 @@ class MEND(nn.Module):
         if memory is not None and len(z) == 1:
             grown = remember(other.inverse() if kept is None else kept, z[0], ridges[0])
             memory[site.name] = grown, earlier + at_once
-        return LowRankUpdate(u, shifts.delta, 1.0)
+        if held is not None:
+            return LowRankUpdate(u, torch.cat([shifts.delta] * 2, 1) - z.to(u) @ held.T.to(u), 1.0)
+        half = u.shape[1] // 2
+        return LowRankUpdate(u[:, :half] + u[:, half:], shifts.delta, 1.0)
 
     def _transform(
         self, group: str, site: Site, pairs: Sequence[tuple[Tensor, Tensor]], counts: Sequence[int]

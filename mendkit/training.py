@@ -241,7 +241,8 @@ def batch_losses(
     rows = [text for own in texts for _, text in own]
     roles = [role for own in texts for role, _ in own]
     batch = collate(rows, trunk.base.pad_id, trunk.base.device)
-    updates = mend(factors, len(texts), at_once=at_once, memory=memory)
+    held = {name: update.dense() for name, update in before.items()} if before and memory is not None else None
+    updates = mend(factors, len(texts), at_once=at_once, memory=memory, held=held)
     with side_branches(trunk.base, before or {}), side_branches(trunk.base, updates):
         logits = trunk.suffix(rows, batch)
     losses: dict[str, Tensor] = {}
@@ -575,16 +576,19 @@ class Trainer:
     def _losses(
         self, rows: list[list[tuple[str, Tokens]]], at_once: int, earlier: Sequence[Tokens]
     ) -> dict[str, Tensor]:
-        """Losses of a batch. After `earlier` edits its gradients are those of the edited model, and each edit has one
-        of the earlier ones to keep."""
+        """Losses of a batch. After `earlier` edits its gradients are those of the edited model, but for least squares,
+        and each edit has one of the earlier ones to keep."""
         edits = [own[0][1] for own in rows]
         if not earlier:
             return batch_losses(self.trunk, self.mend, self.factors.get(edits), rows, at_once=at_once)
         memory: Memory | None = {} if self.hparams.aggregate == "least_squares" else None
         with torch.no_grad():
             before = self.mend(self.factors.get(earlier), len(earlier), at_once=len(earlier), memory=memory)
-        with side_branches(self.base, before):
-            factors = capture_factors(self.trunk, edits, **self.factors.how)
+        if memory is not None:
+            factors = self.factors.get(edits)
+        else:
+            with side_branches(self.base, before):
+                factors = capture_factors(self.trunk, edits, **self.factors.how)
         rows = [[*own, ("edit", earlier[i % len(earlier)])] for i, own in enumerate(rows)]
         return batch_losses(self.trunk, self.mend, factors, rows, before=before, memory=memory)
 
