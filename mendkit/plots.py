@@ -316,7 +316,9 @@ def many_edits(rows: Sequence[Row], /, *, at_once: bool) -> Chart:
         ax.set_xticks(counts, [str(count) for count in counts])
         ax.minorticks_off()
         if metric in MEASURES:
+            lowest = min(row["mean"] for row in rows if row["metric"] == metric)
             ax.set(yscale="symlog", ylabel=MEASURES[metric])
+            ax.set_ylim(bottom=1.1 * min(lowest, 0))
         else:
             ax.set(ylim=(-0.03, 1.03), ylabel="share")
     n = max((row["n"] for row in shown if "n" in row), default=0)
