@@ -24,6 +24,7 @@ from .models import BaseModel, model_fingerprint
 from .runs import DAMAGE, atomically
 
 SEAL = "metadata_sha256"  # the key of the metadata's own checksum
+SEALED = ", sealed"  # what the format is followed by where there is one
 
 
 @dataclass(frozen=True)
@@ -78,7 +79,7 @@ def save_tensors(kind: Kind, path: str | Path, tensors: Mapping[str, Tensor], me
     if odd:
         raise ArchiveError(f"{path}: not written: {', '.join(odd[:3])} not finite; this {kind.noun} is of no use")
     sums = {name: tensor_sha256(tensor) for name, tensor in tensors.items()}
-    told = {"format": kind.format, **metadata, "sha256": sums}
+    told = {"format": kind.format + SEALED, **metadata, "sha256": sums}
     header = {"mendkit": json.dumps(told | {SEAL: _digest(told)}, sort_keys=True)}
     try:
         return atomically(Path(path), lambda temporary: save_file(tensors, temporary, metadata=header))
@@ -110,12 +111,13 @@ def read_metadata(kind: Kind, path: Path) -> dict[str, Any]:
         raise ArchiveError(f"{path}: a safetensors file, but no {kind.noun} of mendkit (no metadata)")
     with damage_named(path, "metadata"):
         metadata = json.loads(header["mendkit"], object_pairs_hook=_each_once)
-    if not isinstance(metadata, dict) or metadata.get("format") != kind.format:
+    if not isinstance(metadata, dict) or metadata.get("format") not in (kind.format, kind.format + SEALED):
         raise ArchiveError(f"{path}: unknown format; this version reads {kind.format}")
     seal = metadata.pop(SEAL, None)
-    if set(header) > {"mendkit"} or seal not in (None, _digest(metadata)):
+    expected = None if metadata["format"] == kind.format else _digest(metadata)
+    if set(header) > {"mendkit"} or seal != expected:
         raise ArchiveError(f"{path}: damaged metadata: they do not match their checksum; restore it or make it anew")
-    return metadata | {"tensors": shapes}
+    return metadata | {"format": kind.format, "tensors": shapes}
 
 
 def _digest(metadata: Any) -> str:

@@ -87,7 +87,7 @@ def atomically(path: Path, write: Callable[[str], object]) -> Path:
             os.unlink(temporary)
         if isinstance(error, SafetensorError):
             raise OSError(errno.EIO, str(error), str(path)) from None
-        if isinstance(error, OSError):
+        if isinstance(error, OSError) and error.errno is not None:
             error.filename = str(path)
         raise
     return path

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from safetensors.torch import load_file
 
-from mendkit.files import SEAL, _digest, tensor_sha256
+from mendkit.files import SEAL, SEALED, _digest, tensor_sha256
 
 Variant = tuple[str, bytes]
 DTYPES = ("F64", "F32", "F16", "BF16", "I64", "I32", "U8", "BOOL", "U64", "F8_E4M3", "F8_E8M0", "F4", "C64", "X")
@@ -64,7 +64,9 @@ class Layout:
 
     def retold(self, metadata: dict | str, *, checksum: str | None = "right") -> bytes:
         """The file with other metadata, by default with a checksum that is right for them, as an attacker would."""
-        if isinstance(metadata, dict) and checksum is not None:
+        if isinstance(metadata, dict) and checksum is None and isinstance(metadata.get("format"), str):
+            metadata = metadata | {"format": metadata["format"].removesuffix(SEALED)}
+        elif isinstance(metadata, dict):
             metadata = sealed(metadata) if checksum == "right" else metadata | {SEAL: checksum}
         text = metadata if isinstance(metadata, str) else json.dumps(metadata)
         return Layout(self.header | {"__metadata__": {"mendkit": text}}, self.data).bytes()

@@ -38,6 +38,7 @@ from tests.attacks import (
     flipped,
     misdeclared,
     rehashed,
+    sealed,
     swapped,
     truncated,
     with_each_replaced,
@@ -173,7 +174,7 @@ def test_white_space_and_order_of_a_header_do_no_harm(base, archive):
 def test_wrong_tensors_are_refused_although_every_checksum_is_right(base, archive):
     load, kept = as_loaded(base), archive.read_bytes()
     for about, tensors, metadata in [*rehashed(archive, random.Random(2), 12)]:
-        save_file(tensors, archive, metadata={"mendkit": json.dumps(metadata)})
+        save_file(tensors, archive, metadata={"mendkit": json.dumps(sealed(metadata))})
         as_first_version = about == "without edit_lr_unit"  # which had none: all were 1
         assert attacked_once(archive, load) != as_first_version, about
     archive.write_bytes(kept)
@@ -285,7 +286,7 @@ def test_damaged_journals_are_refused_or_the_same_and_leave_the_model_alone(base
 def test_wrong_tensors_of_an_edit_are_refused_although_every_checksum_is_right(base, mend, journal):
     load = as_session(MENDEditor(base, mend))
     for about, tensors, metadata in [*rehashed(journal, random.Random(5), 12)]:
-        save_file(tensors, journal, metadata={"mendkit": json.dumps(metadata)})
+        save_file(tensors, journal, metadata={"mendkit": json.dumps(sealed(metadata))})
         if about.endswith("cast"):  # an edit may have any precision
             continue
         assert attacked_once(journal, load), about

@@ -46,7 +46,7 @@ def trained(tmp_path_factory):
 def here(trained, tmp_path, monkeypatch) -> Path:
     """A working directory with the config of `trained`, and its archive at `archive.safetensors`."""
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr("mendkit.__main__.check_memory", lambda *_: None)  # takes seconds; has tests of its own
+    monkeypatch.setattr("mendkit.commands.check_memory", lambda *_: None)  # takes seconds; has tests of its own
     Path("tiny.yaml").write_bytes((trained / "tiny.yaml").read_bytes())
     Path("archive.safetensors").write_bytes((trained / "run" / "archive.safetensors").read_bytes())
     return tmp_path
@@ -136,7 +136,7 @@ def test_an_interrupt_ends_with_status_130(here, monkeypatch, capsys):
     def stop(*_):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("mendkit.__main__.inspect_archive", stop)
+    monkeypatch.setattr("mendkit.commands.inspect_archive", stop)
     assert main(["inspect", "archive.safetensors"]) == 130
     assert capsys.readouterr().err == "interrupted\n"
 
@@ -145,7 +145,7 @@ def test_what_is_no_users_mistake_shows_its_traceback(here, monkeypatch):
     def fail(*_):
         raise RuntimeError("a fault of ours")
 
-    monkeypatch.setattr("mendkit.__main__.inspect_archive", fail)
+    monkeypatch.setattr("mendkit.commands.inspect_archive", fail)
     with pytest.raises(RuntimeError, match="a fault of ours"):
         main(["inspect", "archive.safetensors"])
 
@@ -175,7 +175,7 @@ def test_train_writes_over_nothing_unless_told(here, capsys):
 
 
 def test_train_checks_memory_before_it_writes_unless_told_not_to(here, capsys, monkeypatch):
-    monkeypatch.setattr("mendkit.__main__.check_memory", check_memory)
+    monkeypatch.setattr("mendkit.commands.check_memory", check_memory)
     monkeypatch.setattr("mendkit.plan.free_memory", lambda _: 10**5)
     least = ["release_trunk=true", "stream_trunk=true", "dtype=bfloat16", "cache_bytes=0", "batch_size=1", "rank=1"]
     assert main(["train", "tiny.yaml", *least, "--out", "run", *DATA]) == 2
@@ -426,7 +426,7 @@ def measured(monkeypatch):
         asked.append((settings, deep))
         return {s.model: MEASURED for s in settings}
 
-    monkeypatch.setattr("mendkit.__main__.run_bench", run)
+    monkeypatch.setattr("mendkit.commands.run_bench", run)
     return asked
 
 

@@ -26,6 +26,7 @@ LEVELS = [
         *("tables", "notebook", "report_page", "report", "bench", "sweep", "compare", "edit_command"),
         *("playground", "widgets", "__init__"),
     },
+    {"commands"},
     {"__main__"},
 ]
 LEVEL = {name: level for level, names in enumerate(LEVELS) for name in names}

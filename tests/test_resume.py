@@ -324,7 +324,8 @@ def test_resume_from_the_command_line(tmp_path, monkeypatch, capsys, caplog):
     monkeypatch.chdir(tmp_path)
     words = [f"model_name={model}", "rank=4", "batch_size=4", "max_iters=3", "val_interval=1", f"cache_dir={tmp_path}"]
     Path("tiny.yaml").write_text("\n".join(word.replace("=", ": ") for word in words))
-    words = ["train", "tiny.yaml", "--train-limit", "12", "--validation-limit", "4", "--out"]
+    words = ["train", "tiny.yaml", "--train-limit", "12", "--validation-limit", "4"]
+    words += ["--ignore-memory", "--out"]  # which is planned by a step that nothing is to stop
     assert main([*words, "whole", "--resume"]) == 0  # nothing there yet: a run as any
     with monkeypatch.context() as patch:
         patch.setattr(Trainer, "step", Stop(Trainer.step, 3))
