@@ -161,9 +161,8 @@ def test_a_failed_run_stops_no_other_and_what_is_done_is_not_repeated(grid, caps
     assert "0.25 <small>[0.25, 0.25], n = 8</small>" in page
     assert (done.folder / "index.html").is_file()
     figures = {path.name for path in Path("runs", COMPARE, "figures").iterdir()}
-    assert figures == {
-        f"{n}.{kind}" for n in ("success_against_locality", "scores_by_setting") for kind in ("png", "csv")
-    }
+    names = ("success_against_locality", "scores_by_setting", "curves_of_runs")
+    assert figures == {f"{name}.{kind}" for name in names for kind in ("png", "csv")}
 
     before = (done.folder / "run.json").stat().st_mtime_ns
     Path("mended").touch()
