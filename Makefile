@@ -1,6 +1,6 @@
 # make report   train, edit and report under $(OUT), with CONFIG=, ARGS="key=value ..."
 # make test     lint and tests            make lint   lint only
-# make soak     10,000 edits applied and taken back, 2,000 in a row: memory stays flat, the model its bits; half an hour
+# make soak     10,000 edits applied and taken back, 2,000 in a row: memory stays flat, the model its bits; 8 minutes
 # make test-browser   the playground in Chromium, on JupyterLab and Voilà; as root on Debian it installs Chromium
 # make bench    what training and editing cost against a textbook MEND, under runs/bench (OUT=, ARGS=)
 # make lab      JupyterLab on notebooks/  make playground   the playground alone, by Voilà
