@@ -64,6 +64,7 @@ def _say(text: str) -> None:
 
 
 def do_train(args: argparse.Namespace) -> int:
+    """Train and write the archive."""
     if args.resume and args.overwrite:
         args.parser.error("--resume goes on with what --overwrite would remove; give one of them")
     hparams = _hparams(args)
@@ -156,6 +157,7 @@ def _trained(
 
 
 def do_edit(args: argparse.Namespace) -> int:
+    """Make edits and show what the model writes before and after."""
     if bool(args.data) == bool(args.prompt) or bool(args.prompt) != bool(args.target):
         args.parser.error("give --prompt and --target, or --data")
     if args.adapter_rank and not args.save_adapter:
@@ -227,6 +229,7 @@ def _edit_files(args: argparse.Namespace) -> list[str]:
 
 
 def do_evaluate(args: argparse.Namespace) -> int:
+    """Score an archive's edits, or a baseline's."""
     k = args.k or (DEFAULT_K if args.mode == "batch" else None)
     if k is not None and args.mode != "batch":
         args.parser.error("--k goes with --mode batch")
@@ -290,6 +293,7 @@ def _table(report: EvaluationReport) -> str:
 
 
 def do_inspect(args: argparse.Namespace) -> int:
+    """Print what an archive says of itself."""
     metadata = inspect_archive(args.archive)
     with damage_named(args.archive, "metadata"):
         text = json.dumps(metadata, indent=1) if args.json else _summary(args.archive, metadata)
@@ -320,6 +324,7 @@ def _summary(path: Path, metadata: dict[str, Any]) -> str:
 
 
 def do_sites(args: argparse.Namespace) -> int:
+    """List what can be edited in a model."""
     first = args.words[0] if args.words else ""
     if not first or "=" in first or Path(first).suffix in (".yaml", ".yml"):
         hparams = _hparams(args)
@@ -331,6 +336,7 @@ def do_sites(args: argparse.Namespace) -> int:
 
 
 def do_plan(args: argparse.Namespace) -> int:
+    """Predict memory and time of every phase."""
     hparams = _hparams(args)
     examples = read_examples(args.train_data, limit=args.train_limit, skip_invalid=args.skip_invalid)
     validation = read_examples(args.validation_data, limit=args.validation_limit, skip_invalid=args.skip_invalid)
@@ -350,6 +356,7 @@ def do_plan(args: argparse.Namespace) -> int:
 
 
 def do_import(args: argparse.Namespace) -> int:
+    """Turn a foreign archive into one of this kit."""
     _existing(args.out, (ARCHIVE, "results.json"), args.overwrite)
     hparams = _hparams(args)
     read_foreign(args.archive)  # before the model is loaded, which may take long
@@ -357,6 +364,7 @@ def do_import(args: argparse.Namespace) -> int:
 
 
 def do_export(args: argparse.Namespace) -> int:
+    """Write an archive as the file that EasyEdit reads."""
     _existing(args.out, ("archive.pt", "results.json"), args.overwrite)
     hparams = _hparams(args)
     inspect_archive(args.archive)
@@ -371,6 +379,7 @@ def _written(args: argparse.Namespace, path: Path) -> int:
 
 
 def do_conformance(args: argparse.Namespace) -> int:
+    """Compare with recorded numbers; 1 if one missed."""
     old = _existing(args.out, ("results.json",), args.overwrite)
     with silence_transformers():
         folders = [folder for given in args.folders for folder in reference_folders(given)]
@@ -390,6 +399,7 @@ def do_conformance(args: argparse.Namespace) -> int:
 
 
 def do_bench(args: argparse.Namespace) -> int:
+    """Measure what training and editing cost; 1 if the ways are not equal."""
     old = _existing(args.out, ("run.json", "results.json"), args.overwrite)
     given = {"batch": args.batch, "rank": args.rank, "repeats": args.repeats}
     own = (QUICK if args.quick else {}) | {name: value for name, value in given.items() if value is not None}
@@ -416,6 +426,7 @@ def _charts_of_costs() -> Callable[[dict[str, Any]], list[Any]]:
 
 
 def do_report(args: argparse.Namespace) -> int:
+    """Run the notebooks, or a sweep of such runs."""
     config, settings = _config(args.words)
     out = args.out or Path("runs/sweep" if args.sweep else "runs/report")
     with locked(out):
