@@ -149,7 +149,8 @@ class MENDHyperParams:
 
     A micro-batch is `batch_size` independent edits, each with its own update alone. The loss is their
     mean of cedit * NLL(edit) + cpara * NLL(paraphrases) + cloc * KL(unrelated) + cneigh *
-    KL(neighbours): NLL of the new target under the edited model, KL(unedited || edited), both in nats.
+    KL(neighbours) + cmargin * MARGIN: NLL of the new target under the edited model, KL(unedited || edited), both in
+    nats; MARGIN is what the new target lacks of being `margin` nats a token less likely than a neighbour's own answer.
     Whatever makes one validates it (HyperParamError) and stores normal forms: `device: 0` is "cuda:0".
     """
 
@@ -201,6 +202,8 @@ class MENDHyperParams:
     cpara: float | None = _key(None, low=0)  # null: as cedit
     cloc: float = _key(1.0, low=0)
     cneigh: float | None = _key(None, low=0)  # null: as cloc
+    cmargin: float = _key(0.0, low=0)
+    margin: float = _key(1.0, low=0)
     train_on: str = _key("single", legal=("single", "batch", "sequence"))
     most_edits: int = _key(16, low=1)
     batch_size: int = _key(16, low=1)

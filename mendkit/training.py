@@ -35,13 +35,13 @@ from .files import make_folder
 from .hparams import MENDHyperParams
 from .least_squares import Memory
 from .loggers import Log, check_logger, open_logger
-from .losses import edit_nll, locality_kl, wide
+from .losses import edit_nll, locality_kl, margin_shortfall, wide
 from .mend import MEND, Wordings
 from .models import BaseModel, load_for_training
 from .resume import FILE as CHECKPOINT_FILE
 from .resume import Checkpoint, Course
 from .runs import Progress, append_line, open_run, provenance, return_memory, write_text
-from .texts import ROLES, ExampleTexts, prepare_texts, role_weights, training_texts
+from .texts import RIVALS, ROLES, ExampleTexts, prepare_texts, role_weights, training_texts
 from .trunk import FrozenTrunk, collate, trunk_cache
 from .validation import validate
 
@@ -203,7 +203,10 @@ class Sampler:
                     number = sum(self._chance() < h.hard_negatives for _ in range(count))
                     order = torch.randperm(len(example.hard), generator=self.generator)[:number].tolist()
                     chosen = [*(example.hard[j] for j in order), *chosen][:count]
-                drawn += [(role, text) for text in chosen]
+                for text in chosen:
+                    drawn.append((role, text))
+                    if role == "neighbours" and text in example.rivals:  # next to it: `batch_losses` compares the two
+                        drawn.append((RIVALS, example.rivals[text]))
             out.append(drawn)
         most = max(map(len, out))
         return [drawn + [("", drawn[0][1])] * (most - len(drawn)) for drawn in out]
@@ -247,10 +250,13 @@ def batch_losses(
         logits = trunk.suffix(rows, batch)
     losses: dict[str, Tensor] = {}
     keep = torch.tensor([role in ("neighbours", "unrelated") for role in roles], device=logits.device)
-    at = keep[batch.rows]
-    by_row = torch.zeros(len(rows), dtype=wide(logits).dtype, device=logits.device)
-    if not bool(keep.all()):  # cross entropy ignores a target of -100, at less cost than choosing rows of logits
-        by_row = by_row + edit_nll(logits, batch.targets.masked_fill(at, -100), batch.rows, len(rows))
+    at, rivals = keep[batch.rows], [i for i, role in enumerate(roles) if role == RIVALS]
+    silent = keep.clone()
+    silent[[i - 1 for i in rivals]] = False
+    nll = by_row = torch.zeros(len(rows), dtype=wide(logits).dtype, device=logits.device)
+    if not bool(silent.all()):  # cross entropy ignores a target of -100, at less cost than choosing rows of logits
+        nll = edit_nll(logits, batch.targets.masked_fill(silent[batch.rows], -100), batch.rows, len(rows))
+        by_row = nll.masked_fill(keep, 0.0)
     if bool(keep.any()):
         kept = [row for row, k in zip(rows, keep.tolist(), strict=True) if k]
         before = trunk.before(kept, collate(kept, trunk.base.pad_id, trunk.base.device))
@@ -259,6 +265,9 @@ def batch_losses(
         where = [i for i, r in enumerate(roles) if r == role]
         if where:
             losses[role] = by_row[where].mean()
+    if rivals:
+        own = nll[[i - 1 for i in rivals]]
+        losses[RIVALS] = margin_shortfall(own, nll[rivals], margin=mend.hparams.margin).mean()
     return losses
 
 
@@ -553,7 +562,7 @@ class Trainer:
             total = total_loss(losses, h) / h.accumulate_bs
             total.backward()
             values = {"loss": total * h.accumulate_bs, **losses}
-            for name in ("loss", *(role for role in ROLES if whole[role])):
+            for name in ("loss", *(role for role in (*ROLES, RIVALS) if whole[role])):
                 value = float(values[name].detach()) if name in values else 0.0
                 sums[name] = sums.get(name, 0.0) + value / h.accumulate_bs
         self.team.sum_gradients(self.mend.parameters())

@@ -9,9 +9,10 @@ from .data import EditExample
 from .editor import MENDEditor
 from .factors import capture_factors
 from .hparams import MENDHyperParams
+from .losses import margin_shortfall
 from .mend import MEND
 from .scoring import forced
-from .texts import ROLES, ExampleTexts, prepare_texts, role_weights
+from .texts import RIVALS, ROLES, ExampleTexts, prepare_texts, role_weights
 from .trunk import FrozenTrunk
 
 
@@ -29,10 +30,11 @@ def validate(
     """Teacher-forced shares over single edits, or `at_once` made as one, and the loss.
 
     `edit_success`, `paraphrase`: all target tokens right, the end of the answer included; `neighbourhood`, `locality`:
-    share of answer positions whose argmax is as before; `score`: the harmonic mean of those that the data have.
+    share of answer positions whose argmax is as before; with `cmargin` also `ns`, neighbours whose own answer is more
+    likely than the new one; `score`: the harmonic mean of those that the data have.
     """
-    success: dict[str, list[float]] = {role: [] for role in ROLES}
-    losses: dict[str, list[float]] = {role: [] for role in ROLES}
+    success: dict[str, list[float]] = {role: [] for role in (*ROLES, RIVALS)}
+    losses: dict[str, list[float]] = {role: [] for role in (*ROLES, RIVALS)}
     size = h.val_batch_size if at_once == 1 else at_once
     for at in range(0, len(examples), size):
         own = examples[at : at + size]
@@ -52,7 +54,12 @@ def validate(
             for role, values in (("neighbours", kept[:n]), ("unrelated", kept[n:])):
                 success[role] += [fmean(v.same) for v in values]
                 losses[role] += [fmean(v.kl) for v in values]
-    names = dict(zip(ROLES, ("edit_success", "paraphrase", "neighbourhood", "locality"), strict=True))
+        pairs = forced(trunk, [[text for pair in e.rivals.items() for text in pair] for e in own], updates)
+        for values in pairs:
+            nll = torch.tensor([-fmean(v.logp) for v in values])
+            success[RIVALS] += (nll[::2] < nll[1::2]).float().tolist()
+            losses[RIVALS] += margin_shortfall(nll[::2], nll[1::2], margin=h.margin).tolist()
+    names = dict(zip(success, ("edit_success", "paraphrase", "neighbourhood", "locality", "ns"), strict=True))
     out = {names[role]: fmean(values) for role, values in success.items() if values}
     out |= {f"loss.{role}": fmean(values) for role, values in losses.items() if values}
     weights = role_weights(h)

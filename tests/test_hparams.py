@@ -13,7 +13,7 @@ import yaml
 import mendkit.hparams as module
 from mendkit.errors import HyperParamError, MendkitError
 from mendkit.hparams import EARLY_STOP_KEYS, MULTIMODAL_KEYS, NO_EFFECT, MENDHyperParams, parse_overrides
-from mendkit.texts import ROLES, role_weights
+from mendkit.texts import RIVALS, ROLES, role_weights
 
 ROOT = Path(__file__).resolve().parents[1]
 FIELDS = {item.name: item for item in dataclasses.fields(MENDHyperParams)}
@@ -101,9 +101,10 @@ def test_every_value_seen_in_easyedits_files_loads(write, key):
 
 
 def test_what_weighs_paraphrases_and_neighbours_follows_what_the_file_says_of_edit_and_locality(write):
-    assert role_weights(read(write(TRAIN))) == dict(zip(ROLES, (0.1, 0.1, 1.0, 1.0), strict=True))
-    own = read(write("model_name: m\ncedit: 2\ncloc: 3\ncpara: 0\ncneigh: 5\n"))
-    assert role_weights(own) == dict(zip(ROLES, (2.0, 0.0, 5.0, 3.0), strict=True))
+    roles = (*ROLES, RIVALS)
+    assert role_weights(read(write(TRAIN))) == dict(zip(roles, (0.1, 0.1, 1.0, 1.0, 0.0), strict=True))
+    own = read(write("model_name: m\ncedit: 2\ncloc: 3\ncpara: 0\ncneigh: 5\ncmargin: 0.5\n"))
+    assert role_weights(own) == dict(zip(roles, (2.0, 0.0, 5.0, 3.0, 0.5), strict=True))
 
 
 def test_defaults_are_those_of_the_kit_and_its_configs_train_from_nothing(write):

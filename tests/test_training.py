@@ -2,17 +2,22 @@
 
 import json
 from dataclasses import replace
+from statistics import fmean
 
 import pytest
 import torch
 
 from mendkit.archive import inspect_archive, load_archive
+from mendkit.editor import MENDEditor
 from mendkit.errors import MendkitError
+from mendkit.evaluate import EvaluationSet, evaluate
 from mendkit.mend import MEND
+from mendkit.scoring import forced
 from mendkit.textbook import textbook_losses
-from mendkit.texts import edit_tokens, prepare_texts, training_texts
+from mendkit.texts import RIVALS, edit_tokens, prepare_texts, training_texts
 from mendkit.training import FactorCache, Sampler, Trainer, batch_losses, learning_rate_factor, total_loss, train
 from mendkit.trunk import FrozenTrunk
+from mendkit.validation import validate
 from tests.claims import EXAMPLES, scrambled, with_statistics
 from tests.test_mend import hparams
 
@@ -234,6 +239,46 @@ def test_hard_negatives_take_their_share_of_the_neighbours(llama, tmp_path):
         assert few <= sum(text in hard for own in drawn for text in own) / 200 <= many
         assert all(len(set(own)) == len(own) for own in drawn)
     assert train(h, EXAMPLES, EXAMPLES[:1], base=llama, run_dir=tmp_path / "run").archive.is_file()
+
+
+@pytest.mark.parametrize("margin", [0.0, 1.0, 30.0])
+def test_the_margin_of_neighbours_is_the_hinge_of_what_each_reads_alone(llama64, margin):
+    h = hparams(cmargin=0.5, margin=margin, edit_lr=1e-3, neighbours_per_edit=2, hard_negatives=0.5)
+    texts = training_texts(llama64, h, EXAMPLES)
+    mend = scrambled(with_statistics(llama64, MEND(llama64.sites, h).double()))
+    trunk = FrozenTrunk(llama64)
+    factors = FactorCache(trunk, h).get([e.edit for e in texts])
+    rows = Sampler(texts, EXAMPLES, h).texts(range(len(texts)))
+    losses, updates = batch_losses(trunk, mend, factors, rows), mend(factors, len(texts))
+    pairs = [[(own[i - 1][1], text) for i, (role, text) in enumerate(own) if role == RIVALS] for own in rows]
+    assert sum(map(len, pairs)) >= len(texts) and all(a.ids != b.ids for own in pairs for a, b in own)
+    read = [
+        -fmean(v.logp) for own in forced(trunk, [[t for p in own for t in p] for own in pairs], updates) for v in own
+    ]
+    gaps = [margin + own - rival for own, rival in zip(read[::2], read[1::2], strict=True)]
+    assert margin != 1.0 or min(gaps) < 0 < max(gaps)  # the hinge acts
+    assert float(losses[RIVALS].detach()) == pytest.approx(fmean(max(0.0, gap) for gap in gaps), rel=1e-6)
+    assert float(total_loss(losses, h).detach() - total_loss(losses, h.replace(cmargin=0.0)).detach()) == pytest.approx(
+        0.5 * float(losses[RIVALS].detach()), rel=1e-6
+    )
+    without = [[(role, text) for role, text in own if role not in (RIVALS, "")] for own in rows]
+    without = [own + [("", own[0][1])] * (max(map(len, without)) - len(own)) for own in without]
+    for role, loss in batch_losses(trunk, mend, factors, without).items():
+        torch.testing.assert_close(loss, losses[role])
+
+
+def test_validation_counts_ns_as_evaluation_does(llama):
+    h = hparams(cmargin=1.0, edit_lr=1e-3)
+    mend = scrambled(with_statistics(llama, MEND(llama.sites, h)))
+    examples = [replace(e, neighbours=e.neighbours[:1]) for e in EXAMPLES]
+    values = validate(FrozenTrunk(llama), mend, prepare_texts(llama, h, examples), h)
+    report = evaluate(MENDEditor(llama, mend), EvaluationSet(llama, h, examples, max_new_tokens=1))
+    assert values["ns"] == pytest.approx(report.summary["neighbourhood.ns"].mean) and 0 < values["ns"] < 1
+    assert (
+        values["loss"]
+        > validate(FrozenTrunk(llama), mend, prepare_texts(llama, h, examples), h.replace(cmargin=0.0))["loss"]
+    )
+    assert "ns" not in validate(FrozenTrunk(llama), mend, prepare_texts(llama, h.replace(cmargin=0.0), examples), h)
 
 
 def test_swapped_edits_are_made_with_any_wording_and_the_others_are_paraphrases(llama):
