@@ -16,7 +16,7 @@ from torch import Tensor
 from .data import EditExample, Probe, Tokens
 from .edit import Edit, LowRankUpdate, Updates, padded, relative_norms, side_branches, side_by_side
 from .editor import MENDEditor, scaled
-from .errors import HyperParamError, LimitError
+from .errors import HyperParamError, LimitError, ModelError
 from .evaluate import HARMONIC, EvaluationReport, EvaluationSet, evaluate
 from .factors import capture_factors
 from .hparams import MENDHyperParams
@@ -25,6 +25,7 @@ from .many import Editor, together
 from .mend import MEND
 from .models import BaseModel
 from .scores import summarise
+from .sites import mlp_names
 from .texts import edit_tokens, prepare_texts, told
 from .trunk import FrozenTrunk, collate
 from .validation import validate
@@ -300,3 +301,16 @@ def _told(e: EditExample) -> EditExample:
         portability=(),
         generation_prompts=(),
     )
+
+
+def down_projections(base: BaseModel, /) -> list[str]:
+    """The weight by which each block's MLP writes to the residual stream, lowest block first.
+
+    Raises ModelError if the blocks have none, or several (experts).
+    """
+    sites = base.with_sites(mlp_names(base.model, everywhere=True)).sites
+    width = base.model.get_input_embeddings().weight.shape[1]
+    found = [site for site in sites if site.d_out == width != site.d_in]
+    if not found or len({site.block for site in found}) != len(found):
+        raise ModelError(f"{base.name}: found no single down-projection in each block; leave this baseline out")
+    return [site.name for site in found]

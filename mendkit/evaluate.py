@@ -12,6 +12,7 @@ a question form and answers that compete on a neighbour do not apply to it.
 
 import copy
 import logging
+import math
 import time
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
@@ -48,7 +49,7 @@ logger = logging.getLogger(__name__)
 MODES = ("single", "batch", "sequential")
 QUESTION = "Answer in a few words, without a full sentence.\nQuestion: {prompt} …?\nAnswer:"
 EDIT_BATCH = 64
-SEQUENCE_BLOCK = 16
+SEQUENCE_BLOCK, SEQUENCE_NUMBERS = 16, 200_000_000
 AFTER = (1, 10, 100, 1000)
 REWORDED = 2
 GENERATIONS, FLUENCY_TOKENS = 3, 100
@@ -409,12 +410,14 @@ class _Run:
                 texts = [self.on.cards[i].targets[0] for i in block]
                 steps = one_after_another(editor, texts, before=total, trunk=self.on.trunk, strength=self.strength)
                 seconds = (time.perf_counter() - t0) / len(block)
-                values, written = self.on.score(so_far(steps, total), block)
-                rows += [
-                    self.on.row(i, v | {"edit.seconds": seconds}, w)
-                    for i, v, w in zip(block, values, written, strict=True)
-                ]
-                total = together(*([total] if total else []), *steps)
+                for part in _chunks(list(zip(block, steps, strict=True)), _scored_together(steps)):
+                    own, made = zip(*part, strict=True)
+                    values, written = self.on.score(so_far(made, total), own)
+                    rows += [
+                        self.on.row(i, v | {"edit.seconds": seconds}, w)
+                        for i, v, w in zip(own, values, written, strict=True)
+                    ]
+                    total = together(*([total] if total else []), *made)
             reports.append(self._after(rows, total))
             logger.info("sequence: %d of %d edits", end, len(index))
         return replace(reports[-1], earlier=tuple(reports[:-1]))
@@ -475,6 +478,12 @@ class _Run:
 
 NOW = ("neighbourhood.", "locality.", "fluency.")
 """What a sequence's report tells of the model as it is at its end, not right after each edit."""
+
+
+def _scored_together(steps: Sequence[Updates]) -> int:
+    """How many edits of a sequence to score in one pass: each of them holds the tokens of all of them."""
+    numbers = max(sum(u.u.shape[1] * (u.u.shape[2] + u.delta.shape[2]) for u in step.values()) for step in steps)
+    return max(1, math.isqrt(SEQUENCE_NUMBERS // numbers))
 
 
 def _chunks(values: Sequence[Any], size: int) -> Iterator[list[Any]]:

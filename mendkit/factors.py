@@ -85,13 +85,25 @@ def capture_factors(
     One pass through the suffix (the whole model where nothing is cached) and one backward pass to the lowest site;
     the model's parameters, their `.grad` and its hooks are left as they were (CORRECTNESS rows 13, 14).
     """
+    return factors_and_losses(trunk, texts, tokens=tokens, reduction=reduction)[0]
+
+
+def factors_and_losses(
+    trunk: FrozenTrunk, texts: Sequence[Tokens], /, *, tokens: str = "all", reduction: str = "edit"
+) -> tuple[Factors, Float[Tensor, " n"]]:
+    """What `capture_factors` gives, and the loss of each text that they are of (nats)."""
     base = trunk.base
     batch = collate(texts, base.pad_id, base.device)
     counts = torch.bincount(batch.rows, minlength=len(batch))
 
+    losses = torch.empty(0)
+
     def loss() -> Tensor:
-        means = edit_nll(trunk.suffix(texts, batch), batch.targets, batch.rows, len(batch))
-        return (means * counts).sum() if reduction == "sum" else means.sum()
+        nonlocal losses
+        losses = edit_nll(trunk.suffix(texts, batch), batch.targets, batch.rows, len(batch))
+        if reduction == "sum":
+            losses = losses * counts
+        return losses.sum()
 
     factors: Factors = {}
     for name, (u, delta) in record_factors(base, loss).items():
@@ -99,7 +111,7 @@ def capture_factors(
         mask = _scored(base, site, batch) if tokens == "scored" else contributing(base, site, batch)
         u, delta = (x.to(mask.device).reshape(*mask.shape, -1)[mask] for x in (u, delta))  # some layers see (n · t, d)
         factors[name] = GradientFactors(wide(u), wide(delta), mask.nonzero()[:, 0])
-    return factors
+    return factors, losses.detach()
 
 
 @torch.no_grad()

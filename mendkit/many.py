@@ -7,7 +7,7 @@ there before the block and under the block's own edits up to its own.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Protocol, runtime_checkable
 
 import torch
@@ -66,16 +66,22 @@ def together(*updates: Updates) -> Updates:
 
 def apart(several: Sequence[Updates], /, *, texts: int) -> Updates:
     """Each of `several` (b = 1) for so many edits' texts: b = len(several) · texts, none under another's update."""
-    out = {}
-    for name in several[0]:
-        parts = [side_by_side([updates[name]]) for updates in several]
-        longest = max(part.u.shape[1] for part in parts)
-        u, delta = (
-            torch.cat([pad(x, (0, 0, 0, longest - x.shape[1])) for x in own]).repeat_interleave(texts, 0)
-            for own in ([part.u for part in parts], [part.delta for part in parts])
-        )
-        out[name] = LowRankUpdate(u, delta, 1.0)
-    return out
+    out = {name: one_below_another([updates[name] for updates in several]) for name in several[0]}
+    return {
+        name: replace(u, u=u.u.repeat_interleave(texts, 0), delta=u.delta.repeat_interleave(texts, 0))
+        for name, u in out.items()
+    }
+
+
+def one_below_another(parts: Sequence[LowRankUpdate], /) -> LowRankUpdate:
+    """The edits of several updates of a site as one, in order: b adds up."""
+    own = [side_by_side([part]) for part in parts]  # coefficient 1
+    longest = max(part.u.shape[1] for part in own)
+    u, delta = (
+        torch.cat([pad(x, (0, 0, 0, longest - x.shape[1])) for x in some])
+        for some in ([part.u for part in own], [part.delta for part in own])
+    )
+    return LowRankUpdate(u, delta, 1.0)
 
 
 def _compact(parts: Sequence[LowRankUpdate]) -> LowRankUpdate:

@@ -11,16 +11,24 @@ from dataclasses import dataclass
 from statistics import harmonic_mean
 from typing import Any
 
-from .baselines import IDENTITY_EDIT_LRS, Baseline, FineTuning, LocalisedFineTuning, best_of, identity_editor
+from .baselines import (
+    IDENTITY_EDIT_LRS,
+    Baseline,
+    FineTuning,
+    LocalisedFineTuning,
+    best_of,
+    down_projections,
+    identity_editor,
+)
 from .data import EditExample, join
 from .editor import MENDEditor
-from .errors import MendkitError, ModelError
+from .errors import MendkitError
 from .evaluate import EvaluationReport, EvaluationSet
+from .gauss_newton import GaussNewton
 from .many import Editor
 from .models import BaseModel
 from .rome import ROME, key_moments
 from .scores import HARMONIC
-from .sites import mlp_names
 
 logger = logging.getLogger(__name__)
 
@@ -48,8 +56,8 @@ class Tuned:
 def tune(kind: str, on: EvaluationSet, /, *, text: str, mend: MENDEditor | None = None) -> Tuned:
     """The best of a kind's `BUDGET` settings on the validation set `on`.
 
-    `kind` is one of `KINDS`; `text` gives ROME's covariance; "identity" needs the statistics of `mend`. Raises
-    MendkitError for another kind, or if the model does not allow it.
+    `kind` is one of `KINDS`; `text` gives the covariance of ROME and of Gauss-Newton, which keeps texts of `on`;
+    "identity" needs the statistics of `mend`. Raises MendkitError for another kind, or if the model does not allow it.
     """
     if kind not in KINDS:
         raise MendkitError(f"no such kind of editor: {kind!r}; expected one of {', '.join(KINDS)}")
@@ -63,19 +71,6 @@ def running_text(examples: Sequence[EditExample], /) -> str:
     """The examples' own prompts with their old answers, a line each: a text where there is no other."""
     told = (join(e.prompt, e.ground_truth) if e.ground_truth else e.prompt for e in examples)
     return "\n".join(f"{sentence}." for sentence in told)
-
-
-def down_projections(base: BaseModel, /) -> list[str]:
-    """The weight by which each block's MLP writes to the residual stream, lowest block first.
-
-    Raises ModelError if the blocks have none, or several (experts).
-    """
-    sites = base.with_sites(mlp_names(base.model, everywhere=True)).sites
-    width = base.model.get_input_embeddings().weight.shape[1]
-    found = [site for site in sites if site.d_out == width != site.d_in]
-    if not found or len({site.block for site in found}) != len(found):
-        raise ModelError(f"{base.name}: found no single down-projection in each block; leave this baseline out")
-    return [site.name for site in found]
 
 
 # ------------------------------------------------------------------------------------------------- what is tried
@@ -111,6 +106,15 @@ def _rome(on: EvaluationSet, text: str, _: MENDEditor | None) -> Candidates:
     return _own(ROME(on.base, on.hparams, text, site=site, clamp=clamp) for site in sites for clamp in clamps)
 
 
+def _gauss_newton(on: EvaluationSet, text: str, _: MENDEditor | None) -> Candidates:
+    ridges, every = (0.05, 0.2), (0, 16)
+    return _own(
+        GaussNewton(on.base, on.hparams, text, keep=on.examples, ridge=ridge, kept=kept)
+        for ridge in ridges
+        for kept in every
+    )
+
+
 def _own(editors: Iterable[Baseline]) -> Candidates:
     return [(editor, editor.settings) for editor in editors]
 
@@ -139,5 +143,6 @@ KINDS: dict[str, Callable[[EvaluationSet, str, MENDEditor | None], Candidates]] 
     "finetune_capped": _capped,
     "localised": _localised,
     "rome": _rome,
+    "gauss_newton": _gauss_newton,
 }
 """Kinds of editors that are not trained, by name."""

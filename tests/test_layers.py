@@ -21,6 +21,7 @@ LEVELS = [
     {"validation", "evaluate"},
     {"baselines", "inspection", "training", "textbook"},
     {"ways", "plan", "rome"},
+    {"gauss_newton"},
     {"tuning"},
     {
         *("tables", "notebook", "report_page", "report", "bench", "sweep", "compare", "edit_command"),

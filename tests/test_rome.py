@@ -10,6 +10,7 @@ from mendkit.baselines import FineTuning, LocalisedFineTuning, best_of
 from mendkit.data import tokenize
 from mendkit.errors import DataError, HyperParamError, MendkitError, ModelError
 from mendkit.evaluate import EvaluationSet, evaluate
+from mendkit.gauss_newton import GaussNewton
 from mendkit.rome import ROME, key_moments
 from mendkit.texts import edit_tokens
 from mendkit.tuning import BUDGET, KINDS, down_projections, running_text, tune
@@ -208,7 +209,7 @@ def test_independent_localised_edits_stop_by_themselves(llama64):
 
 def test_every_kind_has_the_same_budget_and_keeps_the_best(llama, monkeypatch):
     on = EvaluationSet(llama, hparams(), EXAMPLES[:1], max_new_tokens=2)
-    for kind in ("finetune_capped", "localised", "rome"):
+    for kind in ("finetune_capped", "localised", "rome", "gauss_newton"):
         assert len(KINDS[kind](on, TEXT, None)) == BUDGET
     two = [FineTuning(llama, hparams(), lr=lr, steps=1) for lr in (1e-6, 0.5)]
     monkeypatch.setitem(KINDS, "two", lambda *_: [(editor, editor.settings) for editor in two])
@@ -235,7 +236,7 @@ def test_a_set_serves_editors_of_other_sites(llama64):
             assert name == "edit.seconds" or report.summary[name].mean == pytest.approx(value.mean, abs=1e-9), name
 
 
-@pytest.mark.parametrize("kind", ["rome", "localised", "plain", "capped"])
+@pytest.mark.parametrize("kind", ["rome", "localised", "plain", "capped", "gauss_newton"])
 def test_every_baseline_undoes_to_the_same_bits(llama, kind):
     before = logits(llama)
     site = down_projections(llama)[1]
@@ -244,6 +245,7 @@ def test_every_baseline_undoes_to_the_same_bits(llama, kind):
         "localised": lambda: LocalisedFineTuning(llama, hparams(), site=site, epochs=2),
         "plain": lambda: FineTuning(llama, hparams(), lr=0.1),
         "capped": lambda: FineTuning(llama, hparams(), lr=0.1, cap=0.01),
+        "gauss_newton": lambda: GaussNewton(llama, hparams(), TEXT, keep=EXAMPLES[2:], epochs=2),
     }
     edit = editors[kind]().edit(EXAMPLES[:2])
     assert torch.equal(logits(llama), before)
