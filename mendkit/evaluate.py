@@ -31,7 +31,7 @@ from .errors import DataError, HyperParamError, LimitError, MendkitError
 from .families import CAUSAL, CLASSIFIER
 from .heldout import TEXT_TOKENS, HeldOutText, ngram_entropy_bits
 from .hparams import MENDHyperParams
-from .many import Editor, apart, in_sequence, one_after_another, so_far, together
+from .many import Editor, apart, in_sequence, most_together, one_after_another, so_far, together
 from .metrics import Card, answers_probe, locality_values, normalise, probability_values, target_values
 from .models import BaseModel, Site
 from .scores import HARMONIC, EditRow, EvaluationReport, Interval, summarise
@@ -49,7 +49,8 @@ logger = logging.getLogger(__name__)
 MODES = ("single", "batch", "sequential")
 QUESTION = "Answer in a few words, without a full sentence.\nQuestion: {prompt} …?\nAnswer:"
 EDIT_BATCH = 64
-SEQUENCE_BLOCK, SEQUENCE_NUMBERS = 16, 200_000_000
+SEQUENCE_BLOCK = 16
+NUMBERS = 200_000_000  # in the updates that one pass reads texts under, at most
 AFTER = (1, 10, 100, 1000)
 REWORDED = 2
 GENERATIONS, FLUENCY_TOKENS = 3, 100
@@ -361,7 +362,7 @@ class _Run:
     def single(self) -> EvaluationReport:
         """Each edit on a fresh model."""
         rows = []
-        for index in _chunks(self.on.to_edit, EDIT_BATCH):
+        for index in _chunks(self.on.to_edit, most_together(self.editor, EDIT_BATCH)):
             t0 = time.perf_counter()
             updates = scaled(self._updates(index, at_once=False), self.strength)
             seconds = (time.perf_counter() - t0) / len(index)
@@ -382,19 +383,21 @@ class _Run:
             raise DataError(f"{len(index)} edits cannot make a batch of {k}; lower k or give more examples")
         rows, models = [], []
         for pool in _chunks(groups, EDIT_BATCH // k if k * k <= EDIT_BATCH else 1):
-            made, seconds = [], []
+            made, seconds = [], {}
             for group in pool:
                 t0 = time.perf_counter()
                 made.append(together(scaled(self._updates(group, at_once=True), self.strength)))
-                seconds += [(time.perf_counter() - t0) / k] * k
+                seconds |= dict.fromkeys(group, (time.perf_counter() - t0) / k)
                 models.append(self._model_values(made[-1]))
-            updates = made[0] if len(pool) == 1 else apart(made, texts=k)
-            for part in _chunks([(i, s) for i, s in zip(chain(*pool), seconds, strict=True)], EDIT_BATCH):
-                values, written = self.on.score(updates, [i for i, _ in part])
-                rows += [
-                    self.on.row(i, v | {"edit.seconds": s}, w)
-                    for (i, s), v, w in zip(part, values, written, strict=True)
-                ]
+            several = k * sum(map(_numbers, made)) <= NUMBERS
+            for own, update in [(pool, made)] if several else [([g], [m]) for g, m in zip(pool, made, strict=True)]:
+                updates = update[0] if len(own) == 1 else apart(update, texts=k)
+                for part in _chunks(list(chain(*own)), EDIT_BATCH):
+                    values, written = self.on.score(updates, part)
+                    rows += [
+                        self.on.row(i, v | {"edit.seconds": seconds[i]}, w)
+                        for i, v, w in zip(part, values, written, strict=True)
+                    ]
         shared = {name: fmean(values[name] for values in models) for name in models[0]}
         counts = {"groups": len(groups), "left_out": len(index) - k * len(groups)}
         return self._report(f"batch_{k}", rows, shared, counts)
@@ -480,10 +483,14 @@ NOW = ("neighbourhood.", "locality.", "fluency.")
 """What a sequence's report tells of the model as it is at its end, not right after each edit."""
 
 
+def _numbers(updates: Updates) -> int:
+    """How many numbers updates hold."""
+    return sum(u.u.numel() + u.delta.numel() for u in updates.values())
+
+
 def _scored_together(steps: Sequence[Updates]) -> int:
     """How many edits of a sequence to score in one pass: each of them holds the tokens of all of them."""
-    numbers = max(sum(u.u.shape[1] * (u.u.shape[2] + u.delta.shape[2]) for u in step.values()) for step in steps)
-    return max(1, math.isqrt(SEQUENCE_NUMBERS // numbers))
+    return max(1, math.isqrt(NUMBERS // max(map(_numbers, steps))))
 
 
 def _chunks(values: Sequence[Any], size: int) -> Iterator[list[Any]]:

@@ -40,8 +40,8 @@ from .rome import key_moments
 from .texts import prepare_texts
 from .trunk import FrozenTrunk, collate
 
-TOGETHER, KEPT_ALONE = 16, 2
-"""Independent edits that are made in one pass, and how many texts each of them keeps: its update holds their tokens."""
+KEPT_ALONE = 2
+"""How many texts an independent edit keeps: its update holds their tokens."""
 
 
 TINY = torch.finfo(torch.float32).tiny
@@ -72,6 +72,8 @@ class GaussNewton(Baseline):
 
     Raises ModelError for a model that is not causal, HyperParamError for a number out of range.
     """
+
+    most_together = 16  # independent edits
 
     def __init__(
         self,
@@ -129,7 +131,7 @@ class GaussNewton(Baseline):
     ) -> Updates:
         """Updates of edits, one per text: independent ones, or one of all (in a sequence with what is rehearsed)."""
         trunk = trunk or FrozenTrunk(self.base)
-        if not at_once:
+        if not at_once or (len(texts) == 1 and self.memory is None):
             return self._apart(trunk, texts)
         draw = random.Random(f"{self.hparams.seed} {len(self.memory or ())}")
         texts = list(texts)
@@ -160,8 +162,8 @@ class GaussNewton(Baseline):
     def _apart(self, trunk: FrozenTrunk, texts: Sequence[Tokens]) -> Updates:
         """Updates of edits that know nothing of one another, each with texts of its own to keep."""
         parts, draw = [], random.Random(self.hparams.seed)
-        for at in range(0, len(texts), TOGETHER):
-            own = texts[at : at + TOGETHER]
+        for at in range(0, len(texts), self.most_together):
+            own = texts[at : at + self.most_together]
             made, groups = self._nothing(len(own)), [self._others([t], min(self.kept, KEPT_ALONE), draw) for t in own]
             pace = _Pace(self.most, len(own))
             for _ in range(self.epochs):
@@ -250,6 +252,8 @@ class GaussNewton(Baseline):
             return torch.zeros(len(groups), 0, device=self.base.device), [[] for _ in groups]
         batch = collate(flat, self.base.pad_id, self.base.device)
         with unedited(self.base):
+            if trunk.split:  # they will be read again
+                trunk.fill(flat)
             best, token = wide(trunk.suffix(flat, batch)).log_softmax(-1).max(-1)
         losses = torch.zeros(len(flat), device=best.device).index_add(0, batch.rows, -best)
         said = token.split([len(text.scored) for text in flat])

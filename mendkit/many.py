@@ -42,6 +42,11 @@ def in_sequence(editor: Editor, /) -> Editor:
     return editor.remembering() if isinstance(editor, _Remembers) else editor
 
 
+def most_together(editor: Editor, most: int, /) -> int:
+    """How many independent edits to ask an editor for at once: `most`, or fewer if its own are large."""
+    return min(most, getattr(editor, "most_together", most))
+
+
 @runtime_checkable
 class _Remembers(Protocol):
     def remembering(self) -> Editor: ...

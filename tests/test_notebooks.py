@@ -94,7 +94,7 @@ PARAMETERS = {
         "validation_data": ("str", "facts:validation"),
         "validation_limit": ("int", 12),
         "text": ("str", ""),
-        "kinds": ("list", ["identity", "finetune", "finetune_capped", "localised", "rome"]),
+        "kinds": ("list", ["identity", "finetune", "finetune_capped", "localised", "rome", "gauss_newton"]),
         "max_new_tokens": ("int", 16),
         "shown": ("int", 4),
         "out": ("str", "runs/04_honest_evaluation"),
@@ -110,7 +110,7 @@ PARAMETERS = {
         "keys_data": ("str", "facts:train"),
         "keys_limit": ("int", 200),
         "text": ("str", ""),
-        "kinds": ("list", ["localised"]),
+        "kinds": ("list", ["localised", "gauss_newton"]),
         "validation_limit": ("int", 8),
         "max_new_tokens": ("int", 16),
         "out": ("str", "runs/05_many_edits"),
@@ -398,6 +398,7 @@ def test_honest_evaluation_scores_every_baseline_on_the_same_edits(tiny: SimpleN
         drawn = {(row["editor"], row["metric"]): float(row["mean"]) for row in csv.DictReader(file)}
     names = {"": "trained MEND", "context.": "fact in context", "identity.": "identity", "finetune.": "fine-tuning"}
     names |= {"finetune_capped.": "fine-tuning, capped", "localised.": "localised fine-tuning", "rome.": "ROME"}
+    names["gauss_newton."] = "Gauss-Newton"
     for prefix, name in names.items():
         assert results[f"{prefix}single.edits.scored"] == results["single.edits.scored"] == 3
         for metric in HEADLINE:
