@@ -167,7 +167,7 @@ def _options_evaluate(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--tune-data", default="facts:validation", metavar="FILE", help="edits for these settings")
     parser.add_argument("--tune-limit", type=_count, default=12, metavar="N", help="the first N of them (default: 12)")
     parser.add_argument(
-        "--key-text", metavar="FILE", help="text for ROME's covariance (default: facts:train's prompts)"
+        "--key-text", metavar="FILE", help="text for covariances (ROME, Gauss-Newton; default: facts:train's prompts)"
     )
     parser.add_argument("--text", metavar="FILE", help="held-out text for drawdown of perplexity and accuracy (slow)")
     parser.add_argument(

@@ -139,7 +139,7 @@ def _warn_of_contradictions(examples: Sequence[EditExample]) -> None:
     for prompt, answers in told.items():
         if len(answers) > 1:
             listed = ", ".join(map(repr, answers))
-            logger.warning("%r is given %d answers: %s; their updates are summed", prompt, len(answers), listed)
+            logger.warning("%r is given %d answers: %s; it can have one", prompt, len(answers), listed)
 
 
 class EditSession:

@@ -1,9 +1,9 @@
 """Training and validation files from CounterFact without any subject of its evaluation file.
 
-    python scripts/split_counterfact.py counterfact-train.json counterfact-val.json runs/counterfact
+    python scripts/split_counterfact.py counterfact-train.json counterfact-val.json runs/counterfact [2000]
 
-writes runs/counterfact/{train,validation}.jsonl: the first 2,000 and the next 200 training records (in a seeded random
-order) whose subject is not in the evaluation file, sharing no subject with one another either.
+writes runs/counterfact/{train,validation}.jsonl: the first 2,000 (or so many) and the next 200 training records (in a
+seeded random order) whose subject is not in the evaluation file, sharing no subject with one another either.
 """
 
 import sys
@@ -11,13 +11,11 @@ from pathlib import Path
 
 from mendkit import read_examples, split_examples, write_examples
 
-SIZES = {"train": 2000, "validation": 200}
 
-
-def main(train: str, evaluation: str, out: str) -> None:
+def main(train: str, evaluation: str, out: str, size: str = "2000") -> None:
     """Write the two files and say how many records were dropped."""
     records = read_examples(train)
-    split = split_examples(records, SIZES, apart_from=read_examples(evaluation))
+    split = split_examples(records, {"train": int(size), "validation": 200}, apart_from=read_examples(evaluation))
     sys.stderr.write(f"{split.dropped} of {len(records)} records dropped: subject in {evaluation}\n")
     Path(out).mkdir(parents=True, exist_ok=True)
     for name, examples in split.parts.items():

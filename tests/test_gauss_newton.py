@@ -1,6 +1,7 @@
 """Gauss–Newton editing against dense gradients and a dense solution; what it learns, keeps and rehearses."""
 
 import random
+import sys
 from dataclasses import replace
 from statistics import fmean
 
@@ -170,6 +171,18 @@ def test_a_sequence_rehearses(llama):
     on = EvaluationSet(llama, hparams(), EXAMPLES[:3], max_new_tokens=4)
     report = evaluate(editor(llama, **GENTLE), on, mode="sequential")
     assert report.summary["retention.tf_token"].mean == 1.0 and len(report.rows) == 3
+
+
+@pytest.mark.parametrize("mode", [{"mode": "batch", "k": 2}, {"mode": "sequential"}])
+def test_scores_do_not_depend_on_how_many_edits_are_read_together(llama, mode, monkeypatch):
+    on = EvaluationSet(llama, hparams(), EXAMPLES[:4], max_new_tokens=3)
+    reports = []
+    for numbers in (10**9, 1):
+        monkeypatch.setattr(sys.modules["mendkit.evaluate"], "NUMBERS", numbers)
+        reports.append(evaluate(editor(llama, **GENTLE), on, **mode))
+    for name, value in reports[0].summary.items():
+        assert name == "edit.seconds" or reports[1].summary[name].mean == pytest.approx(value.mean, abs=1e-5), name
+    assert [row.index for row in reports[0].rows] == [row.index for row in reports[1].rows]
 
 
 def _all(base, made):
