@@ -37,12 +37,15 @@ from .losses import mean_by_row, wide
 from .many import one_below_another, together
 from .models import BaseModel
 from .rome import key_moments
+from .scoring import forced
 from .texts import prepare_texts
 from .trunk import FrozenTrunk, collate
 
+LATEST = 4
+"""How many of the latest edits of a sequence are read again with every new one, at least."""
+
 KEPT_ALONE = 2
 """How many texts an independent edit keeps: its update holds their tokens."""
-
 
 TINY = torch.finfo(torch.float32).tiny
 
@@ -51,7 +54,7 @@ class _Pace:
     """How many nats a step asks for at most: half as many whenever the loss of a group has risen."""
 
     def __init__(self, most: float, groups: int) -> None:
-        self.most, self.last = torch.full((groups,), most), torch.full((groups,), torch.inf)
+        self.most, self.last = torch.full((groups,), float(most)), torch.full((groups,), torch.inf)
 
     def after(self, losses: Float[Tensor, " g"]) -> None:
         """Take note of the losses at the start of a step, or of an epoch of steps."""
@@ -65,10 +68,10 @@ class GaussNewton(Baseline):
 
     Edits made at once are learned in mini-batches of `batch_size`, over and over for at most `epochs`, until every loss
     is below `stop` (nats an answer); no step asks for more than `most` nats of an edit, and for half as many each time
-    that the loss has risen. In a sequence (`remembering`) each new edit is learned together with `rehearse` earlier
-    ones, drawn at random. Besides, `kept`
-    texts a step are held: half of them neighbours and unrelated prompts of the examples `keep`, half prompts of the
-    step's edits about the subject of such an example; edits that are independent have two such texts each.
+    that the loss has risen. In a sequence (`remembering`, as `evaluate` makes one) `reread` earlier edits are read with
+    each new one, and the `rehearse` of them that the model holds least are learned again together with it. Besides,
+    every step holds `kept` texts: half of them neighbours and unrelated prompts of the examples `keep`, which must not
+    be edited, half prompts of the step's edits about the subject of such an example; independent edits hold two each.
 
     Raises ModelError for a model that is not causal, HyperParamError for a number out of range.
     """
@@ -91,21 +94,22 @@ class GaussNewton(Baseline):
         batch_size: int = 32,
         kept: int = 16,
         rehearse: int = 8,
+        reread: int = 32,
         stop: float = 0.5,
     ) -> None:
         if base.family != CAUSAL:
             raise ModelError(
                 f"Gauss-Newton edits causal models, {base.name} is of another family; use another baseline"
             )
-        if min(ridge, floor, most, epochs, batch_size, stop) <= 0 or min(kept, rehearse) < 0:
+        if min(ridge, floor, most, epochs, batch_size, stop) <= 0 or min(kept, rehearse, reread) < 0:
             raise HyperParamError(
-                "ridge, floor, most, epochs, batch_size, stop must be positive, kept, rehearse at least 0, got "
-                f"{ridge}, {floor}, {most}, {epochs}, {batch_size}, {stop}, {kept}, {rehearse}"
+                "ridge, floor, most, epochs, batch_size, stop must be positive, kept, rehearse, reread at least 0, got "
+                f"{ridge}, {floor}, {most}, {epochs}, {batch_size}, {stop}, {kept}, {rehearse}, {reread}"
             )
         sites = down_projections(base) if sites is None else sites
         super().__init__(base.with_sites(sites), hparams, "Gauss-Newton", {"ridge": ridge, "kept": kept})
         self.ridge, self.most, self.epochs, self.batch_size = ridge, most, epochs, batch_size
-        self.kept, self.rehearse, self.stop = kept, rehearse, stop
+        self.kept, self.rehearse, self.reread, self.stop = kept, rehearse, reread, stop
         self.memory: list[Tokens] | None = None  # edits of a sequence so far
         self.inverse: dict[str, Tensor] = {}
         dtype = torch.promote_types(base.dtype, torch.float32)
@@ -137,9 +141,16 @@ class GaussNewton(Baseline):
         texts = list(texts)
         if self.memory is None:
             return self._breadth_first(trunk, texts, draw)
-        rehearsed = draw.sample(self.memory, min(self.rehearse, len(self.memory)))
+        rehearsed = self._weakest(trunk, draw) if self.memory else []
         self.memory += texts
         return self._breadth_first(trunk, [*texts, *rehearsed], draw)
+
+    def _weakest(self, trunk: FrozenTrunk, draw: random.Random) -> list[Tokens]:
+        """Of the latest edits and some drawn at random, `reread` in all, the `rehearse` that the model holds least."""
+        latest, rest = self.memory[-LATEST:], self.memory[:-LATEST]
+        own = [*latest, *draw.sample(rest, max(0, min(self.reread - len(latest), len(rest))))]
+        held = [sum(value.logp) for value in forced(trunk, [own], None)[0]]
+        return [own[k] for k in sorted(range(len(own)), key=held.__getitem__)[: self.rehearse]]
 
     def _breadth_first(self, trunk: FrozenTrunk, texts: Sequence[Tokens], draw: random.Random) -> Updates:
         """One update of all edits."""
