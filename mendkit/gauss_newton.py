@@ -111,17 +111,24 @@ class GaussNewton(Baseline):
         self.ridge, self.most, self.epochs, self.batch_size = ridge, most, epochs, batch_size
         self.kept, self.rehearse, self.reread, self.stop = kept, rehearse, reread, stop
         self.memory: list[Tokens] | None = None  # edits of a sequence so far
-        self.inverse: dict[str, Tensor] = {}
-        dtype = torch.promote_types(base.dtype, torch.float32)
-        for name, moment in key_moments(self.base, hparams, text).items():
-            c = moment.double()
-            c = c + floor * c.diagonal().mean() * torch.eye(len(c), dtype=c.dtype)
-            self.inverse[name] = torch.linalg.inv(c).to(self.base.device, dtype)
+        names = tuple(site.name for site in self.base.sites)
+        self.inverse: dict[str, Tensor] = self.base.remembered(  # editors of other settings share them
+            ("inverse key moments", names, floor, text), lambda: self._inverses(text, floor)
+        )
         texts = prepare_texts(base, hparams, keep) if kept else []
         self.held = [text for own in texts for text in (*own.neighbours, *own.unrelated)]
         self.subjects: dict[int, list[tuple[int, ...]]] = {}  # by place: tokens of a name differ where a text begins
         for text in (own.edit for own in texts if own.edit.subject):
             self.subjects.setdefault(min(text.subject[0], 2), []).append(tuple(text.ids[p] for p in text.subject))
+
+    def _inverses(self, text: str, floor: float) -> dict[str, Float[Tensor, "i i"]]:
+        """C⁻¹ by site, with a floor on C's eigenvalues."""
+        out, dtype = {}, torch.promote_types(self.base.dtype, torch.float32)
+        for name, moment in key_moments(self.base, self.hparams, text).items():
+            c = moment.double()
+            c = c + floor * c.diagonal().mean() * torch.eye(len(c), dtype=c.dtype)
+            out[name] = torch.linalg.inv(c).to(self.base.device, dtype)
+        return out
 
     def remembering(self) -> "GaussNewton":
         """The same editor at the start of a sequence: it keeps its edits' texts, and rehearses them."""
@@ -265,8 +272,8 @@ class GaussNewton(Baseline):
         with unedited(self.base):
             if trunk.split:  # they will be read again
                 trunk.fill(flat)
-            best, token = wide(trunk.suffix(flat, batch)).log_softmax(-1).max(-1)
-        losses = torch.zeros(len(flat), device=best.device).index_add(0, batch.rows, -best)
+            best, token = wide(trunk.before(flat, batch)).log_softmax(-1).max(-1)
+        losses = best.new_zeros(len(flat)).index_add(0, batch.rows, -best)
         said = token.split([len(text.scored) for text in flat])
         told = iter(replace(text, targets=tuple(own.tolist())) for text, own in zip(flat, said, strict=True))
         return losses.view(len(groups), -1), [[next(told) for _ in own] for own in groups]

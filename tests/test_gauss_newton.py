@@ -185,6 +185,25 @@ def test_scores_do_not_depend_on_how_many_edits_are_read_together(llama, mode, m
     assert [row.index for row in reports[0].rows] == [row.index for row in reports[1].rows]
 
 
+def test_the_weakest_of_the_edits_that_are_read_again_are_rehearsed(llama):
+    own, texts = in_sequence(editor(llama, rehearse=2, reread=9)), tokens(llama)
+    own.memory = list(texts)
+    losses = [-sum(v.logp) for v in forced(FrozenTrunk(own.base), [texts], None)[0]]
+    order = sorted(range(len(texts)), key=lambda k: -losses[k])
+    assert own._weakest(FrozenTrunk(own.base), random.Random(0)) == [texts[k] for k in order[:2]]
+
+
+def test_a_cached_trunk_changes_nothing(llama64):
+    sites = down_projections(llama64)[2:]
+    own, texts = editor(llama64, keep=EXAMPLES[2:], sites=sites, epochs=3), tokens(llama64, SHORT)
+    trunk = FrozenTrunk(own.base)
+    assert trunk.split
+    trunk.fill(texts)
+    cached = own.updates(texts, trunk=trunk, at_once=True)
+    for name, update in own.updates(texts, at_once=True).items():
+        torch.testing.assert_close(cached[name].dense(), update.dense(), rtol=1e-6, atol=1e-9)
+
+
 def _all(base, made):
     """All updates in force."""
     return side_branches(base, together(*made))
@@ -199,6 +218,25 @@ def test_an_edit_is_computed_on_the_model_as_it_is(llama):
     assert all(float(update.dense().abs().max()) == 0 for update in nothing.values())
     with side_branches(own.base, made), side_branches(own.base, more):
         assert learned(own, [second], None) == [True]
+
+
+def test_what_is_kept_is_what_the_unedited_model_says(llama):
+    own = editor(llama, keep=EXAMPLES[2:])
+    losses, texts = own._before(FrozenTrunk(own.base), [own.held])
+    with side_branches(own.base, own.updates(tokens(llama, SHORT), at_once=True)):
+        after, same = own._before(FrozenTrunk(own.base), [own.held])
+    assert torch.equal(losses, after) and texts == same
+    read = forced(FrozenTrunk(own.base), texts, None)[0]
+    assert losses[0].tolist() == pytest.approx([-sum(v.logp) for v in read], rel=1e-5)
+    assert all(v.argmax == text.targets for v, text in zip(read, texts[0], strict=True))
+
+
+def test_editors_of_other_settings_share_the_moments(llama):
+    first = editor(llama)
+    assert editor(llama, ridge=1.0, kept=3).inverse is first.inverse
+    sites = down_projections(llama)[2:]
+    for other in (editor(llama, floor=0.1), editor(llama, sites=sites), GaussNewton(llama, hparams(), TEXT[:400])):
+        assert not torch.equal(other.inverse[sites[0]], first.inverse[sites[0]]) or other.inverse.keys() == set(sites)
 
 
 def test_mistakes_are_told(llama):

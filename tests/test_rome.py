@@ -6,14 +6,14 @@ from dataclasses import replace
 import pytest
 import torch
 
-from mendkit.baselines import FineTuning, LocalisedFineTuning, best_of
+from mendkit.baselines import FineTuning, LocalisedFineTuning, best_of, down_projections
 from mendkit.data import tokenize
 from mendkit.errors import DataError, HyperParamError, MendkitError, ModelError
 from mendkit.evaluate import EvaluationSet, evaluate
 from mendkit.gauss_newton import GaussNewton
 from mendkit.rome import ROME, key_moments
 from mendkit.texts import edit_tokens
-from mendkit.tuning import BUDGET, KINDS, down_projections, running_text, tune
+from mendkit.tuning import BUDGET, KINDS, running_text, tune
 from tests.claims import EXAMPLES
 from tests.families import other_base
 from tests.kinds import KINDS as TOKENIZERS
