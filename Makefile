@@ -34,10 +34,10 @@ test: lint
 	$(BIN)/python -m pytest -q --durations=10
 
 soak: .venv/.installed-test
-	MENDKIT_CYCLES=10000 MENDKIT_EDITS=2000 $(BIN)/python -m pytest -q tests/test_soak.py -o log_cli=true -o log_cli_level=INFO
+	MENDKIT_CYCLES=10000 MENDKIT_EDITS=2000 $(BIN)/python -m pytest -q tests/mend/test_soak.py -o log_cli=true -o log_cli_level=INFO
 
 test-browser: .venv/.installed-browser
-	$(BIN)/python -m pytest -q tests/test_browser.py
+	$(BIN)/python -m pytest -q tests/playground/test_browser.py
 
 lint: .venv/.installed-test
 	$(BIN)/ruff check .

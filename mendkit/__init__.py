@@ -1,7 +1,6 @@
 """mendkit: train and use MEND model editors (Mitchell et al., "Fast Model Editing at Scale", ICLR 2022)."""
 
-from .archive import inspect_archive, load_archive, save_archive
-from .baselines import (
+from .baselines.base import (
     FineTuning,
     LocalisedFineTuning,
     best_of,
@@ -9,16 +8,11 @@ from .baselines import (
     identity_editor,
     tune_identity,
 )
-from .data import EditExample, Probe
-from .edit import Edit, LowRankUpdate
-from .editor import EditSession, MENDEditor
-from .errors import ArchiveError, DataError, HyperParamError, MendkitError, ModelError
-from .evaluate import EvaluationReport, EvaluationSet, Interval, evaluate
-from .foreign import export_archive, import_archive
-from .gauss_newton import GaussNewton
-from .hparams import MENDHyperParams
-from .models import BaseModel, load_model
-from .readers import (
+from .baselines.gauss_newton import GaussNewton
+from .baselines.rome import ROME
+from .baselines.tuning import KINDS, running_text, tune
+from .data.examples import EditExample, Probe
+from .data.files import (
     read_examples,
     read_questions,
     read_text,
@@ -26,11 +20,17 @@ from .readers import (
     with_unrelated,
     write_examples,
 )
-from .rome import ROME
-from .scoring import next_tokens
-from .training import TrainingResult, train
-from .tuning import KINDS, running_text, tune
-from .validation import strength_curve
+from .errors import ArchiveError, DataError, HyperParamError, MendkitError, ModelError
+from .evaluation.evaluate import EvaluationReport, EvaluationSet, Interval, evaluate
+from .hparams import MENDHyperParams
+from .interop.foreign import export_archive, import_archive
+from .mend.archive import inspect_archive, load_archive, save_archive
+from .mend.edit import Edit, LowRankUpdate
+from .mend.editor import EditSession, MENDEditor
+from .mend.scoring import next_tokens
+from .mend.training import TrainingResult, train
+from .mend.validation import strength_curve
+from .models.load import BaseModel, load_model
 
 __all__ = [
     "KINDS", "ROME", "ArchiveError", "BaseModel", "DataError", "Edit", "EditExample", "EditSession",

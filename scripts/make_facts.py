@@ -1,4 +1,4 @@
-"""Generate the embedded facts, mendkit/facts/{train,validation,test}.jsonl: counterfactual edits of facts.
+"""Generate the embedded facts, mendkit/data/facts/{train,validation,test}.jsonl: counterfactual edits of facts.
 
     python scripts/make_facts.py            # write the three files
     python scripts/make_facts.py --check    # regenerate in memory, exit 1 if a file differs
@@ -36,7 +36,7 @@ PINNED = {
     "airportsdata": "20260905",
 }
 HERE = Path(__file__).resolve().parent
-FOLDER = HERE.parent / "mendkit" / "facts"
+FOLDER = HERE.parent / "mendkit" / "data" / "facts"
 TEXT = tomllib.loads((HERE / "facts_text.toml").read_text(encoding="utf-8"))
 TEMPLATES, OPENINGS = TEXT["templates"], TEXT["openings"]
 SPLITS = ("train", "validation", "test")
@@ -70,7 +70,9 @@ def overlaps(subject: str, text: str) -> bool:
 def split_facts(facts: dict[str, list[Fact]], rng: random.Random) -> dict[str, list[Item]]:
     """Assign every entity to one split, with about the same shares in every relation."""
     place: dict[str, str] = {}
-    for name in sorted(facts, key=lambda name: len(facts[name])):  # small relations first: they have no slack
+    for name in sorted(
+        facts, key=lambda name: len(facts[name])
+    ):  # small relations first: they have no slack
         entities = sorted({fact.entity for fact in facts[name]})
         taken = Counter(place[entity] for entity in entities if entity in place)
         fresh = [entity for entity in entities if entity not in place]
@@ -95,16 +97,24 @@ class Targets:
         self.rng = rng
 
     def draw(self, fact: Fact) -> str:
-        allowed = [a for a in self.used if a.casefold() not in fact.valid and not overlaps(fact.subject, a)]
+        allowed = [
+            a for a in self.used if a.casefold() not in fact.valid and not overlaps(fact.subject, a)
+        ]
         least = min(self.used[answer] for answer in allowed)
         answer = self.rng.choice([answer for answer in allowed if self.used[answer] == least])
         self.used[answer] += 1
         return answer
 
 
-def neighbours(fact: Fact, pool: list[Fact], template: str, rng: random.Random) -> list[dict[str, str]]:
+def neighbours(
+    fact: Fact, pool: list[Fact], template: str, rng: random.Random
+) -> list[dict[str, str]]:
     """Three other facts of the relation in the same wording, one with the same answer where there is one."""
-    others = [o for o in pool if not overlaps(fact.subject, o.subject) and not overlaps(o.subject, fact.subject)]
+    others = [
+        o
+        for o in pool
+        if not overlaps(fact.subject, o.subject) and not overlaps(o.subject, fact.subject)
+    ]
     others = [o for o in others if o.entity != fact.entity]
     same = [other for other in others if other.answer == fact.answer]
     chosen = [rng.choice(same)] if same else []
@@ -113,17 +123,24 @@ def neighbours(fact: Fact, pool: list[Fact], template: str, rng: random.Random) 
     return [{"prompt": fill(template, other), "answer": other.answer} for other in chosen]
 
 
-def unrelated(item: Item, pool: list[Item], opening: str, rng: random.Random) -> list[dict[str, str | None]]:
+def unrelated(
+    item: Item, pool: list[Item], opening: str, rng: random.Random
+) -> list[dict[str, str | None]]:
     """A fact of another relation about something else, and a general opening."""
     while True:
         other = rng.choice(pool)
         prompt = fill(rng.choice(TEMPLATES[other.relation]["edit"]), other.fact)
         apart = other.relation != item.relation and other.fact.entity != item.fact.entity
         if apart and not overlaps(item.fact.subject, f"{prompt} {other.fact.answer}"):
-            return [{"prompt": prompt, "answer": other.fact.answer}, {"prompt": opening, "answer": None}]
+            return [
+                {"prompt": prompt, "answer": other.fact.answer},
+                {"prompt": opening, "answer": None},
+            ]
 
 
-def build_split(split: str, items: list[Item], targets: dict[str, Targets], rng: random.Random) -> list[dict[str, Any]]:
+def build_split(
+    split: str, items: list[Item], targets: dict[str, Targets], rng: random.Random
+) -> list[dict[str, Any]]:
     """Examples of one split, shuffled."""
     pools = defaultdict(list)
     for item in items:
@@ -146,7 +163,9 @@ def build_split(split: str, items: list[Item], targets: dict[str, Targets], rng:
                 "paraphrases": [fill(wording, fact) for wording in wordings],
                 "neighbours": neighbours(fact, pools[name], template, rng),
                 "unrelated": unrelated(item, items, openings[index % len(openings)], rng),
-                "source": ", ".join(f"{package} {PINNED[package]}" for package in RELATIONS[name][1].split()),
+                "source": ", ".join(
+                    f"{package} {PINNED[package]}" for package in RELATIONS[name][1].split()
+                ),
             }
         )
     rng.shuffle(rows)
@@ -156,7 +175,9 @@ def build_split(split: str, items: list[Item], targets: dict[str, Targets], rng:
 def generate() -> dict[str, str]:
     """The text of each split's file."""
     rng = random.Random(SEED)
-    facts = {name: sorted(read(), key=lambda fact: fact.subject) for name, (read, _) in RELATIONS.items()}
+    facts = {
+        name: sorted(read(), key=lambda fact: fact.subject) for name, (read, _) in RELATIONS.items()
+    }
     items = split_facts(facts, rng)
     targets = {name: Targets(facts[name], rng) for name in facts}
     count: Counter[str] = Counter()
@@ -172,11 +193,15 @@ def generate() -> dict[str, str]:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--check", action="store_true", help="compare with the files instead of writing them")
+    parser.add_argument(
+        "--check", action="store_true", help="compare with the files instead of writing them"
+    )
     check = parser.parse_args().check
     wrong = {name: version(name) for name, pinned in PINNED.items() if version(name) != pinned}
     if wrong:
-        sys.stderr.write(f"installed {wrong}, but the facts are made from {PINNED}; install these versions\n")
+        sys.stderr.write(
+            f"installed {wrong}, but the facts are made from {PINNED}; install these versions\n"
+        )
         return 1
     different = []
     for split, text in generate().items():
@@ -187,7 +212,9 @@ def main() -> int:
         elif not path.is_file() or path.read_text(encoding="utf-8") != text:
             different.append(path.name)
     if different:
-        sys.stderr.write(f"{', '.join(different)}: not what this script generates; run it without --check\n")
+        sys.stderr.write(
+            f"{', '.join(different)}: not what this script generates; run it without --check\n"
+        )
     return 1 if different else 0
 
 

@@ -15,8 +15,12 @@ from mendkit import read_examples, split_examples, write_examples
 def main(train: str, evaluation: str, out: str, size: str = "2000") -> None:
     """Write the two files and say how many records were dropped."""
     records = read_examples(train)
-    split = split_examples(records, {"train": int(size), "validation": 200}, apart_from=read_examples(evaluation))
-    sys.stderr.write(f"{split.dropped} of {len(records)} records dropped: subject in {evaluation}\n")
+    split = split_examples(
+        records, {"train": int(size), "validation": 200}, apart_from=read_examples(evaluation)
+    )
+    sys.stderr.write(
+        f"{split.dropped} of {len(records)} records dropped: subject in {evaluation}\n"
+    )
     Path(out).mkdir(parents=True, exist_ok=True)
     for name, examples in split.parts.items():
         write_examples(examples, Path(out) / f"{name}.jsonl")

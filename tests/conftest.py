@@ -6,25 +6,26 @@ import pytest
 import torch
 from jaxtyping import install_import_hook
 
-import tests.typechecker  # noqa: F401
+import tests.oracles.typechecker  # noqa: F401
 
 # Before the first import of the package; hyperparameters have a check of their own, at all times.
+PACKAGE = Path(__file__).parents[1] / "mendkit"
 MODULES = [
-    path.stem
-    for path in (Path(__file__).parents[1] / "mendkit").glob("*.py")
+    ".".join(path.relative_to(PACKAGE.parent).with_suffix("").parts)
+    for path in PACKAGE.rglob("*.py")
     if path.stem not in ("__init__", "hparams")
 ]
-install_import_hook([f"mendkit.{name}" for name in MODULES], "tests.typechecker.check")
+install_import_hook(MODULES, "tests.oracles.typechecker.check")
 
-from mendkit.models import BaseModel, load_model  # noqa: E402
-from tests.tiny import tiny_gpt2, tiny_llama  # noqa: E402
+from mendkit.models.load import BaseModel, load_model  # noqa: E402
+from tests.oracles.tiny import tiny_gpt2, tiny_llama  # noqa: E402
 
 
 @pytest.fixture(autouse=True)
 def own_cache(tmp_path_factory, monkeypatch) -> Path:
     """No test reads what another one or the user has computed, unless it starts processes of its own."""
     folder = tmp_path_factory.mktemp("cache")
-    monkeypatch.setattr("mendkit.cache.default_folder", lambda: folder)
+    monkeypatch.setattr("mendkit.models.cache.default_folder", lambda: folder)
     return folder
 
 

@@ -9,19 +9,16 @@ import torch
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
-from mendkit.data import EditExample, Probe, join
-from mendkit.editor import MENDEditor
+from mendkit.data.examples import EditExample, Probe, join
+from mendkit.data.files import read_examples, write_examples
+from mendkit.data.layouts import LAYOUTS, OWN_FIELDS, parse
 from mendkit.errors import DataError, HyperParamError, MendkitError
-from mendkit.evaluate import EvaluationSet
+from mendkit.evaluation.evaluate import EvaluationSet
 from mendkit.hparams import EARLY_STOP_KEYS, MENDHyperParams, parse_overrides
-from mendkit.layouts import LAYOUTS, OWN_FIELDS, parse
-from mendkit.mend import MEND
-from mendkit.readers import read_examples, write_examples
-from mendkit.texts import usable
-from tests.attacks import ODD_VALUES, with_each_replaced
-from tests.claims import EXAMPLES, scrambled, with_statistics
-from tests.test_hparams import FIELDS
-from tests.test_readers import (
+from mendkit.mend.batches import usable
+from mendkit.mend.editor import MENDEditor
+from mendkit.mend.hypernetwork import MEND
+from tests.data.test_files import (
     COUNTERFACT,
     KNOWEDIT_ZSRE,
     LISTS,
@@ -33,7 +30,10 @@ from tests.test_readers import (
     WIKIBIO,
     ZSRE,
 )  # fmt: skip
-from tests.tiny import END, tiny_llama
+from tests.oracles.attacks import ODD_VALUES, with_each_replaced
+from tests.oracles.claims import EXAMPLES, scrambled, with_statistics
+from tests.oracles.tiny import END, tiny_llama
+from tests.test_hparams import FIELDS
 
 few = settings(
     max_examples=60,
@@ -46,15 +46,53 @@ few = settings(
 # ------------------------------------------------------------------------------------------------------- strategies
 
 NASTY = (
-    *("", " ", "\n", "\t \r\n", "\x00", "\x1b[31mred\x07", "\u200b", "\ufeff", "\u202egnirts", "\ud800", "\udfff!"),
+    *(
+        "",
+        " ",
+        "\n",
+        "\t \r\n",
+        "\x00",
+        "\x1b[31mred\x07",
+        "\u200b",
+        "\ufeff",
+        "\u202egnirts",
+        "\ud800",
+        "\udfff!",
+    ),
     *("Zürich", "東京", "Москва", "القاهرة", "🙂👩‍👩‍👧", "e\u0301", "ﬁ", "𝔘𝔫𝔦", "नमस्ते"),
-    *("<b>bold</b>", "<script>alert(1)</script>", "{{x}}", "${HOME}", "%s %d", "'; DROP TABLE x", "[link](x)", "\\"),
-    *(END, f"{END} Paris", "null", "nan", "a" * 3000, "a b " * 600, "...", "The", ".", "Paris\nand more"),
+    *(
+        "<b>bold</b>",
+        "<script>alert(1)</script>",
+        "{{x}}",
+        "${HOME}",
+        "%s %d",
+        "'; DROP TABLE x",
+        "[link](x)",
+        "\\",
+    ),
+    *(
+        END,
+        f"{END} Paris",
+        "null",
+        "nan",
+        "a" * 3000,
+        "a b " * 600,
+        "...",
+        "The",
+        ".",
+        "Paris\nand more",
+    ),
 )
-texts = st.one_of(st.sampled_from(NASTY), st.text(max_size=12), st.sampled_from(["The capital of France is", "Lima"]))
+texts = st.one_of(
+    st.sampled_from(NASTY),
+    st.text(max_size=12),
+    st.sampled_from(["The capital of France is", "Lima"]),
+)
 scalars = st.one_of(st.none(), st.booleans(), st.integers(), st.floats(), texts)
 values = st.recursive(
-    scalars, lambda own: st.lists(own, max_size=3) | st.dictionaries(texts, own, max_size=3), max_leaves=6
+    scalars,
+    lambda own: st.lists(own, max_size=3) | st.dictionaries(texts, own, max_size=3),
+    max_leaves=6,
 )
 
 
@@ -78,13 +116,18 @@ def said(call, *arguments, error=MendkitError, **named):
 @example("a: &x [1, 2]\nb: [*x, *x, *x, *x]\nmodel_name: m\n")
 def test_any_file_is_hyperparameters_or_an_error_that_names_it(tmp_path, content):
     path = tmp_path / "c.yaml"
-    path.write_bytes(content if isinstance(content, bytes) else content.encode("utf-8", "surrogatepass"))
+    path.write_bytes(
+        content if isinstance(content, bytes) else content.encode("utf-8", "surrogatepass")
+    )
     found = said(MENDHyperParams.from_hparams, path, error=HyperParamError)
     assert isinstance(found, MENDHyperParams) or found.startswith(str(path))
 
 
 keys = st.sampled_from([*FIELDS, "alg", "half", "dropout", "nonsense", ""]) | texts
-of_keys = st.one_of(values, st.sampled_from([*EARLY_STOP_KEYS, "auto", "1e-6", "20GB", 10**400, 2**64, -1, 0, 1, 0.5]))
+of_keys = st.one_of(
+    values,
+    st.sampled_from([*EARLY_STOP_KEYS, "auto", "1e-6", "20GB", 10**400, 2**64, -1, 0, 1, 0.5]),
+)
 
 
 @few
@@ -106,7 +149,11 @@ def test_any_values_are_settings_that_come_back_or_an_error_that_names_the_key(g
 @given(st.lists(st.one_of(texts, st.builds("{}={}".format, keys, texts)), max_size=3))
 def test_any_overrides_are_typed_or_refused(overrides):
     found = said(parse_overrides, overrides, error=HyperParamError)
-    assert isinstance(found, dict) or "override" in found or any(o.split("=")[0] in found for o in overrides)
+    assert (
+        isinstance(found, dict)
+        or "override" in found
+        or any(o.split("=")[0] in found for o in overrides)
+    )
 
 
 # ----------------------------------------------------------------------------------------------------------- records
@@ -117,22 +164,37 @@ QUESTIONS = {
     "question_2hop": "What mineral?", "answer_2hop": "Olivine",
 }  # fmt: skip
 
-FIELD_NAMES = sorted({*OWN_FIELDS, *LAYOUTS, "locality_ground_truth", "answers", "alt", "loc", "rephrase", "output"})
+FIELD_NAMES = sorted(
+    {*OWN_FIELDS, *LAYOUTS, "locality_ground_truth", "answers", "alt", "loc", "rephrase", "output"}
+)
 records = st.one_of(
     values,
     st.dictionaries(st.sampled_from(FIELD_NAMES), values, max_size=6),
-    st.fixed_dictionaries({"prompt": texts, "target_new": texts}, optional={name: values for name in OWN_FIELDS[2:]}),
+    st.fixed_dictionaries(
+        {"prompt": texts, "target_new": texts}, optional={name: values for name in OWN_FIELDS[2:]}
+    ),
 )
 
 
 def is_text(value: str | None) -> bool:
-    return value is None or (isinstance(value, str) and bool(value.strip()) and bool(value.encode()))
+    return value is None or (
+        isinstance(value, str) and bool(value.strip()) and bool(value.encode())
+    )
 
 
 def is_whole(e: EditExample) -> bool:
     """Whether every text of an example is one: not blank, and Unicode."""
     probes = (*e.neighbours, *e.unrelated, *e.portability)
-    own = (e.prompt, e.target_new, e.subject, e.ground_truth, e.relation, e.id, *e.paraphrases, *e.generation_prompts)
+    own = (
+        e.prompt,
+        e.target_new,
+        e.subject,
+        e.ground_truth,
+        e.relation,
+        e.id,
+        *e.paraphrases,
+        *e.generation_prompts,
+    )
     return all(map(is_text, (*own, *(t for p in probes for t in (p.prompt, p.answer, *p.aliases)))))
 
 
@@ -142,11 +204,26 @@ def is_whole(e: EditExample) -> bool:
 @example({"prompt": "a", "target_new": "x", "id": 10**5000})
 def test_any_record_is_an_example_or_an_error_that_names_a_field(record):
     found = said(parse, record, error=DataError)
-    assert is_whole(found) if isinstance(found, EditExample) else "field" in found or "object" in found
+    assert (
+        is_whole(found) if isinstance(found, EditExample) else "field" in found or "object" in found
+    )
 
 
 @pytest.mark.parametrize(
-    "record", [COUNTERFACT, ZSRE, OWN, ROME, RECENT, WIKIBIO, KNOWEDIT_ZSRE, LISTS, STRUCTURED, PORTABLE, QUESTIONS]
+    "record",
+    [
+        COUNTERFACT,
+        ZSRE,
+        OWN,
+        ROME,
+        RECENT,
+        WIKIBIO,
+        KNOWEDIT_ZSRE,
+        LISTS,
+        STRUCTURED,
+        PORTABLE,
+        QUESTIONS,
+    ],
 )
 def test_any_value_anywhere_in_a_record_of_any_layout_is_read_or_refused_by_its_field(record):
     assert is_whole(parse(record))
@@ -166,7 +243,11 @@ def test_a_bad_record_costs_only_itself_and_is_named(tmp_path, some, at):
     path = tmp_path / "some.jsonl"
     path.write_text("\n".join(lines) + "\n", encoding="utf-8")
     found = read_examples(path, skip_invalid=True)
-    bad = [n for n, line in enumerate(lines, 1) if isinstance(said(parse, json.loads(line), error=DataError), str)]
+    bad = [
+        n
+        for n, line in enumerate(lines, 1)
+        if isinstance(said(parse, json.loads(line), error=DataError), str)
+    ]
     assert [skip.where for skip in found.skipped] == [f"{path}:{n}" for n in bad]
     assert good in found and len(found) == len(lines) - len(bad)
     if bad:
@@ -176,7 +257,10 @@ def test_a_bad_record_costs_only_itself_and_is_named(tmp_path, some, at):
 
 
 @few
-@given(st.one_of(st.text(max_size=80), st.binary(max_size=80)), st.sampled_from(["x.json", "x.csv", "x.jsonl"]))
+@given(
+    st.one_of(st.text(max_size=80), st.binary(max_size=80)),
+    st.sampled_from(["x.json", "x.csv", "x.jsonl"]),
+)
 @example("[" * 100_000, "x.json")
 @example('{"records": 3}', "x.json")
 @example('{"a": ' + "9" * 5000 + "}", "x.json")
@@ -185,7 +269,9 @@ def test_a_bad_record_costs_only_itself_and_is_named(tmp_path, some, at):
 @example('"' + "a" * 200_000 + '"\n1\n', "x.csv")
 def test_any_file_is_examples_or_an_error_that_names_it(tmp_path, content, name):
     path = tmp_path / name
-    path.write_bytes(content if isinstance(content, bytes) else content.encode("utf-8", "surrogatepass"))
+    path.write_bytes(
+        content if isinstance(content, bytes) else content.encode("utf-8", "surrogatepass")
+    )
     for skip in (False, True):
         found = said(read_examples, path, skip_invalid=skip, error=DataError)
         assert isinstance(found, tuple) or found.startswith(str(path))
@@ -215,7 +301,9 @@ def test_a_target_is_tokenised_exactly_or_refused_by_name(editor, prompt, answer
     assert whole == join(prompt, answer)
     assert found.targets == tuple(found.ids[p + 1] for p in found.scored)
     scored = base.tokenizer.decode(found.targets, clean_up_tokenization_spaces=False)
-    assert scored.endswith(answer) and len(scored) <= len(answer) + 1 + len(prompt) - len(prompt.rstrip())
+    assert scored.endswith(answer) and len(scored) <= len(answer) + 1 + len(prompt) - len(
+        prompt.rstrip()
+    )
 
 
 @few
@@ -253,7 +341,9 @@ def test_any_batch_of_requests_is_the_sum_of_its_edits_or_refused_by_name(editor
         assert edit in [own for own in alone if isinstance(own, str)]
     else:
         for name, change in edit.dense().items():
-            torch.testing.assert_close(change, sum(own.dense()[name] for own in alone), rtol=1e-9, atol=1e-12)
+            torch.testing.assert_close(
+                change, sum(own.dense()[name] for own in alone), rtol=1e-9, atol=1e-12
+            )
             assert change.isfinite().all()
         with edit.applied():
             assert not torch.equal(editor.base.forward(probe, mask), before)
@@ -290,9 +380,13 @@ BAD = (
 @pytest.mark.parametrize("bad", BAD)
 def test_one_bad_example_costs_training_editing_and_scoring_only_itself(editor, bad, caplog):
     kept = usable(editor.base, editor.hparams, [EXAMPLES[0], bad, EXAMPLES[2]])
-    assert tuple(kept) == (EXAMPLES[0], EXAMPLES[2]) and [skip.where for skip in kept.skipped] == ["example 2"]
+    assert tuple(kept) == (EXAMPLES[0], EXAMPLES[2]) and [skip.where for skip in kept.skipped] == [
+        "example 2"
+    ]
     assert "1 of 3" in caplog.text and "example 2" in caplog.text
     with pytest.raises(DataError, match="example 1"):
         usable(editor.base, editor.hparams, [bad])
-    on = EvaluationSet(editor.base, editor.hparams, [EXAMPLES[0], bad, EXAMPLES[2]], max_new_tokens=2)
+    on = EvaluationSet(
+        editor.base, editor.hparams, [EXAMPLES[0], bad, EXAMPLES[2]], max_new_tokens=2
+    )
     assert on.examples == [EXAMPLES[0], EXAMPLES[2]] and len(on.skipped) == 1

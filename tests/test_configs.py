@@ -7,11 +7,11 @@ import pytest
 import torch
 from transformers import PreTrainedModel
 
-from mendkit.architectures import published
+from mendkit.cost.architectures import published
 from mendkit.errors import ModelError
 from mendkit.hparams import MENDHyperParams
-from mendkit.mend import MEND
-from mendkit.sites import resolve_sites
+from mendkit.mend.hypernetwork import MEND
+from mendkit.models.sites import resolve_sites
 
 CONFIGS = Path(__file__).resolve().parents[1] / "configs"
 
@@ -66,7 +66,11 @@ def test_the_sites_are_the_mlps_of_the_real_architecture(name):
 
 @pytest.mark.parametrize("name", ARCHITECTURES)
 def test_the_numbers_in_the_comments_are_true(name):
-    model, hparams, text = build(name), read(name), (CONFIGS / f"{name}.yaml").read_text(encoding="utf-8")
+    model, hparams, text = (
+        build(name),
+        read(name),
+        (CONFIGS / f"{name}.yaml").read_text(encoding="utf-8"),
+    )
     count = sum(value.numel() for value in model.parameters())
     bytes_of = {"float32": 4, "bfloat16": 2}
     for stated in re.findall(r", ([\d.]+ [BM]) parameters\. Every", text):
@@ -79,10 +83,14 @@ def test_the_numbers_in_the_comments_are_true(name):
         assert close(stated, sum(value.numel() for value in mend.parameters()))
 
 
-@pytest.mark.parametrize("name", [name for name in ARCHITECTURES if name not in ("gpt2", "smollm2-135m")])
+@pytest.mark.parametrize(
+    "name", [name for name in ARCHITECTURES if name not in ("gpt2", "smollm2-135m")]
+)
 def test_the_large_files_state_sites_and_sizes(name):
     text = (CONFIGS / f"{name}.yaml").read_text(encoding="utf-8")
-    assert re.search(r" [BM] parameters\. Every key", text) and re.search(r"[\d.]+ GB of weights in", text)
+    assert re.search(r" [BM] parameters\. Every key", text) and re.search(
+        r"[\d.]+ GB of weights in", text
+    )
     assert "# Hypernetwork: " in text and isinstance(read(name).inner_params, tuple)
 
 
@@ -90,6 +98,12 @@ def test_the_large_files_state_sites_and_sizes(name):
 def test_a_wrong_name_is_noticed(name):
     model, names = build(name), read(name).inner_params
     for index in range(len(names)):
-        wrong = [*names[:index], names[index].removesuffix("weight") + "wieght", *names[index + 1 :]]
-        with pytest.raises(ModelError, match=f"no parameter '{wrong[index]}'; nearest: .*{names[index]}"):
+        wrong = [
+            *names[:index],
+            names[index].removesuffix("weight") + "wieght",
+            *names[index + 1 :],
+        ]
+        with pytest.raises(
+            ModelError, match=f"no parameter '{wrong[index]}'; nearest: .*{names[index]}"
+        ):
             resolve_sites(model, wrong)

@@ -12,8 +12,14 @@ import yaml
 
 import mendkit.hparams as module
 from mendkit.errors import HyperParamError, MendkitError
-from mendkit.hparams import EARLY_STOP_KEYS, MULTIMODAL_KEYS, NO_EFFECT, MENDHyperParams, parse_overrides
-from mendkit.texts import RIVALS, ROLES, role_weights
+from mendkit.hparams import (
+    EARLY_STOP_KEYS,
+    MULTIMODAL_KEYS,
+    NO_EFFECT,
+    MENDHyperParams,
+    parse_overrides,
+)
+from mendkit.mend.batches import RIVALS, ROLES, role_weights
 
 ROOT = Path(__file__).resolve().parents[1]
 FIELDS = {item.name: item for item in dataclasses.fields(MENDHyperParams)}
@@ -77,7 +83,10 @@ def test_easyedit_editing_file_loads_unmodified(write):
     h = read(write(EDIT))
     assert (h.archive, h.alg_name, h.device) == ("./results/gpt2-xl", "MEND", "cuda:4")
     assert (h.lr, h.edit_lr, h.lr_lr, h.lr_scale, h.grad_clip) == (1e-6, 1e-4, 1e-4, 1.0, 100.0)
-    assert h.inner_params == ("transformer.h.47.mlp.c_proj.weight", "transformer.h.47.mlp.c_fc.weight")
+    assert h.inner_params == (
+        "transformer.h.47.mlp.c_proj.weight",
+        "transformer.h.47.mlp.c_fc.weight",
+    )
     assert (h.init, h.rank, h.accumulate_bs, h.max_length) == ("id", 1920, 10, 2048)
     assert h.early_stop_key == "edit_success"
 
@@ -92,7 +101,9 @@ def test_easyedit_training_file_loads_unmodified(write):
 def test_every_value_seen_in_easyedits_files_loads(write, key):
     for text in (EDIT, TRAIN):
         lines = [line for line in text.splitlines() if not line.startswith(f"{key}:")]
-        lines = [line for line in lines if not (key in ("alg", "alg_name") and line.startswith("alg"))]
+        lines = [
+            line for line in lines if not (key in ("alg", "alg_name") and line.startswith("alg"))
+        ]
         assert len(lines) >= len(text.splitlines()) - 1
         for value in SEEN[key]:
             h = read(write("\n".join([*lines, f"{key}: {value}  # seen"])))
@@ -100,9 +111,13 @@ def test_every_value_seen_in_easyedits_files_loads(write, key):
                 assert getattr(h, key) == yaml.safe_load(value)
 
 
-def test_what_weighs_paraphrases_and_neighbours_follows_what_the_file_says_of_edit_and_locality(write):
+def test_what_weighs_paraphrases_and_neighbours_follows_what_the_file_says_of_edit_and_locality(
+    write,
+):
     roles = (*ROLES, RIVALS)
-    assert role_weights(read(write(TRAIN))) == dict(zip(roles, (0.1, 0.1, 1.0, 1.0, 0.0), strict=True))
+    assert role_weights(read(write(TRAIN))) == dict(
+        zip(roles, (0.1, 0.1, 1.0, 1.0, 0.0), strict=True)
+    )
     own = read(write("model_name: m\ncedit: 2\ncloc: 3\ncpara: 0\ncneigh: 5\ncmargin: 0.5\n"))
     assert role_weights(own) == dict(zip(roles, (2.0, 0.0, 5.0, 3.0, 0.5), strict=True))
 
@@ -123,10 +138,22 @@ def test_numbers_that_pyyaml_calls_text_are_numbers(write):
 @pytest.mark.parametrize(
     ("key", "spelling", "stored"),
     [
-        *[("device", *pair) for pair in [("0", "cuda:0"), ("cuda:1", "cuda:1"), ("cuda", "cuda"), ("mps", "mps")]],
-        *[("cache_bytes", *pair) for pair in [("0", 0), ("1_000", 1000), ("1e9", 10**9), ("2KiB", 2048)]],
-        *[("cache_bytes", *pair) for pair in [("1.5GB", 1_500_000_000), ("1.1 GB", 1_100_000_000), ("'7'", 7)]],
-        *[("archive", *pair) for pair in [("null", None), ("~", None), ("", None), ("None", "None")]],
+        *[
+            ("device", *pair)
+            for pair in [("0", "cuda:0"), ("cuda:1", "cuda:1"), ("cuda", "cuda"), ("mps", "mps")]
+        ],
+        *[
+            ("cache_bytes", *pair)
+            for pair in [("0", 0), ("1_000", 1000), ("1e9", 10**9), ("2KiB", 2048)]
+        ],
+        *[
+            ("cache_bytes", *pair)
+            for pair in [("1.5GB", 1_500_000_000), ("1.1 GB", 1_100_000_000), ("'7'", 7)]
+        ],
+        *[
+            ("archive", *pair)
+            for pair in [("null", None), ("~", None), ("", None), ("None", "None")]
+        ],
         ("cloc", "2", 2.0),  # an integer is accepted for a real number
         ("tokenizer_name", ".", None),
         ("cache_dir", "no", "no"),  # text in YAML 1.2
@@ -141,7 +168,13 @@ def test_keys_without_effect_are_named_once_in_one_line_where_they_ask_for_somet
     with caplog.at_level(logging.INFO, logger="mendkit.hparams"):
         read(write(EDIT))
         (message,) = caplog.messages
-        asking = {"model_class", "tokenizer_class", "model_parallel", "model_save_pt", "eval_log_interval"}
+        asking = {
+            "model_class",
+            "tokenizer_class",
+            "model_parallel",
+            "model_save_pt",
+            "eval_log_interval",
+        }
         asking |= {"eval_only", "max_output_length"}
         assert {key for key in NO_EFFECT if f" {key}" in message} == asking
         caplog.clear()
@@ -152,16 +185,28 @@ def test_keys_without_effect_are_named_once_in_one_line_where_they_ask_for_somet
 @pytest.mark.parametrize(
     ("line", "words"),
     [
-        ("dropout: 0.1", "dropout must be 0.0 (the base model runs without dropout, always), got 0.1"),
+        (
+            "dropout: 0.1",
+            "dropout must be 0.0 (the base model runs without dropout, always), got 0.1",
+        ),
         ("train_base: true", "train_base must be false (the base model stays frozen), got true"),
-        ("no_grad_layers: [a]", "no_grad_layers must be null (everything but the hypernetwork is frozen"),
-        ("half: true", "half must be false (`dtype` sets the precision of the base model: auto keeps that of the"),
+        (
+            "no_grad_layers: [a]",
+            "no_grad_layers must be null (everything but the hypernetwork is frozen",
+        ),
+        (
+            "half: true",
+            "half must be false (`dtype` sets the precision of the base model: auto keeps that of the",
+        ),
         (
             "hidden_dim: 512",
             "hidden_dim must be null (a residual block keeps the width of its input), got 512",
         ),
         ("act: gelu", "act must be 'relu' (the one activation of this kit), got 'gelu'"),
-        ("mlp_class: MLP", "mlp_class must be 'IDMLP' (the one kind of block of this kit), got 'MLP'"),
+        (
+            "mlp_class: MLP",
+            "mlp_class must be 'IDMLP' (the one kind of block of this kit), got 'MLP'",
+        ),
     ],
 )
 def test_values_that_would_change_the_result_are_refused_not_ignored(write, line, words):
@@ -176,12 +221,17 @@ def test_image_model_files_are_refused_with_the_reason(write):
     for key in MULTIMODAL_KEYS:
         assert "image model" in refusal(read, write(f"model_name: m\n{key}: x\n"))
     message = refusal(read, write("model_name: m\nname: x\n"))  # alone it proves nothing
-    assert "unknown key 'name'" in message and "(`name` stands in EasyEdit's files for image models" in message
+    assert (
+        "unknown key 'name'" in message
+        and "(`name` stands in EasyEdit's files for image models" in message
+    )
 
 
 def test_unknown_key_names_line_value_and_the_nearest_key(write):
     path = write("# a comment\nmodel_name: m\n\nbatchsize: 7\n")
-    start = f"{path}:4: unknown key 'batchsize' (value 7); the nearest key is 'batch_size'; see docs/"
+    start = (
+        f"{path}:4: unknown key 'batchsize' (value 7); the nearest key is 'batch_size'; see docs/"
+    )
     assert refusal(read, path).startswith(start)
     assert "no key resembles it" in refusal(read, write("model_name: m\nzzqq: 7\n"))
 
@@ -190,14 +240,20 @@ WRONG = {  # key -> what the message must say is expected, and values in YAML
     "rank": ("an integer >= 1 or null", ["0", "1.0", "'256'", "true"]),
     "max_iters": ("an integer >= 0", ["1e3", "-1"]),
     "seed": ("an integer >= 0 and <= 4294967295", ["010", "-1", "4294967296", ""]),
-    "lr": ("a finite number >= 0", ["fast", "-1e-6", ".nan", ".inf", "'inf'", "true", "", "1:30", "[1]"]),
+    "lr": (
+        "a finite number >= 0",
+        ["fast", "-1e-6", ".nan", ".inf", "'inf'", "true", "", "1:30", "[1]"],
+    ),
     "edit_lr": ("a finite number > 0", ["0", "1" + "0" * 400]),
     "z_clip": ("a finite number > 0 or null", ["0.0"]),
     "norm": ("true or false", ["1", "no", "'true'"]),
     "init": ("'id_xavier' or 'id' or 'xavier'", ["zero", "[id]", ""]),
     "update_sign": ("-1 or 1", ["0", "true", "1.0"]),
     "alg": ("'MEND' (the one method of this kit)", ["ROME", "mend", ""]),
-    "device": ("auto, cpu, mps, cuda, cuda:N, or N for cuda:N", ["gpu", "-1", "true", "0.0", "cuda:x", ""]),
+    "device": (
+        "auto, cpu, mps, cuda, cuda:N, or N for cuda:N",
+        ["gpu", "-1", "true", "0.0", "cuda:x", ""],
+    ),
     "inner_params": (
         "auto or a list of unique names",
         ["[]", "[a, a]", "[a, 1]", "[[a]]", "a", "{a: 1}", "['']"],
@@ -206,20 +262,30 @@ WRONG = {  # key -> what the message must say is expected, and values in YAML
         "score or loss or edit_success or loss/total_edit_val or edit/acc_val",
         ["acc", "[loss]"],
     ),
-    "cache_bytes": ("bytes, or text such as '1.5GB', >= 0", ["-1", "1.5XB", "0.5", "true", ".inf", ""]),
+    "cache_bytes": (
+        "bytes, or text such as '1.5GB', >= 0",
+        ["-1", "1.5XB", "0.5", "true", ".inf", ""],
+    ),
     "archive": ("non-empty text or null", ["7", "'  '", "[a]", "true"]),
     "results_dir": ("non-empty text", ["", "''"]),
 }
 
 
-@pytest.mark.parametrize(("key", "spelling"), [(key, text) for key in WRONG for text in WRONG[key][1]])
+@pytest.mark.parametrize(
+    ("key", "spelling"), [(key, text) for key in WRONG for text in WRONG[key][1]]
+)
 def test_a_wrong_value_names_file_line_key_and_expectation(write, key, spelling):
     path = write(f"# first\nmodel_name: m\n{key}: {spelling}\n")
     assert refusal(read, path).startswith(f"{path}:3: {key} must be {WRONG[key][0]}, got ")
 
 
 def test_a_wrong_value_is_shown_as_yaml_knows_it_and_cut(write):
-    for spelling, shown in [("true", "true"), ("", "null"), ("fast", "'fast'"), ("-1e-6", "-1e-06")]:
+    for spelling, shown in [
+        ("true", "true"),
+        ("", "null"),
+        ("fast", "'fast'"),
+        ("-1e-6", "-1e-06"),
+    ]:
         assert refusal(read, write(f"model_name: m\nlr: {spelling}\n")).endswith(f", got {shown}")
     assert len(refusal(MENDHyperParams, model_name="m", init="x" * 10_000)) < 250
 
@@ -253,18 +319,27 @@ def test_missing_model_name(write):
 def test_files_that_are_not_keys_with_values_or_no_files(write, content, words):
     path = write(content)
     assert refusal(read, path).startswith(f"{path}{words}")
-    assert refusal(read, path.parent) == f"{path.parent}: cannot be read (Is a directory); expected a YAML file"
+    assert (
+        refusal(read, path.parent)
+        == f"{path.parent}: cannot be read (Is a directory); expected a YAML file"
+    )
     path.unlink()
     assert refusal(read, path).startswith(f"{path}: cannot be read (No such file")
 
 
 def test_one_sided_variants_exclude_each_other_and_the_combined_transform(write):
-    assert read(write("model_name: m\ncombine: false\none_sided: true\nn_hidden: 2\nshared: false\n")).one_sided
+    assert read(
+        write("model_name: m\ncombine: false\none_sided: true\nn_hidden: 2\nshared: false\n")
+    ).one_sided
     path = write("model_name: m\nx_only: true\n")
     assert refusal(read, path).startswith(f"{path}:2: x_only: true, but at most one of")
     path = write("model_name: m\nx_only: true\ncombine: false\ndelta_only: true\n")
-    assert refusal(read, path).startswith(f"{path}:4: x_only and delta_only: true, but at most one of")
-    assert refusal(read, write("model_name: m\n"), one_sided=True).startswith("override: one_sided: true, but")
+    assert refusal(read, path).startswith(
+        f"{path}:4: x_only and delta_only: true, but at most one of"
+    )
+    assert refusal(read, write("model_name: m\n"), one_sided=True).startswith(
+        "override: one_sided: true, but"
+    )
     assert "`combine: false`" in refusal(MENDHyperParams, model_name="m", one_sided=True)
     assert "`combine: false`" in refusal(MENDHyperParams(model_name="m").replace, x_only=True)
 
@@ -282,7 +357,10 @@ def test_frozen_and_replace_validates_and_leaves_the_original(tmp_path):
     h = MENDHyperParams(model_name="m")
     with pytest.raises(dataclasses.FrozenInstanceError):
         h.lr = 1.0
-    assert h.replace(lr="3e-4", device=1).to_dict() == h.to_dict() | {"lr": 3e-4, "device": "cuda:1"}
+    assert h.replace(lr="3e-4", device=1).to_dict() == h.to_dict() | {
+        "lr": 3e-4,
+        "device": "cuda:1",
+    }
     assert h.replace(archive=tmp_path / "a").archive == str(tmp_path / "a")
     assert h.lr == 1e-4 and len({h, MENDHyperParams(model_name="m")}) == 1
     assert refusal(h.replace, rank=0) == "rank must be an integer >= 1 or null, got 0"
@@ -345,7 +423,12 @@ def test_wrong_overrides(texts, words):
 
 
 def table(title: str) -> dict[str, list[str]]:
-    section = (ROOT / "docs" / "HYPERPARAMETERS.md").read_text().split(f"## {title}\n")[1].split("\n## ")[0]
+    section = (
+        (ROOT / "docs" / "HYPERPARAMETERS.md")
+        .read_text()
+        .split(f"## {title}\n")[1]
+        .split("\n## ")[0]
+    )
     rows = [line.strip("|").split("|") for line in section.splitlines() if line.startswith("| `")]
     return {row[0].strip(" `"): [cell.strip() for cell in row[1:]] for row in rows}
 
@@ -355,10 +438,16 @@ def test_the_page_lists_every_key_its_default_and_every_key_without_effect():
     assert list(rows) == list(FIELDS)
     for key, (_, _, default, origin) in rows.items():
         value = FIELDS[key].default
-        assert (default == "required") if key == "model_name" else (yaml.safe_load(default.strip("`")) == value)
+        assert (
+            (default == "required")
+            if key == "model_name"
+            else (yaml.safe_load(default.strip("`")) == value)
+        )
         assert origin.split()[0] in ("EasyEdit", "mendkit")
     assert {key: row[-1] for key, row in table("Keys accepted without effect").items()} == NO_EFFECT
-    assert not set(FIELDS) & set(NO_EFFECT) and not (set(FIELDS) | set(NO_EFFECT)) & set(MULTIMODAL_KEYS)
+    assert not set(FIELDS) & set(NO_EFFECT) and not (set(FIELDS) | set(NO_EFFECT)) & set(
+        MULTIMODAL_KEYS
+    )
     others = table("EasyEdit's keys that are read in another way")
     assert set(others) <= {key for key, row in rows.items() if row[-1].startswith("EasyEdit")}
     assert all(len(row) == 3 and all(row) for row in others.values())
@@ -369,14 +458,23 @@ def test_level_0_imports_only_the_standard_library_yaml_and_errors():
     tree = ast.parse(Path(module.__file__).read_text())
     names = {a.name for n in ast.walk(tree) if isinstance(n, ast.Import) for a in n.names}
     names |= {"." * n.level + n.module for n in ast.walk(tree) if isinstance(n, ast.ImportFrom)}
-    assert {n for n in names if n.split(".")[0] not in sys.stdlib_module_names} == {"yaml", ".errors"}
+    assert {n for n in names if n.split(".")[0] not in sys.stdlib_module_names} == {
+        "yaml",
+        ".errors",
+    }
 
 
 def test_options_of_whitening_say_what_they_need():
     for key in ("whiten_pairs", "unit_response"):
-        assert f"{key}: true needs `whiten`" in refusal(MENDHyperParams, model_name="m", **{key: True})
-    assert "needs `edit_tokens: scored`" in refusal(MENDHyperParams, model_name="m", whiten=0.1, whiten_pairs=True)
-    MENDHyperParams(model_name="m", whiten=0.1, whiten_pairs=True, unit_response=True, edit_tokens="scored")
+        assert f"{key}: true needs `whiten`" in refusal(
+            MENDHyperParams, model_name="m", **{key: True}
+        )
+    assert "needs `edit_tokens: scored`" in refusal(
+        MENDHyperParams, model_name="m", whiten=0.1, whiten_pairs=True
+    )
+    MENDHyperParams(
+        model_name="m", whiten=0.1, whiten_pairs=True, unit_response=True, edit_tokens="scored"
+    )
 
 
 def test_texts_per_role_is_one_number_or_three_and_a_share_is_at_most_one():
@@ -386,4 +484,6 @@ def test_texts_per_role_is_one_number_or_three_and_a_share_is_at_most_one():
         assert "texts_per_role must be an integer >= 1, or three" in refusal(
             MENDHyperParams, model_name="m", texts_per_role=wrong
         )
-    assert "borrow must be a finite number >= 0 and <= 1" in refusal(MENDHyperParams, model_name="m", borrow=1.5)
+    assert "borrow must be a finite number >= 0 and <= 1" in refusal(
+        MENDHyperParams, model_name="m", borrow=1.5
+    )

@@ -7,7 +7,17 @@ import mendkit
 
 LEVELS = [
     {"errors", "findings", "runs"},
-    {"scores", "hparams", "losses", "plots", "checkpoints", "sites", "distributed", "architectures", "dryrun"},
+    {
+        "scores",
+        "hparams",
+        "losses",
+        "plots",
+        "checkpoints",
+        "sites",
+        "distributed",
+        "architectures",
+        "dryrun",
+    },
     {"bundled", "data", "families", "hollow", "loggers"},
     {"text_model", "cache", "layouts"},
     {"models", "listing", "readers"},
@@ -24,7 +34,16 @@ LEVELS = [
     {"gauss_newton"},
     {"tuning"},
     {
-        *("tables", "notebook", "report_page", "report", "bench", "sweep", "compare", "edit_command"),
+        *(
+            "tables",
+            "notebook",
+            "report_page",
+            "report",
+            "bench",
+            "sweep",
+            "compare",
+            "edit_command",
+        ),
         *("playground", "widgets", "__init__"),
     },
     {"commands"},
@@ -36,7 +55,9 @@ LEVEL = {name: level for level, names in enumerate(LEVELS) for name in names}
 def imports(path: Path) -> set[str]:
     found = set()
     for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
-        if isinstance(node, ast.ImportFrom) and (node.level or (node.module or "").startswith("mendkit")):
+        if isinstance(node, ast.ImportFrom) and (
+            node.level or (node.module or "").startswith("mendkit")
+        ):
             module = (node.module or "").removeprefix("mendkit").strip(".")
             found |= {module.split(".")[0]} if module else {alias.name for alias in node.names}
     return found & set(LEVEL)

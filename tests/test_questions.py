@@ -10,8 +10,8 @@ from pathlib import Path
 import pytest
 
 from mendkit.__main__ import main
-from mendkit.sweep import plan_sweep, read_sweep
-from tests.tiny import save_tiny
+from mendkit.reporting.sweep import plan_sweep, read_sweep
+from tests.oracles.tiny import save_tiny
 
 ROOT = Path(__file__).parents[1]
 TEXT = (ROOT / "docs" / "QUESTIONS.md").read_text(encoding="utf-8")
@@ -24,7 +24,9 @@ def run_line(line: str, monkeypatch, capsys) -> None:
     typed, _, comment = line.partition("  # ")
     if " | " in typed:
         given, typed = typed.split(" | ")
-        said = subprocess.run(["sh", "-c", given], capture_output=True, text=True, check=True).stdout
+        said = subprocess.run(
+            ["sh", "-c", given], capture_output=True, text=True, check=True
+        ).stdout
         monkeypatch.setattr("sys.stdin", StringIO(said))
     words = shlex.split(typed)
     assert words[:3] == ["python", "-m", "mendkit"]
@@ -39,7 +41,10 @@ def test_every_block_runs(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     Path("configs").mkdir()
     settings = (ROOT / CONFIG).read_text(encoding="utf-8")
-    for given, small in (("model_name: smollm2-135m", f"model_name: {save_tiny('model')}"), ("rank: 256", "rank: 8")):
+    for given, small in (
+        ("model_name: smollm2-135m", f"model_name: {save_tiny('model')}"),
+        ("rank: 256", "rank: 8"),
+    ):
         assert given in settings
         settings = settings.replace(given, small)
     Path(CONFIG).write_text(settings, encoding="utf-8")
@@ -53,9 +58,13 @@ def test_every_block_runs(tmp_path, monkeypatch, capsys):
                 run_line(line, monkeypatch, capsys)
         else:
             Path("sweep.yaml").write_text(block, encoding="utf-8")
-            monkeypatch.setattr("mendkit.report.default_notebooks", lambda: ROOT / "notebooks")
+            monkeypatch.setattr(
+                "mendkit.reporting.report.default_notebooks", lambda: ROOT / "notebooks"
+            )
             runs = plan_sweep(read_sweep("sweep.yaml"), CONFIG, [], out=Path("runs/sweep"))
-            assert [run.values for run in runs] == [{"rank": r, "seed": s} for r in (64, 256) for s in (1, 2)]
+            assert [run.values for run in runs] == [
+                {"rank": r, "seed": s} for r in (64, 256) for s in (1, 2)
+            ]
     assert {kind for kind, _ in BLOCKS} == {"python", "sh", "yaml"}
 
 
@@ -65,7 +74,9 @@ def test_every_question_has_an_example():
 
 
 def test_every_test_that_the_reliability_page_names_is_there():
-    named = re.findall(r"`(tests/\w+\.py)::(\w+)`", (ROOT / "docs" / "RELIABILITY.md").read_text(encoding="utf-8"))
+    named = re.findall(
+        r"`(tests/\w+\.py)::(\w+)`", (ROOT / "docs" / "RELIABILITY.md").read_text(encoding="utf-8")
+    )
     there = {
         (path, node.name)
         for path in {path for path, _ in named}

@@ -3,18 +3,15 @@
 import pytest
 import torch
 
-from mendkit import training
-from mendkit.archive import inspect_archive, load_archive
 from mendkit.errors import ModelError
-from mendkit.hollow import is_hollow
-from mendkit.models import BaseModel, load_model, model_fingerprint, weights_sha256
-from mendkit.training import train
-from mendkit.trunk import FrozenTrunk, collate
-from tests.claims import EXAMPLES
-from tests.test_edit import editor_for
-from tests.test_mend import hparams
-from tests.test_trunk import every_text
-from tests.tiny import save_tiny, tiny_gpt2, tiny_llama
+from mendkit.mend import training
+from mendkit.mend.archive import inspect_archive, load_archive
+from mendkit.mend.training import train
+from mendkit.models.load import BaseModel, load_model, model_fingerprint, weights_sha256
+from mendkit.models.streaming import is_hollow
+from mendkit.models.trunk import FrozenTrunk, collate
+from tests.oracles.claims import EXAMPLES, editor_for, every_text, hparams
+from tests.oracles.tiny import save_tiny, tiny_gpt2, tiny_llama
 
 
 @pytest.mark.parametrize("build", [tiny_llama, tiny_gpt2])
@@ -31,7 +28,9 @@ def test_what_is_cached_keeps_its_bits(build):
     assert all(torch.equal(a, b) for a, b in zip(before, after, strict=True))
     updates.append(scrambled_updates(base, texts[:2], trunk, whole))
     for name, update in updates[0].items():
-        assert torch.equal(update.u, updates[1][name].u) and torch.equal(update.delta, updates[1][name].delta)
+        assert torch.equal(update.u, updates[1][name].u) and torch.equal(
+            update.delta, updates[1][name].delta
+        )
     assert (base.released, base.dtype, base.device) == (1, whole.dtype, whole.device)
     assert model_fingerprint(base) == model_fingerprint(whole)
     assert weights_sha256(base) == weights_sha256(whole)
@@ -48,10 +47,20 @@ def test_only_what_lies_below_is_freed():
     for base, tied in ((tiny_llama(), False), (tiny_gpt2(), True)):
         base.release_trunk()
         hollow = {name for name, value in base.model.named_parameters() if is_hollow(value)}
-        table = {f"{n}.weight" for n, m in base.model.named_modules() if m is base.model.get_input_embeddings()}
-        below = {n for n, _ in base.model.named_parameters() if n.startswith(f"{base.blocks.path}.0.")}
+        table = {
+            f"{n}.weight"
+            for n, m in base.model.named_modules()
+            if m is base.model.get_input_embeddings()
+        }
+        below = {
+            n for n, _ in base.model.named_parameters() if n.startswith(f"{base.blocks.path}.0.")
+        }
         assert below and hollow == below | (set() if tied else table)
-        freed = [value.untyped_storage().nbytes() for n, value in base.model.named_parameters() if n in hollow]
+        freed = [
+            value.untyped_storage().nbytes()
+            for n, value in base.model.named_parameters()
+            if n in hollow
+        ]
         assert sum(value.numel() for n, value in base.model.named_parameters() if n in below) > 1000
         assert all(value.is_meta for n, value in base.model.named_parameters() if n in below)
         assert tied or min(freed) == base.dtype.itemsize  # the table is one zero
@@ -92,20 +101,33 @@ def test_a_model_from_files_can_be_restored_or_read_block_by_block(tmp_path):
     base.restore_trunk()
     assert base.released == 0 and not any(m._forward_pre_hooks for m in base.model.modules())
     assert base.generate("The capital of") == whole.generate("The capital of")
-    for (name, a), (_, b) in zip(base.model.named_parameters(), whole.model.named_parameters(), strict=True):
+    for (name, a), (_, b) in zip(
+        base.model.named_parameters(), whole.model.named_parameters(), strict=True
+    ):
         assert torch.equal(a, b), name
 
 
 def test_training_gives_the_same_archive_released_streamed_or_not(tmp_path):
     folder = str(save_tiny(tmp_path / "model"))
     sums = {}
-    for name, changes in {"kept": {"release_trunk": False}, "released": {}, "streamed": {"stream_trunk": True}}.items():
-        h = hparams(max_iters=3, val_interval=2, batch_size=2, log_interval=1).replace(model_name=folder, **changes)
+    for name, changes in {
+        "kept": {"release_trunk": False},
+        "released": {},
+        "streamed": {"stream_trunk": True},
+    }.items():
+        h = hparams(max_iters=3, val_interval=2, batch_size=2, log_interval=1).replace(
+            model_name=folder, **changes
+        )
         result = train(h, EXAMPLES, EXAMPLES[:2], run_dir=tmp_path / name)
-        sums[name] = inspect_archive(result.archive)["sha256"], inspect_archive(result.archive)["base_model"]
+        sums[name] = (
+            inspect_archive(result.archive)["sha256"],
+            inspect_archive(result.archive)["base_model"],
+        )
         assert load_archive(result.archive, base=load_model(folder)).mend.edit_lrs
         again = h.replace(archive=str(result.archive))
-        assert train(again, EXAMPLES, EXAMPLES[:2], run_dir=tmp_path / f"{name}-on").archive.is_file()
+        assert train(
+            again, EXAMPLES, EXAMPLES[:2], run_dir=tmp_path / f"{name}-on"
+        ).archive.is_file()
     assert sums["kept"] == sums["released"] == sums["streamed"]
 
 
@@ -114,7 +136,14 @@ def test_the_trunk_is_released_where_nobody_else_uses_the_model(tmp_path, monkey
         own = base or tiny_llama()
         monkeypatch.setattr(training, "load_for_training", lambda _: own)
         changes = {key: how.pop(key) for key in ("release_trunk",) if key in how}
-        train(hparams(max_iters=1, batch_size=2, **changes), EXAMPLES, EXAMPLES[:1], base=base, run_dir=tmp_path, **how)
+        train(
+            hparams(max_iters=1, batch_size=2, **changes),
+            EXAMPLES,
+            EXAMPLES[:1],
+            base=base,
+            run_dir=tmp_path,
+            **how,
+        )
         return own.released
 
     assert released(None) == 1

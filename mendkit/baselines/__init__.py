@@ -1,0 +1,1 @@
+"""What a trained editor has to beat."""

@@ -1,0 +1,1 @@
+"""Memory before a run, speed after it."""

@@ -1,0 +1,1 @@
+"""What is to be edited: examples, published layouts, files. No torch."""

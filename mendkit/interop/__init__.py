@@ -1,0 +1,1 @@
+"""Archives and recorded numbers of published code."""

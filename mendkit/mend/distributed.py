@@ -1,0 +1,131 @@
+"""Training in several processes (Hugging Face Accelerate; gloo between CPUs, NCCL between GPUs).
+
+Every process has the whole model, draws the same batches from the same generator and takes its share of each; sums over
+the processes make of the shares what one process would have computed. The first process alone decides and writes, and
+keeps other runs out of the folder.
+"""
+
+import logging
+import os
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from datetime import timedelta
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+from accelerate import PartialState
+from accelerate.utils import broadcast, broadcast_object_list, reduce
+from torch import Tensor, nn
+
+from ..errors import MendkitError
+
+try:
+    import fcntl
+except ImportError:  # Windows
+    fcntl = None
+
+logger = logging.getLogger(__name__)
+
+T = TypeVar("T")
+
+TIMEOUT = timedelta(hours=1)
+"""How long a process waits for the others: the first one may validate, or fetch a model, in the meantime."""
+
+
+def process_count() -> int:
+    """How many processes `torchrun` or `accelerate launch` started; 1 without them."""
+    return int(os.environ.get("WORLD_SIZE", "1"))
+
+
+_locked: set[tuple[int, int]] = set()  # device and number of the folders that this process holds
+
+
+@contextmanager
+def locked(folder: Path) -> Iterator[None]:
+    """Within the context no other process gets this: the system's lock on the folder, which ends with the process.
+
+    A process may enter again. Nothing is locked where there is no folder yet, or where the file system cannot. Raises
+    MendkitError if another process is within.
+    """
+    with ExitStack() as stack:
+        try:
+            handle = os.open(folder, os.O_RDONLY)
+            stack.callback(os.close, handle)
+            own = (os.fstat(handle).st_dev, os.fstat(handle).st_ino)
+            if fcntl is not None and own not in _locked:
+                fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                _locked.add(own)
+                stack.callback(_locked.discard, own)
+        except BlockingIOError:
+            raise MendkitError(
+                f"{folder} is in use by another run; wait until it has ended, or give another folder"
+            ) from None
+        except OSError as error:
+            logger.debug("%s is not locked: %s", folder, error)
+        yield
+
+
+class Team:
+    """The processes that train together, or this one (`alone`: in any case). `device`: the hyperparameter."""
+
+    def __init__(self, device: str = "auto", *, alone: bool = False) -> None:
+        self.rank, self.size = 0, 1
+        if process_count() > 1 and not alone:
+            on_cpu = device == "cpu" or not torch.cuda.is_available()
+            self._state = PartialState(cpu=on_cpu, timeout=TIMEOUT)
+            self.rank, self.size = self._state.process_index, self._state.num_processes
+
+    def share(self, items: Sequence[T], /) -> Sequence[T]:
+        """This process's part: every `size`-th item."""
+        return items[self.rank :: self.size]
+
+    def total(self, x: Tensor, /) -> Tensor:
+        """The sum of x over the processes."""
+        return (
+            x if self.size == 1 else reduce(x.to(self._state.device), reduction="sum").to(x.device)
+        )
+
+    def sum_gradients(self, parameters: Iterable[nn.Parameter], /) -> None:
+        """Replace every gradient by its sum over the processes, in one exchange."""
+        gradients = [p.grad for p in parameters if p.grad is not None]
+        if self.size > 1 and gradients:
+            whole = self.total(torch.cat([g.flatten() for g in gradients]))
+            for gradient, part in zip(
+                gradients, whole.split([g.numel() for g in gradients]), strict=True
+            ):
+                gradient.copy_(part.view_as(gradient))
+
+    def align(self, module: nn.Module, /) -> None:
+        """Give every process the first one's parameters and buffers, bit for bit."""
+        if self.size > 1:
+            for value in module.state_dict().values():
+                value.copy_(broadcast(value.to(self._state.device)))
+
+    def first(self, act: Callable[[], T], /) -> T:
+        """What `act()` returns in the first process; its error is raised in all, as MendkitError in the others."""
+        if self.size == 1:
+            return act()
+        said: list[Any] = [None, None]  # result, error
+        if self.rank == 0:
+            try:
+                said[0] = act()
+            except Exception as error:
+                broadcast_object_list([None, f"{type(error).__name__}: {error}"])
+                raise
+        broadcast_object_list(said)
+        if said[1] is not None:
+            raise MendkitError(f"the first process stopped with {said[1]}")
+        return said[0]
+
+    @contextmanager
+    def alone_in(self, folder: Path, /) -> Iterator[None]:
+        """Within the context no other run may use the folder; see `locked`."""
+        with ExitStack() as stack:
+            self.first(lambda: stack.enter_context(locked(folder)))
+            yield
+
+    def leave(self) -> None:
+        """Close the connections; call it when all is done."""
+        if self.size > 1:
+            self._state.destroy_process_group()

@@ -1,0 +1,143 @@
+"""Adapters against PEFT itself, and truncation against the singular values of the dense change."""
+
+import copy
+import json
+
+import pytest
+import torch
+from peft import AutoPeftModelForCausalLM, PeftModel
+
+from mendkit.errors import MendkitError
+from mendkit.mend.adapter import LoRA
+from mendkit.mend.edit import Edit, LowRankUpdate
+from mendkit.models.load import load_model
+from tests.oracles.claims import EXAMPLES, editor_for, logits
+from tests.oracles.tiny import save_tiny, tiny_llama
+
+NAME = "model.layers.3.mlp.down_proj"
+
+
+def with_adapter(base, folder) -> PeftModel:
+    return PeftModel.from_pretrained(copy.deepcopy(base.model), folder)
+
+
+def peft_logits(model, base):
+    ids = torch.tensor([base.tokenizer("The capital of France is")["input_ids"]])
+    with torch.no_grad():
+        return model(input_ids=ids, use_cache=False).logits
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2"])
+def test_peft_gives_the_edited_models_logits(family, request, tmp_path, recwarn):
+    base = request.getfixturevalue(family)
+    edit = editor_for(base).edit(list(EXAMPLES[:2])).scale(1.5)
+    tokens = {name: update.u.shape[1] for name, update in edit.updates.items()}
+    with edit.applied():
+        sites, wanted = edit.save_adapter(tmp_path / "adapter"), logits(base)
+    model = with_adapter(base, tmp_path / "adapter")
+    assert not [w for w in recwarn if "missing" in str(w.message) or "fan_in" in str(w.message)]
+    torch.testing.assert_close(peft_logits(model, base), wanted, rtol=1e-4, atol=5e-6)
+    assert float((wanted - logits(base)).abs().max()) > 0.1
+    assert all(
+        1 <= site.rank <= tokens[site.name] and site.relative_error < 1e-12 for site in sites
+    )
+    assert len({site.rank for site in sites}) == 2  # the last block's MLP sees only scored tokens
+
+
+def test_a_journals_edits_are_one_adapter(gpt2, tmp_path):
+    with editor_for(gpt2).session() as session:
+        for example in EXAMPLES[:3]:
+            session.edit(example)
+        session.scale(0, 0.5)
+        session.undo(1)
+        wanted = logits(gpt2)
+        session.combined().save_adapter(tmp_path)
+    torch.testing.assert_close(
+        peft_logits(with_adapter(gpt2, tmp_path), gpt2), wanted, rtol=1e-4, atol=5e-6
+    )
+
+
+def test_peft_finds_the_base_model_by_the_adapters_config(tmp_path):
+    base = load_model(save_tiny(tmp_path / "model"))
+    editor_for(base).edit(EXAMPLES[0]).save_adapter(tmp_path / "adapter")
+    assert json.loads((tmp_path / "adapter/adapter_config.json").read_text())[
+        "base_model_name_or_path"
+    ] == str(tmp_path / "model")
+    with editor_for(base).edit(EXAMPLES[0]).applied():
+        wanted = logits(base)
+    model = AutoPeftModelForCausalLM.from_pretrained(tmp_path / "adapter")
+    torch.testing.assert_close(peft_logits(model, base), wanted, rtol=1e-4, atol=5e-6)
+
+
+@pytest.mark.parametrize("family", ["llama64", "gpt264"])
+@pytest.mark.parametrize("rank", [1, 3])
+def test_truncation_is_the_best_of_its_rank_and_its_error_the_tail(family, rank, request, tmp_path):
+    edit = editor_for(request.getfixturevalue(family)).edit(EXAMPLES[0])
+    for site in edit.save_adapter(tmp_path, rank):
+        update = edit.updates[site.name]
+        dense = update.dense()
+        left, values, right = torch.linalg.svd(dense, full_matrices=False)
+        keep = min(rank, int((values > 1e-12 * values[0]).sum()))
+        assert site.rank == keep
+        assert site.relative_error == pytest.approx(
+            float(values[keep:].norm() / values.norm()), rel=1e-6, abs=1e-12
+        )
+        lora = LoRA.of(update.u[0], update.delta[0] * update.coefficient, rank=rank)
+        torch.testing.assert_close(lora.B @ lora.A, (left[:, :keep] * values[:keep]) @ right[:keep])
+
+
+def test_more_tokens_than_features_and_repeated_tokens_have_no_more_rank_than_the_change():
+    u, delta = torch.randn(40, 6, dtype=torch.float64), torch.randn(40, 4, dtype=torch.float64)
+    wide = LoRA.of(u, delta)
+    torch.testing.assert_close(wide.B @ wide.A, delta.T @ u)
+    assert len(wide.A) == 4 and len(LoRA.of(u[:1].repeat(9, 1), delta[:1].repeat(9, 1)).A) == 1
+    none = LoRA.of(u, delta * 0)
+    assert len(none.A) == 1 and none.relative_error == 0 and not (none.B @ none.A).any()
+
+
+def test_a_layer_whose_name_ends_like_an_edited_ones_is_left_alone(tmp_path):
+    base = tiny_llama()
+    base.model.draft = (
+        tiny_llama().model
+    )  # draft.model.layers.3.mlp.down_proj ends with the site's whole name
+    editor_for(base).edit(EXAMPLES[0]).save_adapter(tmp_path)
+    model = with_adapter(base, tmp_path)
+    adapted = {
+        name.removeprefix("base_model.model.")
+        for name, m in model.named_modules()
+        if hasattr(m, "lora_A")
+    }
+    assert adapted == {site.module for site in base.sites}
+
+
+def test_sites_whose_names_end_alike_keep_their_own_ranks(tmp_path):
+    base = tiny_llama()
+    base.model.draft = tiny_llama().model
+    base = base.with_sites((f"{NAME}.weight", f"draft.{NAME}.weight"))
+    draws = torch.Generator().manual_seed(0)
+    updates = {
+        site.name: LowRankUpdate(
+            torch.randn(1, tokens, site.d_in, generator=draws),
+            torch.randn(1, tokens, site.d_out, generator=draws),
+            0.1,
+        )
+        for site, tokens in zip(base.sites, (2, 3), strict=True)
+    }
+    edit = Edit(base, updates, [])
+    edit.save_adapter(tmp_path)
+    model = with_adapter(base, tmp_path)
+    for site in base.sites:
+        layer = model.get_submodule(f"base_model.model.{site.module}")
+        torch.testing.assert_close(
+            layer.get_delta_weight("default"), edit.dense()[site.name], rtol=1e-4, atol=1e-6
+        )
+
+
+def test_misuse_is_named(llama, tmp_path):
+    edit = editor_for(llama).edit(EXAMPLES[0])
+    with pytest.raises(MendkitError, match="at least 1, got 0"):
+        edit.save_adapter(tmp_path / "adapter", 0)
+    (tmp_path / "file").write_text("precious")
+    with pytest.raises(MendkitError, match="cannot make the folder"):
+        edit.save_adapter(tmp_path / "file")
+    assert [path.name for path in tmp_path.iterdir()] == ["file"]

@@ -1,0 +1,141 @@
+"""The archive: bits, refusals and damage (CORRECTNESS rows 1, 3, 23, 24)."""
+
+import json
+
+import pytest
+import torch
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+
+from mendkit.errors import ArchiveError, MendkitError
+from mendkit.mend.archive import inspect_archive, load_archive, save_archive
+from mendkit.mend.editor import MENDEditor
+from mendkit.mend.hypernetwork import MEND
+from tests.oracles.attacks import sealed
+from tests.oracles.claims import EXAMPLES, hparams, scrambled, with_statistics
+from tests.oracles.tiny import tiny_gpt2, tiny_llama
+
+
+@pytest.fixture
+def saved(llama, tmp_path):
+    mend = scrambled(with_statistics(llama, MEND(llama.sites, hparams())))
+    return save_archive(tmp_path / "a.safetensors", llama, mend, training={"steps": 7}), mend
+
+
+def rewrite(path, *, change_tensors=None, change_metadata=None):
+    tensors = load_file(path)
+    with safe_open(path, "pt") as file:
+        metadata = json.loads(file.metadata()["mendkit"])
+    (change_tensors or (lambda t: None))(tensors)
+    (change_metadata or (lambda m: None))(metadata)
+    save_file(tensors, path, metadata={"mendkit": json.dumps(sealed(metadata))})
+
+
+def test_round_trip_gives_the_same_edits_bit_for_bit(llama, saved):
+    path, mend = saved
+    loaded = load_archive(path, base=llama)
+    assert all(torch.equal(v, loaded.mend.state_dict()[k]) for k, v in mend.state_dict().items())
+    a, b = (MENDEditor(llama, m).edit(EXAMPLES[0]).dense() for m in (mend, loaded.mend))
+    assert all(torch.equal(a[name], b[name]) for name in a)
+    assert loaded.mend.hparams == mend.hparams
+
+
+def test_an_archive_of_the_first_version_has_plain_step_sizes(llama, saved):
+    rewrite(
+        saved[0],
+        change_tensors=lambda t: t.pop("edit_lr_unit"),
+        change_metadata=lambda m: m["sha256"].pop("edit_lr_unit"),
+    )
+    assert load_archive(saved[0], base=llama).mend.edit_lrs == saved[1].edit_lrs
+
+
+def test_metadata_say_what_it_is(llama, saved):
+    info = inspect_archive(saved[0])
+    assert info["update_sign"] == -1 and info["training"] == {"steps": 7}
+    assert info["base_model"]["sites"][0]["name"] == llama.sites[0].name
+    assert set(info["sha256"]) == set(info["tensors"])
+    assert "log_edit_lr" in info["tensors"] and info["loss_reduction"].startswith("mean over")
+
+
+def test_the_archive_decides_the_sites(llama, tmp_path):
+    names = [site.name for site in llama.sites[:2]]
+    fewer = llama.with_sites(names)
+    path = save_archive(tmp_path / "a.safetensors", fewer, MEND(fewer.sites, hparams()))
+    assert [site.name for site in load_archive(path, base=llama).base.sites] == names
+
+
+@pytest.mark.parametrize(
+    ("other", "words"),
+    [
+        (lambda: tiny_llama(seed=5), "other weights"),
+        (lambda: tiny_gpt2(), "no parameter"),
+        (lambda: tiny_llama(d=48), "shape|d_in|d_out"),
+    ],
+)
+def test_another_model_is_refused_by_name_of_the_difference(saved, other, words):
+    with pytest.raises(ArchiveError, match=words) as error:
+        load_archive(saved[0], base=other())
+    assert "archive: null" in str(error.value)
+
+
+def test_an_edited_model_is_another_model(saved, llama):
+    weight = llama.site_module(llama.sites[0]).weight
+    kept = weight.clone()
+    base = tiny_llama()
+    base.site_module(base.sites[0]).weight.add_(1e-3)
+    with pytest.raises(ArchiveError, match="already edited"):
+        load_archive(saved[0], base=base)
+    assert torch.equal(weight, kept)
+
+
+def test_damage_is_found(llama, saved):
+    path = saved[0]
+    whole = path.read_bytes()
+    for cut in (0, 3, 100, len(whole) // 2, len(whole) - 1):
+        path.write_bytes(whole[:cut])
+        with pytest.raises(ArchiveError, match=r"a\.safetensors"):
+            load_archive(path, base=llama)
+    flipped = bytearray(whole)
+    flipped[-5] ^= 1
+    path.write_bytes(flipped)
+    with pytest.raises(ArchiveError, match="checksum"):
+        load_archive(path, base=llama)
+
+
+@pytest.mark.parametrize(
+    ("tensors", "metadata", "words"),
+    [
+        (lambda t: t.pop("log_edit_lr"), None, "missing or unknown"),
+        (lambda t: t.pop("edit_lr_unit"), None, "missing or unknown"),
+        (lambda t: t.update(extra=torch.ones(1)), None, "missing or unknown"),
+        (lambda t: t.update(log_edit_lr=torch.zeros(1)), None, "checksum"),
+        (None, lambda m: m.update(format="other"), "unknown format"),
+        (None, lambda m: m["hparams"].update(rank=-3), "damaged metadata"),
+        (None, lambda m: m.pop("base_model"), "damaged metadata"),
+    ],
+)
+def test_damaged_contents_are_named(llama, saved, tensors, metadata, words):
+    rewrite(saved[0], change_tensors=tensors, change_metadata=metadata)
+    with pytest.raises(ArchiveError, match=words):
+        load_archive(saved[0], base=llama)
+
+
+def test_no_file_and_foreign_files(llama, tmp_path):
+    with pytest.raises(ArchiveError, match="no such archive"):
+        load_archive(tmp_path / "none.safetensors", base=llama)
+    save_file({"x": torch.ones(1)}, tmp_path / "plain.safetensors")
+    with pytest.raises(ArchiveError, match="no archive of mendkit"):
+        load_archive(tmp_path / "plain.safetensors", base=llama)
+
+
+def test_a_failed_write_leaves_the_old_archive_and_no_rubbish(llama, saved, monkeypatch):
+    path, mend = saved
+    before = path.read_bytes()
+    monkeypatch.setattr(
+        "mendkit.mend.files.save_file", lambda *_, **__: (_ for _ in ()).throw(OSError("disk full"))
+    )
+    with pytest.raises(
+        MendkitError, match=r"cannot write the archive .*disk full; what was there is as it was"
+    ):
+        save_archive(path, llama, mend)
+    assert path.read_bytes() == before and [p.name for p in path.parent.iterdir()] == [path.name]

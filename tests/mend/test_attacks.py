@@ -1,0 +1,550 @@
+"""Files under attack: a damaged or hostile file gives one ArchiveError that names it, or what the whole file gives.
+
+Never another exception, no large allocation (the process may not grow by more than `ROOM`), nothing is run.
+"""
+
+import json
+import logging
+import os
+import pickle
+import random
+import resource
+import zipfile
+from collections import Counter, OrderedDict
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import numpy as np
+import psutil
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from mendkit.__main__ import main
+from mendkit.errors import ArchiveError
+from mendkit.hparams import MENDHyperParams
+from mendkit.interop.foreign import import_archive, read_foreign, to_foreign
+from mendkit.mend.archive import inspect_archive, load_archive, save_archive
+from mendkit.mend.edit import Edit
+from mendkit.mend.editor import EditSession, MENDEditor
+from mendkit.mend.files import SEAL
+from mendkit.mend.hypernetwork import MEND
+from mendkit.models.cache import TextCache
+from tests.oracles.attacks import (
+    ODD_VALUES,
+    Layout,
+    Variant,
+    flipped,
+    misdeclared,
+    rehashed,
+    sealed,
+    swapped,
+    truncated,
+    with_each_replaced,
+)  # fmt: skip
+from tests.oracles.claims import EXAMPLES, scrambled, with_statistics
+from tests.oracles.textbook import save_published
+from tests.oracles.tiny import tiny_gpt2, tiny_llama
+
+ROOM = 300_000_000
+SITE = "model.layers.1.mlp.down_proj.weight"
+
+
+@pytest.fixture(scope="module")
+def base():
+    return tiny_llama(layers=2, d=8).with_sites([SITE])
+
+
+@pytest.fixture(scope="module")
+def mend(base) -> MEND:
+    return scrambled(
+        with_statistics(base, MEND(base.sites, MENDHyperParams(model_name="tiny", rank=2)))
+    )
+
+
+@pytest.fixture
+def archive(base, mend, tmp_path) -> Path:
+    return save_archive(tmp_path / "attacked.safetensors", base, mend, training={"steps": 7})
+
+
+@pytest.fixture
+def journal(base, mend, tmp_path) -> Path:
+    session = EditSession(MENDEditor(base, mend))
+    for example in EXAMPLES[:2]:
+        session.edit(example)
+    session.undo(0)
+    path = session.save(tmp_path / "attacked.edits")
+    session.close()
+    return path
+
+
+@contextmanager
+def little_memory() -> Iterator[None]:
+    """Within the context the process may not grow by more than ROOM: what asks for more raises or dies."""
+    kept = resource.getrlimit(resource.RLIMIT_AS)
+    resource.setrlimit(resource.RLIMIT_AS, (psutil.Process().memory_info().vms + ROOM, kept[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_AS, kept)
+
+
+def attacked(path: Path, variants: Iterable[Variant], load: Callable[[Path], dict]) -> Counter[str]:
+    """What came of each variant: "refused" by one clear error, or "same" as the whole file gives; all else fails."""
+    whole, came, seen = load(path), Counter(), set()
+    for about, content in variants:
+        if content in seen:
+            continue
+        seen.add(content)
+        path.write_bytes(content)
+        try:
+            with little_memory():
+                found = load(path)
+        except ArchiveError as error:
+            assert path.name in str(error) and "\n" not in str(error), about
+            came["refused"] += 1
+        except BaseException as error:
+            raise AssertionError(f"{about}: {type(error).__name__} {error}") from error
+        else:
+            assert same(found, whole), f"{about}: loads as something else"
+            came["same"] += 1
+    return came
+
+
+def same(a: dict, b: dict) -> bool:
+    """Whether two dictionaries hold the same, tensors to the bit."""
+    return a.keys() == b.keys() and all(
+        a[k].dtype == b[k].dtype and torch.equal(a[k], b[k])
+        if isinstance(a[k], torch.Tensor)
+        else a[k] == b[k]
+        for k in a
+    )
+
+
+def as_loaded(base) -> Callable[[Path], dict]:
+    def load(path: Path) -> dict:
+        found = load_archive(path, base=base)
+        return dict(found.mend.state_dict()) | {
+            "hparams": found.mend.hparams,
+            "metadata": found.metadata,
+        }
+
+    return load
+
+
+def as_session(editor: MENDEditor) -> Callable[[Path], dict]:
+    def load(path: Path) -> dict:
+        session, out = EditSession.load(path, editor), {}
+        for i, edit in enumerate(session.journal):
+            out[f"{i}"] = (edit.examples, edit.strength, edit.archive, edit.active)
+            for name, u in edit._unit.items():
+                out |= {
+                    f"{i}/{name}/u": u.u,
+                    f"{i}/{name}/d": u.delta,
+                    f"{i}/{name}/c": u.coefficient,
+                }
+        session.close()
+        return out
+
+    return load
+
+
+def damage(whole: bytes, seed: int, n: int) -> Iterator[Variant]:
+    """All kinds of damage to a file's bytes; `n` sets how much of each."""
+    rng = random.Random(seed)
+    yield from truncated(whole, rng, n)
+    yield from flipped(whole, rng, n)
+    yield from misdeclared(whole, rng, n // 10)
+    yield from swapped(whole)
+
+
+# ---------------------------------------------------------------------------------------------------- archives
+
+
+def test_a_thousand_damaged_archives_are_refused_or_the_same(base, archive):
+    whole = archive.read_bytes()
+    came = attacked(archive, damage(whole, 1, 320), as_loaded(base))
+    assert came.total() >= 1000 and came["refused"] > 0.98 * came.total()
+    archive.write_bytes(whole)
+    assert attacked(archive, [("whole", whole)], as_loaded(base)) == {"same": 1}
+
+
+def test_white_space_and_order_of_a_header_do_no_harm(base, archive):
+    layout = Layout.of(archive.read_bytes())
+    turned = dict(reversed(layout.header.items()))
+    harmless = [
+        ("indented", layout.bytes(json.dumps(layout.header, indent=1))),
+        ("padded", layout.bytes(layout.text() + " " * 8)),
+        ("turned", layout.bytes(json.dumps(turned))),
+        ("escaped", layout.bytes(layout.text().replace('"F32"', '"\\u004632"'))),
+    ]
+    assert attacked(archive, harmless, as_loaded(base)) == {"same": 4}
+
+
+def test_wrong_tensors_are_refused_although_every_checksum_is_right(base, archive):
+    load, kept = as_loaded(base), archive.read_bytes()
+    for about, tensors, metadata in [*rehashed(archive, random.Random(2), 12)]:
+        save_file(tensors, archive, metadata={"mendkit": json.dumps(sealed(metadata))})
+        as_first_version = about == "without edit_lr_unit"  # which had none: all were 1
+        assert attacked_once(archive, load) != as_first_version, about
+    archive.write_bytes(kept)
+    load(archive)
+
+
+def attacked_once(path: Path, load: Callable[[Path], dict]) -> bool:
+    """Whether the file is refused."""
+    try:
+        with little_memory():
+            load(path)
+    except ArchiveError as error:
+        return path.name in str(error)
+    return False
+
+
+HOSTILE = {
+    "blocks": lambda m: m["hparams"].update(n_hidden=10**12),
+    "a seed": lambda m: m["hparams"].update(seed=10**30),
+    "a wide rank": lambda m: m["hparams"].update(rank=10**15),
+    "a square of the width": lambda m: m["hparams"].update(whiten=1.0),
+    "another algorithm": lambda m: m["hparams"].update(alg_name="ROME"),
+    "an unknown key": lambda m: m["hparams"].update(hook="x"),
+    "a list": lambda m: m.update(hparams=[1]),
+    "text": lambda m: m.update(hparams="x"),
+    "no checksums": lambda m: m.pop("sha256"),
+    "a list of checksums": lambda m: m.update(sha256=[]),
+    "no sites": lambda m: m["base_model"].pop("sites"),
+    "text for sites": lambda m: m["base_model"].update(sites="abc"),
+    "a number for a name": lambda m: m["base_model"]["sites"][0].update(name=3),
+    "a list for a name": lambda m: m["base_model"]["sites"][0].update(name=[[]]),
+    "an empty name": lambda m: m["base_model"]["sites"][0].update(name=""),
+    "a hidden name": lambda m: m["base_model"]["sites"][0].update(name="__class__.weight"),
+    "the same site often": lambda m: m["base_model"].update(sites=m["base_model"]["sites"] * 9),
+    "null": lambda m: m.update(base_model=None),
+}
+
+
+@pytest.mark.parametrize(
+    "checksum", ["right", None], ids=["checksum made anew", "as the first versions wrote"]
+)
+def test_hostile_metadata_are_refused_although_every_checksum_is_right(base, archive, checksum):
+    layout, load = Layout.of(archive.read_bytes()), as_loaded(base)
+    for about, change in HOSTILE.items():
+        metadata = layout.metadata
+        change(metadata)
+        archive.write_bytes(layout.retold(metadata, checksum=checksum))
+        assert attacked_once(archive, load), about
+    text = layout.header["__metadata__"]["mendkit"]
+    texts = [
+        "",
+        "null",
+        "[]",
+        "3",
+        '"x"',
+        "[" * 99_999,
+        "9" * 9_999,
+        text[:-1] + ', "update_sign": 1}',
+        text + " x",
+    ]
+    for text in texts:
+        archive.write_bytes(layout.retold(text, checksum=checksum))
+        assert attacked_once(archive, load)
+
+
+def forged(layout: Layout, rng: random.Random, n: int) -> Iterator[Variant]:
+    """Every value of the metadata, one at a time, replaced by one that does not belong there."""
+    odd = [
+        (value, changed)
+        for value in ODD_VALUES
+        for changed in with_each_replaced(layout.metadata, value)
+    ]
+    for value, metadata in rng.sample(odd, n):
+        yield f"{value!r:.20} in {json.dumps(metadata)}", layout.retold(metadata)
+
+
+def test_forged_values_of_metadata_raise_nothing_else_and_inspect_says_so(base, archive, capsys):
+    layout, load, refused = Layout.of(archive.read_bytes()), as_loaded(base), 0
+    for about, content in forged(layout, random.Random(3), 120):
+        archive.write_bytes(content)
+        try:
+            with little_memory():
+                load(archive)
+        except ArchiveError as error:
+            refused += archive.name in str(error)
+        except Exception as error:
+            raise AssertionError(f"{about}: {error!r}") from error
+        assert main(["inspect", str(archive)]) in (0, 2), about
+        capsys.readouterr()
+    assert refused > 60
+
+
+def test_metadata_that_were_changed_are_refused_even_where_they_make_sense(base, archive):
+    layout = Layout.of(archive.read_bytes())
+    metadata, right = layout.metadata, json.loads(layout.header["__metadata__"]["mendkit"])[SEAL]
+    metadata["hparams"]["lr_scale"], metadata["update_sign"] = (
+        3.0,
+        1,
+    )  # another editor, of the same tensors
+    archive.write_bytes(layout.retold(metadata, checksum=right))
+    with pytest.raises(ArchiveError, match=r"metadata.*checksum"):
+        inspect_archive(archive)
+
+
+def test_what_is_not_finite_is_not_written(base, mend, tmp_path):
+    values = {name: value.clone() for name, value in mend.state_dict().items()}
+    values["log_edit_lr"][0] = float("nan")
+    broken = MEND(base.sites, mend.hparams)
+    broken.load_state_dict(values)
+    with pytest.raises(ArchiveError, match=r"not written: log_edit_lr not finite"):
+        save_archive(tmp_path / "a.safetensors", base, broken)
+    assert not any(tmp_path.iterdir())
+
+
+# ------------------------------------------------------------------------------------------ saved edits, the cache
+
+
+def test_damaged_journals_are_refused_or_the_same_and_leave_the_model_alone(base, mend, journal):
+    editor, whole = MENDEditor(base, mend), journal.read_bytes()
+    came = attacked(journal, damage(whole, 4, 100), as_session(editor))
+    assert came.total() > 300 and came["refused"] > 0.98 * came.total()
+    assert not base.site_module(base.sites[0])._forward_hooks
+    journal.write_bytes(whole)
+    with pytest.raises(ArchiveError, match=f"{journal.name}: a journal of 2"):
+        Edit.load(journal, base)
+
+
+def test_wrong_tensors_of_an_edit_are_refused_although_every_checksum_is_right(base, mend, journal):
+    load = as_session(MENDEditor(base, mend))
+    for about, tensors, metadata in [*rehashed(journal, random.Random(5), 12)]:
+        save_file(tensors, journal, metadata={"mendkit": json.dumps(sealed(metadata))})
+        if about.endswith("cast"):  # an edit may have any precision
+            continue
+        assert attacked_once(journal, load), about
+
+
+def test_forged_values_of_a_journal_raise_nothing_else(base, mend, journal):
+    layout, load, refused = Layout.of(journal.read_bytes()), as_session(MENDEditor(base, mend)), 0
+    for about, content in forged(layout, random.Random(6), 120):
+        journal.write_bytes(content)
+        try:
+            with little_memory():
+                load(journal)
+        except ArchiveError as error:
+            refused += journal.name in str(error)
+        except Exception as error:
+            raise AssertionError(f"{about}: {error!r}") from error
+    assert refused > 60
+
+
+def test_a_damaged_shard_gives_no_value_or_the_right_one(tmp_path, caplog):
+    def cache() -> TextCache:
+        return TextCache(tmp_path, {"of": "tests"}, limit=10**6)
+
+    keys = [bytes([i]) * 32 for i in range(3)]
+    arrays = [
+        np.arange(12, dtype=np.float32).reshape(6, 2),
+        np.arange(6, dtype=np.float32).reshape(3, 2),
+    ]
+    cache().add(keys, arrays, [[2, 1]] * 3)
+    (path,) = tmp_path.glob("trunk/*/*.safetensors")
+    whole, right, gone = path.read_bytes(), cache().find(keys), 0
+    right = {key: [part.copy() for part in parts] for key, parts in right.items()}
+    caplog.set_level(logging.CRITICAL)
+    for about, content in damage(whole, 7, 100):
+        copy = path.with_name("copy")
+        copy.write_bytes(content)
+        copy.replace(path)
+        try:
+            with little_memory():
+                found = cache().find(keys)
+        except Exception as error:
+            raise AssertionError(f"{about}: {error!r}") from error
+        gone += not found
+        for key, parts in found.items():
+            assert all(np.array_equal(a, b) for a, b in zip(parts, right[key], strict=True)), about
+    assert gone > 300
+
+
+# ----------------------------------------------------------------------------------------------- foreign archives
+
+
+@pytest.fixture(scope="module")
+def gpt():
+    return tiny_gpt2(layers=2, d=8)
+
+
+@pytest.fixture
+def published(gpt, tmp_path):
+    """A foreign archive of one layer, and the settings that it goes with."""
+    (name,) = [
+        name for name, _ in gpt.model.named_parameters() if name.endswith("1.mlp.c_proj.weight")
+    ]
+    h = MENDHyperParams(model_name="tiny", inner_params=(name,), rank=2, shared=True)
+    own = h.replace(
+        update_sign=-1,
+        std_floor=0.0,
+        std_eps=1e-7,
+        z_clip=None,
+        loss_reduction="batch",
+        norm_stats="shape",
+    )
+    state = to_foreign(scrambled(MEND(gpt.with_sites([name]).sites, own)))
+    return save_published(tmp_path / "attacked.pt", state, gpt.model.config), state, h
+
+
+def as_imported(gpt, h) -> Callable[[Path], dict]:
+    def load(path: Path) -> dict:
+        import_archive(path, h, out=path.with_name("out.safetensors"), base=gpt)
+        found = load_archive(path.with_name("out.safetensors"), base=gpt)
+        return dict(found.mend.state_dict()) | {"hparams": found.mend.hparams}
+
+    return load
+
+
+def test_damaged_foreign_archives_are_refused_or_the_same(gpt, published):
+    path, _, h = published
+    whole, rng = path.read_bytes(), random.Random(8)
+    cuts = [(f"cut at {at}", whole[:at]) for at in sorted(rng.sample(range(len(whole)), 60))]
+    flips = []
+    for _ in range(240):
+        at, bit = rng.randrange(len(whole)), rng.randrange(8)
+        content = bytearray(whole)
+        content[at] ^= 1 << bit
+        flips.append((f"bit {bit} of byte {at}", bytes(content)))
+    came = attacked(path, cuts + flips, as_imported(gpt, h))
+    assert came["refused"] > 200
+
+
+def rezipped(
+    path: Path, whole: bytes, change: Callable[[str, bytes], bytes], *, compress: int = 0
+) -> None:
+    """The zip with some entries' bytes changed, its checksums right."""
+    path.with_name("whole").write_bytes(whole)
+    with (
+        zipfile.ZipFile(path.with_name("whole")) as old,
+        zipfile.ZipFile(path, "w", compress) as new,
+    ):
+        for entry in old.infolist():
+            new.writestr(entry.filename, change(entry.filename, old.read(entry)))
+
+
+def test_flips_in_a_pickle_whose_checksum_is_right_raise_nothing_else(gpt, published):
+    path, _, h = published
+    whole, rng, load, refused = path.read_bytes(), random.Random(9), as_imported(gpt, h), 0
+    for _ in range(120):
+        place, bit = rng.random(), rng.randrange(8)
+
+        def change(name: str, content: bytes, place: float = place, bit: int = bit) -> bytes:
+            if not name.endswith("data.pkl"):
+                return content
+            out = bytearray(content)
+            out[int(place * len(out))] ^= 1 << bit
+            return bytes(out)
+
+        rezipped(path, whole, change)
+        try:
+            with little_memory():
+                load(path)
+        except ArchiveError as error:
+            refused += path.name in str(error)
+    assert refused > 30
+
+
+def test_a_foreign_archive_that_grows_or_declares_much_is_refused(gpt, published):
+    path, state, h = published
+    whole = path.read_bytes()
+    rezipped(path, whole, lambda name, content: content, compress=zipfile.ZIP_DEFLATED)
+    with little_memory(), pytest.raises(ArchiveError, match=r"attacked\.pt.*compressed"):
+        read_foreign(path)
+    (v,) = [name for name in state if name.endswith("layers.0.v")]
+    hostile = {
+        "a view of one number": state | {v: torch.ones(1).expand(10**12, state[v].shape[1])},
+        "a far block": state | {v.replace("layers.0", "layers.999999999999"): state[v]},
+        "a block beyond integers": state
+        | {v.replace("layers.0", "layers." + "9" * 5000): state[v]},
+        "no number": state | {v: torch.tensor(1.0)},
+        "not finite": state | {v: state[v] * float("nan")},
+        "whole numbers": state | {"edit_lrs": torch.ones(1, dtype=torch.int64)},
+        "complex": state | {v: state[v].to(torch.complex64)},
+        "sparse": state | {v: state[v].to_sparse()},
+        "nothing": {"edit_lrs": state["edit_lrs"]},
+    }
+    for about, content in hostile.items():
+        torch.save({"model": OrderedDict(content)}, path)
+        assert attacked_once(path, as_imported(gpt, h)), about
+        assert not path.with_name("out.safetensors").exists(), about
+
+
+class Canary:
+    """What unpickling runs if it runs anything: `call` with `arguments`."""
+
+    def __init__(self, call, *arguments) -> None:
+        self.call, self.arguments = call, arguments
+
+    def __reduce__(self):
+        return self.call, self.arguments
+
+
+class Inner(Canary):
+    """The same in a state that another object is given."""
+
+    def __reduce__(self):
+        return OrderedDict, (), Canary(self.call, *self.arguments)
+
+
+def canaries(mark: str) -> dict[str, object]:
+    """Objects that make a file or folder when they are unpickled."""
+    return {
+        "os.system": Canary(os.system, f"mkdir {mark}"),
+        "builtins.eval": Canary(eval, f"__import__('os').mkdir({mark!r})"),
+        "builtins.exec": Canary(exec, f"import os; os.mkdir({mark!r})"),
+        "nested": [{"x": (Canary(os.mkdir, mark),)}],
+        "in a state": Inner(os.mkdir, mark),
+        "as an argument": Canary(OrderedDict, [("x", Canary(os.mkdir, mark))]),
+        "as a key": {Canary(os.mkdir, mark): 1},
+        "of torch": Canary(torch.load, mark),
+        "of the loader": Canary(pickle.loads, pickle.dumps(Canary(os.mkdir, mark))),
+    }
+
+
+def test_payloads_run_in_no_field_of_a_foreign_archive(gpt, published, tmp_path):
+    path, state, h = published
+    mark, out = tmp_path / "ran", tmp_path / "out.safetensors"
+    model = OrderedDict(state, model_config=gpt.model.config)
+    content = {
+        "model": model,
+        "opt": {},
+        "lr_opt": {},
+        "val_stats": {},
+        "start_time": "",
+        "elapsed_time": 1.0,
+        "step": 1,
+    }
+    for about, canary in canaries(str(mark)).items():
+        hostile = [content | {field: canary} for field in content] + [
+            content | {"more": canary},
+            canary,
+        ]
+        hostile += [content | {"model": OrderedDict(model, **{field: canary})} for field in model]
+        for each in hostile:
+            torch.save(each, path)
+            with pytest.raises(ArchiveError, match=r"attacked\.pt"):
+                import_archive(path, h, out=out, base=gpt)
+            assert not mark.exists() and not out.exists(), about
+        if about not in ("of torch",):  # the negative control: what runs if it is let
+            torch.load(path, weights_only=False)
+            assert mark.is_dir(), about
+            mark.rmdir()
+
+
+def test_a_payload_among_optimiser_states_and_configuration_does_not_run(gpt, published, tmp_path):
+    path, state, h = published
+    mark = tmp_path / "ran"
+    config = type(gpt.model.config)()
+    config.hook = Canary(os.mkdir, str(mark))
+    optimiser = {"state": {0: {"exp_avg": Canary(os.mkdir, str(mark))}}, "param_groups": []}
+    for more in ({"model_config": config}, {"opt": optimiser}):
+        torch.save({"model": OrderedDict(state, **more), "opt": more.get("opt", {})}, path)
+        with pytest.raises(ArchiveError, match="nothing of it was run"):
+            import_archive(path, h, out=tmp_path / "out", base=gpt)
+        assert not mark.exists()

@@ -1,0 +1,279 @@
+"""Side branches against dense weight changes; undo, merging and files against the bits (CORRECTNESS rows 10, 16)."""
+
+import json
+
+import pytest
+import torch
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from mendkit.errors import ArchiveError, MendkitError
+from mendkit.mend.edit import Edit, LowRankUpdate, side_branches
+from mendkit.mend.editor import MENDEditor
+from mendkit.models.load import load_model
+from tests.oracles.claims import EXAMPLES, editor_for, hparams, logits
+from tests.oracles.tiny import save_tiny, tiny_gpt2, tiny_llama
+
+PROMPT = "The capital of France is"
+
+
+@pytest.mark.parametrize("family", ["llama64", "gpt264"])
+def test_a_side_branch_is_the_dense_weight_change(family, request):
+    base = request.getfixturevalue(family)
+    edit = editor_for(base).edit(list(EXAMPLES[:2]))
+    with edit.applied():
+        branch = logits(base)
+    weights = {site.name: base.site_module(site).weight for site in base.sites}
+    kept = {name: weight.clone() for name, weight in weights.items()}
+    for name, change in edit.dense().items():
+        weights[name].add_(change)
+    dense = logits(base)
+    for name, weight in kept.items():
+        weights[name].copy_(weight)
+    torch.testing.assert_close(branch, dense, rtol=1e-9, atol=1e-11)
+    assert float((branch - logits(base)).abs().max()) > 1e-3
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2"])
+def test_undo_restores_the_bits(family, request):
+    base = request.getfixturevalue(family)
+    weights = {name: p.clone() for name, p in base.model.named_parameters()}
+    before = logits(base)
+    edit = editor_for(base).edit(EXAMPLES[0])
+    for _ in range(50):
+        with edit.applied():
+            assert not torch.equal(logits(base), before)
+    edit.apply()
+    edit.undo()
+    with pytest.raises(ZeroDivisionError), edit.applied():
+        raise ZeroDivisionError
+    assert torch.equal(logits(base), before)
+    assert all(torch.equal(p, weights[name]) for name, p in base.model.named_parameters())
+    assert not any(m._forward_hooks for m in base.model.modules())
+
+
+def test_strength_scales_the_weight_change(llama):
+    edit = editor_for(llama).edit(EXAMPLES[0])
+    for factor in (0.0, 0.5, 2.0):
+        scaled = edit.scale(factor)
+        for name, change in edit.dense().items():
+            torch.testing.assert_close(scaled.dense()[name], factor * change)
+    with edit.scale(0.0).applied():
+        changed = logits(llama)
+    torch.testing.assert_close(changed, logits(llama))
+
+
+def test_several_examples_add_up(llama):
+    editor = editor_for(llama)
+    both = editor.edit(list(EXAMPLES[:2])).dense()
+    each = [editor.edit(example).dense() for example in EXAMPLES[:2]]
+    for name, change in both.items():
+        torch.testing.assert_close(change, each[0][name] + each[1][name], rtol=1e-4, atol=1e-7)
+
+
+def test_rows_of_a_batch_are_each_under_their_own_edit(llama):
+    editor = editor_for(llama)
+    updates = editor.updates([editor.tokens(e) for e in EXAMPLES[:3]])
+    ids = torch.tensor([llama.tokenizer(PROMPT)["input_ids"]] * 6)
+    with torch.no_grad(), side_branches(llama, updates):
+        batch = llama.model(input_ids=ids, use_cache=False).logits
+    for i, example in enumerate(EXAMPLES[:3]):
+        with editor.edit(example).applied():
+            alone = logits(llama)[0]
+        for row in (2 * i, 2 * i + 1):
+            torch.testing.assert_close(batch[row], alone, rtol=1e-4, atol=1e-5)
+    with pytest.raises(MendkitError, match="rows"), side_branches(llama, updates):
+        llama.model(input_ids=ids[:4])
+
+
+def test_misuse_is_named(llama):
+    editor = editor_for(llama)
+    edit = editor.edit(EXAMPLES[0])
+    with pytest.raises(MendkitError, match="not applied"):
+        edit.undo()
+    with edit.applied(), pytest.raises(MendkitError, match="applied already"):
+        edit.apply()
+    with pytest.raises(MendkitError, match="no example"):
+        editor.edit([])
+    with pytest.raises(ArchiveError, match="train"):
+        MENDEditor.from_hparams(hparams(), base=llama)
+
+
+def test_half_precision_models_take_edits(llama_bf16):
+    before = logits(llama_bf16)
+    with editor_for(llama_bf16).edit(EXAMPLES[0]).applied():
+        after = logits(llama_bf16)
+    assert after.dtype == torch.bfloat16 and float((after - before).abs().max()) > 0
+    assert torch.equal(logits(llama_bf16), before)
+
+
+# ------------------------------------------------------------------------------------------------- merged
+
+
+def constant_edit(value: float) -> Edit:
+    """The edit that adds `value` to each weight of a bfloat16 model's one site, where all are 1."""
+    base = tiny_llama(dtype=torch.bfloat16)
+    base = base.with_sites((base.sites[-1].name,))
+    (site,) = base.sites
+    base.site_module(site).weight.fill_(1.0)
+    update = LowRankUpdate(torch.ones(1, 1, site.d_in), torch.full((1, 1, site.d_out), value), 1.0)
+    return Edit(base, {site.name: update}, EXAMPLES[:1])
+
+
+# bfloat16 has steps of 1/128 above 1: less than half a step is lost, more becomes a whole one
+@pytest.mark.parametrize(
+    ("value", "kept", "error"), [(1 / 512, 0, 1), (3 / 512, 4 / 3, 1 / 3), (1 / 64, 1, 0)]
+)
+def test_a_half_precision_merge_reports_what_rounding_left(value, kept, error, caplog):
+    merged = constant_edit(value).merged()
+    (site,) = merged.sites
+    assert (site.kept, site.relative_error) == (pytest.approx(kept), pytest.approx(error))
+    weight = merged.base.site_module(merged.base.sites[0]).weight
+    assert weight.dtype == torch.bfloat16 and torch.equal(
+        weight, torch.full_like(weight, 1 + kept * value)
+    )
+    assert ("keeps 0 % of the edit" in caplog.text) == (kept == 0)
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2"])
+def test_a_merged_model_is_the_edited_one_and_the_base_stays(family, request):
+    base = request.getfixturevalue(family)
+    before, weights = logits(base), {name: p.clone() for name, p in base.model.named_parameters()}
+    edit = editor_for(base).edit(list(EXAMPLES[:2]))
+    other = editor_for(base).edit(EXAMPLES[2])
+    with edit.applied():
+        wanted = logits(base)
+        with other.applied():
+            merged = edit.merged()  # what is in force is not taken along
+    torch.testing.assert_close(logits(merged.base), wanted, rtol=1e-4, atol=5e-6)
+    assert torch.equal(logits(base), before)
+    edited = {site.name for site in base.sites}
+    for name, p in base.model.named_parameters():
+        theirs = merged.base.model.get_parameter(name)
+        assert torch.equal(p, weights[name]) and (theirs.data_ptr() == p.data_ptr()) == (
+            name not in edited
+        )
+    assert {site.name for site in merged.sites} == edited and all(
+        0.999 < site.kept < 1.001 for site in merged.sites
+    )
+    with edit.applied():  # hooks are the base's own
+        torch.testing.assert_close(logits(merged.base), wanted, rtol=1e-4, atol=5e-6)
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2"])
+def test_a_merged_folder_is_plain_transformers(family, request, tmp_path):
+    base = request.getfixturevalue(family)
+    with editor_for(base).session() as session:
+        session.edit(EXAMPLES[0])
+        session.edit(EXAMPLES[1])
+        wanted = logits(base)
+        session.combined().save_merged(tmp_path)
+    ids = AutoTokenizer.from_pretrained(tmp_path)(PROMPT, return_tensors="pt")["input_ids"]
+    with torch.no_grad():
+        got = AutoModelForCausalLM.from_pretrained(tmp_path)(input_ids=ids, use_cache=False).logits
+    torch.testing.assert_close(got, wanted, rtol=1e-4, atol=5e-6)
+
+
+def test_no_merge_into_the_base_models_own_folder(tmp_path):
+    base = load_model(save_tiny(tmp_path / "model"))
+    before = {path: path.read_bytes() for path in (tmp_path / "model").iterdir()}
+    with pytest.raises(MendkitError, match="holds the base model itself"):
+        editor_for(base).edit(EXAMPLES[0]).save_merged(tmp_path / "model" / ".." / "model")
+    assert {path: path.read_bytes() for path in (tmp_path / "model").iterdir()} == before
+
+
+# ------------------------------------------------------------------------------------------------- saved
+
+
+@pytest.fixture
+def saved(llama, tmp_path):
+    edit = editor_for(llama).edit(list(EXAMPLES[:2])).scale(0.3)
+    return edit, edit.save(tmp_path / "edit.safetensors")
+
+
+def test_a_saved_edit_has_the_same_bits_and_examples(llama, saved):
+    edit, path = saved
+    loaded = Edit.load(
+        path, tiny_llama().with_sites((llama.sites[0].name,))
+    )  # the file decides the sites
+    assert (
+        loaded.examples == edit.examples and loaded.strength == edit.strength and not loaded.active
+    )
+    assert list(loaded.updates) == list(edit.updates)
+    for name, update in edit.updates.items():
+        for part in ("u", "delta", "coefficient"):
+            assert torch.equal(getattr(loaded.updates[name], part), getattr(update, part))
+    with edit.applied():
+        wanted = logits(llama)
+    with loaded.applied():
+        assert torch.equal(logits(loaded.base), wanted)
+
+
+def test_a_coefficient_that_is_a_plain_number_keeps_its_bits(llama, tmp_path):
+    edit = Edit.combined([editor_for(llama).edit(EXAMPLES[0])]).scale(1 / 3)
+    loaded = Edit.load(edit.save(tmp_path / "edit"), llama)
+    assert all(torch.equal(edit.dense()[name], change) for name, change in loaded.dense().items())
+
+
+@pytest.mark.parametrize(
+    ("other", "words"),
+    [
+        (lambda: tiny_llama(seed=5), "other weights"),
+        (tiny_gpt2, "no parameter"),
+        (lambda: tiny_llama(d=48), "shape"),
+    ],
+)
+def test_another_model_is_refused(saved, other, words):
+    with pytest.raises(ArchiveError, match=f"made for another model.*{words}"):
+        Edit.load(saved[1], other())
+
+
+def test_a_merged_model_is_another_model(saved):
+    edit, path = saved
+    with pytest.raises(ArchiveError, match="already edited"):
+        Edit.load(path, edit.merged().base)
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        (
+            lambda t, m: t["0/model.layers.3.mlp.down_proj.weight/u"].add_(1e-3),
+            "does not match its checksum",
+        ),
+        (lambda t, m: t.pop("0/model.layers.3.mlp.down_proj.weight/u"), "missing or unknown"),
+        (lambda t, m: t.update(extra=torch.ones(1)), "missing or unknown"),
+        (lambda t, m: m["edits"][0].update(strength=9.0), "do not match their checksum"),
+        (
+            lambda t, m: m["edits"][0]["examples"][0].update(target_new="Oslo"),
+            "do not match their checksum",
+        ),
+        (lambda t, m: m.update(format="mendkit-1"), "unknown format"),
+        (lambda t, m: m.pop("base_model"), "damaged metadata"),
+    ],
+)
+def test_tampering_is_found(llama, saved, change, words):
+    path = saved[1]
+    tensors = load_file(path)
+    with safe_open(path, "pt") as file:
+        metadata = json.loads(file.metadata()["mendkit"])
+    change(tensors, metadata)
+    save_file(tensors, path, metadata={"mendkit": json.dumps(metadata)})
+    with pytest.raises(ArchiveError, match=words):
+        Edit.load(path, llama)
+
+
+def test_no_file_half_a_file_and_another_kind(llama, saved, tmp_path):
+    path = saved[1]
+    with pytest.raises(ArchiveError, match="no such saved edit"):
+        Edit.load(tmp_path / "none", llama)
+    path.write_bytes(path.read_bytes()[:-9])
+    with pytest.raises(ArchiveError, match="not a readable saved edit"):
+        Edit.load(path, llama)
+
+
+def test_edits_of_two_models_are_not_combined(llama):
+    edits = [editor_for(base).edit(EXAMPLES[0]) for base in (llama, tiny_llama())]
+    with pytest.raises(MendkitError, match="same model"):
+        Edit.combined(edits)

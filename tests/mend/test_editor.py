@@ -1,0 +1,220 @@
+"""The journal: edits undone, put back, scaled, dropped in any order; the model depends on what is in force alone."""
+
+import hashlib
+from contextlib import ExitStack
+from copy import copy, deepcopy
+from random import Random
+from statistics import median
+
+import pytest
+import torch
+
+from mendkit.errors import ArchiveError, MendkitError
+from mendkit.mend.archive import save_archive
+from mendkit.mend.edit import Edit, side_branches
+from mendkit.mend.editor import EditSession, MENDEditor
+from mendkit.mend.factors import capture_factors
+from mendkit.mend.hypernetwork import RunningMoments, stats_name
+from mendkit.models.trunk import FrozenTrunk
+from tests.oracles.claims import EXAMPLES, editor_for, hparams, logits
+from tests.oracles.tiny import tiny_llama
+
+
+def test_session_edits_the_edited_model_and_undoes_in_order(llama):
+    before = logits(llama)
+    with editor_for(llama).session() as session:
+        session.edit(EXAMPLES[0])
+        once = logits(llama)
+        second = session.edit(EXAMPLES[1])
+        fresh = editor_for(llama).edit(EXAMPLES[1])  # computed while both are applied
+        name = llama.sites[0].name
+        assert not torch.allclose(second.dense()[name], fresh.dense()[name])
+        session.scale(0, 0.5)
+        session.scale(0, 2.0)
+        session.undo()
+        torch.testing.assert_close(logits(llama), once)
+        with pytest.raises(MendkitError, match="no edit 3"):
+            session.scale(3, 1.0)
+    assert torch.equal(logits(llama), before)
+    with pytest.raises(MendkitError, match="empty"):
+        session.undo()
+
+
+def capped_change(total, change, limit):
+    """The largest c in [0, 1] with ‖total + c change‖ ≤ limit, by bisection: one root, as the total is below it."""
+    low, high = 0.0, 1.0
+    for _ in range(60):
+        middle = (low + high) / 2
+        low, high = (middle, high) if (total + middle * change).norm() <= limit else (low, middle)
+    return high * change
+
+
+@pytest.mark.parametrize("aggregate", ["sum", "least_squares"])
+@pytest.mark.parametrize("strength", [1.0, 2.0])
+def test_the_weight_change_of_all_edits_in_force_stays_under_the_cap(llama64, aggregate, strength):
+    free = editor_for(llama64, edit_tokens="scored", lr_scale=strength)
+    free = free if aggregate == "sum" else free.by_least_squares(EXAMPLES, ridge=0.01)
+    limit = 0.99 * median(free.edit(EXAMPLES[:2]).relative_norm().values())
+    mend = deepcopy(free.mend)
+    mend.hparams = mend.hparams.replace(max_relative_norm=limit, lr_scale=strength)
+    free.mend.hparams = free.mend.hparams.replace(lr_scale=strength)
+    before, norms = (
+        logits(llama64),
+        {s.name: float(llama64.site_weight(s).norm()) for s in llama64.sites},
+    )
+    total = {name: torch.zeros(()) for name in norms}
+    scales = set()
+    with MENDEditor(llama64, mend).session() as session:
+        for examples in (EXAMPLES[:2], EXAMPLES[2], EXAMPLES[3], EXAMPLES[4]):
+            free.memory = copy(session.editor.memory)
+            wanted, found = free.edit(examples).dense(), session.edit(examples).dense()
+            for name, norm in norms.items():
+                expected = capped_change(total[name], wanted[name], limit * norm)
+                torch.testing.assert_close(found[name], expected, rtol=1e-6, atol=1e-12)
+                total[name] = total[name] + found[name]
+                scales.add(torch.allclose(found[name], wanted[name]))
+            assert max(session.combined().relative_norm().values()) <= limit * (1 + 1e-9)
+        assert scales == {True, False}  # some changes had room, some had not
+    assert torch.equal(logits(llama64), before)
+
+
+def test_lifelong_statistics_are_those_of_all_factors_seen_so_far(llama64):
+    editor = editor_for(llama64, lifelong_norm=True)
+    kept, before = {n: v.clone() for n, v in editor.mend.state_dict().items()}, logits(llama64)
+    texts = [editor.tokens(example) for example in EXAMPLES]
+    seen = [capture_factors(FrozenTrunk(llama64), texts)]
+    with editor.session() as session:
+        for example, text in zip(EXAMPLES, texts, strict=True):
+            seen.append(
+                capture_factors(FrozenTrunk(llama64), [text])
+            )  # of the model as edited so far
+            made = session.edit(example)
+            plain = deepcopy(editor.mend)
+            for site in llama64.sites:
+                moments = session.editor.mend.moments[stats_name(site, editor.hparams)]
+                for part in ("u", "delta"):
+                    rows = torch.cat([getattr(f[site.name], part) for f in seen])
+                    torch.testing.assert_close(
+                        moments[part].mean, rows.mean(0), rtol=1e-9, atol=1e-12
+                    )
+                    torch.testing.assert_close(
+                        moments[part].plain_std(), rows.std(0), rtol=1e-7, atol=1e-12
+                    )
+                    fresh = RunningMoments(rows.shape[1])
+                    fresh.add(rows)
+                    plain.moments[stats_name(site, editor.hparams)][part] = fresh
+            for name, update in plain(seen[-1], 1).items():
+                torch.testing.assert_close(
+                    made.updates[name].dense(), update.dense(), rtol=1e-6, atol=1e-12
+                )
+    assert all(torch.equal(kept[name], value) for name, value in editor.mend.state_dict().items())
+    assert torch.equal(logits(llama64), before)
+
+
+def test_any_order_of_changes_gives_the_bits_of_what_is_in_force(llama):
+    before, twin, draws = logits(llama), tiny_llama(), Random(0)
+    weights = {name: p.clone() for name, p in llama.model.named_parameters()}
+    with editor_for(llama).session() as session:
+        for example in EXAMPLES[:4]:
+            session.edit(example)
+        wanted = [
+            [edit, 1.0, True] for edit in session.journal
+        ]  # an edit, its strength, whether it is in force
+        for step in range(24):
+            index = draws.randrange(len(wanted))
+            if step == 12:
+                session.drop(index)
+                del wanted[index]
+            elif draws.random() < 0.4:
+                factor = draws.choice([0.5, 2.0])
+                session.scale(index - len(wanted), factor)
+                wanted[index][1] *= factor
+            else:
+                (session.undo if wanted[index][2] else session.reapply)(index)
+                wanted[index][2] = not wanted[index][2]
+            assert [edit.active for edit in session.journal] == [active for _, _, active in wanted]
+            with ExitStack() as naive:
+                for edit, strength, active in wanted:
+                    if active:
+                        naive.enter_context(side_branches(twin, edit.scale(strength).updates))
+                assert torch.equal(logits(llama), logits(twin))
+    assert torch.equal(logits(llama), before)
+    assert all(torch.equal(p, weights[name]) for name, p in llama.model.named_parameters())
+    assert not any(m._forward_hooks for m in llama.model.modules())
+
+
+def test_undo_goes_back_one_edit_at_a_time_and_keeps_them(llama):
+    before = logits(llama)
+    with editor_for(llama).session() as session:
+        session.edit(EXAMPLES[0])
+        once = logits(llama)
+        session.edit(EXAMPLES[1])
+        twice = logits(llama)
+        assert session.undo() is session.journal[1] and torch.equal(logits(llama), once)
+        assert session.undo() is session.journal[0] and torch.equal(logits(llama), before)
+        with pytest.raises(MendkitError, match="in force"):
+            session.undo()
+        with pytest.raises(MendkitError, match="in force"):
+            session.combined()
+        session.scale(0, 3.0)
+        assert torch.equal(logits(llama), before)  # undone edits stay so
+        session.scale(0, 1 / 3)
+        session.reapply()
+        session.reapply(0)
+        assert torch.equal(logits(llama), twice)
+        with pytest.raises(MendkitError, match="applied already"):
+            session.reapply(0)
+        session.undo(0)
+        with pytest.raises(MendkitError, match="not applied"):
+            session.undo(0)
+        for call in (session.drop, session.reapply, session.undo):
+            with pytest.raises(MendkitError, match="no edit -3 in the journal; it has 2"):
+                call(-3)
+
+
+@pytest.mark.parametrize("family", ["llama64", "gpt264"])
+def test_a_journal_combined_is_the_sum_of_its_edits_in_force(family, request):
+    base = request.getfixturevalue(family)
+    with editor_for(base).session() as session:
+        for example in EXAMPLES[:3]:
+            session.edit(example)
+        session.undo(0)
+        session.scale(1, -0.5)
+        wanted, combined = logits(base), session.combined()
+        changes = [edit.dense() for edit in session.active]
+    for name, change in combined.dense().items():
+        torch.testing.assert_close(change, sum(each[name] for each in changes))
+    assert combined.examples == EXAMPLES[1:3]
+    with combined.applied():
+        torch.testing.assert_close(logits(base), wanted, rtol=1e-9, atol=1e-11)
+
+
+def test_a_saved_journal_goes_on_as_it_was(llama, tmp_path):
+    editor = editor_for(llama)
+    with editor.session() as session:
+        for example in EXAMPLES[:3]:
+            session.edit(example)
+        session.scale(0, 0.7)
+        session.undo(1)
+        wanted, path = logits(llama), session.save(tmp_path / "journal.safetensors")
+        session.reapply(1)
+        whole = logits(llama)
+    with pytest.raises(ArchiveError, match="a journal of 3 edits"):
+        Edit.load(path, llama)
+    with EditSession.load(path, editor) as session:
+        assert torch.equal(logits(llama), wanted)
+        assert [edit.examples[0] for edit in session.journal] == list(EXAMPLES[:3])
+        session.reapply(1)
+        assert torch.equal(logits(llama), whole)
+    with pytest.raises(MendkitError, match="expected one edit"):
+        editor.session().save(tmp_path / "empty")
+
+
+def test_an_edit_knows_its_archive(llama, tmp_path):
+    path = save_archive(tmp_path / "archive.safetensors", llama, editor_for(llama).mend)
+    editor = MENDEditor.from_hparams(hparams(archive=str(path)), base=llama)
+    edit = editor.edit(EXAMPLES[0]).scale(2.0)
+    wanted = hashlib.sha256(path.read_bytes()).hexdigest()
+    assert edit.archive == wanted and Edit.combined([edit]).archive == wanted
+    assert Edit.load(edit.save(tmp_path / "edit"), llama).archive == wanted
+    assert editor_for(llama).edit(EXAMPLES[0]).archive is None

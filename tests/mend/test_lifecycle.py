@@ -1,0 +1,111 @@
+"""A model of every family, with a tokenizer of its kind, from its folder to an exported archive and scored edits."""
+
+import pytest
+import torch
+from torch import nn
+
+from mendkit.evaluation.evaluate import EvaluationSet, evaluate
+from mendkit.interop.foreign import export_archive, import_archive
+from mendkit.mend.archive import load_archive
+from mendkit.mend.batches import edit_tokens, prepare_texts
+from mendkit.mend.editor import MENDEditor
+from mendkit.mend.training import train
+from mendkit.models.load import load_model
+from tests.mend.test_seq2seq_and_classifiers import examples_of
+from tests.oracles.claims import hparams, plain_logits
+from tests.oracles.families import CAUSAL_KIND_OF, KIND_OF, other_base
+from tests.oracles.tiny import save_tiny
+
+
+@pytest.fixture(scope="module", params=[*KIND_OF, *CAUSAL_KIND_OF])
+def trained(request, tmp_path_factory):
+    """A saved model of a family, loaded again and trained for three steps; the archive can be exported."""
+    folder = tmp_path_factory.mktemp("family")
+    saved = other_base(request.param)
+    path = save_tiny(folder / "model", saved)
+    base = load_model(path)
+    assert base.family == saved.family and base.sites == saved.sites and base.name == "model"
+    inner = tuple(site.name for site in base.sites)
+    h = hparams(norm_stats="shape", z_clip=None, inner_params=inner, edit_lr=1e-2, lr=1e-2).replace(
+        model_name=str(path), max_iters=3, val_interval=3, batch_size=2
+    )
+    result = train(h, examples_of(base), examples_of(base)[:2], base=base, run_dir=folder / "run")
+    assert result.history[-1]["step"] == 3 and 0 <= result.best["val.score"] <= 1
+    return h.replace(archive=str(result.archive)), base, folder
+
+
+def reading(base):
+    """Logits of some texts, each by itself."""
+    texts = [
+        text for e in prepare_texts(base, hparams(), examples_of(base)[:2]) for text in e.all()
+    ]
+    with torch.no_grad():
+        return torch.cat([plain_logits(base, text) for text in texts])
+
+
+def test_edits_are_made_added_up_undone_and_merged(trained):
+    h, base, _ = trained
+    editor = MENDEditor.from_hparams(h, base=base)
+    a, b, c, *_ = examples_of(base)
+    before, bits = (
+        reading(base),
+        {name: value.clone() for name, value in base.model.state_dict().items()},
+    )
+    for edit in (editor.edit(a), editor.edit([a, b, c])):
+        with edit.applied():
+            edited = reading(base)
+        assert torch.equal(reading(base), before) and float((edited - before).abs().max()) > 1e-3
+        merged = reading(edit.merged().base)
+        torch.testing.assert_close(merged, edited, rtol=1e-3, atol=1e-4 * float(before.abs().max()))
+    with editor.session() as session:
+        first = session.edit(a)
+        once = reading(base)
+        second = session.edit(b)
+        assert not torch.equal(
+            second.updates[base.sites[-1].name].u, editor.edit(b).updates[base.sites[-1].name].u
+        )
+        session.undo()
+        assert torch.equal(reading(base), once) and first.active
+    assert torch.equal(reading(base), before)
+    assert all(torch.equal(value, bits[name]) for name, value in base.model.state_dict().items())
+
+
+def test_an_archive_goes_out_and_comes_back_with_every_bit(trained):
+    h, base, folder = trained
+    export_archive(h.archive, folder / "archive.pt", base=base)
+    path = import_archive(folder / "archive.pt", h, out=folder / "back.safetensors", base=base)
+    again, original = (load_archive(p, base=base) for p in (path, h.archive))
+    texts = [edit_tokens(base, h, example) for example in examples_of(base)]
+    editors = [MENDEditor(base, archive.mend) for archive in (again, original)]
+    for name, update in editors[0].updates(texts).items():
+        other = editors[1].updates(texts)[name]
+        assert torch.equal(update.u, other.u) and torch.equal(update.delta, other.delta)
+        assert float(update.coefficient) == pytest.approx(float(other.coefficient), rel=1e-6)
+
+
+def test_evaluation_reads_and_writes_under_each_edit(trained):
+    """Oracle: each edit applied by itself, the prompt read and answered by the plain model."""
+    h, base, _ = trained
+    editor, examples = MENDEditor.from_hparams(h, base=base), examples_of(base)
+    prepared = EvaluationSet(base, h, examples, max_new_tokens=4)
+    assert not prepared.skipped
+    updates = editor.updates([card.targets[0] for card in prepared.cards], trunk=prepared.trunk)
+    values, written = prepared.score(updates, range(len(examples)))
+    for example, card, row, texts in zip(examples, prepared.cards, values, written, strict=True):
+        with editor.edit(example).applied(), torch.no_grad():
+            log_p = plain_logits(base, card.targets[0]).log_softmax(-1)
+            alone = base.generate_batch(card.prompts, max_new_tokens=4)
+        own = len(card.targets[0].targets) - card.targets[0].ends
+        nll = nn.functional.nll_loss(log_p[:own], torch.tensor(card.targets[0].targets[:own]))
+        assert row["log_p.new"] == pytest.approx(-float(nll), rel=1e-3, abs=1e-4)
+        assert [text.strip() for text in texts] == [text.strip() for text in alone]
+        assert ("edit_success.free_exact_question" in row) == (base.labels is None)
+    if base.labels is None:
+        greedy = prepared.cards[0].greedy[0]
+        prompt = base.prompt_of(greedy)
+        assert plain_logits(base, greedy).argmax(-1).tolist() == list(greedy.targets)
+        assert base.write([prompt], max_new_tokens=4, stop=True)[0] == [
+            t for t in greedy.targets if t != base.eos_id
+        ]
+    report = evaluate(editor, prepared, strength=0.0)
+    assert report.summary["neighbourhood.argmax_agreement"].mean == 1.0

@@ -1,0 +1,595 @@
+"""Claims about sequence-to-sequence models and classifiers: what holds for a causal model holds for them.
+
+Oracles: the tokens' own spelling, one text at a time through the whole model, a plain loop with dense weights.
+"""
+
+import json
+import re
+from dataclasses import replace
+
+import pytest
+import torch
+import transformers
+from torch import nn
+from transformers import AlbertConfig, AutoConfig, DistilBertConfig, GPT2Config, LlamaConfig
+
+from mendkit.__main__ import main
+from mendkit.cost.textbook import check_recipe
+from mendkit.data.examples import tokenize_pair
+from mendkit.data.files import read_examples, write_examples
+from mendkit.errors import DataError, HyperParamError, MendkitError, ModelError
+from mendkit.evaluation.evaluate import EvaluationSet
+from mendkit.mend.batches import edit_tokens, prepare_texts
+from mendkit.mend.factors import capture_factors, capture_inputs
+from mendkit.mend.hypernetwork import MEND
+from mendkit.mend.losses import edit_nll, locality_kl
+from mendkit.mend.scoring import next_tokens
+from mendkit.mend.training import FactorCache, batch_losses, total_loss
+from mendkit.models.checkpoints import _loader
+from mendkit.models.load import BaseModel
+from mendkit.models.trunk import FrozenTrunk, collate
+from tests.models.test_tokens import ANSWERS, KIND, PROMPTS, spelling
+from tests.oracles.claims import EXAMPLES, LABELLED, hparams, plain_logits, scrambled
+from tests.oracles.families import KIND_OF, other_base
+from tests.oracles.kinds import BOS, EOS, UNK, tokenizer_of
+from tests.oracles.tiny import save_tiny, tiny_tokenizer
+
+CASE = pytest.mark.parametrize("case", KIND_OF)
+SEQ2SEQ = pytest.mark.parametrize("case", ["t5", "bart"])
+
+
+def examples_of(base):
+    """Examples that suit the family; labels in the model's own words for three classes."""
+    if base.labels is None:
+        return EXAMPLES
+    if len(base.labels.names) == 2:
+        return LABELLED
+    own = {"unrelated": LABELLED[0].unrelated[:1]}
+    return tuple(replace(e, target_new=e.target_new.lower(), **own) for e in LABELLED)
+
+
+# ------------------------------------------------------------------------------------------------- alignment
+
+
+@KIND
+@pytest.mark.parametrize("add_eos", [False, True])
+def test_a_decoders_scored_positions_predict_exactly_the_answers_characters(kind, add_eos):
+    tokenizer, start, count = tokenizer_of(kind), 77, 0
+    plain = (
+        (lambda s: "".join(s.lower().split()).encode())
+        if kind.startswith("WordPiece")
+        else str.encode
+    )
+    for prompt, answer in ((p, a) for p in PROMPTS[:2] for a in ANSWERS):
+        text = tokenize_pair(tokenizer, prompt, answer, start=start, add_eos=add_eos)
+        assert list(text.ids) == tokenizer(prompt)["input_ids"]
+        names = tokenizer.convert_ids_to_tokens(list(text.targets))
+        assert (names[-1] == EOS) == add_eos == text.ends and not {BOS, EOS} & set(names[:-1])
+        spelt = b"".join(spelling(kind, name) for name in names[: len(names) - add_eos])
+        if UNK not in names and not (kind.startswith("WordPiece") and "é" in answer):
+            assert plain(answer) in (spelt, spelt.removeprefix(b" ")), (answer, names)
+            count += 1
+        first = text.scored[0]  # a decoder's input is its output, one later
+        assert text.scored == tuple(range(first, first + len(text.targets)))
+        assert text.decoder[0] == start and text.decoder[first + 1 :] == text.targets[:-1]
+        lead = tokenizer.convert_ids_to_tokens(list(text.decoder[1 : first + 1]))
+        assert lead == ([BOS] if tokenizer("a")["input_ids"][0] == tokenizer.bos_token_id else [])
+        bare = tokenize_pair(tokenizer, prompt, start=start)
+        assert (bare.decoder, bare.scored, bare.targets) == (
+            text.decoder[: first + 1],
+            (first,),
+            (),
+        )
+    assert count >= 6
+
+
+@KIND
+@pytest.mark.parametrize("case", ["t5", "bert"])
+def test_padding_on_either_side_does_not_change_the_loss(kind, case):
+    base = other_base(case, kind)
+    pairs = zip(
+        PROMPTS, ANSWERS if case == "t5" else ["true", "REFUTES", "0", "Supports"], strict=False
+    )
+    texts = [base.tokenize(prompt, answer, add_eos=True) for prompt, answer in pairs]
+    assert len({len(text.ids) for text in texts}) > 2
+    targets = [torch.tensor(text.targets) for text in texts]
+    with torch.no_grad():
+        alone = torch.stack(
+            [
+                nn.functional.cross_entropy(plain_logits(base, t), y)
+                for t, y in zip(texts, targets, strict=True)
+            ]
+        )
+        trunk, batch = FrozenTrunk(base), collate(texts, base.pad_id)
+        for _ in range(2):  # without and with a cache
+            got = edit_nll(trunk.suffix(texts, batch), batch.targets, batch.rows, len(texts))
+            torch.testing.assert_close(got, alone, rtol=1e-4, atol=1e-5)
+            trunk.fill(texts)
+        ids, mask = base.left_pad([text.ids for text in texts])
+        if case == "t5":  # relative positions
+            logits = base.model(
+                input_ids=ids, attention_mask=mask, decoder_input_ids=batch.decoder_ids
+            ).logits
+        else:  # absolute ones; the head would read the padding, so it is handed what stands in its place
+            where = (mask.cumsum(1) - 1).clamp(min=0)
+            hidden = base.model.bert(
+                input_ids=ids, attention_mask=mask, position_ids=where
+            ).last_hidden_state
+            first = hidden[torch.arange(len(ids)), mask.argmax(1)][:, None]
+            logits = base.model.classifier(base.model.bert.pooler(first))
+            logits = torch.stack([logits * 0, logits], 2)
+        for row, text in enumerate(texts):
+            own = logits[row, list(text.scored)]
+            torch.testing.assert_close(
+                nn.functional.cross_entropy(own, targets[row]), alone[row], rtol=1e-4, atol=1e-5
+            )
+
+
+@pytest.mark.parametrize(
+    ("case", "count"), [("t5", 0), ("bart", 0), ("bert", 1), ("bert, 3 classes", 1)]
+)
+def test_the_trunk_gives_the_whole_models_logits(case, count):
+    base = other_base(case)
+    texts = [
+        text for e in prepare_texts(base, hparams(), examples_of(base)[:2]) for text in e.all()
+    ]
+    trunk, batch = FrozenTrunk(base), collate(texts, base.pad_id)
+    assert trunk.split == bool(count) and trunk.fill(texts) == count * len(
+        {text.key for text in texts}
+    )
+    with torch.no_grad():
+        expected = torch.cat([plain_logits(base, text) for text in texts])
+        for got in (
+            trunk.suffix(texts, batch),
+            trunk.before(texts, batch),
+            FrozenTrunk(base).suffix(texts, batch),
+        ):
+            torch.testing.assert_close(
+                got, expected, rtol=1e-4, atol=1e-4 * float(expected.abs().max())
+            )
+
+
+# ------------------------------------------------------------------------------------------- the textbook loop
+
+
+def textbook_losses(base, mend, example, texts):
+    """One edit the plain way: gradient on the weights, dense update, full passes of the edited and the base model."""
+
+    def nll(text, weights):
+        batch = collate([text], base.pad_id)
+        rows = torch.zeros(len(text.scored), dtype=torch.long)
+        return edit_nll(plain_logits(base, text, weights), batch.targets, rows, 1)[0]
+
+    clean = {site.name: base.site_module(site).weight for site in base.sites}
+    seen = {}
+    handles = [
+        base.site_module(s).register_forward_hook(
+            lambda m, a, o, n=s.name: seen.__setitem__(n, (a[0], o))
+        )
+        for s in base.sites
+    ]
+    leaves = {name: w.clone().requires_grad_() for name, w in clean.items()}
+    loss = nll(example, leaves)
+    deltas = torch.autograd.grad(loss, [seen[s.name][1] for s in base.sites])
+    for handle in handles:
+        handle.remove()
+    edited = {}
+    for i, (site, delta) in enumerate(zip(base.sites, deltas, strict=True)):
+        u = seen[site.name][0].detach()[0]
+        keep = delta[0].any(1).nonzero()[:, 0].tolist()  # exactly zero where no gradient can come
+        change = torch.zeros(site.d_out, site.d_in, dtype=torch.float64)
+        moments = mend.moments[site.name.replace(".", "-")]
+        for t in keep:
+            z = []
+            for kind, x in (("u", u[t]), ("delta", delta[0, t])):
+                std = (moments[kind].m2 / (moments[kind].count - 1)).sqrt()
+                std = torch.maximum(std, mend.hparams.std_floor * std.median())
+                z.append(
+                    ((x - moments[kind].mean) / std).clamp(
+                        -mend.hparams.z_clip, mend.hparams.z_clip
+                    )
+                )
+            z = torch.cat(z)
+            group = next(g for g, names in mend.groups.items() if site.name in names)
+            layer = mend.groups[group].index(site.name)
+            for block in mend.blocks[group]:
+                inner = (
+                    block.scale[layer] * (block.U @ (block.V @ z) + block.bias) + block.shift[layer]
+                )
+                z = z + torch.relu(inner)
+            change = change + torch.outer(z[site.d_in :], z[: site.d_in])
+        change = -mend.log_edit_lr[i].exp() * change
+        edited[site.name] = clean[site.name] + (change.T if site.transposed else change)
+    losses = {"edit": nll(example, edited), "paraphrases": nll(texts["paraphrases"], edited)}
+    for role in ("neighbours", "unrelated"):
+        rows = torch.zeros(len(texts[role].scored), dtype=torch.long)
+        before, after = (plain_logits(base, texts[role], weights) for weights in (clean, edited))
+        losses[role] = locality_kl(before.detach(), after, rows, 1)[0]
+    return losses
+
+
+def exact(base: BaseModel, monkeypatch) -> BaseModel:
+    """In float64, where T5 goes to float32 too (its normalisation, its attention's softmax)."""
+    base.model.double()
+    monkeypatch.setattr(torch.Tensor, "float", torch.Tensor.double)
+    for module in base.model.modules():
+        if hasattr(module, "variance_epsilon"):
+            module.forward = lambda x, m=module: (
+                m.weight * x * (x.pow(2).mean(-1, True) + m.variance_epsilon).rsqrt()
+            )
+    return base
+
+
+@CASE
+def test_losses_and_gradients_are_the_textbooks(case, monkeypatch):
+    base = exact(other_base(case), monkeypatch)
+    h = hparams(edit_lr=1e-3)
+    examples = prepare_texts(base, h, examples_of(base)[:3])
+    mend = MEND(base.sites, h).double()
+    mend.warm_up([capture_factors(FrozenTrunk(base), [e.edit for e in examples])])
+    mend = scrambled(mend)
+    trunk = FrozenTrunk(base)
+    trunk.fill([text for example in examples for text in example.all()])
+    factors = FactorCache(trunk, h)
+    texts = [
+        {role: getattr(e, role)[0] for role in ("paraphrases", "neighbours", "unrelated")}
+        for e in examples
+    ]
+    rows = [[("edit", e.edit), *own.items()] for e, own in zip(examples, texts, strict=True)]
+    losses = batch_losses(trunk, mend, factors.get([e.edit for e in examples]), rows)
+    gradients = torch.autograd.grad(total_loss(losses, h), list(mend.parameters()))
+
+    plain = [
+        textbook_losses(base, mend, e.edit, own) for e, own in zip(examples, texts, strict=True)
+    ]
+    expected = {role: torch.stack([p[role] for p in plain]).mean() for role in losses}
+    for role, value in expected.items():
+        torch.testing.assert_close(losses[role], value, rtol=1e-9, atol=1e-11)
+        assert float(value.detach()) > 1e-6
+    wanted = torch.autograd.grad(total_loss(expected, h), list(mend.parameters()))
+    for gradient, value in zip(gradients, wanted, strict=True):
+        torch.testing.assert_close(gradient, value, rtol=1e-7, atol=1e-10)
+
+
+@CASE
+def test_factors_rebuild_the_gradient_of_the_weights(case, monkeypatch):
+    base = exact(other_base(case), monkeypatch)
+    texts = [edit_tokens(base, hparams(), example) for example in examples_of(base)[:3]]
+    factors = capture_factors(FrozenTrunk(base), texts)
+    weights = {
+        site.name: base.site_module(site).weight.detach().requires_grad_() for site in base.sites
+    }
+    nlls = [
+        nn.functional.cross_entropy(plain_logits(base, t, weights), torch.tensor(t.targets))
+        for t in texts
+    ]
+    for name, gradient in zip(
+        weights, torch.autograd.grad(sum(nlls), list(weights.values())), strict=True
+    ):
+        assert float(gradient.abs().max()) > 0
+        torch.testing.assert_close(factors[name].weight_gradient(), gradient, rtol=1e-9, atol=1e-12)
+        assert (factors[name].delta != 0).any(1).all()  # and no token is there for nothing
+
+
+@pytest.mark.parametrize("case", ["t5", "bert"])
+@pytest.mark.parametrize("asked", [{"fluency": True}, {"text": "Rome is a city in Italy."}])
+def test_scores_of_free_and_held_out_text_need_a_causal_model(case, asked):
+    base = other_base(case)
+    with pytest.raises(MendkitError, match="need a causal model"):
+        EvaluationSet(base, hparams(), examples_of(base)[:1], **asked)
+
+
+def test_the_textbook_reads_causal_models_only():
+    base = other_base("t5")
+    with pytest.raises(MendkitError, match="causal models only"):
+        check_recipe(base, hparams())
+
+
+# ------------------------------------------------------------------------------------------------- decoding
+
+
+@SEQ2SEQ
+def test_decoding_is_greedy_whatever_the_checkpoint_says(case):
+    base = other_base(case)
+    settings = base.model.generation_config
+    settings.repetition_penalty, settings.num_beams, settings.do_sample, settings.max_length = (
+        5.0,
+        3,
+        True,
+        3,
+    )
+    settings.forced_bos_token_id, settings.forced_eos_token_id, settings.no_repeat_ngram_size = (
+        5,
+        6,
+        1,
+    )
+    prompts = [prompt for e in EXAMPLES[:3] for prompt in (e.prompt, *e.paraphrases)]
+    expected = []
+    for prompt in prompts:
+        text, new = base.tokenize(prompt), []
+        for _ in range(7):
+            longer = replace(
+                text, decoder=(*text.decoder, *new), scored=(len(text.decoder) + len(new) - 1,)
+            )
+            new.append(int(plain_logits(base, longer).argmax()))
+            if new[-1] == base.eos_id:
+                break
+        expected.append(base.tokenizer.decode(new, skip_special_tokens=True))
+    assert base.generate_batch(prompts, max_new_tokens=7, stop=False) == expected
+    assert [base.generate(prompt, max_new_tokens=7, stop=False) for prompt in prompts] == expected
+    assert len(set(expected)) > 2 and base.model.generation_config is settings
+
+
+@CASE
+def test_next_tokens_are_those_of_the_answer(case):
+    base = other_base(case)
+    prompt = examples_of(base)[0].prompt
+    p = plain_logits(base, base.tokenize(prompt))[0].softmax(-1)
+    names = (
+        base.labels.names if base.labels else [base.tokenizer.decode([i]) for i in range(len(p))]
+    )
+    word, at = (
+        ("Refutes", 0)
+        if base.labels
+        else ("Lima", base.tokenizer("Lima", add_special_tokens=False).input_ids[0])
+    )
+    told = next_tokens(base, prompt, k=1, among=[word])
+    best = int(p.argmax())
+    assert told == {names[i]: pytest.approx(float(p[i]), rel=1e-4) for i in (best, at)}
+    assert next(iter(told)) == names[best] and len(told) == 2 - (best == at)
+
+
+def test_a_text_without_tokens_or_too_long_is_refused():
+    t5, bart, bert = (other_base(case) for case in ("t5", "bart", "bert"))
+    with pytest.raises(DataError, match=r"answer '' of prompt 'a' has no token"):
+        t5.tokenize("a", "")
+    for base, text in (
+        (t5, ("Lima " * 30, "Rome")),
+        (t5, ("a", "Lima " * 30)),
+        (bert, ("Lima " * 30,)),
+    ):
+        with pytest.raises(DataError, match=r"Lima.*tokens, the limit is 20; raise `max_length`"):
+            base.tokenize(*text, max_length=20)
+    bart.model.config.max_position_embeddings = 8
+    with pytest.raises(DataError, match="exceed the 8 positions"):
+        bart.generate("The capital of the United Kingdom is", max_new_tokens=2)
+    ids, mask = t5.left_pad([[5, 6], [7]])
+    with pytest.raises(DataError, match="on the right"):
+        t5.generate_ids(ids, mask, ids[:, :1], max_new_tokens=2, stop=False)
+
+
+# ------------------------------------------------------------------------------------------------- classifiers
+
+
+def test_labels_are_found_in_any_spelling_and_an_unknown_one_names_the_legal_ones():
+    one, three = other_base("bert"), other_base("bert, 3 classes")
+    for label, text in {
+        0: ("REFUTES", "false", "0", "Refutes "),
+        1: ("SUPPORTS", "True", "1"),
+    }.items():
+        assert all(one.tokenize("Gold is dry", word).targets == (label,) for word in text)
+        assert {one.said(word) for word in text} == {("REFUTES", "SUPPORTS")[label]}
+    assert [three.tokenize("Gold", word).targets[0] for word in ("REFUTES", "supports", "nei")] == [
+        0,
+        1,
+        2,
+    ]
+    with pytest.raises(
+        DataError, match=r"label 'maybe' is none.*refutes, false, 0, supports, true, 1"
+    ):
+        one.tokenize("Gold is dry", "maybe")
+    with pytest.raises(DataError, match=r"label 'true' is none.*refutes, supports, nei"):
+        three.tokenize("Gold is dry", "true")
+
+
+def test_one_logit_is_two_classes():
+    base = other_base("bert")
+    text = base.tokenize("Gold is a metal")
+    z = base.model(input_ids=torch.tensor([text.ids])).logits[0, 0]
+    p = FrozenTrunk(base).suffix([text], collate([text], base.pad_id)).softmax(-1)[0]
+    torch.testing.assert_close(p, torch.stack([1 - z.sigmoid(), z.sigmoid()]), rtol=1e-5, atol=1e-6)
+    assert base.generate("Gold is a metal") == ("SUPPORTS" if z > 0 else "REFUTES")
+
+
+_SMALL = {"num_attention_heads": 2, "hidden_size": 16, "num_hidden_layers": 2}
+OTHER_HEADS = {  # class -> its configuration, the position that its head reads
+    "GPT2ForSequenceClassification": (
+        GPT2Config(n_embd=16, n_layer=2, n_head=2, vocab_size=400),
+        -1,
+    ),
+    "LlamaForSequenceClassification": (
+        LlamaConfig(**_SMALL, intermediate_size=24, vocab_size=400, num_labels=3),
+        -1,
+    ),
+    "DistilBertForSequenceClassification": (
+        DistilBertConfig(dim=16, n_layers=2, n_heads=2, hidden_dim=24),
+        0,
+    ),
+}
+
+
+@pytest.mark.parametrize("name", OTHER_HEADS)
+def test_the_position_that_a_head_reads_is_found_and_factors_follow_it(name):
+    config, position = OTHER_HEADS[name]
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        model = getattr(transformers, name)(config)
+    model.config.pad_token_id = None if position else 1
+    base = BaseModel(model, tiny_tokenizer(), name=name)
+    assert (base.family, base.head.position) == ("classifier", position)
+    texts = [base.tokenize(e.prompt, base.labels.names[i % 2]) for i, e in enumerate(EXAMPLES[:3])]
+    trunk, batch = FrozenTrunk(base), collate(texts, base.pad_id)
+    trunk.fill(texts)
+    expected = torch.cat([plain_logits(base, text) for text in texts])
+    torch.testing.assert_close(trunk.suffix(texts, batch), expected, rtol=1e-4, atol=1e-5)
+    factors = capture_factors(trunk, texts)
+    weights = {
+        site.name: base.site_module(site).weight.detach().requires_grad_() for site in base.sites
+    }
+    nlls = [
+        nn.functional.cross_entropy(plain_logits(base, t, weights), torch.tensor(t.targets))
+        for t in texts
+    ]
+    gradients = torch.autograd.grad(sum(nlls), list(weights.values()))
+    for site, gradient in zip(base.sites, gradients, strict=True):
+        gradient = gradient.T if site.transposed else gradient
+        torch.testing.assert_close(
+            factors[site.name].weight_gradient(), gradient, rtol=1e-3, atol=1e-6
+        )
+        assert (factors[site.name].delta != 0).any(1).all()
+
+
+class _Mean(nn.Module):
+    """Gives every position the mean of all."""
+
+    def forward(self, x: torch.Tensor, *_: object, **__: object) -> torch.Tensor:
+        return x.mean(1, keepdim=True).expand_as(x)
+
+
+def test_a_head_that_reads_all_tokens_has_factors_everywhere_and_no_scored_ones():
+    model = other_base("bert").model
+    model.bert.pooler = nn.Sequential(_Mean(), model.bert.pooler)
+    base = BaseModel(model, other_base("bert").tokenizer, name="mean")
+    assert base.head.position is None and not any(site.scored_only for site in base.sites)
+    texts = [base.tokenize("Gold is a metal", "true")]
+    assert all(
+        len(f.u) == len(texts[0].ids) for f in capture_factors(FrozenTrunk(base), texts).values()
+    )
+    with pytest.raises(
+        HyperParamError,
+        match=r"scored has no meaning.*reads several tokens; set `edit_tokens: all`",
+    ):
+        capture_factors(FrozenTrunk(base), texts, tokens="scored")
+
+
+def test_scored_tokens_are_a_decoders_or_the_one_that_a_head_reads():
+    t5, bert = other_base("t5"), other_base("bert")
+    texts = [edit_tokens(t5, hparams(), example) for example in EXAMPLES[:2]]
+    for call in (lambda: capture_factors(FrozenTrunk(t5), texts, tokens="scored"),
+                 lambda: capture_inputs(FrozenTrunk(t5), texts)):  # fmt: skip
+        with pytest.raises(
+            HyperParamError,
+            match=r"no meaning for encoder\.block\.1.*`inner_params` of the decoder",
+        ):
+            call()
+    decoder = t5.with_sites([site.name for site in t5.sites if not t5.sees_encoder(site)])
+    cross = t5.with_sites(["decoder.block.2.layer.1.EncDecAttention.k.weight"])
+    count = sum(len(text.scored) for text in texts)
+    assert {
+        len(f.u) for f in capture_factors(FrozenTrunk(decoder), texts, tokens="scored").values()
+    } == {count}
+    (f,) = capture_factors(FrozenTrunk(cross), texts).values()
+    assert len(f.u) == sum(len(text.ids) for text in texts)  # keys are made of the encoder's output
+    claim = [bert.tokenize("Gold is a metal", "true")]
+    for name, f in capture_factors(FrozenTrunk(bert), claim, tokens="scored").items():
+        whole = capture_factors(FrozenTrunk(bert), claim)[name]
+        torch.testing.assert_close(f.u[0], whole.u[0]) and torch.testing.assert_close(
+            f.delta[0], whole.delta[0]
+        )
+        assert len(f.u) == 1
+
+
+def test_a_layer_that_runs_twice_is_refused():
+    sizes = {
+        "num_hidden_layers": 3,
+        "num_attention_heads": 2,
+        "intermediate_size": 24,
+        "vocab_size": 400,
+    }
+    config = AlbertConfig(embedding_size=16, hidden_size=16, **sizes)  # three times one layer
+    base = BaseModel(
+        transformers.AlbertForSequenceClassification(config), tiny_tokenizer(), name="albert"
+    )
+    assert base.blocks is None
+    with pytest.raises(ModelError, match=r"ffn\.weight is used more than once"):
+        capture_factors(FrozenTrunk(base), [base.tokenize("Gold is a metal", "LABEL_1")])
+
+
+def test_classes_without_names_and_several_labels_at_once_are_refused():
+    base = other_base("bert, 3 classes")
+    base.model.config.id2label = {0: "a", 1: "b"}
+    with pytest.raises(ModelError, match="3 logits, its config's id2label 2 names"):
+        BaseModel(base.model, base.tokenizer, name="x")
+    base.model.config.problem_type = "multi_label_classification"
+    with pytest.raises(ModelError, match="several labels at once"):
+        BaseModel(base.model, base.tokenizer, name="x")
+    t5 = other_base("t5")
+    t5.model.config.decoder_start_token_id = t5.model.generation_config.decoder_start_token_id = (
+        None
+    )
+    with pytest.raises(ModelError, match="no decoder_start_token_id"):
+        BaseModel(t5.model, t5.tokenizer, name="x")
+
+
+_OWN_CODE = {
+    "AutoModelForSequenceClassification": "m.OwnClassifier",
+    "AutoModelForCausalLM": "m.OwnWriter",
+}
+
+
+@pytest.mark.parametrize(
+    ("kind", "architectures", "more", "loader"),
+    [
+        ("t5", ["T5WithLMHeadModel"], {}, "AutoModelForSeq2SeqLM"),  # as T5 3B's own file says
+        ("bart", ["BartModel"], {}, "AutoModelForSeq2SeqLM"),
+        ("bart", ["BartForSequenceClassification"], {}, "AutoModelForSequenceClassification"),
+        ("bart", ["BartForCausalLM"], {"is_encoder_decoder": False}, "AutoModelForCausalLM"),
+        ("bert", ["BertForSequenceClassification"], {}, "AutoModelForSequenceClassification"),
+        ("bert", ["BertForMaskedLM"], {}, None),
+        ("gpt2", ["GPT2ForSequenceClassification"], {}, "AutoModelForSequenceClassification"),
+        ("gpt2", None, {}, "AutoModelForCausalLM"),
+        ("gpt2", ["Own"], {"auto_map": _OWN_CODE}, "AutoModelForCausalLM"),
+        ("gpt2", ["OwnClassifier"], {"auto_map": _OWN_CODE}, "AutoModelForSequenceClassification"),
+    ],
+)  # fmt: skip
+def test_the_config_decides_how_a_model_is_loaded(kind, architectures, more, loader):
+    found = _loader(AutoConfig.for_model(kind, architectures=architectures, **more))
+    assert (found and found.__name__) == loader
+
+
+# ------------------------------------------------------------------------------------------------- command line
+
+
+@pytest.mark.parametrize("case", ["bart", "bert"])
+def test_the_command_line_trains_edits_and_evaluates(case, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    base = other_base(case)
+    save_tiny("model", base)
+    examples = examples_of(base)
+    write_examples(examples, "data.jsonl")
+    assert tuple(read_examples("data.jsonl")) == examples  # claims are the kit's own form
+    sites = "".join(f"- {site.name}\n" for site in base.sites)
+    sizes = (
+        "rank: 4\nbatch_size: 2\nmax_iters: 2\nval_interval: 1\nnorm_stats: shape\nz_clip: null\n"
+    )
+    (tmp_path / "c.yaml").write_text(f"model_name: model\n{sizes}inner_params:\n{sites}")
+    data = ["--train-data", "data.jsonl", "--validation-data", "data.jsonl"]
+    archive = "archive=run/archive.safetensors"
+    edit = [
+        "--prompt",
+        examples[0].prompt,
+        "--target",
+        examples[0].target_new,
+        "--max-new-tokens",
+        "4",
+    ]
+    assert main(["train", "c.yaml", "--out", "run", *data]) == 0
+    assert main(["inspect", "run/archive.safetensors"]) == 0
+    assert type(base.model).__name__ in capsys.readouterr().out
+    assert main(["edit", "c.yaml", archive, *edit, "--json"]) == 0
+    before = json.loads(capsys.readouterr().out)
+    assert main(["export", "run/archive.safetensors", "c.yaml", "--out", "out"]) == 0
+    assert main(["import", "out/archive.pt", "c.yaml", "--out", "in"]) == 0
+    capsys.readouterr()
+    assert main(["edit", "c.yaml", "archive=in/archive.safetensors", *edit, "--json"]) == 0
+    assert json.loads(capsys.readouterr().out) == before
+    assert (
+        main(["evaluate", "c.yaml", archive, "--data", "data.jsonl", "--max-new-tokens", "4"]) == 0
+    )
+    assert re.search(r"edit_success\.free_exact +\d", capsys.readouterr().out)
+    if case == "bert":
+        assert (
+            main(["edit", "c.yaml", archive, "--prompt", "Gold is a metal", "--target", "perhaps"])
+            == 2
+        )
+        assert "legal labels" in capsys.readouterr().err

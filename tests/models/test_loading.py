@@ -1,0 +1,238 @@
+"""Claims about loading: folders, files and hub ids, and every way in which they are wrong."""
+
+import json
+import logging
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load, save_file
+from transformers import AutoConfig, BertConfig, PreTrainedTokenizerFast, ViTConfig
+from transformers.utils import logging as transformers_logging
+
+from mendkit.cost.plan import check_memory, plan
+from mendkit.errors import ModelError
+from mendkit.hparams import MENDHyperParams
+from mendkit.models import checkpoints
+from mendkit.models.listing import list_layers
+from mendkit.models.load import BaseModel, load_model
+from tests.oracles.claims import EXAMPLES
+from tests.oracles.tiny import END, save_tiny, sentences, tiny_llama, tiny_tokenizer
+
+PROMPTS = tuple(s[: 8 + 3 * i] for i, s in enumerate(sentences()[::37]))
+
+
+FAMILIES = pytest.mark.parametrize("family", ["llama", "gpt2"])
+
+
+@FAMILIES
+def test_the_model_is_frozen(family, request):
+    base = request.getfixturevalue(family)
+    assert not base.model.training and not any(p.requires_grad for p in base.model.parameters())
+    assert (base.dtype, base.device.type) == (torch.float32, "cpu")
+
+
+def test_a_missing_pad_token_becomes_eos_without_resizing():
+    model, tokenizer = tiny_llama().model, tiny_tokenizer(pad=False)
+    rows = model.get_input_embeddings().weight.shape[0]
+    base = BaseModel(model, tokenizer, name="x")
+    assert base.pad_id == base.eos_id == tokenizer.convert_tokens_to_ids(END)
+    assert base.model.get_input_embeddings().weight.shape[0] == rows
+
+
+def test_a_tokenizer_that_does_not_fit_is_refused(llama, monkeypatch):
+    tokenizer = tiny_tokenizer()
+    tokenizer.eos_token = None
+    with pytest.raises(ModelError, match="end-of-text token is None"):
+        BaseModel(llama.model, tokenizer, name="x")
+    tokenizer.add_special_tokens({"eos_token": "<|new|>"})
+    with pytest.raises(ModelError, match="the model has 400"):
+        BaseModel(llama.model, tokenizer, name="x")
+    monkeypatch.setattr(PreTrainedTokenizerFast, "is_fast", False)
+    with pytest.raises(ModelError, match="not a fast tokenizer"):
+        BaseModel(llama.model, tiny_tokenizer(), name="x")
+
+
+@pytest.fixture
+def folder(tmp_path, llama) -> Path:
+    return save_tiny(tmp_path / "my-model", llama)
+
+
+def test_a_folder_loads_as_it_was_saved(folder, llama, capfd):
+    base = load_model(str(folder))
+    assert base.name == "my-model" and base.sites == llama.sites and base.blocks == llama.blocks
+    for (name, a), (other, b) in zip(
+        base.model.named_parameters(), llama.model.named_parameters(), strict=True
+    ):
+        assert name == other and torch.equal(a, b)
+    assert base.generate(PROMPTS[0]) == llama.generate(PROMPTS[0])
+    assert capfd.readouterr().err == ""  # no bars, no advice
+
+
+def test_options_are_honoured(folder, tmp_path):
+    tiny_tokenizer(pad=False).save_pretrained(tmp_path / "tokenizer")
+    base = load_model(
+        folder,
+        inner_params=["model.layers.0.mlp.up_proj.weight"],
+        dtype="bfloat16",
+        device="cpu",
+        tokenizer=str(tmp_path / "tokenizer"),
+    )
+    assert base.dtype == torch.bfloat16 and base.blocks.first == 0 and base.pad_id == base.eos_id
+    assert load_model(folder).dtype == torch.float32
+
+
+def test_hyperparameters_bring_all_options(folder):
+    inner_params = ("model.layers.0.mlp.up_proj.weight",)
+    hparams = MENDHyperParams(model_name=str(folder), dtype="bfloat16", inner_params=inner_params)
+    base = load_model(hparams)
+    assert base.dtype == torch.bfloat16 and len(base.sites) == 1
+    with pytest.raises(ModelError, match=r"hparams\.replace"):
+        load_model(hparams, dtype="float32")
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"dtype": "float8"}, "dtype must be auto, float32.*got 'float8'"),
+        ({"device": "gpu"}, "device 'gpu' cannot be used"),
+        ({"device": "cuda:99"}, "device 'cuda:99' cannot be used"),
+    ],
+)
+def test_wrong_options_are_explained(folder, options, words):
+    with pytest.raises(ModelError, match=words):
+        load_model(folder, **options)
+
+
+@pytest.mark.parametrize(
+    "source", ["./nowhere", "/no/such/model", "a/b/c", "lost.gguf", Path("nowhere"), ""]
+)
+def test_a_path_that_is_not_there_is_explained(source, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(ModelError, match=r"no such file or folder|has no config\.json"):
+        load_model(source)
+
+
+def test_folders_and_files_that_are_no_model_are_explained(tmp_path):
+    with pytest.raises(ModelError, match=r"no config\.json; give a folder"):
+        load_model(tmp_path)
+    (tmp_path / "m.gguf").write_bytes(b"GG")
+    with pytest.raises(ModelError, match=r"it holds m\.gguf: give that file"):
+        load_model(tmp_path)
+    with pytest.raises(ModelError, match="not GGUF"):
+        load_model(tmp_path / "m.gguf")
+    (tmp_path / "m.gguf").write_bytes(b"GGUF" + bytes(20))
+    with pytest.raises(ModelError, match="cannot load the configuration"):
+        load_model(tmp_path / "m.gguf")
+
+
+def test_a_hub_id_without_network_says_what_to_do(monkeypatch):
+    def offline(*_, **__):
+        raise OSError("We couldn't connect to the hub\nand more")
+
+    monkeypatch.setattr(AutoConfig, "from_pretrained", offline)
+    with pytest.raises(
+        ModelError, match=r"'someone/model'.*couldn't connect.*local folder, or the bundled smollm2"
+    ):
+        load_model("someone/model")
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        BertConfig(architectures=["BertForMaskedLM"]),
+        ViTConfig(architectures=["ViTForImageClassification"]),
+    ],
+)
+def test_what_neither_writes_nor_classifies_text_is_refused(config, tmp_path):
+    config.save_pretrained(tmp_path)
+    with pytest.raises(
+        ModelError, match=f"no model that can be edited.*{config.architectures[0]}.*trained head"
+    ):
+        load_model(tmp_path)
+
+
+def test_a_model_whose_tokenizer_or_weights_are_lost_is_refused(folder):
+    weights = folder / "model.safetensors"
+    whole = weights.read_bytes()
+    weights.write_bytes(whole[:-100])
+    with pytest.raises(ModelError, match="cannot load the model"):
+        load_model(folder)
+    tensors = load(whole)
+    del tensors["model.norm.weight"]
+    save_file(tensors, weights, metadata={"format": "pt"})
+    with pytest.raises(ModelError, match=r"lacks 1 weights \(model\.norm\.weight\)"):
+        load_model(folder)
+    weights.write_bytes(whole)
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        (folder / name).unlink()
+    with pytest.raises(ModelError, match="tokenizer"):
+        load_model(folder)
+
+
+def test_code_in_a_models_folder_runs_only_if_told_and_says_what_that_means(
+    folder, tmp_path, monkeypatch, caplog
+):
+    monkeypatch.setattr(
+        "transformers.dynamic_module_utils.HF_MODULES_CACHE", str(tmp_path / "modules")
+    )
+    monkeypatch.syspath_prepend(tmp_path / "modules")
+    ran = tmp_path / "ran"
+    own = {
+        "Config": "model_type = 'my'",
+        "ForCausalLM": "from .my_Config import MyConfig as config_class",
+    }
+    for name, body in own.items():
+        kind = f"from transformers import Llama{name}\nclass My{name}(Llama{name}):\n    {body}\n"
+        (folder / f"my_{name}.py").write_text(
+            f"from pathlib import Path\nPath({str(ran)!r}).touch()\n{kind}"
+        )
+    config = json.loads((folder / "config.json").read_text())
+    config |= {"model_type": "my", "architectures": ["MyForCausalLM"]}
+    config["auto_map"] = {
+        "AutoConfig": "my_Config.MyConfig",
+        "AutoModelForCausalLM": "my_ForCausalLM.MyForCausalLM",
+    }
+    (folder / "config.json").write_text(json.dumps(config))
+    h = MENDHyperParams(model_name=str(folder))
+    for act in (
+        load_model,
+        list_layers,
+        lambda h: plan(h, EXAMPLES, EXAMPLES),
+        lambda h: check_memory(h, EXAMPLES, []),
+    ):
+        with pytest.raises(
+            ModelError,
+            match=r"was not run; such code may do whatever you may.*trust_remote_code: true",
+        ):
+            act(h)
+    checkpoints.read_tokenizer(folder)
+    assert not ran.exists() and "is run" not in caplog.text
+    assert checkpoints.read_config(folder, trust_remote_code=True).model_type == "my"
+    assert (
+        ran.exists() and "Python code from there is run; such code may do whatever" in caplog.text
+    )
+    ran.unlink()
+    assert (
+        type(load_model(folder, trust_remote_code=True).model).__name__ == "MyForCausalLM"
+        and ran.exists()
+    )
+
+
+def test_transformers_is_loud_again_after_loading(folder):
+    level, bars = (
+        transformers_logging.get_verbosity(),
+        transformers_logging.is_progress_bar_enabled(),
+    )
+    with pytest.raises(RuntimeError), checkpoints.silence_transformers():
+        assert transformers_logging.get_verbosity() == logging.ERROR
+        raise RuntimeError
+    load_model(folder)
+    assert (
+        transformers_logging.get_verbosity(),
+        transformers_logging.is_progress_bar_enabled(),
+    ) == (
+        level,
+        bars,
+    )
+    assert transformers_logging.set_tqdm_hook(None) is None
