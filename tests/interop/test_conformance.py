@@ -35,7 +35,7 @@ from tests.oracles.textbook import (
 )
 from tests.oracles.tiny import tiny_gpt2, tiny_llama
 
-REFERENCE = Path(__file__).parents[2] / "shared" / "reference"
+REFERENCE = Path(__file__).parents[3] / "shared" / "reference"
 FOLDERS = ("gpt2", "llama", "gpt2_one_sided", "t5", "bert")
 CASES = [  # option combinations, simultaneous edits: each value of each option, each with each way of combining
     ("gpt2", dict(shared=True, way="combine", norm=True, n_hidden=1, init="id", rank=3), 5),
