@@ -1,43 +1,72 @@
-"""mendkit: train and use MEND model editors (Mitchell et al., "Fast Model Editing at Scale", ICLR 2022)."""
+"""mendkit: train and use MEND model editors.
 
-from .baselines.base import (
-    FineTuning,
-    LocalisedFineTuning,
-    best_of,
-    fact_in_context,
-    identity_editor,
-    tune_identity,
-)
-from .baselines.gauss_newton import GaussNewton
-from .baselines.rome import ROME
-from .baselines.tuning import KINDS, running_text, tune
-from .data.examples import EditExample, Probe
-from .data.files import (
-    read_examples,
-    read_questions,
-    read_text,
-    split_examples,
-    with_unrelated,
-    write_examples,
-)
-from .errors import ArchiveError, DataError, HyperParamError, MendkitError, ModelError
-from .evaluation.evaluate import EvaluationReport, EvaluationSet, Interval, evaluate
-from .hparams import MENDHyperParams
-from .interop.foreign import export_archive, import_archive
-from .mend.archive import inspect_archive, load_archive, save_archive
-from .mend.edit import Edit, LowRankUpdate
-from .mend.editor import EditSession, MENDEditor
-from .mend.scoring import next_tokens
-from .mend.training import TrainingResult, train
-from .mend.validation import strength_curve
-from .models.load import BaseModel, load_model
+Mitchell, Lin, Bosselut, Finn and Manning, "Fast Model Editing at Scale", ICLR 2022.
 
-__all__ = [
-    "KINDS", "ROME", "ArchiveError", "BaseModel", "DataError", "Edit", "EditExample", "EditSession",
-    "EvaluationReport", "EvaluationSet", "FineTuning", "GaussNewton", "HyperParamError", "Interval",
-    "LocalisedFineTuning", "LowRankUpdate", "MENDEditor", "MENDHyperParams", "MendkitError", "ModelError", "Probe",
-    "TrainingResult", "best_of", "evaluate", "export_archive", "fact_in_context", "identity_editor", "import_archive",
-    "inspect_archive", "load_archive", "load_model", "next_tokens", "read_examples", "read_questions", "read_text",
-    "running_text", "save_archive", "split_examples", "strength_curve", "train", "tune", "tune_identity",
-    "with_unrelated", "write_examples",
-]  # fmt: skip
+A name is imported from its module when it is first used (PEP 562), so `import mendkit` does not
+load torch. `__init__.pyi` has the same names for type checkers.
+"""
+
+from importlib import import_module
+from typing import Any
+
+_MODULE_OF = {
+    "ArchiveError": "errors",
+    "BaseModel": "models.load",
+    "DataError": "errors",
+    "Edit": "mend.edit",
+    "EditExample": "data.examples",
+    "EditSession": "mend.editor",
+    "EvaluationReport": "evaluation.evaluate",
+    "EvaluationSet": "evaluation.evaluate",
+    "FineTuning": "baselines.base",
+    "GaussNewton": "baselines.gauss_newton",
+    "HyperParamError": "errors",
+    "Interval": "evaluation.evaluate",
+    "KINDS": "baselines.tuning",
+    "LocalisedFineTuning": "baselines.base",
+    "LowRankUpdate": "mend.edit",
+    "MENDEditor": "mend.editor",
+    "MENDHyperParams": "hparams",
+    "MendkitError": "errors",
+    "ModelError": "errors",
+    "Probe": "data.examples",
+    "ROME": "baselines.rome",
+    "TrainingResult": "mend.training",
+    "best_of": "baselines.base",
+    "evaluate": "evaluation.evaluate",
+    "export_archive": "interop.foreign",
+    "fact_in_context": "baselines.base",
+    "identity_editor": "baselines.base",
+    "import_archive": "interop.foreign",
+    "inspect_archive": "mend.archive",
+    "load_archive": "mend.archive",
+    "load_model": "models.load",
+    "next_tokens": "mend.scoring",
+    "read_examples": "data.files",
+    "read_questions": "data.files",
+    "read_text": "data.files",
+    "running_text": "baselines.tuning",
+    "save_archive": "mend.archive",
+    "split_examples": "data.files",
+    "strength_curve": "mend.validation",
+    "train": "mend.training",
+    "tune": "baselines.tuning",
+    "tune_identity": "baselines.base",
+    "with_unrelated": "data.files",
+    "write_examples": "data.files",
+}
+
+__all__ = list(_MODULE_OF)
+
+
+def __getattr__(name: str) -> Any:
+    module = _MODULE_OF.get(name)
+    if module is None:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    value = getattr(import_module(f".{module}", __name__), name)
+    globals()[name] = value  # the next access finds it without this function
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *_MODULE_OF})
