@@ -400,7 +400,7 @@ class _Planner:
         _measured(run, lambda: self._validate(texts[-size:]))
         optimiser, sampler = (
             make_optimiser(trainer.mend, h),
-            Sampler(trainer.train_texts, trainer.train_examples, h),
+            Sampler(trainer.train_texts, h),
         )
         for value in (
             trainer.mend.parameters()

@@ -36,6 +36,7 @@ def role_weights(h: MENDHyperParams) -> dict[str, float]:
 class ExampleTexts:
     """The texts that training and validation read: targets end with the end-of-text token if `add_eos`."""
 
+    example: EditExample
     edit: Tokens
     paraphrases: tuple[Tokens, ...]
     neighbours: tuple[Tokens, ...]
@@ -51,7 +52,12 @@ class ExampleTexts:
         kept = self.neighbours[:n]
         rivals = {text: rival for text, rival in self.rivals.items() if text in kept}
         return ExampleTexts(
-            self.edit, self.paraphrases[:p], kept, self.unrelated[:u], rivals=rivals
+            self.example,
+            self.edit,
+            self.paraphrases[:p],
+            kept,
+            self.unrelated[:u],
+            rivals=rivals,
         )
 
     def all(self) -> tuple[Tokens, ...]:
@@ -111,6 +117,7 @@ def prepare_texts(
 
     return [
         ExampleTexts(
+            example=e,
             edit=edit_tokens(base, h, e),
             paraphrases=tuple(edit_tokens(base, h, e, prompt) for prompt in e.paraphrases),
             neighbours=tuple(map(keep, e.neighbours)),

@@ -154,16 +154,12 @@ class Sampler:
     `swap` is the share of edits made with any of an example's wordings; its other wordings are then the paraphrases.
     """
 
-    def __init__(
-        self,
-        examples: Sequence[ExampleTexts],
-        source: Sequence[EditExample],
-        hparams: MENDHyperParams,
-    ) -> None:
-        self.examples, self.source, self.hparams = examples, source, hparams
+    def __init__(self, examples: Sequence[ExampleTexts], hparams: MENDHyperParams) -> None:
+        self.examples, self.hparams = examples, hparams
         self.generator = torch.Generator().manual_seed(hparams.seed)
         self.lent: list[tuple[str, str | None, Tokens]] = []  # prompt, relation, text
-        for e, own in zip(source, examples, strict=True):
+        for own in examples:
+            e = own.example
             prompts = (
                 e.prompt,
                 *e.paraphrases[: len(own.paraphrases)],
@@ -251,7 +247,7 @@ class Sampler:
 
     def _borrowed(self, i: int, role: str) -> Tokens | None:
         """Another example's text; None where ten draws found none that may be borrowed."""
-        e = self.source[i]
+        e = self.examples[i].example
         pool = self.by_relation[e.relation] if role == "neighbours" else range(len(self.lent))
         if e.subject is None or (role == "neighbours" and e.relation is None):
             return None
@@ -391,7 +387,6 @@ class Trainer:
             texts[: len(texts) - held_out],
             texts[len(texts) - held_out :],
         )
-        self.train_examples = train[: len(self.train_texts)]
         if min(hparams.batch_size, len(self.train_texts)) < self.team.size:
             raise HyperParamError(
                 f"batch_size: {hparams.batch_size} of {len(self.train_texts)} training examples cannot be shared by "
@@ -428,7 +423,7 @@ class Trainer:
         self.cache |= {"factor_bytes": self.factors.bytes, "factor_examples": len(self.factors)}
         self._make(chosen, own)
         self.optimiser = make_optimiser(self.mend, self.hparams)
-        self.sampler = Sampler(self.train_texts, self.train_examples, self.hparams)
+        self.sampler = Sampler(self.train_texts, self.hparams)
         self.cache["statistics_seconds"] = time.perf_counter() - t2
 
     def _make(self, chosen: Sequence[ExampleTexts], own: Sequence[ExampleTexts]) -> None:

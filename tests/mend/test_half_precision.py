@@ -23,9 +23,7 @@ def one_step(base, mend):
     trunk = FrozenTrunk(base)
     trunk.fill([text for example in examples for text in example.all()])
     factors = capture_factors(trunk, [e.edit for e in examples])
-    losses = batch_losses(
-        trunk, mend, factors, Sampler(examples, EXAMPLES, h).texts(range(len(examples)))
-    )
+    losses = batch_losses(trunk, mend, factors, Sampler(examples, h).texts(range(len(examples))))
     parameters = list(mend.parameters())
     return (
         factors,

@@ -220,11 +220,11 @@ def test_losses_of_a_batch_are_read_under_the_edits_made_at_once(llama64, aggreg
 
 def test_numbers_of_edits_are_drawn_up_to_the_most(llama):
     h = hparams(train_on="batch", most_edits=4, batch_size=4)
-    sampler = Sampler(prepare_texts(llama, h, EXAMPLES), EXAMPLES, h)
+    sampler = Sampler(prepare_texts(llama, h, EXAMPLES), h)
     drawn = list(islice(sampler, 60))
     assert {at_once for _, at_once in drawn} == {1, 2, 3, 4}
     assert all(len(index) % at_once == 0 and len(index) <= 4 for index, at_once in drawn)
-    sequences = Sampler(prepare_texts(llama, h, EXAMPLES), EXAMPLES, h.replace(train_on="sequence"))
+    sequences = Sampler(prepare_texts(llama, h, EXAMPLES), h.replace(train_on="sequence"))
     assert {len(sequences.earlier()) for _ in range(60)} == {0, 1, 2, 3}
     assert not sampler.earlier()
 

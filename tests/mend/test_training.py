@@ -86,7 +86,7 @@ def test_every_role_weighs_as_told(llama):
         trunk,
         mend,
         factors.get([e.edit for e in examples[:2]]),
-        Sampler(examples, EXAMPLES, h).texts([0, 1]),
+        Sampler(examples, h).texts([0, 1]),
     )
     weights = dict(cedit=2.0, cpara=0.5, cneigh=3.0, cloc=0.25)
     expected = (
@@ -106,7 +106,7 @@ def test_a_missing_role_fills_up_without_weight(llama):
         llama, h, [EXAMPLES[0].__class__(prompt="The capital of Peru is", target_new="Rome")]
     )
     examples = [*prepare_texts(llama, h, EXAMPLES[:1]), *bare]
-    rows = Sampler(examples, EXAMPLES[: len(examples)], h).texts([0, 1])
+    rows = Sampler(examples, h).texts([0, 1])
     assert [role for role, _ in rows[1]] == ["edit", "", "", ""]
     mend = scrambled(with_statistics(llama, MEND(llama.sites, h)))
     trunk = FrozenTrunk(llama)
@@ -119,7 +119,7 @@ def test_a_missing_role_fills_up_without_weight(llama):
 
 def test_every_example_is_drawn_once_an_epoch(llama):
     examples = prepare_texts(llama, hparams(), EXAMPLES)
-    batches = iter(Sampler(examples, EXAMPLES[: len(examples)], hparams(batch_size=2)))
+    batches = iter(Sampler(examples, hparams(batch_size=2)))
     drawn = [i for _ in range(5) for i in next(batches)[0]]
     assert sorted(drawn[:5]) == sorted(drawn[5:]) == list(range(5))
 
@@ -251,7 +251,7 @@ def test_borrowed_texts_are_of_the_right_relation_and_never_name_the_subject(lla
     source = [*EXAMPLES[:3], *others]
     h = hparams(borrow=1.0, neighbours_per_edit=2, unrelated_per_edit=2)
     texts = prepare_texts(llama, h, source)
-    sampler = Sampler(texts, source, h)
+    sampler = Sampler(texts, h)
     seen: dict[str, set] = {"neighbours": set(), "unrelated": set()}
     for _ in range(40):
         for role, text in sampler.texts([0])[0]:
@@ -265,7 +265,7 @@ def test_borrowed_texts_are_of_the_right_relation_and_never_name_the_subject(lla
     assert seen["neighbours"] == kin | set(texts[0].neighbours)
     assert any("Chad" in text or "Fiji" in text for text in written["unrelated"])
     assert not any("United Kingdom" in text or "Japan" in text for text in written["unrelated"])
-    plain = Sampler(texts, source, h.replace(borrow=0.0)).texts([0])[0]
+    plain = Sampler(texts, h.replace(borrow=0.0)).texts([0])[0]
     assert {text for role, text in plain if role == "neighbours"} == set(texts[0].neighbours)
 
 
@@ -279,7 +279,7 @@ def test_hard_negatives_take_their_share_of_the_neighbours(llama, tmp_path):
     assert trainer.train_texts[0].hard == hard and trainer.val_texts[0].hard == ()
     assert set(hard) <= set(trainer.wordings(trainer.train_texts[0])[1])
     for share, few, many in ((1.0, 2, 2), (0.5, 0.8, 1.2), (0.0, 0, 0)):
-        sampler = Sampler(trainer.train_texts, EXAMPLES, h.replace(hard_negatives=share))
+        sampler = Sampler(trainer.train_texts, h.replace(hard_negatives=share))
         drawn = [
             [text for role, text in sampler.texts([0])[0] if role == "neighbours"]
             for _ in range(200)
@@ -296,7 +296,7 @@ def test_the_margin_of_neighbours_is_the_hinge_of_what_each_reads_alone(llama64,
     mend = scrambled(with_statistics(llama64, MEND(llama64.sites, h).double()))
     trunk = FrozenTrunk(llama64)
     factors = FactorCache(trunk, h).get([e.edit for e in texts])
-    rows = Sampler(texts, EXAMPLES, h).texts(range(len(texts)))
+    rows = Sampler(texts, h).texts(range(len(texts)))
     losses, updates = batch_losses(trunk, mend, factors, rows), mend(factors, len(texts))
     pairs = [
         [(own[i - 1][1], text) for i, (role, text) in enumerate(own) if role == RIVALS]
@@ -349,7 +349,7 @@ def test_swapped_edits_are_made_with_any_wording_and_the_others_are_paraphrases(
     texts = prepare_texts(llama, hparams(), EXAMPLES)
     wordings = {texts[0].edit, *texts[0].paraphrases}
     seen = set()
-    sampler = Sampler(texts, EXAMPLES, hparams(swap=1.0, paraphrases_per_edit=9))
+    sampler = Sampler(texts, hparams(swap=1.0, paraphrases_per_edit=9))
     for _ in range(40):
         (role, edit), *rest = sampler.texts([0])[0]
         assert role == "edit" and {text for r, text in rest if r == "paraphrases"} == wordings - {
@@ -357,9 +357,7 @@ def test_swapped_edits_are_made_with_any_wording_and_the_others_are_paraphrases(
         }
         seen.add(edit)
     assert seen == wordings
-    assert all(
-        Sampler(texts, EXAMPLES, hparams()).texts([0])[0][0][1] == texts[0].edit for _ in range(10)
-    )
+    assert all(Sampler(texts, hparams()).texts([0])[0][0][1] == texts[0].edit for _ in range(10))
 
 
 def test_without_a_subject_or_a_relation_nothing_is_borrowed(llama):
@@ -370,7 +368,7 @@ def test_without_a_subject_or_a_relation_nothing_is_borrowed(llama):
         *EXAMPLES[2:],
     ]
     texts = prepare_texts(llama, h, source)
-    sampler = Sampler(texts, source, h)
+    sampler = Sampler(texts, h)
     for _ in range(10):
         first, second = (dict(rows) for rows in sampler.texts([0, 1]))
         assert (
