@@ -24,10 +24,11 @@ from .errors import DataError as DataError
 from .errors import HyperParamError as HyperParamError
 from .errors import MendkitError as MendkitError
 from .errors import ModelError as ModelError
-from .evaluation.evaluate import EvaluationReport as EvaluationReport
 from .evaluation.evaluate import EvaluationSet as EvaluationSet
-from .evaluation.evaluate import Interval as Interval
 from .evaluation.evaluate import evaluate as evaluate
+from .evaluation.results import EvaluationReport as EvaluationReport
+from .evaluation.results import Interval as Interval
+from .evaluation.results import compare as compare
 from .hparams import MENDHyperParams as MENDHyperParams
 from .interop.foreign import export_archive as export_archive
 from .interop.foreign import import_archive as import_archive

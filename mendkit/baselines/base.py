@@ -15,9 +15,9 @@ from torch import Tensor
 
 from ..data.examples import EditExample, Probe, Tokens
 from ..errors import HyperParamError, LimitError, ModelError
-from ..evaluation.evaluate import HARMONIC, EvaluationReport, EvaluationSet, evaluate
+from ..evaluation.evaluate import EvaluationSet, evaluate
 from ..evaluation.many import Editor, together
-from ..evaluation.results import summarise
+from ..evaluation.results import HARMONIC, EvaluationReport, summarise
 from ..hparams import MENDHyperParams
 from ..mend.batches import edit_tokens, prepare_texts, told
 from ..mend.edit import (

@@ -13,9 +13,9 @@ from typing import Any
 
 from ..data.examples import EditExample, join
 from ..errors import MendkitError
-from ..evaluation.evaluate import EvaluationReport, EvaluationSet
+from ..evaluation.evaluate import EvaluationSet
 from ..evaluation.many import Editor
-from ..evaluation.results import HARMONIC
+from ..evaluation.results import HARMONIC, EvaluationReport
 from ..mend.editor import MENDEditor
 from ..models.load import BaseModel
 from .base import (
@@ -44,7 +44,7 @@ class Tuned:
     editor: Editor
     rows: tuple[Mapping[str, Any], ...]
 
-    def results(self, prefix: str = "") -> dict[str, Any]:
+    def to_dict(self, prefix: str = "") -> dict[str, Any]:
         """Flat results: how many settings were tried, which one was kept, and its validation score."""
         kept = next(row for row in self.rows if row["chosen"])
         return {

@@ -27,8 +27,9 @@ from ..cost.ways import QUICK, Settings
 from ..data.examples import EditExample
 from ..data.files import read_examples, read_questions, read_text, with_unrelated
 from ..errors import MendkitError
-from ..evaluation.evaluate import EvaluationReport, EvaluationSet, evaluate
+from ..evaluation.evaluate import EvaluationSet, evaluate
 from ..evaluation.many import Editor
+from ..evaluation.results import EvaluationReport
 from ..hparams import MENDHyperParams, parse_overrides
 from ..interop.conformance import conformance, conformance_table, reference_folders
 from ..interop.foreign import export_archive, import_archive, read_foreign
@@ -301,7 +302,7 @@ def do_evaluate(args: argparse.Namespace) -> int:
     )
     report = evaluate(editor, on, mode=args.mode, k=k) if editor else fact_in_context(on)
     results = (
-        report.results()
+        report.to_dict()
         | tuning
         | {"seconds": time.perf_counter() - start, "peak_memory_gb": peak_memory_gb()}
     )
@@ -321,7 +322,7 @@ def _tuned(
     examples = read_examples(args.tune_data, limit=args.tune_limit)
     on = EvaluationSet(base, hparams, examples, max_new_tokens=args.max_new_tokens)
     tuned = tune(args.editor, on, text=text, mend=mend)
-    results = tuned.results() | {"tuning.edits": len(on.to_edit)}
+    results = tuned.to_dict() | {"tuning.edits": len(on.to_edit)}
     logger.info("%s: %s", tuned.editor.name, results["tuning.kept"])
     return tuned.editor, results
 

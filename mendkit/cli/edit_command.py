@@ -11,7 +11,7 @@ from typing import Any
 from ..data.examples import EditExample
 from ..data.files import Examples, read_examples
 from ..errors import DataError
-from ..evaluation.evaluate import normalise
+from ..evaluation.results import normalise
 from ..mend.edit import Edit
 from ..mend.editor import MENDEditor
 from ..reporting.page import Html, tag, whole_page

@@ -41,15 +41,10 @@ from .metrics import (
     Card,
     answers_probe,
     locality_values,
-    normalise,
     probability_values,
     target_values,
 )
-from .results import HARMONIC, EditRow, EvaluationReport, Interval, summarise
-
-__all__ = [
-    "HARMONIC", "MODES", "EditRow", "EvaluationReport", "EvaluationSet", "Interval", "evaluate", "normalise",
-]  # fmt: skip
+from .results import EditRow, EvaluationReport, normalise, summarise
 
 logger = logging.getLogger(__name__)
 

@@ -4,19 +4,13 @@ EasyEdit's `rewrite_acc` and `rephrase_acc` are `edit_success.tf_token` and `par
 with the right ones before them); its `locality` is `….argmax_agreement`, under the given answers as prefixes.
 """
 
-import string
 from collections.abc import Sequence
 from dataclasses import dataclass
 from statistics import fmean
 
 from ..data.examples import Probe, Tokens
 from ..mend.scoring import Forced
-
-
-def normalise(text: str) -> str:
-    """Lower case, no punctuation, no a/an/the, single spaces."""
-    text = text.lower().translate(str.maketrans("", "", string.punctuation))
-    return " ".join(word for word in text.split() if word not in {"a", "an", "the"})
+from .results import normalise
 
 
 @dataclass(frozen=True)

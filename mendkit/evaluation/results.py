@@ -1,7 +1,12 @@
-"""What an evaluation hands back: rows per edit, means with intervals, flat results. Pure data."""
+"""Results of an evaluation: a row an edit, means with intervals, flat numbers, frames.
 
+Needs no torch.
+"""
+
+import difflib
 import json
 import math
+import string
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -9,11 +14,45 @@ from statistics import harmonic_mean
 from typing import Any
 
 import numpy as np
+import pandas as pd
 
 from ..errors import MendkitError
 from ..runs import write_text
 
 RESAMPLES = 2000
+
+HEADLINE = {
+    "edit": "edit_success.free_exact",
+    "paraphrases": "paraphrase.free_exact",
+    "neighbours": "neighbourhood.argmax_agreement",
+    "unrelated": "locality.argmax_agreement",
+}
+"""The four shares by which editors are compared: an example's role, and the name of its result."""
+
+HARMONIC = {
+    "score.harmonic": ("edit_success.es", "paraphrase.ps", "neighbourhood.ns"),
+    "score.headline": tuple(HEADLINE.values()),
+}
+"""Harmonic means: of CounterFact's efficacy scores (S), and of the headline shares."""
+
+SHARES = tuple(
+    f"{part}."
+    for part in (
+        "edit_success",
+        "paraphrase",
+        "neighbourhood",
+        "locality",
+        "retention",
+        "portability",
+    )
+)
+LOWER_IS_BETTER = ("kl_nats", "log_p.old", "drawdown.", "norm.", "edit.seconds")
+
+
+def normalise(text: str) -> str:
+    """Lower case, no punctuation, no a/an/the, single spaces: how written answers are compared."""
+    text = text.lower().translate(str.maketrans("", "", string.punctuation))
+    return " ".join(word for word in text.split() if word not in {"a", "an", "the"})
 
 
 @dataclass(frozen=True)
@@ -33,10 +72,51 @@ class Interval:
         low, high = np.quantile(x[draws].mean(1), [0.025, 0.975])
         return cls(float(x.mean()), float(low), float(high), len(x))
 
+    def to_dict(self, name: str) -> dict[str, float]:
+        """Flat results: the mean under `name`, and `.n`, `.low`, `.high` beside it."""
+        parts = {"": self.mean, ".n": self.n, ".low": self.low, ".high": self.high}
+        return {name + part: value for part, value in parts.items()}
+
+
+class Summary(dict[str, Interval]):
+    """Intervals by metric. An unknown name raises MendkitError, which names the nearest."""
+
+    @classmethod
+    def from_dict(cls, results: Mapping[str, Any], prefix: str = "") -> "Summary":
+        """The intervals whose flat names start with `prefix`, by the rest of their names.
+
+        Raises MendkitError for a mean without a count.
+        """
+        found = cls()
+        for key in results:
+            if key.startswith(prefix) and key.endswith(".low"):
+                name = key.removesuffix(".low")
+                if f"{name}.n" not in results:
+                    raise MendkitError(f"{name} has no count `{name}.n`; run it again")
+                parts = (results[name + part] for part in ("", ".low", ".high", ".n"))
+                found[name.removeprefix(prefix)] = Interval(*parts)
+        return found
+
+    def __missing__(self, name: str) -> Interval:
+        raise _unknown(name, self)
+
+
+def _unknown(name: str, known: Mapping[str, Any]) -> MendkitError:
+    near = difflib.get_close_matches(name, known, n=1, cutoff=0.4)
+    hint = f"did you mean {near[0]!r}?" if near else f"there are {', '.join(sorted(known))}"
+    return MendkitError(f"no metric {name!r}; {hint}")
+
 
 @dataclass(frozen=True)
 class EditRow:
-    """One edit: its values by metric name (`before.…` for the unedited model) and what the models wrote."""
+    """One edit: its values by metric (`before.…`: the unedited model's) and what was written.
+
+    Each of `outputs` is one text: its `role` (edit, question, paraphrases, neighbours, reworded,
+    unrelated, portability), its `prompt`, what is written `before` and `after` the edit (None
+    where that was not asked for), and its `score`: whether the right answer is written, or the
+    share of the answer's tokens whose argmax stayed. Other scores of the text have names of their
+    own. After a sequence of edits, `end` is what is written after the last one.
+    """
 
     index: int
     id: str | None
@@ -45,17 +125,22 @@ class EditRow:
     target_new: str
     ground_truth: str | None
     values: Mapping[str, float]
-    outputs: tuple[
-        Mapping[str, Any], ...
-    ] = ()  # prompt, before, after: the edit, its question form, paraphrases
+    outputs: tuple[Mapping[str, Any], ...] = ()
+    subject: str | None = None
+
+    @property
+    def about(self) -> dict[str, Any]:
+        """Which edit it is."""
+        names = ("id", "subject", "relation", "prompt", "target_new", "ground_truth")
+        return {name: getattr(self, name) for name in names}
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class EvaluationReport:
-    """Rows and their summary. `counts` tells how many edits were scored, already true, and skipped, and why.
+    """Rows and their summary. `counts`: edits that were scored, already true, and skipped, and why.
 
-    `values` are what a model has once, not once an edit (its perplexity, say). A sequence's `earlier` are the reports
-    after fewer edits.
+    `values` are what a model has once, not once an edit: its perplexity, say. A sequence's
+    `earlier` are the reports after fewer edits.
     """
 
     editor: str
@@ -67,46 +152,65 @@ class EvaluationReport:
     values: Mapping[str, float] = field(default_factory=dict)
     earlier: tuple["EvaluationReport", ...] = ()
 
-    def results(self, prefix: str = "") -> dict[str, float]:
-        """Flat results: `<prefix><mode>.<name>` with `.n`, `.low`, `.high` beside it, and the counts."""
+    def __repr__(self) -> str:
+        score = headline_score(self.summary)
+        shown = "" if math.isnan(score) else f", headline score {score:.3f}"
+        return f"<EvaluationReport of {self.editor}, {self.mode}: {len(self.rows)} edits{shown}>"
+
+    def to_dict(self, prefix: str = "") -> dict[str, float]:
+        """Flat results: `<prefix><mode>.<name>` with `.n`, `.low`, `.high`; values; counts."""
         out: dict[str, float] = {}
         for report in self.earlier:
-            out |= report.results(prefix)
+            out |= report.to_dict(prefix)
+        prefix += f"{self.mode}."
         for name, interval in self.summary.items():
-            key = f"{prefix}{self.mode}.{name}"
-            out[key] = interval.mean
-            out |= {
-                f"{key}.n": interval.n,
-                f"{key}.low": interval.low,
-                f"{key}.high": interval.high,
-            }
-        out |= {
-            f"{prefix}{self.mode}.{name}": value
-            for name, value in (*self.values.items(), *self.harmonic.items())
-        }
-        return out | {f"{prefix}{self.mode}.edits.{name}": n for name, n in self.counts.items()}
+            out |= interval.to_dict(prefix + name)
+        for name, value in (*self.values.items(), *self.harmonic.items()):
+            out[prefix + name] = value
+        for name, count in self.counts.items():
+            out[f"{prefix}edits.{name}"] = count
+        return out
 
     @property
     def harmonic(self) -> dict[str, float]:
-        """The harmonic means whose shares are all there; none for a sequence, whose shares are not of one time."""
-        shares = {
-            name: [self.summary[s].mean for s in HARMONIC[name] if s in self.summary]
-            for name in HARMONIC
-        }
-        one_time = "retention.all" not in self.summary
-        return {
-            n: harmonic_mean(means)
-            for n, means in shares.items()
-            if one_time and len(means) == len(HARMONIC[n])
-        }
+        """The harmonic means whose shares are all there.
+
+        A sequence has none: its shares are not of one time.
+        """
+        if "retention.all" in self.summary:
+            return {}
+        found = {}
+        for name, shares in HARMONIC.items():
+            if all(share in self.summary for share in shares):
+                found[name] = harmonic_mean([self.summary[share].mean for share in shares])
+        return found
 
     def by(self, key: str, metric: str) -> dict[str, Interval]:
-        """A metric's interval by the values of a row attribute, as in `by("relation", "edit_success.free_exact")`."""
+        """A metric's interval by a row's attribute: `by("relation", "edit_success.free_exact")`."""
         groups: dict[str, list[float]] = {}
         for row in self.rows:
             if metric in row.values:
                 groups.setdefault(str(getattr(row, key)), []).append(row.values[metric])
         return {name: Interval.of(values) for name, values in sorted(groups.items())}
+
+    def frame(self) -> pd.DataFrame:
+        """A row an edit: which it is, its text `before` and `after`, and a column a metric."""
+        records = []
+        for row in self.rows:
+            first = row.outputs[0] if row.outputs else {}
+            written = {name: first.get(name) for name in ("before", "after")}
+            records.append(row.about | written | dict(row.values))
+        index = pd.Index([row.index for row in self.rows], name="edit")
+        return pd.DataFrame.from_records(records, index=index)
+
+    def texts(self) -> pd.DataFrame:
+        """A row a text of an edit: which edit, its role, prompt, before, after, and scores."""
+        records = []
+        for row in self.rows:
+            about = row.about
+            del about["prompt"]  # the text has its own
+            records += [{"edit": row.index, **about, **output} for output in row.outputs]
+        return pd.DataFrame.from_records(records)
 
     def save_rows(self, path: str | Path) -> Path:
         """Write the rows as JSON lines."""
@@ -114,46 +218,75 @@ class EvaluationReport:
         return write_text(path, text)
 
 
-def _check(name: str, values: Sequence[tuple[int, float]]) -> None:
-    share = name.removeprefix("before.").startswith(SHARES) and not name.endswith("kl_nats")
-    for index, value in values:
-        if not math.isfinite(value) or (share and not 0 <= value <= 1):
-            expected = "a share from 0 to 1" if share else "a finite number"
-            raise MendkitError(
-                f"{name} of edit {index} is {value}, expected {expected}; its mean would mean nothing"
-            )
+def headline_score(summary: Mapping[str, Interval]) -> float:
+    """Harmonic mean of the headline shares that a summary has; NaN if it has none."""
+    means = [summary[name].mean for name in HEADLINE.values() if name in summary]
+    return harmonic_mean(means) if means else math.nan
 
 
-SHARES = (
-    "edit_success.",
-    "paraphrase.",
-    "neighbourhood.",
-    "locality.",
-    "retention.",
-    "portability.",
-)
+def compare(report_a: EvaluationReport, report_b: EvaluationReport, *metrics: str) -> pd.DataFrame:
+    """Paired differences of two reports over the edits that both hold, a row a metric.
 
-HARMONIC = {
-    "score.harmonic": ("edit_success.es", "paraphrase.ps", "neighbourhood.ns"),
-    "score.headline": (
-        "edit_success.free_exact",
-        "paraphrase.free_exact",
-        "neighbourhood.argmax_agreement",
-        "locality.argmax_agreement",
-    ),
-}
-"""Harmonic means: of CounterFact's efficacy scores (S), and of the four shares that the kit's editors are chosen by."""
+    Without `metrics`: the headline shares. Columns: the mean of `a` and of `b`, the mean
+    `difference` a − b with its 95 % bootstrap interval (`low`, `high`), the number of edits `n`,
+    and for how many of them a is `better`, `worse`, `equal`. Raises MendkitError if the reports
+    share no edit, or a metric is unknown.
+    """
+    pairs = _shared_edits(report_a.rows, report_b.rows)
+    if not pairs:
+        raise MendkitError("the two reports share no edit; score both editors on the same examples")
+    both = {name: None for name in report_a.summary if name in report_b.summary}
+    chosen = metrics or tuple(name for name in HEADLINE.values() if name in both)
+    records = []
+    for name in chosen:
+        held = [(a, b) for a, b in pairs if name in a.values and name in b.values]
+        if not held:
+            raise _unknown(name, both)
+        a = np.array([row.values[name] for row, _ in held])
+        b = np.array([row.values[name] for _, row in held])
+        gain = Interval.of((a - b).tolist())
+        lower = name.startswith(LOWER_IS_BETTER) or name.endswith(LOWER_IS_BETTER)
+        better, worse = (a < b, a > b) if lower else (a > b, a < b)
+        about = {"metric": name, "a": a.mean(), "b": b.mean(), "difference": gain.mean}
+        about |= {"low": gain.low, "high": gain.high, "n": gain.n}
+        counts = {"better": better.sum(), "worse": worse.sum(), "equal": (a == b).sum()}
+        records.append(about | counts)
+    return pd.DataFrame.from_records(records).set_index("metric")
 
 
-def summarise(rows: Sequence[EditRow]) -> dict[str, Interval]:
+def _shared_edits(
+    rows_a: Sequence[EditRow], rows_b: Sequence[EditRow]
+) -> list[tuple[EditRow, EditRow]]:
+    """The rows of the same edit; the k-th of several equal edits with the k-th."""
+    others: dict[tuple[str | None, ...], list[EditRow]] = {}
+    for row in rows_b:
+        others.setdefault((row.id, row.prompt, row.target_new), []).append(row)
+    pairs = []
+    for row in rows_a:
+        same = others.get((row.id, row.prompt, row.target_new))
+        if same:
+            pairs.append((row, same.pop(0)))
+    return pairs
+
+
+def summarise(rows: Sequence[EditRow]) -> Summary:
     """Every metric's interval over the rows that have it.
 
     Raises MendkitError if a value is not finite, or a share not between 0 and 1.
     """
-    names = sorted({name for row in rows for name in row.values})
-    for name in names:
-        _check(name, [(row.index, row.values[name]) for row in rows if name in row.values])
-    return {
-        name: Interval.of([row.values[name] for row in rows if name in row.values])
-        for name in names
-    }
+    by_metric: dict[str, list[float]] = {}
+    for row in rows:
+        for name, value in row.values.items():
+            _check_value(name, value, row.index)
+            by_metric.setdefault(name, []).append(value)
+    return Summary((name, Interval.of(by_metric[name])) for name in sorted(by_metric))
+
+
+def _check_value(name: str, value: float, index: int) -> None:
+    share = name.removeprefix("before.").startswith(SHARES) and not name.endswith("kl_nats")
+    if math.isfinite(value) and (not share or 0 <= value <= 1):
+        return
+    expected = "a share from 0 to 1" if share else "a finite number"
+    raise MendkitError(
+        f"{name} of edit {index} is {value}, expected {expected}; its mean would mean nothing"
+    )

@@ -10,7 +10,7 @@ from typing import Any
 
 from ..baselines.tuning import Tuned
 from ..data.examples import EditExample
-from ..evaluation.evaluate import HARMONIC, EvaluationReport, Interval, normalise
+from ..evaluation.results import HARMONIC, EvaluationReport, Interval, normalise
 from ..hparams import MENDHyperParams
 from ..mend.editor import MENDEditor
 from ..mend.training import TrainingResult

@@ -252,8 +252,8 @@ def test_every_kind_has_the_same_budget_and_keeps_the_best(llama, monkeypatch):
     assert [row["settings"] for row in tuned.rows] == ["lr 1e-06, steps 1", "lr 0.5, steps 1"]
     assert tuned.editor is two[1] and [row["chosen"] for row in tuned.rows] == [False, True]
     assert (
-        tuned.results("x.")["x.tuning.kept"] == "lr 0.5, steps 1"
-        and tuned.results()["tuning.tried"] == 2
+        tuned.to_dict("x.")["x.tuning.kept"] == "lr 0.5, steps 1"
+        and tuned.to_dict()["tuning.tried"] == 2
     )
     assert tuned.rows[1]["score"] == evaluate(two[1], on).harmonic["score.headline"]
     with pytest.raises(MendkitError, match="set `archive`"):

@@ -10,8 +10,9 @@ import torch
 from mendkit.data.examples import EditExample, Tokens
 from mendkit.errors import DataError, HyperParamError, ModelError
 from mendkit.evaluation.decoding import write
-from mendkit.evaluation.evaluate import EvaluationSet, Interval, evaluate, normalise
+from mendkit.evaluation.evaluate import EvaluationSet, evaluate
 from mendkit.evaluation.metrics import Card, locality_values, probability_values, target_values
+from mendkit.evaluation.results import normalise
 from mendkit.mend.edit import side_branches
 from mendkit.mend.scoring import Forced, forced, next_tokens, select
 from tests.oracles.claims import EXAMPLES, editor_for, hparams, logits
@@ -20,23 +21,6 @@ from tests.oracles.claims import EXAMPLES, editor_for, hparams, logits
 @pytest.fixture(scope="module")
 def prepared(llama):
     return EvaluationSet(llama, hparams(), EXAMPLES, max_new_tokens=8)
-
-
-def test_normalise():
-    assert normalise(" The  Netherlands.") == "netherlands" == normalise("netherlands")
-    assert (
-        normalise("New York-City") == "new yorkcity" and normalise("An apple, a day") == "apple day"
-    )
-
-
-def test_interval_covers_and_is_reproducible():
-    interval = Interval.of([0.0, 1.0] * 50)
-    assert interval.mean == 0.5 and interval.n == 100
-    assert interval.low == pytest.approx(0.4, abs=0.03) and interval.high == pytest.approx(
-        0.6, abs=0.03
-    )
-    assert Interval.of([0.0, 1.0] * 50) == interval
-    assert Interval.of([1.0, 1.0]) == Interval(1.0, 1.0, 1.0, 2)
 
 
 def test_no_edit_changes_nothing(llama, prepared):
@@ -289,7 +273,7 @@ def test_what_cannot_be_tokenised_is_counted_as_skipped(llama):
 
 def test_results_carry_mode_n_and_interval(llama, prepared):
     report = evaluate(editor_for(llama), prepared)
-    results = report.results("identity.")
+    results = report.to_dict("identity.")
     for name in (
         "edit_success.free_exact",
         "paraphrase.tf_token",

@@ -9,9 +9,10 @@ import torch
 
 from mendkit.data.examples import EditExample, Probe, Tokens
 from mendkit.errors import DataError
-from mendkit.evaluation.evaluate import EvaluationSet, evaluate, normalise
+from mendkit.evaluation.evaluate import EvaluationSet, evaluate
 from mendkit.evaluation.heldout import HeldOutText, ngram_entropy_bits, windows
 from mendkit.evaluation.many import one_after_another, so_far, together
+from mendkit.evaluation.results import normalise
 from mendkit.mend.edit import LowRankUpdate, side_branches
 from mendkit.models.trunk import FrozenTrunk
 from tests.oracles.claims import EXAMPLES, editor_for, hparams, logits
@@ -149,7 +150,7 @@ def test_what_follows_a_sequence_is_told_of_its_end_and_success_of_each_edit(
         == pytest.approx(then["log_p.new"], rel=1e-3)
         != pytest.approx(end["log_p.new"], rel=1e-3)
     )
-    results = report.results()
+    results = report.to_dict()
     assert (
         "sequential_2.retention.first_10" in results and "sequential_5.norm.relative_max" in results
     )
@@ -184,8 +185,8 @@ def test_a_batch_is_one_edit_from_several_examples(llama, prepared, monkeypatch,
                 assert normalise(row.outputs[0]["after"]) == normalise(success(llama, example)[1])
     assert report.values["norm.relative_max"] == pytest.approx(sum(worst) / 2, rel=1e-4)
     assert (
-        "batch_2.drawdown.perplexity" in report.results()
-        and "batch_2.before.perplexity" in report.results()
+        "batch_2.drawdown.perplexity" in report.to_dict()
+        and "batch_2.before.perplexity" in report.to_dict()
     )
     with pytest.raises(DataError, match="cannot make a batch of 9"):
         evaluate(editor, prepared, mode="batch", k=9)

@@ -10,7 +10,7 @@ import pytest
 from mendkit.baselines.base import FineTuning
 from mendkit.baselines.tuning import Tuned
 from mendkit.data.examples import EditExample, Probe
-from mendkit.evaluation.evaluate import EditRow, EvaluationReport, Interval
+from mendkit.evaluation.results import EditRow, EvaluationReport, Interval
 from mendkit.hparams import MENDHyperParams
 from mendkit.mend.training import TrainingResult
 from mendkit.models.load import BaseModel
@@ -263,7 +263,7 @@ def test_editors_stand_side_by_side_with_what_they_cost(llama: BaseModel) -> Non
         ({"editor": "ROME", "settings": "clamp 4", "score": 0.25, FREE: 0.5, "chosen": True},),
     )
     assert _row("ROME", "clamp 4", "0.500", "0.250", "✓") in tables.tried([tried])
-    assert tried.results("rome.") == {
+    assert tried.to_dict("rome.") == {
         "rome.tuning.tried": 1,
         "rome.tuning.kept": "clamp 4",
         "rome.tuning.score": 0.25,

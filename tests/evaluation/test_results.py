@@ -1,0 +1,114 @@
+"""Results: flat names and back, frames, paired comparison; all by hand."""
+
+import json
+import math
+
+import pytest
+
+from mendkit.errors import MendkitError
+from mendkit.evaluation.results import (
+    HEADLINE,
+    EditRow,
+    EvaluationReport,
+    Interval,
+    Summary,
+    compare,
+    normalise,
+    summarise,
+)
+
+FREE, KL = "edit_success.free_exact", "neighbourhood.kl_nats"
+
+
+def report(editor: str, values: dict[str, tuple[float, float]], *, mode="single"):
+    """Edits by id, each with its success and its KL."""
+    rows = []
+    for index, (name, (success, kl)) in enumerate(values.items()):
+        texts = tuple(
+            {"role": role, "prompt": f"{role} of {name}", "before": "old", "after": "new"}
+            | {"score": success}
+            for role in ("edit", "paraphrases")
+        )
+        numbers = {FREE: success, f"before.{FREE}": 0.0, KL: kl}
+        row = EditRow(index, name, "r", f"p {name}", "new", "old", numbers, texts, "subject")
+        rows.append(row)
+    return EvaluationReport(editor, mode, tuple(rows), summarise(rows), {"scored": len(rows)}, 1.0)
+
+
+def test_normalise():
+    assert normalise(" The  Netherlands.") == "netherlands" == normalise("netherlands")
+    assert normalise("New York-City") == "new yorkcity"
+    assert normalise("An apple, a day") == "apple day"
+
+
+def test_interval_covers_and_is_reproducible():
+    interval = Interval.of([0.0, 1.0] * 50)
+    assert interval.mean == 0.5 and interval.n == 100
+    assert interval.low == pytest.approx(0.4, abs=0.03)
+    assert interval.high == pytest.approx(0.6, abs=0.03)
+    assert Interval.of([0.0, 1.0] * 50) == interval
+    assert Interval.of([1.0, 1.0]) == Interval(1.0, 1.0, 1.0, 2)
+
+
+def test_flat_results_have_their_names_and_can_be_read_back():
+    made = report("MEND", {"a": (1.0, 0.5), "b": (0.0, 0.1)})
+    flat = made.to_dict("x.")
+    assert {name for name in flat if name.startswith(f"x.single.{FREE}")} == {
+        f"x.single.{FREE}{part}" for part in ("", ".n", ".low", ".high")
+    }
+    assert flat[f"x.single.{FREE}"] == 0.5 and flat["x.single.edits.scored"] == 2
+    assert json.loads(json.dumps(flat)) == flat
+    assert Summary.from_dict(flat, "x.single.") == made.summary
+    del flat[f"x.single.{FREE}.n"]
+    with pytest.raises(MendkitError, match=f"x.single.{FREE} has no count"):
+        Summary.from_dict(flat, "x.single.")
+
+
+def test_an_unknown_name_is_told_the_nearest():
+    made = report("MEND", {"a": (1.0, 0.5)})
+    with pytest.raises(MendkitError, match=f"'edit_succes.free'; did you mean '{FREE}'"):
+        made.summary["edit_succes.free"]
+    with pytest.raises(MendkitError, match=f"did you mean '{KL}'"):
+        compare(made, made, "neighbourhood.kl_nat")
+    assert "nothing" not in made.summary and made.summary.get("nothing") is None
+
+
+def test_frames_have_a_row_an_edit_and_a_row_a_text():
+    made = report("MEND", {"a": (1.0, 0.5), "b": (0.0, 0.1)})
+    frame = made.frame()
+    assert list(frame.index) == [0, 1] and list(frame[FREE]) == [1.0, 0.0]
+    assert list(frame["subject"]) == ["subject"] * 2 and list(frame["after"]) == ["new"] * 2
+    assert frame.groupby("relation")[FREE].mean()["r"] == 0.5
+    texts = made.texts()
+    assert list(texts["role"]) == ["edit", "paraphrases"] * 2
+    assert list(texts["prompt"])[3] == "paraphrases of b" and list(texts["edit"]) == [0, 0, 1, 1]
+    assert repr(made) == "<EvaluationReport of MEND, single: 2 edits, headline score 0.500>"
+
+
+def test_two_reports_are_compared_over_the_edits_that_both_hold():
+    first = report("a", {"1": (1.0, 0.5), "2": (1.0, 0.1), "3": (0.0, 0.3), "4": (1.0, 9.0)})
+    second = report("b", {"3": (0.0, 0.2), "2": (0.0, 0.4), "1": (1.0, 0.6), "5": (0.0, 9.0)})
+    table = compare(first, second, FREE, KL)
+    success, kl = table.loc[FREE], table.loc[KL]
+    assert (success["a"], success["b"], success["n"]) == (pytest.approx(2 / 3), 1 / 3, 3)
+    assert success["difference"] == pytest.approx(1 / 3)
+    assert (success["better"], success["worse"], success["equal"]) == (1, 0, 2)
+    assert success["low"] == 0.0 and success["high"] == 1.0
+    # A lower KL is better: edits 1 and 2 are, edit 3 is not.
+    assert (kl["better"], kl["worse"], kl["equal"]) == (2, 1, 0)
+    assert kl["difference"] == pytest.approx((-0.1 - 0.3 + 0.1) / 3)
+    assert list(compare(first, second).index) == [HEADLINE["edit"]]
+    # Paired, the interval is narrower than that of either mean: all edits gain alike.
+    better = report("a", {str(i): (0.1 + i / 20, 0.0) for i in range(10)})
+    worse = report("b", {str(i): (i / 20, 0.0) for i in range(10)})
+    gain = compare(better, worse).loc[FREE]
+    assert gain["low"] == pytest.approx(0.1) == gain["high"]
+    with pytest.raises(MendkitError, match="share no edit"):
+        compare(first, report("b", {"6": (0.0, 0.0)}))
+
+
+@pytest.mark.parametrize("value", [1.5, -0.1, math.nan])
+def test_an_impossible_share_raises(value):
+    rows = [EditRow(3, None, None, "p", "n", None, {FREE: value})]
+    with pytest.raises(MendkitError, match=f"{FREE} of edit 3 is .*, expected a share"):
+        summarise(rows)
