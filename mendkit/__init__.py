@@ -24,7 +24,7 @@ _MODULE_OF = {
     "Interval": "evaluation.results",
     "KINDS": "baselines.tuning",
     "LocalisedFineTuning": "baselines.base",
-    "LowRankUpdate": "mend.edit",
+    "LowRankUpdate": "mend.updates",
     "MENDEditor": "mend.editor",
     "MENDHyperParams": "hparams",
     "MendkitError": "errors",

@@ -36,12 +36,12 @@ from .mend.archive import inspect_archive as inspect_archive
 from .mend.archive import load_archive as load_archive
 from .mend.archive import save_archive as save_archive
 from .mend.edit import Edit as Edit
-from .mend.edit import LowRankUpdate as LowRankUpdate
 from .mend.editor import EditSession as EditSession
 from .mend.editor import MENDEditor as MENDEditor
 from .mend.scoring import next_tokens as next_tokens
 from .mend.training import TrainingResult as TrainingResult
 from .mend.training import train as train
+from .mend.updates import LowRankUpdate as LowRankUpdate
 from .mend.validation import strength_curve as strength_curve
 from .models.load import BaseModel as BaseModel
 from .models.load import load_model as load_model

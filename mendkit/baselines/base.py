@@ -20,19 +20,20 @@ from ..evaluation.many import Editor, together
 from ..evaluation.results import HARMONIC, EvaluationReport, summarise
 from ..hparams import MENDHyperParams
 from ..mend.batches import edit_tokens, prepare_texts, told
-from ..mend.edit import (
-    Edit,
+from ..mend.edit import Edit
+from ..mend.editor import MENDEditor
+from ..mend.factors import capture_factors
+from ..mend.hypernetwork import MEND
+from ..mend.losses import edit_nll
+from ..mend.updates import (
     LowRankUpdate,
     Updates,
     padded,
     relative_norms,
+    scaled,
     side_branches,
     side_by_side,
 )
-from ..mend.editor import MENDEditor, scaled
-from ..mend.factors import capture_factors
-from ..mend.hypernetwork import MEND
-from ..mend.losses import edit_nll
 from ..mend.validation import validate
 from ..models.load import BaseModel
 from ..models.sites import mlp_names

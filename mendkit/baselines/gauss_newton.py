@@ -31,10 +31,10 @@ from ..errors import HyperParamError, ModelError
 from ..evaluation.many import one_below_another, together
 from ..hparams import MENDHyperParams
 from ..mend.batches import prepare_texts
-from ..mend.edit import LowRankUpdate, Updates, padded, side_branches, side_by_side, unedited
 from ..mend.factors import Factors, factors_and_losses
 from ..mend.losses import mean_by_row, wide
 from ..mend.scoring import forced
+from ..mend.updates import LowRankUpdate, Updates, padded, side_branches, side_by_side, unedited
 from ..models.families import CAUSAL
 from ..models.load import BaseModel
 from ..models.trunk import FrozenTrunk, collate

@@ -25,8 +25,8 @@ from torch import Tensor, nn
 from ..data.examples import Tokens
 from ..errors import DataError, HyperParamError, ModelError
 from ..hparams import MENDHyperParams
-from ..mend.edit import LowRankUpdate, Updates
 from ..mend.losses import edit_nll, locality_kl, wide
+from ..mend.updates import LowRankUpdate, Updates
 from ..models.cache import TextCache
 from ..models.families import CAUSAL
 from ..models.load import BaseModel, weights_sha256

@@ -33,12 +33,12 @@ from ..evaluation.results import EvaluationReport
 from ..hparams import MENDHyperParams, parse_overrides
 from ..interop.conformance import conformance, conformance_table, reference_folders
 from ..interop.foreign import export_archive, import_archive, read_foreign
-from ..mend.adapter import ADAPTER_FILES
 from ..mend.archive import inspect_archive, load_archive
 from ..mend.batches import usable
 from ..mend.checkpoint import FILE as CHECKPOINT_FILE
 from ..mend.distributed import Team, locked
 from ..mend.editor import MENDEditor
+from ..mend.export import ADAPTER_FILES
 from ..mend.files import damage_named
 from ..mend.loggers import check_logger
 from ..mend.training import TrainingResult, finished, train

@@ -22,11 +22,10 @@ from torch.utils.flop_counter import FlopCounterMode
 from ..data.examples import EditExample
 from ..data.files import read_examples
 from ..mend.batches import edit_tokens
-from ..mend.edit import attach, side_branches
 from ..mend.editor import MENDEditor
 from ..mend.hypernetwork import MEND
-from ..mend.scoring import select
 from ..mend.training import make_optimiser
+from ..mend.updates import attach, select, side_branches
 from ..models.checkpoints import silence_transformers
 from ..models.load import BaseModel
 from ..models.trunk import FrozenTrunk, collate

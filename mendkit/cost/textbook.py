@@ -18,8 +18,9 @@ from torch import Tensor
 from ..data.examples import Tokens
 from ..errors import MendkitError
 from ..hparams import MENDHyperParams
-from ..mend.hypernetwork import MEND, LowRankResidual, RunningMoments, group_name, stats_name
+from ..mend.hypernetwork import MEND, LowRankResidual, group_name, stats_name
 from ..mend.losses import edit_nll, locality_kl, wide
+from ..mend.normaliser import RunningMoments
 from ..models.families import CAUSAL
 from ..models.load import BaseModel, Site
 from ..models.trunk import TextBatch, collate

@@ -13,8 +13,7 @@ from jaxtyping import Int
 from torch import Tensor
 
 from ..errors import ModelError
-from ..mend.edit import Updates, side_branches
-from ..mend.scoring import select
+from ..mend.updates import Updates, select, side_branches
 from ..models.load import BaseModel
 
 ROWS, CACHE_BYTES = 512, 1_500_000_000

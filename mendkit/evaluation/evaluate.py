@@ -27,9 +27,8 @@ from ..data.examples import EditExample, Tokens
 from ..errors import DataError, HyperParamError, LimitError, MendkitError
 from ..hparams import MENDHyperParams
 from ..mend.batches import edit_tokens, told
-from ..mend.edit import Updates, relative_norms, side_branches
-from ..mend.editor import scaled
-from ..mend.scoring import Forced, forced, select
+from ..mend.scoring import Forced, forced
+from ..mend.updates import Updates, relative_norms, scaled, select, side_branches
 from ..models.families import CAUSAL, CLASSIFIER
 from ..models.load import BaseModel, Site
 from ..models.tokens import STOP

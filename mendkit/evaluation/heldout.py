@@ -14,8 +14,8 @@ from itertools import pairwise
 
 from ..data.examples import Tokens
 from ..errors import DataError
-from ..mend.edit import Updates
 from ..mend.scoring import POSITIONS_PER_PASS, Forced, forced
+from ..mend.updates import Updates
 from ..models.trunk import FrozenTrunk
 
 WINDOW, TEXT_TOKENS = 256, 2048

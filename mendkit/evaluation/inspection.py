@@ -19,11 +19,11 @@ from torch import Tensor
 from ..data.examples import EditExample, Tokens
 from ..hparams import MENDHyperParams
 from ..mend.batches import ExampleTexts, edit_tokens
-from ..mend.edit import LowRankUpdate, Updates, padded
 from ..mend.editor import MENDEditor
 from ..mend.factors import capture_factors
 from ..mend.hypernetwork import MEND
 from ..mend.losses import edit_nll
+from ..mend.updates import LowRankUpdate, Updates, padded
 from ..mend.validation import validate
 from ..models.load import BaseModel, load_model
 from ..models.trunk import FrozenTrunk, collate

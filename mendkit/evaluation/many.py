@@ -17,7 +17,7 @@ from torch.nn.functional import pad
 
 from ..data.examples import Tokens
 from ..hparams import MENDHyperParams
-from ..mend.edit import LowRankUpdate, Updates, side_branches, side_by_side, summed
+from ..mend.updates import LowRankUpdate, Updates, side_branches, side_by_side, summed
 from ..models.load import BaseModel
 from ..models.trunk import FrozenTrunk
 

@@ -30,10 +30,10 @@ from transformers.modeling_outputs import SequenceClassifierOutput
 
 from ..errors import DataError, HyperParamError, ModelError
 from ..hparams import MENDHyperParams
-from ..mend.edit import Updates, side_branches
 from ..mend.factors import Factors, GradientFactors, record_factors
 from ..mend.hypernetwork import MEND
 from ..mend.losses import edit_nll, locality_kl, two_classes
+from ..mend.updates import Updates, side_branches
 from ..models.load import BaseModel
 from ..models.sites import resolve_sites
 from .foreign import from_foreign, read_foreign

@@ -25,7 +25,8 @@ from ..errors import ArchiveError
 from ..hparams import MENDHyperParams
 from ..mend.archive import load_archive, save_archive
 from ..mend.files import damage_named, is_finite
-from ..mend.hypernetwork import MEND, PARTS, RunningMoments, group_name, stats_name, transformed
+from ..mend.hypernetwork import MEND, PARTS, group_name, stats_name, transformed
+from ..mend.normaliser import RunningMoments
 from ..models.load import BaseModel, Site, load_model
 from ..runs import DAMAGE, atomically
 

@@ -15,10 +15,11 @@ from ..models.load import BaseModel, load_model
 from ..models.trunk import FrozenTrunk
 from .archive import load_archive
 from .batches import edit_tokens, prepare_texts
-from .edit import Edit, Updates, capped, in_force, load_edits, save_edits, unedited
+from .edit import Edit, load_edits, save_edits
 from .factors import as_one_loss, capture_factors, capture_inputs
 from .hypernetwork import MEND
 from .least_squares import Memory
+from .updates import Updates, capped, in_force, unedited
 
 logger = logging.getLogger(__name__)
 
@@ -289,8 +290,3 @@ class EditSession:
 
     def __exit__(self, *_: object) -> None:
         self.close()
-
-
-def scaled(updates: Updates, strength: float) -> Updates:
-    """Updates at another strength."""
-    return {name: update.scaled(strength) for name, update in updates.items()}

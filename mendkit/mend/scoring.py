@@ -12,8 +12,8 @@ import torch
 from ..data.examples import Tokens
 from ..models.load import BaseModel
 from ..models.trunk import FrozenTrunk, collate
-from .edit import LowRankUpdate, Updates, side_branches
 from .losses import wide
+from .updates import Updates, select, side_branches
 
 POSITIONS_PER_PASS = 1024
 
@@ -26,11 +26,6 @@ class Forced:
     logp: tuple[float, ...]  # log P(target), nats; empty if the text has no answer
     kl: tuple[float, ...]  # KL(before ‖ after), nats; empty unless asked for
     same: tuple[bool, ...]  # argmax as before the edit; empty unless asked for
-
-
-def select(updates: Updates, index: Sequence[int]) -> dict[str, LowRankUpdate]:
-    """The updates of some of the edits, in the order of `index`; a single edit serves them all as it is."""
-    return {name: u if len(u) == 1 else u.select(list(index)) for name, u in updates.items()}
 
 
 @torch.no_grad()

@@ -36,13 +36,13 @@ from .batches import RIVALS, ROLES, ExampleTexts, prepare_texts, role_weights, t
 from .checkpoint import FILE as CHECKPOINT_FILE
 from .checkpoint import Checkpoint, Course
 from .distributed import Team
-from .edit import Updates, side_branches
 from .factors import Factors, capture_factors, capture_inputs, pack, unpack
 from .files import make_folder
 from .hypernetwork import MEND, Wordings
 from .least_squares import Memory
 from .loggers import Log, check_logger, open_logger
 from .losses import edit_nll, locality_kl, margin_shortfall, wide
+from .updates import Updates, side_branches
 from .validation import validate
 
 logger = logging.getLogger(__name__)

@@ -16,8 +16,8 @@ from mendkit.errors import HyperParamError, ModelError
 from mendkit.evaluation.evaluate import EvaluationSet, evaluate
 from mendkit.evaluation.many import in_sequence, together
 from mendkit.mend.batches import edit_tokens
-from mendkit.mend.edit import side_branches
 from mendkit.mend.scoring import forced
+from mendkit.mend.updates import side_branches
 from mendkit.models.trunk import FrozenTrunk
 from tests.baselines.test_rome import TEXT
 from tests.oracles.claims import EXAMPLES, hparams

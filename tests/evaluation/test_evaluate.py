@@ -13,8 +13,8 @@ from mendkit.evaluation.decoding import write
 from mendkit.evaluation.evaluate import EvaluationSet, evaluate
 from mendkit.evaluation.metrics import Card, locality_values, probability_values, target_values
 from mendkit.evaluation.results import normalise
-from mendkit.mend.edit import side_branches
-from mendkit.mend.scoring import Forced, forced, next_tokens, select
+from mendkit.mend.scoring import Forced, forced, next_tokens
+from mendkit.mend.updates import select, side_branches
 from tests.oracles.claims import EXAMPLES, editor_for, hparams, logits
 
 

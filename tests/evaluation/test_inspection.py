@@ -8,8 +8,8 @@ from mendkit.errors import ArchiveError
 from mendkit.evaluation import inspection
 from mendkit.mend.archive import save_archive
 from mendkit.mend.batches import edit_tokens, prepare_texts
-from mendkit.mend.edit import LowRankUpdate
 from mendkit.mend.hypernetwork import MEND
+from mendkit.mend.updates import LowRankUpdate
 from mendkit.models.load import BaseModel
 from mendkit.models.trunk import FrozenTrunk
 from mendkit.reporting import findings, tables

@@ -8,8 +8,9 @@ import torch
 from peft import AutoPeftModelForCausalLM, PeftModel
 
 from mendkit.errors import MendkitError
-from mendkit.mend.adapter import LoRA
-from mendkit.mend.edit import Edit, LowRankUpdate
+from mendkit.mend.edit import Edit
+from mendkit.mend.export import LoRA
+from mendkit.mend.updates import LowRankUpdate
 from mendkit.models.load import load_model
 from tests.oracles.claims import EXAMPLES, editor_for, logits
 from tests.oracles.tiny import save_tiny, tiny_llama

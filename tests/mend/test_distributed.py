@@ -12,7 +12,7 @@ import torch
 import yaml
 
 from mendkit.mend.archive import inspect_archive, load_archive
-from mendkit.mend.hypernetwork import RunningMoments, StoredMoments, Whitening
+from mendkit.mend.normaliser import RunningMoments, StoredMoments, Whitening
 from mendkit.mend.training import train
 from tests.oracles.claims import EXAMPLES, hparams
 from tests.oracles.tiny import save_tiny

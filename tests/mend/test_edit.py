@@ -9,8 +9,9 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from mendkit.errors import ArchiveError, MendkitError
-from mendkit.mend.edit import Edit, LowRankUpdate, side_branches
+from mendkit.mend.edit import Edit
 from mendkit.mend.editor import MENDEditor
+from mendkit.mend.updates import LowRankUpdate, side_branches
 from mendkit.models.load import load_model
 from tests.oracles.claims import EXAMPLES, editor_for, hparams, logits
 from tests.oracles.tiny import save_tiny, tiny_gpt2, tiny_llama

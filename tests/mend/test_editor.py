@@ -11,10 +11,12 @@ import torch
 
 from mendkit.errors import ArchiveError, MendkitError
 from mendkit.mend.archive import save_archive
-from mendkit.mend.edit import Edit, side_branches
+from mendkit.mend.edit import Edit
 from mendkit.mend.editor import EditSession, MENDEditor
 from mendkit.mend.factors import capture_factors
-from mendkit.mend.hypernetwork import RunningMoments, stats_name
+from mendkit.mend.hypernetwork import stats_name
+from mendkit.mend.normaliser import RunningMoments
+from mendkit.mend.updates import side_branches
 from mendkit.models.trunk import FrozenTrunk
 from tests.oracles.claims import EXAMPLES, editor_for, hparams, logits
 from tests.oracles.tiny import tiny_llama

@@ -6,16 +6,11 @@ import torch
 
 from mendkit.errors import DataError
 from mendkit.mend.batches import edit_tokens
-from mendkit.mend.edit import side_branches
 from mendkit.mend.factors import capture_factors
-from mendkit.mend.hypernetwork import (
-    LEAST_RESPONSE,
-    MEND,
-    LowRankResidual,
-    RunningMoments,
-    Whitening,
-)
+from mendkit.mend.hypernetwork import MEND, LowRankResidual
 from mendkit.mend.losses import edit_nll
+from mendkit.mend.normaliser import LEAST_RESPONSE, RunningMoments, Whitening
+from mendkit.mend.updates import side_branches
 from mendkit.models.trunk import FrozenTrunk, collate
 from tests.oracles.claims import EXAMPLES, hparams, scrambled, with_statistics
 

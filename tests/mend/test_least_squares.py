@@ -9,11 +9,11 @@ from torch import Tensor
 from mendkit.evaluation.many import one_after_another, together
 from mendkit.mend.archive import load_archive, save_archive
 from mendkit.mend.batches import prepare_texts
-from mendkit.mend.edit import padded, side_branches
 from mendkit.mend.factors import capture_factors, capture_inputs
 from mendkit.mend.least_squares import OtherKeys, remember, solve
 from mendkit.mend.losses import edit_nll
 from mendkit.mend.training import FactorCache, Sampler, Trainer, batch_losses, train
+from mendkit.mend.updates import padded, side_branches
 from mendkit.mend.validation import validate
 from mendkit.models.trunk import FrozenTrunk, collate
 from tests.oracles.claims import EXAMPLES, editor_for, hparams, logits

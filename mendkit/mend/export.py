@@ -6,21 +6,26 @@ best one of its rank (Eckart & Young, 1936): its error is the singular values le
 Axes: t tokens, i layer input, o layer output, r rank.
 """
 
+import copy
 import json
+import logging
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from jaxtyping import Float
 from safetensors.torch import save_file
-from torch import Tensor
+from torch import Tensor, nn
 
 from ..models.load import BaseModel
 from ..models.sites import Site
 from ..runs import atomically, write_text
 from .files import make_folder
+from .losses import wide
+
+logger = logging.getLogger(__name__)
 
 ADAPTER_FILES = ("adapter_model.safetensors", "adapter_config.json")
 
@@ -110,3 +115,63 @@ def _task(base: BaseModel) -> str | None:
     if not base.model.can_generate():
         return None
     return "SEQ_2_SEQ_LM" if base.model.config.is_encoder_decoder else "CAUSAL_LM"
+
+
+LITTLE_KEPT = 0.9
+"""A merge that keeps less than this share of a change is warned of."""
+
+
+@dataclass(frozen=True)
+class MergedSite:
+    """What is left of a change ΔW after merging it into a weight, whose dtype rounds it."""
+
+    name: str
+    relative_error: float  # ‖W_merged − (W + ΔW)‖_F / ‖ΔW‖_F
+    kept: float  # ⟨W_merged − W, ΔW⟩ / ‖ΔW‖²: 1 if all of it is there, 0 if nothing is
+
+
+@dataclass(frozen=True)
+class Merged:
+    """A model with a change in its weights. All other weights are the base model's own, shared and not copied."""
+
+    base: BaseModel
+    sites: tuple[MergedSite, ...]
+
+
+def merge(base: BaseModel, changes: Iterable[tuple[Site, Float[Tensor, "m n"]]], /) -> Merged:
+    """A new model with each ΔW, in the orientation of its site's own weight, added to it; `base` stays as it is."""
+    report, memo = [], {id(parameter): parameter for parameter in base.model.parameters()}
+    for site, change in changes:
+        weight = base.site_module(site).weight
+        merged, row = _merge(weight, change, site.name)
+        memo[id(weight)] = nn.Parameter(merged, requires_grad=False)
+        report.append(row)
+    _warn(report, base.dtype)
+    model, names = copy.deepcopy(base.model, memo), tuple(site.name for site in base.sites)
+    return Merged(
+        BaseModel(model, base.tokenizer, name=f"{base.name} (edited)", inner_params=names),
+        tuple(report),
+    )
+
+
+def _merge(weight: Tensor, change: Tensor, name: str) -> tuple[Tensor, MergedSite]:
+    """W + ΔW in W's own dtype, and what its rounding leaves of ΔW (measured in float64)."""
+    merged = (wide(weight) + change).to(weight.dtype)
+    wanted, got = change.double(), merged.double() - weight.double()
+    norm = float(wanted.norm())
+    if norm == 0:
+        return merged, MergedSite(name, 0.0, 1.0)
+    return merged, MergedSite(
+        name, float((got - wanted).norm()) / norm, float((got * wanted).sum()) / norm**2
+    )
+
+
+def _warn(report: Sequence[MergedSite], dtype: torch.dtype) -> None:
+    worst = min(report, key=lambda site: site.kept)
+    if worst.kept < LITTLE_KEPT:
+        logger.warning(
+            "merging in %s keeps %.0f %% of the edit at %s; use an adapter, or load the model with `dtype: float32`",
+            dtype,
+            100 * worst.kept,
+            worst.name,
+        )
