@@ -11,7 +11,7 @@ from typing import Any
 
 _MODULE_OF = {
     "ArchiveError": "errors",
-    "BaseModel": "models.load",
+    "BaseModel": "models.base",
     "DataError": "errors",
     "Edit": "mend.edit",
     "EditExample": "data.examples",

@@ -43,5 +43,5 @@ from .mend.training import TrainingResult as TrainingResult
 from .mend.training import train as train
 from .mend.updates import LowRankUpdate as LowRankUpdate
 from .mend.validation import strength_curve as strength_curve
-from .models.load import BaseModel as BaseModel
+from .models.base import BaseModel as BaseModel
 from .models.load import load_model as load_model

@@ -17,7 +17,8 @@ MODULES = [
 ]
 install_import_hook(MODULES, "tests.oracles.typechecker.check")
 
-from mendkit.models.load import BaseModel, load_model  # noqa: E402
+from mendkit.models.base import BaseModel
+from mendkit.models.load import load_model
 from tests.oracles.tiny import tiny_gpt2, tiny_llama  # noqa: E402
 
 

@@ -7,9 +7,12 @@ from mendkit.errors import ModelError
 from mendkit.mend import training
 from mendkit.mend.archive import inspect_archive, load_archive
 from mendkit.mend.training import train
-from mendkit.models.load import BaseModel, load_model, model_fingerprint, weights_sha256
+from mendkit.models.base import BaseModel
+from mendkit.models.fingerprint import model_fingerprint, weights_sha256
+from mendkit.models.load import load_model, release_trunk
 from mendkit.models.streaming import is_hollow
-from mendkit.models.trunk import FrozenTrunk, collate
+from mendkit.models.tokens import collate
+from mendkit.models.trunk import FrozenTrunk
 from tests.oracles.claims import EXAMPLES, editor_for, every_text, hparams
 from tests.oracles.tiny import save_tiny, tiny_gpt2, tiny_llama
 
@@ -23,7 +26,7 @@ def test_what_is_cached_keeps_its_bits(build):
     batch = collate(texts, base.pad_id)
     before = trunk.suffix(texts, batch), trunk.before(texts, batch)
     updates = [editor_for(base).updates(texts[:2], trunk=trunk)]
-    base.release_trunk()
+    release_trunk(base)
     after = trunk.suffix(texts, batch), trunk.before(texts, batch)
     assert all(torch.equal(a, b) for a, b in zip(before, after, strict=True))
     updates.append(scrambled_updates(base, texts[:2], trunk, whole))
@@ -45,7 +48,7 @@ def scrambled_updates(base, texts, trunk, whole):
 
 def test_only_what_lies_below_is_freed():
     for base, tied in ((tiny_llama(), False), (tiny_gpt2(), True)):
-        base.release_trunk()
+        release_trunk(base)
         hollow = {name for name, value in base.model.named_parameters() if is_hollow(value)}
         table = {
             f"{n}.weight"
@@ -71,40 +74,31 @@ def test_what_needs_the_whole_model_says_what_to_do():
     texts = every_text(base)
     trunk = FrozenTrunk(base)
     trunk.fill(texts[:3])
-    base.release_trunk()
-    base.release_trunk()  # nothing more to do
+    release_trunk(base)
+    release_trunk(base)  # nothing more to do
     batch = collate(texts, base.pad_id)
     for call in (lambda: base.generate("The capital"), lambda: trunk.suffix(texts, batch)):
         with pytest.raises(ModelError, match=r"released or is streamed.*load it again$"):
             call()
     with pytest.raises(ModelError, match=r"texts are not cached; load the model again"):
         trunk.fill(texts)
-    with pytest.raises(ModelError, match=r"no safetensors files.*load the model again"):
-        base.restore_trunk()
     with pytest.raises(ModelError, match="other sites are asked for"):
         model_fingerprint(base.with_sites(["model.layers.3.mlp.up_proj.weight"]))
     lowest = tiny_llama().with_sites(["model.layers.0.mlp.up_proj.weight"])
     with pytest.raises(ModelError, match="nothing to release"):
-        lowest.release_trunk()
+        release_trunk(lowest)
 
 
-def test_a_model_from_files_can_be_restored_or_read_block_by_block(tmp_path):
+def test_a_model_from_files_is_read_block_by_block(tmp_path):
     base, whole = load_model(save_tiny(tmp_path)), tiny_llama()
     texts = every_text(base)
-    base.release_trunk()
-    with pytest.raises(ModelError, match=r"restore_trunk\(\)"):
+    release_trunk(base)
+    with pytest.raises(ModelError, match="load it again"):
         base.generate("The capital")
     trunk, other, batch = FrozenTrunk(base), FrozenTrunk(whole), collate(texts, base.pad_id)
     assert trunk.fill(texts) == other.fill(texts)  # streamed
     assert torch.equal(trunk.suffix(texts, batch), other.suffix(texts, batch))
     assert base.with_sites(["model.layers.3.mlp.up_proj.weight"]).released == 1
-    base.restore_trunk()
-    assert base.released == 0 and not any(m._forward_pre_hooks for m in base.model.modules())
-    assert base.generate("The capital of") == whole.generate("The capital of")
-    for (name, a), (_, b) in zip(
-        base.model.named_parameters(), whole.model.named_parameters(), strict=True
-    ):
-        assert torch.equal(a, b), name
 
 
 def test_training_gives_the_same_archive_released_streamed_or_not(tmp_path):

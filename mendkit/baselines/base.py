@@ -13,7 +13,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from ..data.examples import EditExample, Probe, Tokens
+from ..data.examples import EditExample, Probe
 from ..errors import HyperParamError, LimitError, ModelError
 from ..evaluation.evaluate import EvaluationSet, evaluate
 from ..evaluation.many import Editor, together
@@ -35,9 +35,10 @@ from ..mend.updates import (
     side_by_side,
 )
 from ..mend.validation import validate
-from ..models.load import BaseModel
+from ..models.base import BaseModel
 from ..models.sites import mlp_names
-from ..models.trunk import FrozenTrunk, collate
+from ..models.tokens import Tokens, collate
+from ..models.trunk import FrozenTrunk
 
 IDENTITY_EDIT_LRS = (2e-4, 4e-4, 8e-4, 1.6e-3, 3.2e-3, 6.4e-3)
 DENSE = 16  # independent edits with a dense ΔW that are tuned in one pass

@@ -26,7 +26,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from ..data.examples import EditExample, Tokens
+from ..data.examples import EditExample
 from ..errors import HyperParamError, ModelError
 from ..evaluation.many import one_below_another, together
 from ..hparams import MENDHyperParams
@@ -35,9 +35,10 @@ from ..mend.factors import Factors, factors_and_losses
 from ..mend.losses import mean_by_row, wide
 from ..mend.scoring import forced
 from ..mend.updates import LowRankUpdate, Updates, padded, side_branches, side_by_side, unedited
+from ..models.base import BaseModel
 from ..models.families import CAUSAL
-from ..models.load import BaseModel
-from ..models.trunk import FrozenTrunk, collate
+from ..models.tokens import Tokens, collate
+from ..models.trunk import FrozenTrunk
 from .base import Baseline, down_projections
 from .rome import key_moments
 

@@ -22,15 +22,16 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from ..data.examples import Tokens
 from ..errors import DataError, HyperParamError, ModelError
 from ..hparams import MENDHyperParams
 from ..mend.losses import edit_nll, locality_kl, wide
 from ..mend.updates import LowRankUpdate, Updates
+from ..models.base import BaseModel
 from ..models.cache import TextCache
 from ..models.families import CAUSAL
-from ..models.load import BaseModel, weights_sha256
-from ..models.trunk import FrozenTrunk, collate, only_scored
+from ..models.fingerprint import weights_sha256
+from ..models.tokens import Tokens, collate
+from ..models.trunk import FrozenTrunk, only_scored
 from .base import Baseline, descend
 
 WINDOW, KEY_TOKENS = 256, 16_384

@@ -17,7 +17,7 @@ from ..evaluation.evaluate import EvaluationSet
 from ..evaluation.many import Editor
 from ..evaluation.results import HARMONIC, EvaluationReport
 from ..mend.editor import MENDEditor
-from ..models.load import BaseModel
+from ..models.base import BaseModel
 from .base import (
     IDENTITY_EDIT_LRS,
     Baseline,

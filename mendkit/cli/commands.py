@@ -42,9 +42,10 @@ from ..mend.export import ADAPTER_FILES
 from ..mend.files import damage_named
 from ..mend.loggers import check_logger
 from ..mend.training import TrainingResult, finished, train
+from ..models.base import BaseModel
 from ..models.checkpoints import choose_device, silence_transformers
 from ..models.listing import list_layers, table
-from ..models.load import BaseModel, load_for_training, load_model
+from ..models.load import load_for_training, load_model
 from ..reporting.compare import read_runs, sweep_results
 from ..reporting.notebook import Failure
 from ..reporting.report import ARCHIVE, default_config, plan_report, run_report

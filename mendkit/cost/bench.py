@@ -26,9 +26,11 @@ from ..mend.editor import MENDEditor
 from ..mend.hypernetwork import MEND
 from ..mend.training import make_optimiser
 from ..mend.updates import attach, select, side_branches
+from ..models.base import BaseModel
 from ..models.checkpoints import silence_transformers
-from ..models.load import BaseModel
-from ..models.trunk import FrozenTrunk, collate
+from ..models.load import release_trunk
+from ..models.tokens import collate
+from ..models.trunk import FrozenTrunk
 from ..runs import peak_memory_gb, provenance
 from . import textbook
 from .ways import (
@@ -233,9 +235,8 @@ def memory(s: Settings, name: str, /) -> dict[str, float]:
     mend = make_mend(base, h, rows)
     optimiser = plain_adam(mend) if use is None else make_optimiser(mend, h)
     way = Way(base, mend, rows, savings=use, optimiser=optimiser)
-    release = getattr(base, "release_trunk", None)
-    if release is not None and use == Savings():
-        release()
+    if isinstance(base, BaseModel) and use == Savings():
+        release_trunk(base)
     filled = peak_memory_gb()
     _restart_peak()
     for _ in range(2):

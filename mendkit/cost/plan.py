@@ -23,7 +23,7 @@ from tokenizers import Regex, Tokenizer, models, pre_tokenizers, trainers
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
-from ..data.examples import EditExample, Tokens
+from ..data.examples import EditExample
 from ..errors import MendkitError, ModelError
 from ..hparams import MENDHyperParams
 from ..mend.archive import inspect_archive
@@ -32,6 +32,8 @@ from ..mend.files import damage_named
 from ..mend.hypernetwork import MEND
 from ..mend.training import FACTOR_BATCH, STRUCTURE, Sampler, Trainer, make_optimiser
 from ..mend.validation import validate
+from ..models.base import BaseModel
+from ..models.bundled import BUNDLED, bundled_model
 from ..models.cache import SHARD_BYTES
 from ..models.checkpoints import (
     DTYPES,
@@ -43,9 +45,9 @@ from ..models.checkpoints import (
     skeleton,
 )
 from ..models.families import Head
-from ..models.load import BUNDLED, BaseModel, bundled_model
 from ..models.streaming import trunk_names
-from ..models.trunk import FrozenTrunk, _chunks, collate
+from ..models.tokens import Tokens, collate
+from ..models.trunk import FrozenTrunk, _chunks
 from ..runs import clock, free_memory
 from .architectures import published
 from .dryrun import ROWS, SIZES, DryRun, Machine, Work

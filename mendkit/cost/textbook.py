@@ -15,15 +15,15 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from ..data.examples import Tokens
 from ..errors import MendkitError
 from ..hparams import MENDHyperParams
 from ..mend.hypernetwork import MEND, LowRankResidual, group_name, stats_name
 from ..mend.losses import edit_nll, locality_kl, wide
 from ..mend.normaliser import RunningMoments
+from ..models.base import BaseModel
 from ..models.families import CAUSAL
-from ..models.load import BaseModel, Site
-from ..models.trunk import TextBatch, collate
+from ..models.sites import Site
+from ..models.tokens import TextBatch, Tokens, collate
 
 Weights = dict[str, Tensor]
 """Weights of the edit sites by name, each in the orientation that the model stores."""

@@ -15,14 +15,16 @@ import torch
 from torch import Tensor
 from transformers import AutoTokenizer, GPT2Config, GPT2LMHeadModel
 
-from ..data.examples import EditExample, Tokens
+from ..data.examples import EditExample
 from ..errors import MendkitError
 from ..hparams import MENDHyperParams
 from ..mend.batches import prepare_texts
 from ..mend.hypernetwork import MEND, group_name, stats_name
 from ..mend.training import FactorCache, batch_losses, total_loss
+from ..models.base import BaseModel
 from ..models.bundled import BUNDLED, bundled_model
-from ..models.load import BaseModel, load_model
+from ..models.load import load_model
+from ..models.tokens import Tokens
 from ..models.trunk import FrozenTrunk
 from . import textbook
 

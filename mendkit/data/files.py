@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import DataError
-from .examples import EditExample, Probe, tokenize
+from .examples import EditExample, Probe
 from .layouts import answers, parse, text
 
 logger = logging.getLogger(__name__)
@@ -52,8 +52,6 @@ def read_examples(
     *,
     limit: int | None = None,
     skip_invalid: bool = False,
-    tokenizer: Any = None,
-    max_target_tokens: int = 32,
 ) -> Examples:
     """Read edit examples from a file, or the kit's own facts by `"facts:train"`, `"facts:validation"`, `"facts:test"`.
 
@@ -61,8 +59,7 @@ def read_examples(
     EasyEdit, with or without portability), KnowEdit, HalluEditBench's tables, and the kit's own JSON lines.
     FEVER-style claims are such lines: `prompt` is the claim, `target_new` its label, an answer another claim's.
     A bad record raises DataError naming file, record and field; with `skip_invalid` it is left out, counted
-    (`.skipped`) and logged. `limit` keeps the first n valid records. With a `tokenizer`, a target of more than
-    `max_target_tokens` tokens is a bad record, too.
+    (`.skipped`) and logged. `limit` keeps the first n valid records.
     """
     path = _resolve(source)
     examples: list[EditExample] = []
@@ -71,10 +68,7 @@ def read_examples(
         if limit is not None and len(examples) >= limit:
             break
         try:
-            example = parse(record)
-            if tokenizer is not None:
-                _check_target(tokenizer, example, max_target_tokens)
-            examples.append(example)
+            examples.append(parse(record))
         except DataError as error:
             if not skip_invalid:
                 raise DataError(f"{where}: {error}") from None
@@ -109,14 +103,6 @@ def write_examples(examples: Sequence[EditExample], path: str | Path) -> None:
                 record[role] = [given(probe) for probe in record[role]]
         lines.append(json.dumps(record, ensure_ascii=False))
     Path(path).write_text("\n".join(lines) + "\n", encoding="utf-8")
-
-
-def _check_target(tokenizer: Any, example: EditExample, limit: int) -> None:
-    count = len(tokenize(tokenizer, example.prompt, example.target_new, max_length=10**9).targets)
-    if count > limit:
-        raise DataError(
-            f"field `target_new` has {count} tokens, the limit is {limit}; raise `max_target_tokens`"
-        )
 
 
 # ------------------------------------------------------------------------------------------------ beside the edits

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from ..errors import ModelError
 from ..mend.updates import Updates, select, side_branches
-from ..models.load import BaseModel
+from ..models.base import BaseModel
 
 ROWS, CACHE_BYTES = 512, 1_500_000_000
 WHOLE_ROWS = 64

@@ -23,15 +23,17 @@ from typing import Any
 
 import torch
 
-from ..data.examples import EditExample, Tokens
+from ..data.examples import EditExample
 from ..errors import DataError, HyperParamError, LimitError, MendkitError
 from ..hparams import MENDHyperParams
 from ..mend.batches import edit_tokens, told
 from ..mend.scoring import Forced, forced
 from ..mend.updates import Updates, relative_norms, scaled, select, side_branches
+from ..models.base import BaseModel
 from ..models.families import CAUSAL, CLASSIFIER
-from ..models.load import BaseModel, Site
-from ..models.tokens import STOP
+from ..models.sites import Site
+from ..models.text import STOP
+from ..models.tokens import Tokens
 from ..models.trunk import FrozenTrunk
 from .decoding import WHOLE_ROWS, write
 from .heldout import TEXT_TOKENS, HeldOutText, ngram_entropy_bits

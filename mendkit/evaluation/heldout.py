@@ -12,10 +12,10 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 
-from ..data.examples import Tokens
 from ..errors import DataError
 from ..mend.scoring import POSITIONS_PER_PASS, Forced, forced
 from ..mend.updates import Updates
+from ..models.tokens import Tokens
 from ..models.trunk import FrozenTrunk
 
 WINDOW, TEXT_TOKENS = 256, 2048

@@ -16,7 +16,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from ..data.examples import EditExample, Tokens
+from ..data.examples import EditExample
 from ..hparams import MENDHyperParams
 from ..mend.batches import ExampleTexts, edit_tokens
 from ..mend.editor import MENDEditor
@@ -25,8 +25,10 @@ from ..mend.hypernetwork import MEND
 from ..mend.losses import edit_nll
 from ..mend.updates import LowRankUpdate, Updates, padded
 from ..mend.validation import validate
-from ..models.load import BaseModel, load_model
-from ..models.trunk import FrozenTrunk, collate
+from ..models.base import BaseModel
+from ..models.load import load_model
+from ..models.tokens import Tokens, collate
+from ..models.trunk import FrozenTrunk
 from ..reporting.findings import Row
 
 ALL, SCORED = "gradient, all tokens", "gradient, scored tokens"

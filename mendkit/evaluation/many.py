@@ -15,10 +15,10 @@ from jaxtyping import Float
 from torch import Tensor
 from torch.nn.functional import pad
 
-from ..data.examples import Tokens
 from ..hparams import MENDHyperParams
 from ..mend.updates import LowRankUpdate, Updates, side_branches, side_by_side, summed
-from ..models.load import BaseModel
+from ..models.base import BaseModel
+from ..models.tokens import Tokens
 from ..models.trunk import FrozenTrunk
 
 

@@ -8,8 +8,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from statistics import fmean
 
-from ..data.examples import Probe, Tokens
+from ..data.examples import Probe
 from ..mend.scoring import Forced
+from ..models.tokens import Tokens
 from .results import normalise
 
 

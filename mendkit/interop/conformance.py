@@ -32,9 +32,10 @@ from ..errors import DataError, HyperParamError, ModelError
 from ..hparams import MENDHyperParams
 from ..mend.factors import Factors, GradientFactors, record_factors
 from ..mend.hypernetwork import MEND
-from ..mend.losses import edit_nll, locality_kl, two_classes
+from ..mend.losses import edit_nll, locality_kl
 from ..mend.updates import Updates, side_branches
-from ..models.load import BaseModel
+from ..models.base import BaseModel
+from ..models.families import two_classes
 from ..models.sites import resolve_sites
 from .foreign import from_foreign, read_foreign
 

@@ -27,7 +27,9 @@ from ..mend.archive import load_archive, save_archive
 from ..mend.files import damage_named, is_finite
 from ..mend.hypernetwork import MEND, PARTS, group_name, stats_name, transformed
 from ..mend.normaliser import RunningMoments
-from ..models.load import BaseModel, Site, load_model
+from ..models.base import BaseModel
+from ..models.load import load_model
+from ..models.sites import Site
 from ..runs import DAMAGE, atomically
 
 EPS = 1e-7  # published code adds it to every standard deviation

@@ -18,7 +18,8 @@ from torch import Tensor
 
 from ..errors import ArchiveError
 from ..hparams import MENDHyperParams
-from ..models.load import BaseModel, model_fingerprint
+from ..models.base import BaseModel
+from ..models.fingerprint import model_fingerprint
 from .files import Kind, checked_tensor, damage_named, matching_base, read_metadata, save_tensors
 from .hypernetwork import MEND
 

@@ -4,11 +4,12 @@ import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
-from ..data.examples import EditExample, Probe, Tokens, join
+from ..data.examples import EditExample, Probe, join
 from ..data.files import Examples, Skipped, hard_negatives
 from ..errors import DataError, LimitError
 from ..hparams import MENDHyperParams
-from ..models.load import BaseModel
+from ..models.base import BaseModel
+from ..models.tokens import Tokens
 
 logger = logging.getLogger(__name__)
 

@@ -21,7 +21,8 @@ from torch import Tensor
 from ..data.examples import EditExample
 from ..errors import ArchiveError, MendkitError
 from ..hparams import MENDHyperParams
-from ..models.load import BaseModel, model_fingerprint
+from ..models.base import BaseModel
+from ..models.fingerprint import model_fingerprint
 from ..runs import provenance
 from .files import Kind, checked_tensor, matching_base, read_metadata, save_tensors
 

@@ -23,8 +23,9 @@ from torch import Tensor
 
 from ..data.examples import EditExample, Probe
 from ..errors import ArchiveError, MendkitError
+from ..models.base import BaseModel
 from ..models.checkpoints import silence_transformers
-from ..models.load import BaseModel, model_fingerprint
+from ..models.fingerprint import model_fingerprint
 from ..models.sites import Site
 from .export import AdapterSite, LoRA, Merged, MergedSite, merge, write_adapter
 from .files import (

@@ -8,10 +8,12 @@ from pathlib import Path
 
 import torch
 
-from ..data.examples import EditExample, Tokens
+from ..data.examples import EditExample
 from ..errors import ArchiveError, MendkitError
 from ..hparams import MENDHyperParams
-from ..models.load import BaseModel, load_model
+from ..models.base import BaseModel
+from ..models.load import load_model
+from ..models.tokens import Tokens
 from ..models.trunk import FrozenTrunk
 from .archive import load_archive
 from .batches import edit_tokens, prepare_texts

@@ -19,7 +19,7 @@ from jaxtyping import Float
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from ..models.load import BaseModel
+from ..models.base import BaseModel
 from ..models.sites import Site
 from ..runs import atomically, write_text
 from .files import make_folder

@@ -16,11 +16,12 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
-from ..data.examples import Tokens
 from ..errors import HyperParamError, ModelError
+from ..models.base import BaseModel
 from ..models.families import CLASSIFIER
-from ..models.load import BaseModel, Site
-from ..models.trunk import FrozenTrunk, TextBatch, collate
+from ..models.sites import Site
+from ..models.tokens import TextBatch, Tokens, collate
+from ..models.trunk import FrozenTrunk
 from .losses import edit_nll, wide
 
 

@@ -20,7 +20,8 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from ..errors import ArchiveError, MendkitError
-from ..models.load import BaseModel, model_fingerprint
+from ..models.base import BaseModel
+from ..models.fingerprint import model_fingerprint
 from ..runs import DAMAGE, atomically
 
 SEAL = "metadata_sha256"  # the key of the metadata's own checksum

@@ -23,7 +23,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
 from ..hparams import MENDHyperParams
-from ..models.load import Site
+from ..models.sites import Site
 from .factors import Factors, GradientFactors, Inputs
 from .least_squares import Memory, OtherKeys, remember, solve
 from .normaliser import RunningMoments, StoredMoments, Whitening

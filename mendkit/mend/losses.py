@@ -53,8 +53,3 @@ def margin_shortfall(
 ) -> Float[Tensor, " n"]:
     """What a rival answer lacks of being `margin` nats a token less likely than the right one; 0 where it is."""
     return (margin + nll - rival_nll).clamp(min=0)
-
-
-def two_classes(logits: Float[Tensor, "n 1"]) -> Float[Tensor, "n 2"]:
-    """A classifier's one logit as the logits of "no" and "yes": the other losses then hold for it as they are."""
-    return torch.cat([torch.zeros_like(logits), logits], 1)

@@ -9,9 +9,9 @@ from dataclasses import dataclass
 
 import torch
 
-from ..data.examples import Tokens
-from ..models.load import BaseModel
-from ..models.trunk import FrozenTrunk, collate
+from ..models.base import BaseModel
+from ..models.tokens import Tokens, collate
+from ..models.trunk import FrozenTrunk
 from .losses import wide
 from .updates import Updates, select, side_branches
 

@@ -25,11 +25,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..data.examples import EditExample, Tokens
+from ..data.examples import EditExample
 from ..errors import HyperParamError, MendkitError
 from ..hparams import MENDHyperParams
-from ..models.load import BaseModel, load_for_training
-from ..models.trunk import FrozenTrunk, collate, trunk_cache
+from ..models.base import BaseModel
+from ..models.load import load_for_training, release_trunk
+from ..models.tokens import Tokens, collate
+from ..models.trunk import FrozenTrunk, trunk_cache
 from ..runs import Progress, append_line, open_run, provenance, return_memory, write_text
 from .archive import inspect_archive, load_archive, save_archive
 from .batches import RIVALS, ROLES, ExampleTexts, prepare_texts, role_weights, training_texts
@@ -467,7 +469,7 @@ class Trainer:
         for name, own in texts.items():
             self.trunk.fill(own, self.progress.phase(f"trunk: {name}"))
         if self.release:
-            self.base.release_trunk()
+            release_trunk(self.base)
         return_memory()
 
     @property

@@ -14,7 +14,7 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from ..errors import MendkitError
-from ..models.load import BaseModel
+from ..models.base import BaseModel
 from ..models.sites import Site
 
 

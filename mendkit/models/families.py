@@ -3,7 +3,7 @@
 - causal: predicts a text's next token;
 - seq2seq: an encoder reads the prompt, a decoder writes the answer;
 - classifier: a head of a few logits instead of a vocabulary; its answer is the name of a class. One logit z counts as
-  the two classes with logits [0, z] (`losses.two_classes`).
+  the two classes with logits [0, z] (`two_classes`).
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from jaxtyping import Int
+from jaxtyping import Float, Int
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
@@ -144,3 +144,8 @@ def encoder_sites(model: PreTrainedModel, sites: Sequence[Site], token: int) -> 
         for handle in handles:
             handle.remove()
     return frozenset(name for name, count in rows.items() if count == 3)
+
+
+def two_classes(logits: Float[Tensor, "n 1"]) -> Float[Tensor, "n 2"]:
+    """A classifier's one logit as the logits of "no" and "yes": the other losses then hold for it as they are."""
+    return torch.cat([torch.zeros_like(logits), logits], 1)

@@ -15,66 +15,25 @@ import logging
 import random
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
-from ..data.examples import Tokens
 from ..errors import ModelError
+from .base import BaseModel
 from .cache import SHARD_BYTES, TextCache
 from .families import CLASSIFIER
-from .load import BaseModel, weights_sha256
+from .fingerprint import weights_sha256
 from .streaming import present, standing_in, trunk_names
+from .tokens import TextBatch, Tokens, collate
 
 logger = logging.getLogger(__name__)
 
 TOKENS_PER_PASS = 2048
-
-
-@dataclass(frozen=True)
-class TextBatch:
-    """Texts as right-padded tensors. Row-major order of `scored` is the order of all packed values."""
-
-    input_ids: Int[Tensor, "n t"]
-    attention_mask: Int[Tensor, "n t"]
-    scored: Bool[Tensor, "n l"]
-    targets: Int[
-        Tensor, " s"
-    ]  # the token each scored position predicts, -100 where the text has no answer
-    decoder_ids: Int[Tensor, "n l"] | None = None  # causal attention: its padding needs no mask
-
-    @property
-    def rows(self) -> Int[Tensor, " s"]:
-        """The text of each scored position."""
-        return self.scored.nonzero()[:, 0]
-
-    def __len__(self) -> int:
-        return len(self.input_ids)
-
-
-def collate(
-    texts: Sequence[Tokens], pad_id: int, device: torch.device | str = "cpu", /
-) -> TextBatch:
-    """Right-pad texts into one batch."""
-
-    def padded(rows: Sequence[Sequence[int]], filler: int) -> Tensor:
-        width = max(map(len, rows))
-        return torch.tensor([[*row, *[filler] * (width - len(row))] for row in rows], device=device)
-
-    ids = padded([text.ids for text in texts], pad_id)
-    mask = padded([[1] * len(text.ids) for text in texts], 0)
-    decoder = padded([text.decoder for text in texts], pad_id) if texts[0].decoder else None
-    scored = torch.zeros((ids if decoder is None else decoder).shape, dtype=torch.bool)
-    targets: list[int] = []
-    for row, text in enumerate(texts):
-        scored[row, list(text.scored)] = True
-        targets.extend(text.targets or [-100] * len(text.scored))
-    return TextBatch(ids, mask, scored.to(device), torch.tensor(targets, device=device), decoder)
 
 
 @contextmanager
@@ -265,8 +224,7 @@ class FrozenTrunk:
         base, path = self.base, self.base.blocks.path
         if base.weights is None or base.released < base.blocks.first:
             raise ModelError(
-                f"{base.name} was released and {len(texts)} texts are not cached; load the model again, or call "
-                "restore_trunk()"
+                f"{base.name} was released and {len(texts)} texts are not cached; load the model again"
             )
         names = trunk_names(base.model, path, base.blocks.first)
         states: list[np.ndarray] = []

@@ -14,7 +14,7 @@ from ..evaluation.results import HARMONIC, EvaluationReport, Interval, normalise
 from ..hparams import MENDHyperParams
 from ..mend.editor import MENDEditor
 from ..mend.training import TrainingResult
-from ..models.load import BaseModel
+from ..models.base import BaseModel
 from . import findings
 from .findings import Row
 

@@ -10,10 +10,10 @@ from mendkit.baselines.base import FineTuning, LocalisedFineTuning, best_of, dow
 from mendkit.baselines.gauss_newton import GaussNewton
 from mendkit.baselines.rome import ROME, key_moments
 from mendkit.baselines.tuning import BUDGET, KINDS, running_text, tune
-from mendkit.data.examples import tokenize
 from mendkit.errors import DataError, HyperParamError, MendkitError, ModelError
 from mendkit.evaluation.evaluate import EvaluationSet, evaluate
 from mendkit.mend.batches import edit_tokens
+from mendkit.models.tokens import tokenize
 from tests.oracles.claims import EXAMPLES, hparams, logits
 from tests.oracles.families import other_base
 from tests.oracles.kinds import KINDS as TOKENIZERS

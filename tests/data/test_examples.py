@@ -2,10 +2,10 @@
 
 import pytest
 
-from mendkit.data.examples import join, tokenize
+from mendkit.data.examples import join
 from mendkit.errors import DataError
 from mendkit.mend.batches import edit_tokens
-from mendkit.models.trunk import collate
+from mendkit.models.tokens import collate, tokenize
 from tests.oracles.claims import EXAMPLES, hparams
 
 # ------------------------------------------------------------------------------------------------- tokens

@@ -114,13 +114,6 @@ def test_invalid_json_names_its_line(tmp_path):
         read_examples(path)
 
 
-def test_a_target_beyond_the_limit_is_named_when_the_tokenizer_is_known(tmp_path, llama):
-    path = write(tmp_path / "d.json", [OWN, {**OWN, "target_new": "Rome " * 50}])
-    with pytest.raises(DataError, match=r"record 1: field `target_new`.* tokens, the limit is 32"):
-        read_examples(path, tokenizer=llama.tokenizer)
-    assert len(read_examples(path, tokenizer=llama.tokenizer, skip_invalid=True).skipped) == 1
-
-
 def test_files_that_are_not_there_or_empty(tmp_path):
     with pytest.raises(DataError, match="no such file"):
         read_examples(tmp_path / "none.json")

@@ -7,7 +7,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from mendkit.data.examples import EditExample, Tokens
+from mendkit.data.examples import EditExample
 from mendkit.errors import DataError, HyperParamError, ModelError
 from mendkit.evaluation.decoding import write
 from mendkit.evaluation.evaluate import EvaluationSet, evaluate
@@ -15,6 +15,7 @@ from mendkit.evaluation.metrics import Card, locality_values, probability_values
 from mendkit.evaluation.results import normalise
 from mendkit.mend.scoring import Forced, forced, next_tokens
 from mendkit.mend.updates import select, side_branches
+from mendkit.models.tokens import Tokens
 from tests.oracles.claims import EXAMPLES, editor_for, hparams, logits
 
 

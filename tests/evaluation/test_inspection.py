@@ -10,7 +10,7 @@ from mendkit.mend.archive import save_archive
 from mendkit.mend.batches import edit_tokens, prepare_texts
 from mendkit.mend.hypernetwork import MEND
 from mendkit.mend.updates import LowRankUpdate
-from mendkit.models.load import BaseModel
+from mendkit.models.base import BaseModel
 from mendkit.models.trunk import FrozenTrunk
 from mendkit.reporting import findings, tables
 from tests.oracles.claims import EXAMPLES, hparams, scrambled, with_statistics

@@ -7,13 +7,14 @@ import sys
 import pytest
 import torch
 
-from mendkit.data.examples import EditExample, Probe, Tokens
+from mendkit.data.examples import EditExample, Probe
 from mendkit.errors import DataError
 from mendkit.evaluation.evaluate import EvaluationSet, evaluate
 from mendkit.evaluation.heldout import HeldOutText, ngram_entropy_bits, windows
 from mendkit.evaluation.many import one_after_another, so_far, together
 from mendkit.evaluation.results import normalise
 from mendkit.mend.updates import LowRankUpdate, side_branches
+from mendkit.models.tokens import Tokens
 from mendkit.models.trunk import FrozenTrunk
 from tests.oracles.claims import EXAMPLES, editor_for, hparams, logits
 from tests.oracles.tiny import tiny_llama

@@ -22,7 +22,7 @@ from mendkit.interop.conformance import (
 )
 from mendkit.interop.foreign import from_foreign
 from mendkit.mend.factors import GradientFactors
-from mendkit.models.load import Site
+from mendkit.models.sites import Site
 from tests.oracles.textbook import (
     Classifier,
     Editor,

@@ -32,7 +32,8 @@ from mendkit.mend.editor import MENDEditor
 from mendkit.mend.factors import capture_factors
 from mendkit.mend.hypernetwork import MEND
 from mendkit.mend.training import train
-from mendkit.models.load import BaseModel, Site
+from mendkit.models.base import BaseModel
+from mendkit.models.sites import Site
 from mendkit.models.trunk import FrozenTrunk
 from mendkit.reporting import tables
 from tests.interop.test_conformance import FOLDERS, NAMES, REFERENCE, SHAPES, settings

@@ -6,7 +6,8 @@ import torch
 from mendkit.mend.batches import edit_tokens
 from mendkit.mend.factors import capture_factors, capture_inputs, pack, unpack
 from mendkit.mend.losses import edit_nll
-from mendkit.models.trunk import FrozenTrunk, collate
+from mendkit.models.tokens import collate
+from mendkit.models.trunk import FrozenTrunk
 from tests.oracles.claims import EXAMPLES, hparams
 
 

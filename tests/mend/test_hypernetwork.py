@@ -11,7 +11,8 @@ from mendkit.mend.hypernetwork import MEND, LowRankResidual
 from mendkit.mend.losses import edit_nll
 from mendkit.mend.normaliser import LEAST_RESPONSE, RunningMoments, Whitening
 from mendkit.mend.updates import side_branches
-from mendkit.models.trunk import FrozenTrunk, collate
+from mendkit.models.tokens import collate
+from mendkit.models.trunk import FrozenTrunk
 from tests.oracles.claims import EXAMPLES, hparams, scrambled, with_statistics
 
 # ------------------------------------------------------------------------------------------------- normaliser

@@ -15,7 +15,8 @@ from mendkit.mend.losses import edit_nll
 from mendkit.mend.training import FactorCache, Sampler, Trainer, batch_losses, train
 from mendkit.mend.updates import padded, side_branches
 from mendkit.mend.validation import validate
-from mendkit.models.trunk import FrozenTrunk, collate
+from mendkit.models.tokens import collate
+from mendkit.models.trunk import FrozenTrunk
 from tests.oracles.claims import EXAMPLES, editor_for, hparams, logits
 
 

@@ -15,7 +15,6 @@ from transformers import AlbertConfig, AutoConfig, DistilBertConfig, GPT2Config,
 
 from mendkit.__main__ import main
 from mendkit.cost.textbook import check_recipe
-from mendkit.data.examples import tokenize_pair
 from mendkit.data.files import read_examples, write_examples
 from mendkit.errors import DataError, HyperParamError, MendkitError, ModelError
 from mendkit.evaluation.evaluate import EvaluationSet
@@ -25,9 +24,10 @@ from mendkit.mend.hypernetwork import MEND
 from mendkit.mend.losses import edit_nll, locality_kl
 from mendkit.mend.scoring import next_tokens
 from mendkit.mend.training import FactorCache, batch_losses, total_loss
+from mendkit.models.base import BaseModel
 from mendkit.models.checkpoints import _loader
-from mendkit.models.load import BaseModel
-from mendkit.models.trunk import FrozenTrunk, collate
+from mendkit.models.tokens import collate, tokenize_pair
+from mendkit.models.trunk import FrozenTrunk
 from tests.models.test_tokens import ANSWERS, KIND, PROMPTS, spelling
 from tests.oracles.claims import EXAMPLES, LABELLED, hparams, plain_logits, scrambled
 from tests.oracles.families import KIND_OF, other_base

@@ -13,7 +13,8 @@ import torch
 
 from mendkit.mend.editor import MENDEditor
 from mendkit.mend.hypernetwork import MEND
-from mendkit.models.load import BaseModel, weights_sha256
+from mendkit.models.base import BaseModel
+from mendkit.models.fingerprint import weights_sha256
 from mendkit.runs import return_memory
 from tests.oracles.claims import EXAMPLES, hparams, with_statistics
 from tests.oracles.tiny import tiny_gpt2, tiny_llama

@@ -14,7 +14,8 @@ import pytest
 from mendkit.errors import ModelError
 from mendkit.models import bundled
 from mendkit.models.bundled import bundled_model, cache_root
-from mendkit.models.load import load_model, model_fingerprint
+from mendkit.models.fingerprint import model_fingerprint
+from mendkit.models.load import load_model
 
 CONTENT = b"GGUF and what follows" * 1000
 

@@ -16,9 +16,10 @@ import torch
 
 from mendkit.mend.archive import inspect_archive
 from mendkit.mend.training import train
+from mendkit.models.base import BaseModel
 from mendkit.models.cache import STALE_SECONDS, TextCache
-from mendkit.models.load import BaseModel
-from mendkit.models.trunk import FrozenTrunk, collate, trunk_cache
+from mendkit.models.tokens import collate
+from mendkit.models.trunk import FrozenTrunk, trunk_cache
 from tests.oracles.claims import EXAMPLES, every_text, hparams
 from tests.oracles.tiny import tiny_llama
 

@@ -10,7 +10,8 @@ from mendkit.errors import ModelError
 from mendkit.mend.archive import inspect_archive
 from mendkit.mend.editor import MENDEditor
 from mendkit.mend.training import train
-from mendkit.models.load import BaseModel, model_fingerprint
+from mendkit.models.base import BaseModel
+from mendkit.models.fingerprint import model_fingerprint
 from tests.oracles.claims import EXAMPLES, hparams
 from tests.oracles.tiny import tiny_llama
 

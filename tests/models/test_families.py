@@ -13,7 +13,8 @@ from mendkit.mend.batches import edit_tokens, prepare_texts
 from mendkit.mend.factors import capture_factors
 from mendkit.mend.losses import edit_nll
 from mendkit.models.sites import find_blocks, find_stacks, resolve_sites
-from mendkit.models.trunk import FrozenTrunk, collate
+from mendkit.models.tokens import collate
+from mendkit.models.trunk import FrozenTrunk
 from tests.oracles.claims import EXAMPLES, hparams
 from tests.oracles.families import CAUSAL, FAMILIES, D, linear_names
 

@@ -6,7 +6,9 @@ import pytest
 import torch
 
 from mendkit.errors import DataError, HyperParamError
-from mendkit.models.load import BaseModel, load_model, model_fingerprint
+from mendkit.models.base import BaseModel
+from mendkit.models.fingerprint import model_fingerprint
+from mendkit.models.load import load_model
 from tests.oracles.tiny import POSITIONS, save_tiny, sentences, tiny_llama
 
 FAMILIES = pytest.mark.parametrize("family", ["llama", "gpt2"])

@@ -14,8 +14,9 @@ from mendkit.cost.plan import check_memory, plan
 from mendkit.errors import ModelError
 from mendkit.hparams import MENDHyperParams
 from mendkit.models import checkpoints
+from mendkit.models.base import BaseModel
 from mendkit.models.listing import list_layers
-from mendkit.models.load import BaseModel, load_model
+from mendkit.models.load import load_model
 from tests.oracles.claims import EXAMPLES
 from tests.oracles.tiny import END, save_tiny, sentences, tiny_llama, tiny_tokenizer
 

@@ -7,7 +7,7 @@ from transformers import OPTConfig, OPTForCausalLM
 from transformers.pytorch_utils import Conv1D
 
 from mendkit.errors import ModelError
-from mendkit.models.load import BaseModel
+from mendkit.models.base import BaseModel
 from mendkit.models.sites import find_blocks, resolve_sites
 from tests.oracles.tiny import tiny_gpt2, tiny_llama, tiny_tokenizer
 

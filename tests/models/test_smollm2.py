@@ -11,7 +11,8 @@ import torch
 from mendkit import EditExample, MENDHyperParams, load_archive, next_tokens, read_examples
 from mendkit.mend.batches import prepare_texts
 from mendkit.mend.editor import MENDEditor
-from mendkit.models.trunk import FrozenTrunk, collate
+from mendkit.models.tokens import collate
+from mendkit.models.trunk import FrozenTrunk
 
 ROOT = Path(__file__).parents[2]
 SETTINGS = (

@@ -13,15 +13,11 @@ from safetensors.torch import load_file, save_file
 from mendkit.errors import ModelError
 from mendkit.hparams import MENDHyperParams
 from mendkit.models import load as models
-from mendkit.models.load import (
-    load_for_training,
-    load_model,
-    load_streamed,
-    model_fingerprint,
-    weights_sha256,
-)
+from mendkit.models.fingerprint import model_fingerprint, weights_sha256
+from mendkit.models.load import load_for_training, load_model, load_streamed
 from mendkit.models.streaming import Weights
-from mendkit.models.trunk import FrozenTrunk, collate
+from mendkit.models.tokens import collate
+from mendkit.models.trunk import FrozenTrunk
 from tests.oracles.claims import every_text
 from tests.oracles.families import CAUSAL
 from tests.oracles.tiny import save_tiny, tiny_gpt2, tiny_llama, tiny_tokenizer

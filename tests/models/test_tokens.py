@@ -9,10 +9,11 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 from transformers.convert_slow_tokenizer import bytes_to_unicode
 
-from mendkit.data.examples import join, tokenize
+from mendkit.data.examples import join
 from mendkit.mend.losses import edit_nll
-from mendkit.models.load import BaseModel
-from mendkit.models.trunk import FrozenTrunk, collate
+from mendkit.models.base import BaseModel
+from mendkit.models.tokens import collate, tokenize
+from mendkit.models.trunk import FrozenTrunk
 from tests.oracles.kinds import BOS, BYTES, EOS, KINDS, UNK, tokenizer_of
 
 PROMPTS = [

@@ -3,7 +3,8 @@
 import pytest
 import torch
 
-from mendkit.models.trunk import FrozenTrunk, collate
+from mendkit.models.tokens import collate
+from mendkit.models.trunk import FrozenTrunk
 from tests.oracles.claims import every_text
 
 

@@ -4,13 +4,14 @@ from collections.abc import Mapping
 
 import torch
 
-from mendkit.data.examples import EditExample, Probe, Tokens
+from mendkit.data.examples import EditExample, Probe
 from mendkit.hparams import MENDHyperParams
 from mendkit.mend.batches import edit_tokens, prepare_texts
 from mendkit.mend.editor import MENDEditor
 from mendkit.mend.factors import capture_factors
 from mendkit.mend.hypernetwork import MEND
-from mendkit.models.load import BaseModel
+from mendkit.models.base import BaseModel
+from mendkit.models.tokens import Tokens
 from mendkit.models.trunk import FrozenTrunk
 
 LABELLED = tuple(

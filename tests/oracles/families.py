@@ -8,7 +8,7 @@ import transformers
 from torch import nn
 from transformers import PreTrainedModel
 
-from mendkit.models.load import BaseModel
+from mendkit.models.base import BaseModel
 from tests.oracles.kinds import BOS, EOS, PAD, UNK, tokenizer_of
 from tests.oracles.tiny import POSITIONS, tiny_tokenizer
 

@@ -20,7 +20,7 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
-from mendkit.models.load import BaseModel
+from mendkit.models.base import BaseModel
 
 END, PAD = "<|end|>", "<|pad|>"
 POSITIONS = 256

@@ -13,7 +13,7 @@ from mendkit.data.examples import EditExample, Probe
 from mendkit.evaluation.results import EditRow, EvaluationReport, Interval
 from mendkit.hparams import MENDHyperParams
 from mendkit.mend.training import TrainingResult
-from mendkit.models.load import BaseModel
+from mendkit.models.base import BaseModel
 from mendkit.reporting import findings, tables
 from tests.oracles.claims import EXAMPLES
 
