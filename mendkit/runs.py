@@ -2,6 +2,7 @@
 
 import ctypes
 import errno
+import hashlib
 import json
 import logging
 import os
@@ -11,7 +12,8 @@ import re
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from pickle import UnpicklingError
@@ -21,7 +23,10 @@ from zipfile import BadZipFile
 import numpy as np
 import psutil
 import torch
+from filelock import lock_descriptor
 from safetensors import SafetensorError
+
+from .errors import MendkitError
 
 logger = logging.getLogger(__name__)
 
@@ -73,6 +78,51 @@ def seed_everything(seed: int) -> None:
     random.seed(seed)
     np.random.seed(seed)
     torch.manual_seed(seed)
+
+
+def sha256(*parts: str | bytes) -> str:
+    """The SHA-256 of all parts in a row, in hexadecimal; text is read as UTF-8."""
+    digest = hashlib.sha256()
+    for part in parts:
+        digest.update(part.encode() if isinstance(part, str) else part)
+    return digest.hexdigest()
+
+
+def file_sha256(path: str | Path) -> str:
+    """The SHA-256 of a file's content, in hexadecimal."""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+_held: set[tuple[int, int]] = set()  # device and inode of the folders that this process locks
+
+
+@contextmanager
+def locked(folder: str | Path) -> Iterator[None]:
+    """Keep other processes out of a folder while the context lasts.
+
+    The lock is the system's, on the folder itself: it ends with the process, and leaves no file.
+    The process that holds it may enter again. Nothing is locked where there is no folder yet, or
+    where the file system has no locks. Raises MendkitError if another process is within.
+    """
+    with ExitStack() as stack:
+        try:
+            handle = os.open(folder, os.O_RDONLY)
+            stack.callback(os.close, handle)
+            status = os.fstat(handle)
+            inode = (status.st_dev, status.st_ino)
+            free = inode in _held or lock_descriptor(handle, blocking=False)
+            if free and inode not in _held:
+                _held.add(inode)
+                stack.callback(_held.discard, inode)
+        except OSError as error:
+            logger.debug("%s is not locked: %s", folder, error)
+            free = True
+        if not free:
+            raise MendkitError(
+                f"{folder} is in use by another run; wait until it has ended, or give another folder"
+            )
+        yield
 
 
 def atomically(path: Path, write: Callable[[str], object]) -> Path:

@@ -36,7 +36,7 @@ from ..interop.foreign import export_archive, import_archive, read_foreign
 from ..mend.archive import inspect_archive, load_archive
 from ..mend.batches import usable
 from ..mend.checkpoint import FILE as CHECKPOINT_FILE
-from ..mend.distributed import Team, locked
+from ..mend.distributed import Team
 from ..mend.editor import MENDEditor
 from ..mend.export import ADAPTER_FILES
 from ..mend.files import damage_named
@@ -50,7 +50,7 @@ from ..reporting.compare import read_runs, sweep_results
 from ..reporting.notebook import Failure
 from ..reporting.report import ARCHIVE, default_config, plan_report, run_report
 from ..reporting.sweep import plan_sweep, read_sweep, run_sweep, summarise_sweep
-from ..runs import free_memory, open_run, peak_memory_gb, write_json, write_text
+from ..runs import free_memory, locked, open_run, peak_memory_gb, write_json, write_text
 from .edit_command import before_and_after, in_full, read_stream, shown, write_files, write_report
 
 logger = logging.getLogger("mendkit")

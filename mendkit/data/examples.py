@@ -1,8 +1,20 @@
 """Edit examples: what is to be edited, and what should and should not follow from it."""
 
+import math
+from collections.abc import Iterable
 from dataclasses import dataclass
+from statistics import harmonic_mean
 
 from ..errors import DataError
+
+HEADLINE_ROLES = ("edit", "paraphrases", "neighbours", "unrelated")
+"""The roles whose four shares tell how good an editor is. Other roles are reported beside them."""
+
+
+def headline_mean(shares: Iterable[float]) -> float:
+    """The harmonic mean of the headline shares that are known; NaN if none is."""
+    known = list(shares)
+    return harmonic_mean(known) if known else math.nan
 
 
 @dataclass(frozen=True)
@@ -38,6 +50,20 @@ class EditExample:
     id: str | None = None
     portability: tuple[Probe, ...] = ()
     generation_prompts: tuple[str, ...] = ()
+
+    def roles(self) -> dict[str, tuple[Probe, ...]]:
+        """Every prompt of the example by its role; the headline roles come first.
+
+        The answer of the edit and of its paraphrases is `target_new`.
+        """
+        return {
+            "edit": (Probe(self.prompt, self.target_new),),
+            "paraphrases": tuple(Probe(prompt, self.target_new) for prompt in self.paraphrases),
+            "neighbours": self.neighbours,
+            "unrelated": self.unrelated,
+            "portability": self.portability,
+            "generation_prompts": tuple(map(Probe, self.generation_prompts)),
+        }
 
 
 def join(prompt: str, answer: str) -> str:

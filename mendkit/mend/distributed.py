@@ -5,7 +5,6 @@ the processes make of the shares what one process would have computed. The first
 keeps other runs out of the folder.
 """
 
-import logging
 import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
@@ -19,13 +18,7 @@ from accelerate.utils import broadcast, broadcast_object_list, reduce
 from torch import Tensor, nn
 
 from ..errors import MendkitError
-
-try:
-    import fcntl
-except ImportError:  # Windows
-    fcntl = None
-
-logger = logging.getLogger(__name__)
+from ..runs import locked
 
 T = TypeVar("T")
 
@@ -36,34 +29,6 @@ TIMEOUT = timedelta(hours=1)
 def process_count() -> int:
     """How many processes `torchrun` or `accelerate launch` started; 1 without them."""
     return int(os.environ.get("WORLD_SIZE", "1"))
-
-
-_locked: set[tuple[int, int]] = set()  # device and number of the folders that this process holds
-
-
-@contextmanager
-def locked(folder: Path) -> Iterator[None]:
-    """Within the context no other process gets this: the system's lock on the folder, which ends with the process.
-
-    A process may enter again. Nothing is locked where there is no folder yet, or where the file system cannot. Raises
-    MendkitError if another process is within.
-    """
-    with ExitStack() as stack:
-        try:
-            handle = os.open(folder, os.O_RDONLY)
-            stack.callback(os.close, handle)
-            own = (os.fstat(handle).st_dev, os.fstat(handle).st_ino)
-            if fcntl is not None and own not in _locked:
-                fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                _locked.add(own)
-                stack.callback(_locked.discard, own)
-        except BlockingIOError:
-            raise MendkitError(
-                f"{folder} is in use by another run; wait until it has ended, or give another folder"
-            ) from None
-        except OSError as error:
-            logger.debug("%s is not locked: %s", folder, error)
-        yield
 
 
 class Team:

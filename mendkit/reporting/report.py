@@ -32,11 +32,10 @@ from ..data.files import read_examples
 from ..errors import MendkitError
 from ..hparams import ALIASES, NO_EFFECT, MENDHyperParams, parse_overrides
 from ..mend.archive import inspect_archive, load_archive
-from ..mend.distributed import locked
 from ..mend.files import make_folder
 from ..mend.loggers import check_logger
 from ..models.load import load_model
-from ..runs import Progress, clock, provenance, write_json
+from ..runs import Progress, clock, locked, provenance, write_json
 from .notebook import CHECKOUT, Failure, Parameter, export_html, read_parameters, run_notebook
 from .page import write_page
 

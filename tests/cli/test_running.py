@@ -13,8 +13,8 @@ import pytest
 
 from mendkit.__main__ import main
 from mendkit.errors import MendkitError
-from mendkit.mend.distributed import locked
 from mendkit.mend.training import train
+from mendkit.runs import locked
 from tests.cli.test_cli import DATA, here, trained
 from tests.oracles.claims import EXAMPLES, hparams
 from tests.reporting.test_report import write_notebooks
@@ -73,7 +73,7 @@ def test_a_second_training_ends_at_once_and_one_after_a_kill_starts(here, llama,
 
 def test_a_process_may_enter_again_and_a_folder_that_is_not_there_holds_nobody_up(tmp_path):
     held = (
-        f"from pathlib import Path; from mendkit.mend.distributed import locked; "
+        f"from pathlib import Path; from mendkit.runs import locked; "
         f"locked(Path({str(tmp_path)!r})).__enter__()"
     )
     other = [sys.executable, "-c", held]
@@ -83,10 +83,10 @@ def test_a_process_may_enter_again_and_a_folder_that_is_not_there_holds_nobody_u
 
 
 def test_where_nothing_can_be_locked_runs_go_on(tmp_path, monkeypatch):
-    def unsupported(*_):
+    def unsupported(*_, **__):
         raise OSError("no locks here")
 
-    monkeypatch.setattr("mendkit.mend.distributed.fcntl.flock", unsupported)
+    monkeypatch.setattr("mendkit.runs.lock_descriptor", unsupported)
     with locked(tmp_path):
         pass
 
