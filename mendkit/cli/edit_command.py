@@ -94,7 +94,7 @@ def in_full(
             after = editor.base.generate_batch(prompts, max_new_tokens=max_new_tokens)
         heading = tag("h2", f"{example.prompt} → {example.target_new}")
         tables.append(
-            Html(heading + tag("div", Html(table_of(asked, before, after)), class_="scroll"))
+            Html(heading + tag("div", Html(table_of(asked, before, after).to_html()), class_="scroll"))
         )
     return tables
 

@@ -29,7 +29,6 @@ from ..models.base import BaseModel
 from ..models.load import load_model
 from ..models.tokens import Tokens, collate
 from ..models.trunk import FrozenTrunk
-from ..reporting.findings import Row
 
 ALL, SCORED = "gradient, all tokens", "gradient, scored tokens"
 PER_FEATURE, WHITENED = "normalised per feature", "whitened keys"
@@ -48,6 +47,36 @@ def open_editor(
     base = base.with_sites(hparams.inner_params) if base else load_model(hparams)
     texts = [edit_tokens(base, hparams, example) for example in examples]
     return MENDEditor(base, _fresh(base, hparams, texts, norm=True), name="untrained")
+
+
+def about(editor: MENDEditor) -> dict[str, str]:
+    """The base model and the hypernetwork of `open_editor`, in words."""
+    known = "trained"
+    if editor.name == "untrained":
+        known = "NONE: a MEND at identity initialisation, per-feature statistics, never trained"
+    return {"base model": editor.base.name, "hypernetwork": known}
+
+
+def answer_tokens(base: BaseModel, example: EditExample) -> dict[str, str | None]:
+    """An edit's `prompt`, its `new` and `old` answer, and the first token of each after the prompt.
+
+    The tokens are `new_token` and `old_token`; None where there is no such answer.
+    """
+
+    def first(answer: str | None) -> str | None:
+        if not answer:
+            return None
+        if base.labels:
+            return base.said(answer)
+        return base.tokenizer.decode([base.tokenize(example.prompt, answer).targets[0]])
+
+    return {
+        "prompt": example.prompt,
+        "new": example.target_new,
+        "old": example.ground_truth,
+        "new_token": first(example.target_new),
+        "old_token": first(example.ground_truth),
+    }
 
 
 def restarted(base: BaseModel, mend: MEND, /, *, init: str = "id_xavier") -> MEND:
@@ -201,7 +230,7 @@ def spectra(updates: Mapping[str, Updates], /, *, most: int = 8) -> list[dict[st
 
 def sweep(
     trunk: FrozenTrunk, mend: MEND, examples: Sequence[ExampleTexts], /, *, sizes: Sequence[float]
-) -> list[Row]:
+) -> list[dict[str, Any]]:
     """`validate` at step sizes that give an edit the mean relative norm ‖ΔW‖ / ‖W‖ (over all sites) of each of `sizes`.
 
     A negative size turns the update's sign round, 0 is the unedited model.

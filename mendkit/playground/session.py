@@ -10,7 +10,7 @@ from typing import Any
 
 from ..data.examples import EditExample
 from ..errors import DataError, MendkitError
-from ..evaluation.inspection import open_editor
+from ..evaluation.inspection import answer_tokens, open_editor
 from ..hparams import MENDHyperParams
 from ..mend.edit import Edit
 from ..mend.editor import MENDEditor
@@ -26,7 +26,7 @@ class Playground:
     """A model, its editor and a journal.
 
     Where `archive` is null a MEND that was never trained stands in (`open_editor`, with the statistics of
-    `statistics`), and `tables.about` says so. `max_new_tokens` limits what is written after a prompt.
+    `statistics`), and `inspection.about` says so. `max_new_tokens` limits what is written after a prompt.
     """
 
     def __init__(
@@ -114,7 +114,7 @@ class Playground:
 
     def next_tokens(self, index: int = 0) -> Row:
         """Next-token probabilities after one of the prompts, before and after: a fact of `plots.next_token_bars`."""
-        fact = tables.answers(self.editor.base, self._asked()[index][1])
+        fact = answer_tokens(self.editor.base, self._asked()[index][1])
         among = tuple(token for token in (fact["new_token"], fact["old_token"]) if token)
 
         def read() -> dict[str, float]:

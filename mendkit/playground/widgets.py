@@ -18,8 +18,10 @@ from IPython.display import HTML
 
 from ..data.examples import EditExample, Probe
 from ..errors import MendkitError
+from ..evaluation.inspection import about
 from ..hparams import MENDHyperParams, parse_overrides
 from ..reporting import plots, tables
+from ..reporting.figures import WIDTH
 from ..reporting.findings import Row
 from ..runs import project_path
 from .session import Playground
@@ -27,7 +29,7 @@ from .session import Playground
 logger = logging.getLogger(__name__)
 
 STRONGEST = 3.0  # on a slider, unless an edit is stronger
-FIGURE = round(plots.WIDTH * 100)  # pixels
+FIGURE = round(WIDTH * 100)  # pixels
 OWN = "(a fact of your own)"
 STYLE = """<style>
 .mendkit {max-width: 1120px}
@@ -36,7 +38,6 @@ STYLE = """<style>
 .mendkit table {border-collapse: collapse; font-size: 13px; margin: 4px 0}
 .mendkit :is(th, td) {padding: 3px 14px 3px 0; border-bottom: 1px solid #8883; overflow-wrap: anywhere}
 .mendkit :is(th, td):is(:first-child, :nth-child(n+5)) {white-space: nowrap; overflow-wrap: normal}
-.mendkit mark {background: #ffe08a; color: #222; padding: 0 3px; border-radius: 2px}
 .mendkit .widget-textarea {flex-direction: column; align-items: stretch; height: auto}
 .mendkit .widget-textarea label {width: auto; text-align: left}
 .mendkit-row {border-left: 4px solid transparent; padding-left: 6px; align-items: center}
@@ -95,13 +96,23 @@ class Panel:
             return
         self.table.add_class("mendkit-old")  # until what is written is read, too
         self._draw()
-        self.table.value = tables.before_after(*self.playground.completions())
+        self.table.value = tables.before_after(*self.playground.completions()).to_html()
         self.table.remove_class("mendkit-old")
 
     def snapshot(self) -> HTML:
         """What the panel shows, without widgets."""
-        rows = [("shown" if r["shown"] else "", *_about(r)) for r in self.playground.journal()]
-        journal = tables.table(("", "edit", "strength", "state"), rows)
+        rows = []
+        for row in self.playground.journal():
+            state = "in force" if row["active"] else "undone"
+            rows.append(
+                {
+                    "": "shown" if row["shown"] else "",
+                    "edit": row["edit"],
+                    "strength": row["strength"],
+                    "state": state,
+                }
+            )
+        journal = tables.table(rows).to_html()
         parts = [
             self.about.value,
             "<h4>Journal of edits</h4>",
@@ -253,7 +264,7 @@ class Panel:
         """Let model, journal and choices show what the playground holds, without acting on it."""
         editor, journal = self.playground.editor, self.playground.journal()
         untrained = editor.name == "untrained"
-        text = " · ".join(f"{what}: {value}" for what, value in tables.about(editor))
+        text = " · ".join(f"{what}: {value}" for what, value in about(editor).items())
         text += f" ({self.playground.hparams.archive})" * (not untrained)
         text += ". Train one with notebook 01 and give its path as archive." * untrained
         self.about.value = (
@@ -331,10 +342,6 @@ class _Row:
         self.toggle.description = "Undo" if edit["active"] else "Re-apply"
         for name, there in (("shown", edit["shown"]), ("undone", not edit["active"])):
             (self.box.add_class if there else self.box.remove_class)(name)
-
-
-def _about(edit: Row) -> tuple[str, str, str]:
-    return edit["edit"], f"{edit['strength']:g}", "in force" if edit["active"] else "undone"
 
 
 def _lines(text: str) -> list[str]:

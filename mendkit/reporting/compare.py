@@ -11,14 +11,14 @@ from typing import Any
 from urllib.parse import quote
 
 from ..errors import MendkitError
-from ..evaluation.results import Interval
+from ..evaluation.results import HARMONIC, Interval
 from ..runs import clock
 from . import findings
-from .findings import HEADLINE
 from .page import Html, cells_table, tag
 from .report import TRAIN
 from .sweep import SWEEP
 
+HEADLINE = HARMONIC["score.headline"]
 PREFIX = "single."  # of the trained editor's scores in a report's results
 
 

@@ -1,62 +1,68 @@
-"""Figures: data in, labelled figure out; the only importer of matplotlib.
+"""Figures, one small function each: results in, labelled chart out.
 
-Every function returns a `Chart`: a figure whose title is a finding computed from the data (findings.py), with
-the rows it was drawn from. Figures are plain `Figure` objects (no pyplot, no global state). Shares lie in
-[0, 1]; whiskers are 95 % intervals over edits; colours are those of Okabe and Ito, and markers differ, too.
+A chart's title is a finding computed from the data (findings.py). Shares lie in [0, 1]; whiskers and
+bands are 95 % intervals over edits.
 """
 
-import base64
-import csv
-import io
 import textwrap
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from pathlib import Path
-from statistics import median
 from typing import Any
 
+import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.font_manager import findfont, get_font
-from matplotlib.ticker import LogFormatter
 
+from ..evaluation.results import HEADLINE, Interval
 from . import findings
-from .findings import Mean, Row, Summary
+from .figures import (
+    BLACK,
+    BLUE,
+    GREEN,
+    GREY,
+    ORANGE,
+    PURPLE,
+    RED,
+    SHARE_TICKS,
+    Chart,
+    categories,
+    dots,
+    drawable,
+    finish,
+    in_style,
+    logarithmic,
+    mark,
+    panels,
+    whiskers,
+)
+from .findings import Row, Rows, Summary
 
-WIDTH, DPI = 7.2, 150  # inches, dots per inch
-BLACK, GREY, BLUE, ORANGE = "#222222", "#8A8A8A", "#0072B2", "#E69F00"
-GREEN, RED, PURPLE = "#009E73", "#D55E00", "#CC79A7"
-COLOURS, MARKERS = (BLACK, BLUE, ORANGE, GREEN, RED, PURPLE), "osD^vPX"
-TICKS = (0, 0.2, 0.4, 0.6, 0.8, 1)  # of a share
 TINY = 1e-5  # KL may be 0, which a logarithmic axis cannot show
 NATS, KL = "NLL of the new answer (nats per token)", "KL(unedited ‖ edited) (nats)"
 ALONE = "each on a fresh model; teacher-forced"
+LIMITS = (-0.03, 1.03)  # of a share
 
+# Validation shares: label, colour, marker.
 SHARES = {
     "edit_success": ("edit success", BLUE, "o"),
     "paraphrase": ("paraphrase", ORANGE, "s"),
     "neighbourhood": ("neighbourhood", GREEN, "^"),
     "locality": ("locality (unrelated)", PURPLE, "D"),
-    "score": ("score (harmonic mean)", BLACK, "x"),
+    "score": ("score (harmonic mean)", BLACK, "X"),
 }
-"""Validation shares: label, colour, marker. The first two are teacher-forced, all target tokens right."""
-
+# Losses by role: label, colour, axis.
 LOSSES = {
     "edit": ("edit", BLUE, NATS),
     "paraphrases": ("paraphrases", ORANGE, NATS),
     "neighbours": ("neighbours", GREEN, KL),
     "unrelated": ("unrelated prompts", PURPLE, KL),
 }
-"""Losses by role: label, colour, axis."""
-
 HEADLINE_LABELS = {
-    "edit_success.free_exact": "edit success\n(writes the new answer)",
-    "paraphrase.free_exact": "paraphrase\n(writes the new answer)",
-    "neighbourhood.argmax_agreement": "neighbourhood\n(argmax as before)",
-    "locality.argmax_agreement": "locality, unrelated\n(argmax as before)",
+    HEADLINE["edit"]: "edit success\n(writes the new answer)",
+    HEADLINE["paraphrases"]: "paraphrase\n(writes the new answer)",
+    HEADLINE["neighbours"]: "neighbourhood\n(argmax as before)",
+    HEADLINE["unrelated"]: "locality, unrelated\n(argmax as before)",
 }
-
-
+# Ways to score one and the same answer, roughly from the easiest to the hardest.
 SCORES = {
     "tf_token": "teacher-forced,\nshare of tokens",
     "tf_exact": "teacher-forced,\nall tokens",
@@ -65,768 +71,502 @@ SCORES = {
     "free_exact": "free decoding,\nexactly the answer",
     "free_exact_question": "the same,\nasked as a question",
 }
-"""Ways to score one and the same answer, roughly from the easiest to the hardest."""
-
-
-AT_ONCE = {
-    "edit_success.free_exact": "edit success",
-    "paraphrase.free_exact": "paraphrase",
-    "neighbourhood.argmax_agreement": "neighbourhood (argmax as before)",
-    "locality.argmax_agreement": "locality (argmax as before)",
-}
+# Panels of notebook 05: many edits at once, and in a row.
+AT_ONCE = HEADLINE_LABELS
 IN_A_ROW = {
-    "edit_success.free_exact": "edit success right after the edit",
+    HEADLINE["edit"]: "edit success right after the edit",
     "retention.all": "retention: of all edits so far, now",
-    "locality.argmax_agreement": "locality (argmax as before), now",
+    HEADLINE["unrelated"]: "locality (argmax as before), now",
     "norm.relative_max": "relative norm of the change, largest site",
     "drawdown.perplexity": "perplexity of held-out text, above before",
 }
-MEASURES = {"norm.relative_max": "‖ΔW‖ / ‖W‖", "drawdown.perplexity": "perplexity"}
-"""Panels of notebook 05: many edits at once, and in a row; and the metrics that are no shares."""
+MEASURES = {"norm.relative_max": "‖ΔW‖ / ‖W‖", "drawdown.perplexity": "perplexity"}  # no shares
 
 
-@dataclass(frozen=True)
-class Chart:
-    """A figure, its title (the finding) and the rows it was drawn from. Shows itself in a notebook."""
-
-    name: str
-    finding: str
-    figure: Figure
-    rows: tuple[Row, ...]
-
-    def png(self) -> bytes:
-        """The figure as PNG."""
-        buffer = io.BytesIO()
-        self.figure.savefig(buffer, format="png", dpi=DPI, metadata={"Title": self.finding})
-        return buffer.getvalue()
-
-    def save(self, folder: str | Path, /) -> "Chart":
-        """Write `<name>.png` and `<name>.csv` into the folder (made if need be); returns the chart."""
-        folder = Path(folder)
-        folder.mkdir(parents=True, exist_ok=True)
-        (folder / f"{self.name}.png").write_bytes(self.png())
-        columns = list(dict.fromkeys(key for row in self.rows for key in row))
-        with (folder / f"{self.name}.csv").open("w", encoding="utf-8", newline="") as file:
-            writer = csv.DictWriter(file, columns)
-            writer.writeheader()
-            writer.writerows(self.rows)
-        return self
-
-    def _repr_mimebundle_(self, include: Any = None, exclude: Any = None) -> tuple[Row, Row]:
-        data = {"image/png": base64.b64encode(self.png()).decode(), "text/plain": self.finding}
-        return data, {"image/png": {"width": round(WIDTH * 100)}}
+def _share_lines(ax: Axes, frame: pd.DataFrame, x: str, *, prefix: str = "") -> None:
+    for name, (label, colour, marker) in SHARES.items():
+        if prefix + name in frame:
+            ax.plot(frame[x], frame[prefix + name], color=colour, marker=marker, label=label)
+    ax.set_ylim(LIMITS)
 
 
-# --------------------------------------------------------------------------------------------------- training
+# ---- training
 
 
-def loss_curves(history: Sequence[Row], /) -> Chart:
-    """Losses by role against steps: raw training rows, their running mean, the validation loss as markers."""
-    train = [row for row in history if "loss" in row]
-    figure, axes = _panels(2, 3.7)
+@in_style
+def loss_curves(history: Sequence[Row]) -> Chart:
+    """Losses by role against steps: training rows, their running mean, and validation as markers."""
+    frame = pd.DataFrame(history)
+    figure, axes = panels(2, 3.7)
     for role, (label, colour, unit) in LOSSES.items():
         ax = axes[unit == KL]
         ax.set(xlabel="training step", ylabel=unit)
-        rows = [row for row in train if role in row]
-        if rows:
-            x, y = [row["step"] for row in rows], [max(row[role], TINY) for row in rows]
-            ax.plot(x, y, color=colour, alpha=0.25, lw=0.8)
-            ax.plot(x, findings.smooth(y), color=colour, lw=1.8, label=label)
-        key = f"val.loss.{role}"
-        rows = [row for row in history if key in row]
-        style = {"color": colour, "ls": ":", "lw": 1, "marker": "o", "ms": 4, "mfc": "white"}
-        ax.plot([row["step"] for row in rows], [max(row[key], TINY) for row in rows], **style)
-    for ax in axes:
-        ax.set_yscale("log")
-        ax.yaxis.set_major_formatter(lambda value, _: f"{value:g}")
-        ax.yaxis.set_minor_formatter(LogFormatter(labelOnlyBase=False))
+        logarithmic(ax, "y")
+        if role in frame:
+            loss = frame.set_index("step")[role].dropna().clip(lower=TINY)
+            ax.plot(loss, color=colour, marker="", alpha=0.25, lw=0.8)
+            mean = findings.smooth(loss.tolist())
+            ax.plot(loss.index, mean, color=colour, marker="", lw=1.8, label=label)
+        if f"val.loss.{role}" in frame:
+            loss = frame.set_index("step")[f"val.loss.{role}"].dropna().clip(lower=TINY)
+            ax.plot(loss, color=colour, ls=":", lw=1, marker="o", mfc="white")
         if ax.get_legend_handles_labels()[0]:
-            ax.legend(frameon=False, fontsize=8)
-    note = f"faint: {len(train)} logged batches; lines: their running mean; hollow markers: validation edits"
-    return _chart("loss_curves", findings.losses(history), figure, history, note=note, key=False)
+            ax.legend()
+    note = "faint: logged batches; lines: their running mean; hollow markers: validation edits"
+    finding = findings.losses(history)
+    return finish("loss_curves", finding, figure, frame, note=note, legend=False)
 
 
-def validation_curves(history: Sequence[Row], best: Row, /, *, n: int) -> Chart:
-    """Validation shares over n edits against steps and wall time; `best` is the row of the kept archive."""
-    rows = [row for row in history if "val.score" in row]
-    figure, axes = _panels(2, 3.8)
+@in_style
+def validation_curves(history: Sequence[Row], best: Row, *, n: int) -> Chart:
+    """Validation shares over n edits by step and wall time; `best` is the kept archive's row."""
+    frame = pd.DataFrame([row for row in history if "val.score" in row])
+    figure, axes = panels(2, 3.8)
     units = {"step": "training step", "seconds": "wall time (s), caches included"}
     for ax, (key, unit) in zip(axes, units.items(), strict=True):
-        _mark(ax, best[key], "kept")
-        _share_lines(ax, rows, key, prefix="val.")
-        ax.set(xlabel=unit, ylabel="share of validation edits" if key == "step" else "")
-    table = [{k: v for k, v in row.items() if k in units or k.startswith("val.")} for row in rows]
-    finding = findings.validation(history, best)
-    return _chart("validation", finding, figure, table, note=f"n = {n} validation edits, {ALONE}")
-
-
-def step_sizes(edit_lrs: Mapping[str, float], /, *, start: float) -> Chart:
-    """Size of the learned step α of every site (an imported one may be negative), and where all started."""
-    names, values = (
-        [findings.short_site(name) for name in edit_lrs],
-        [abs(value) for value in edit_lrs.values()],
-    )
-    figure, (ax,) = _panels(1, 1.5 + 0.24 * len(names))
-    y, low, high = range(len(names)), min([start, *values]), max([start, *values])
-    _mark(ax, start, "start")
-    ax.hlines(y, start, values, color=BLUE, lw=1.2, alpha=0.6)
-    ax.plot(values, y, "o", color=BLUE, ms=6)
-    ax.set_xscale("log")
-    ax.set_xlim(low / 1.3, high * 1.3)
-    ax.xaxis.set_major_formatter(LogFormatter(labelOnlyBase=False))
-    ax.xaxis.set_minor_formatter(LogFormatter(labelOnlyBase=False))
-    _categories(ax, names)
-    ax.set(xlabel="step size α (log scale)", ylabel="edit site (block.layer)")
-    rows = [{"site": site, "edit_lr": value, "start": start} for site, value in edit_lrs.items()]
-    finding = findings.step_sizes(edit_lrs, start=start)
-    return _chart("step_sizes", finding, figure, rows, note=f"n = {len(names)} sites", key=False)
-
-
-def control_curve(rows: Sequence[Row], best: Row, /, *, n: int) -> Chart:
-    """The identity control's validation shares by step size, and the trained editor's score (`best` row)."""
-    figure, (ax,) = _panels(1, 4)
-    _share_lines(ax, rows, "edit_lr")
-    ax.axhline(best["val.score"], color=BLACK, ls="--", lw=1.2, label="score of the trained editor")
-    ax.set_xscale("log")
-    ax.set(
-        xlabel="step size α of the untrained editor (log scale)", ylabel="share of validation edits"
-    )
+        mark(ax, best[key], "kept")
+        _share_lines(ax, frame, key, prefix="val.")
+        ax.set(xlabel=unit, ylabel="share of validation edits")
     note = f"n = {n} validation edits, {ALONE}"
-    return _chart("control", findings.control(rows, best), figure, rows, note=note)
+    return finish("validation", findings.validation(history, best), figure, frame, note=note)
 
 
-# ---------------------------------------------------------------------------------------------------- editing
+@in_style
+def step_sizes(edit_lrs: Mapping[str, float], *, start: float) -> Chart:
+    """Size of every site's learned step α (an imported one may be negative), and the start."""
+    frame = pd.DataFrame({"site": edit_lrs.keys(), "edit_lr": edit_lrs.values(), "start": start})
+    sizes, y = frame["edit_lr"].abs(), range(len(frame))
+    figure, (ax,) = panels(1, 1.5 + 0.24 * len(frame))
+    mark(ax, start, "start")
+    ax.hlines(y, start, sizes, color=BLUE, lw=1.2, alpha=0.6)
+    ax.plot(sizes, y, "o", ms=6)
+    logarithmic(ax, "x")
+    ax.set_xlim(min(start, sizes.min()) / 1.3, max(start, sizes.max()) * 1.3)
+    categories(ax, [findings.short_site(site) for site in edit_lrs])
+    ax.set(xlabel="step size α (log scale)", ylabel="edit site (block.layer)")
+    finding, note = findings.step_sizes(edit_lrs, start=start), f"n = {len(frame)} sites"
+    return finish("step_sizes", finding, figure, frame, note=note, legend=False)
 
 
-def next_token_bars(facts: Sequence[Row], /) -> Chart:
-    """Next-token probabilities before and after each edit, one panel per fact.
+@in_style
+def control_curve(rows: Sequence[Row], best: Row, *, n: int) -> Chart:
+    """The identity control's validation shares by step size, and the trained editor's score."""
+    frame = pd.DataFrame(rows)
+    figure, (ax,) = panels(1, 4)
+    _share_lines(ax, frame, "edit_lr")
+    ax.axhline(best["val.score"], color=BLACK, ls="--", label="score of the trained editor")
+    logarithmic(ax, "x")
+    ax.set_xlabel("step size α of the untrained editor (log scale)")
+    ax.set_ylabel("share of validation edits")
+    note = f"n = {n} validation edits, {ALONE}"
+    return finish("control", findings.control(rows, best), figure, frame, note=note)
 
-    A fact has `prompt`, its answers `new` and `old` (or None), their first tokens `new_token`, `old_token`,
-    and `before`, `after`: probabilities by token.
+
+# ---- editing
+
+
+@in_style
+def next_token_bars(facts: Sequence[Row]) -> Chart:
+    """Next-token probabilities before and after each edit, one panel a fact.
+
+    A fact has `prompt`, its answers `new` and `old` (or None), their first tokens `new_token` and
+    `old_token`, and `before` and `after`: probabilities by token.
     """
-    figure, axes = _panels(len(facts), 0.9 + 2.4 * -(-len(facts) // 2))
-    table: list[Row] = []
+    figure, axes = panels(len(facts), 0.9 + 2.4 * -(-len(facts) // 2))
+    tables = []
     for ax, fact in zip(axes, facts, strict=True):
-        before, after = fact["before"], fact["after"]
-        most = {
-            token: max(before.get(token, 0.0), after.get(token, 0.0))
-            for token in {**after, **before}
-        }
-        named = {fact["old_token"]: " (old)"} if fact["old_token"] in most else {}
-        named[fact["new_token"]] = " (new)" if fact["new_token"] not in named else " (new and old)"
-        tokens = [*named, *sorted(most.keys() - named, key=most.__getitem__, reverse=True)][:7]
-        tokens.sort(key=lambda token: most.get(token, 0.0), reverse=True)
-        for offset, state, colour in ((-0.2, "before", GREY), (0.2, "after", BLUE)):
-            y = [k + offset for k in range(len(tokens))]
-            ax.barh(
-                y,
-                [fact[state].get(t, 0.0) for t in tokens],
-                0.38,
-                color=colour,
-                label=f"{state} the edit",
-            )
-        texts = {t: _drawable(t.replace("\n", "⏎").replace(" ", "␣")) or "(empty)" for t in tokens}
-        _categories(ax, [texts[t] + named.get(t, "") for t in tokens])
-        ax.set(xlim=(0, 1), xlabel="probability", ylabel="next token")
-        title = textwrap.fill(
-            _drawable(f"{fact['prompt']} → {fact['new']}"), 38 if len(facts) > 1 else 90
-        )
-        ax.set_title(title, fontsize=8.5, loc="left", parse_math=False)
-        own = {key: fact[key] for key in ("prompt", "new", "old")}
-        table += [
-            {**own, "token": t, "before": before.get(t), "after": after.get(t)} for t in tokens
+        table = pd.DataFrame({state: fact[state] for state in ("before", "after")})
+        # Both answers and the most probable other tokens, seven in all.
+        answers = [
+            token for token in (fact["new_token"], fact["old_token"]) if token in table.index
         ]
+        most = table.max(axis=1).sort_values(ascending=False, kind="stable")
+        chosen = [*dict.fromkeys([*answers, *most.index])][:7]
+        table = table.loc[[token for token in most.index if token in chosen]]
+        for offset, state, colour in ((-0.2, "before", GREY), (0.2, "after", BLUE)):
+            y = [k + offset for k in range(len(table))]
+            ax.barh(y, table[state].fillna(0), 0.38, color=colour, label=f"{state} the edit")
+        categories(ax, [_token_label(token, fact) for token in table.index])
+        ax.set(xlim=(0, 1), xlabel="probability", ylabel="next token")
+        width = 38 if len(facts) > 1 else 90
+        ax.set_title(textwrap.fill(drawable(f"{fact['prompt']} → {fact['new']}"), width))
+        about = {key: fact[key] for key in ("prompt", "new", "old")}
+        tables.append(table.rename_axis("token").reset_index().assign(**about))
     note = "␣: a space; ⏎: a new line; (new), (old): first token of the answer"
-    return _chart("next_tokens", findings.next_tokens(facts), figure, table, note=note)
+    data = pd.concat(tables)
+    return finish("next_tokens", findings.next_tokens(facts), figure, data, note=note)
 
 
-def headline(trained: Summary, control: Summary, /) -> Chart:
+def _token_label(token: str, fact: Row) -> str:
+    text = drawable(token.replace("\n", "⏎").replace(" ", "␣")) or "(empty)"
+    answers = [kind for kind in ("new", "old") if token == fact[f"{kind}_token"]]
+    return f"{text} ({' and '.join(answers)})" if answers else text
+
+
+def _interval_rows(summaries: Mapping[str, Summary], metrics: Mapping[str, str]) -> pd.DataFrame:
+    """A row for every metric (`category`: its label) and summary (`series`) that has it."""
+    rows: list[dict[str, Any]] = []
+    for metric, label in metrics.items():
+        for series, summary in summaries.items():
+            if metric in summary:
+                where = {"series": series, "metric": metric, "category": label}
+                rows.append({**where, **vars(summary[metric])})
+    return pd.DataFrame(rows)
+
+
+@in_style
+def headline(trained: Summary, control: Summary) -> Chart:
     """The four headline shares of the unedited model, the identity control and the trained editor.
 
-    The unedited model's values are `before.<metric>`, or 1 where it would be compared with itself.
+    The unedited model's values are `before.<metric>`, or 1 where it is compared with itself.
     """
-    labels = {
-        metric: label
-        for metric, label in HEADLINE_LABELS.items()
-        if metric in {*trained} & {*control}
-    }
-    figure, (ax,) = _panels(1, 1.6 + 0.8 * len(labels))
-    editors = (
-        ("unedited", GREY, "D"),
-        ("identity control", RED, "s"),
-        ("trained editor", BLUE, "o"),
-    )
-    rows: list[Row] = []
-    for i, metric in enumerate(labels):
-        found = (trained.get(f"before.{metric}"), control[metric], trained[metric])
-        for k, ((name, colour, marker), value) in enumerate(zip(editors, found, strict=True)):
-            y, text = i + 0.26 * (k - 1), "1 by definition"
-            if value is None:
-                ax.plot(1, y, marker, mfc="white", color=colour, ms=5.5)
-                rows.append({"editor": name, "metric": metric, "mean": 1.0})
-            else:
-                text = f"{value.mean:.2f} [{value.low:.2f}, {value.high:.2f}]"
-                drawn = _whisker(
-                    ax, value, y, colour=colour, marker=marker, label=name if i == 0 else ""
-                )
-                rows.append({"editor": name, "metric": metric, **drawn})
-            ax.text(1.05, y, text, color=colour, fontsize=8, va="center")
-    _categories(ax, list(labels.values()))
-    ax.set(
-        xlim=(-0.03, 1.3), xticks=TICKS, xlabel="share, with its 95 % interval", ylabel="measure"
-    )
-    n = max((trained[metric].n for metric in labels), default=0)
-    note = f"score: harmonic mean of the shares shown; n = {n} edits, each on a fresh model"
-    return _chart("headline", findings.verdict(trained, control), figure, rows, note=note)
+    styles = {"unedited": (GREY, "D"), "identity control": (RED, "s")}
+    styles["trained editor"] = (BLUE, "o")
+    by_itself = Interval(1.0, 1.0, 1.0, 0)
+    unedited = {metric: trained.get(f"before.{metric}", by_itself) for metric in trained}
+    summaries = {"unedited": unedited, "identity control": control, "trained editor": trained}
+    frame = _interval_rows(summaries, HEADLINE_LABELS)
+    names = frame["category"].unique().tolist()
+    figure, (ax,) = panels(1, 1.6 + 0.8 * len(names))
+    dots(ax, frame, names, styles)
+    ax.set(xlabel="share, with its 95 % interval", ylabel="measure")
+    note = f"n = {frame['n'].max()} edits, each on a fresh model; unedited, argmax: 1 by definition"
+    return finish("headline", findings.verdict(trained, control), figure, frame, note=note)
 
 
-def decoding(summary: Summary, /) -> Chart:
-    """One editor under every score of its answers: on the edit prompt, on paraphrases, and before the edit."""
-    figure, (ax,) = _panels(1, 1.5 + 0.55 * len(SCORES))
-    rows: list[Row] = []
-    series = (
-        ("unedited", "before.edit_success", GREY, "D"),
-        ("edit success", "edit_success", BLUE, "o"),
-    )
-    for k, (label, prefix, colour, marker) in enumerate(
-        (*series, ("paraphrase", "paraphrase", ORANGE, "s"))
-    ):
-        for i, name in enumerate(SCORES):
-            if (value := summary.get(f"{prefix}.{name}")) is not None:
-                y, first = i + 0.24 * (k - 1), not any(row["series"] == label for row in rows)
-                drawn = _whisker(
-                    ax, value, y, colour=colour, marker=marker, label=label if first else ""
-                )
-                ax.text(1.05, y, f"{value.mean:.2f}", color=colour, fontsize=8, va="center")
-                rows.append({"series": label, "score": name, **drawn})
-    _categories(ax, list(SCORES.values()))
-    ax.set(
-        xlim=(-0.03, 1.12),
-        xticks=TICKS,
-        xlabel="share, with its 95 % interval over edits",
-        ylabel="score",
-    )
-    note = f"n = {max(row['n'] for row in rows)} edits, each on a fresh model"
-    return _chart("decoding", findings.decoding(summary), figure, rows, note=note)
+@in_style
+def decoding(summary: Summary) -> Chart:
+    """One editor under every score of its answers: the edit, paraphrases, and before the edit."""
+    styles = {"unedited": (GREY, "D"), "edit success": (BLUE, "o"), "paraphrase": (ORANGE, "s")}
+    prefixes = ("before.edit_success.", "edit_success.", "paraphrase.")
+    summaries = {}
+    for series, prefix in zip(styles, prefixes, strict=True):
+        parts = {name.removeprefix(prefix): name for name in summary if name.startswith(prefix)}
+        summaries[series] = {score: summary[name] for score, name in parts.items()}
+    frame = _interval_rows(summaries, SCORES)
+    figure, (ax,) = panels(1, 1.5 + 0.55 * len(SCORES))
+    dots(ax, frame, frame["category"].unique().tolist(), styles)
+    ax.set(xlabel="share, with its 95 % interval over edits", ylabel="score")
+    note = f"n = {frame['n'].max()} edits, each on a fresh model"
+    return finish("decoding", findings.decoding(summary), figure, frame, note=note)
 
 
-def editors(summaries: Mapping[str, Summary], /) -> Chart:
-    """The headline shares of several editors, a panel each; the first is drawn apart."""
-    labels = {
-        m: label
-        for m, label in HEADLINE_LABELS.items()
-        if any(m in own for own in summaries.values())
-    }
-    figure, axes = _panels(len(labels), 1.2 + (0.8 + 0.2 * len(summaries)) * -(-len(labels) // 2))
-    rows: list[Row] = []
+@in_style
+def editors(summaries: Mapping[str, Summary]) -> Chart:
+    """The headline shares of several editors, a panel each; the first editor is drawn apart."""
+    names = list(summaries)
+    frame = _interval_rows(summaries, HEADLINE_LABELS)
+    frame = frame.rename(columns={"series": "editor", "category": "label"})
+    frame["series"] = frame["editor"].where(frame["editor"] == names[0], "others")
+    styles = {names[0]: (BLUE, "o"), "others": (BLACK, "s")}
+    labels = frame["label"].unique()
+    figure, axes = panels(len(labels), 1.2 + (0.8 + 0.2 * len(names)) * -(-len(labels) // 2))
+    for ax, label in zip(axes, labels, strict=True):
+        part = frame[frame["label"] == label]
+        dots(ax, part.rename(columns={"editor": "category"}), names, styles, apart=0)
+        ax.set_title(label.replace("\n", " "))
+        ax.set(xlabel="share, with its 95 % interval", ylabel="editor")
+        ax.label_outer(remove_inner_ticks=False)
+    note = f"n = {frame['n'].max()} edits, each on a fresh model; score: harmonic mean of the four"
+    finding = findings.ranking(summaries)
+    return finish("editors", finding, figure, frame, note=note, legend=False)
+
+
+@in_style
+def many_edits(rows: Rows, *, at_once: bool) -> Chart:
+    """Each metric by the number of edits that a model holds, a line an editor (`tables.many`)."""
+    frame = pd.DataFrame(rows)
+    labels = AT_ONCE if at_once else IN_A_ROW
+    labels = {metric: label for metric, label in labels.items() if metric in set(frame["metric"])}
+    how = "at once" if at_once else "in a row"
+    counts = sorted(frame["edits"].unique())
+    figure, axes = panels(len(labels), 1 + 2.5 * -(-len(labels) // 2))
     for ax, (metric, label) in zip(axes, labels.items(), strict=True):
-        for y, (name, own) in enumerate(summaries.items()):
-            if metric in own:
-                colour, marker = (BLACK, "s") if y else (BLUE, "o")
-                rows.append(
-                    {
-                        "editor": name,
-                        "metric": metric,
-                        **_whisker(ax, own[metric], y, colour=colour, marker=marker, label=""),
-                    }
-                )
-                ax.text(1.05, y, f"{own[metric].mean:.2f}", color=colour, fontsize=8, va="center")
-        left = ax.get_subplotspec().is_first_col()
-        _categories(ax, list(summaries))
-        ax.tick_params(labelleft=left)
-        ax.set_title(label.replace("\n", " "), fontsize=9, loc="left")
-        ax.set(
-            xlim=(-0.03, 1.2),
-            xticks=TICKS,
-            xlabel="share, with its 95 % interval",
-            ylabel="editor" if left else "",
-        )
-    note = f"n = {max(row['n'] for row in rows)} edits, each on a fresh model; headline score: harmonic mean of the four"
-    return _chart("editors", findings.ranking(summaries), figure, rows, note=note, key=False)
-
-
-def many_edits(rows: Sequence[Row], /, *, at_once: bool) -> Chart:
-    """Each metric against the number of edits that a model holds, a line for each editor (`tables.many` rows)."""
-    labels = {
-        m: label
-        for m, label in (AT_ONCE if at_once else IN_A_ROW).items()
-        if any(r["metric"] == m for r in rows)
-    }
-    figure, axes = _panels(len(labels), 1 + 2.5 * -(-len(labels) // 2))
-    shown, counts = [], sorted({row["edits"] for row in rows})
-    for ax, (metric, label) in zip(axes, labels.items(), strict=True):
-        for (colour, marker), editor in zip(
-            SERIES, dict.fromkeys(row["editor"] for row in rows), strict=False
-        ):
-            own = [row for row in rows if row["metric"] == metric and row["editor"] == editor]
-            shown += own
-            x, y = [row["edits"] for row in own], [row["mean"] for row in own]
-            ax.plot(x, y, color=colour, marker=marker, ms=4, lw=1.4, label=editor)
-            if all("low" in row for row in own):
-                ax.fill_between(
-                    x,
-                    [r["low"] for r in own],
-                    [r["high"] for r in own],
-                    color=colour,
-                    alpha=0.12,
-                    lw=0,
-                )
-        ax.set_title(label, fontsize=9, loc="left")
-        ax.set(xscale="log", xlabel="edits made " + ("at once" if at_once else "in a row"))
+        values = frame[frame["metric"] == metric]
+        for editor, part in values.groupby("editor", sort=False):
+            (line,) = ax.plot(part["edits"], part["mean"], label=editor)
+            band = (part["edits"], part["low"], part["high"])
+            ax.fill_between(*band, color=line.get_color(), alpha=0.12, lw=0)
+        ax.set_title(label.replace("\n", " "))
+        ax.set(xscale="log", xlabel=f"edits made {how}", ylabel=MEASURES.get(metric, "share"))
         ax.set_xticks(counts, [str(count) for count in counts])
         ax.minorticks_off()
         if metric in MEASURES:
-            lowest = min(row["mean"] for row in rows if row["metric"] == metric)
-            ax.set(yscale="symlog", ylabel=MEASURES[metric])
-            ax.set_ylim(bottom=1.1 * min(lowest, 0))
+            ax.set_yscale("symlog")
+            ax.yaxis.set_major_formatter("{x:g}")
+            ax.set_ylim(bottom=1.1 * min(values["mean"].min(), 0))
         else:
-            ax.set(ylim=(-0.03, 1.03), ylabel="share")
-    n = max((row["n"] for row in shown if "n" in row), default=0)
-    name, note = (
-        ("at_once", "made at once") if at_once else ("in_a_row", "in one sequence, never reset")
-    )
-    note = f"bands: 95 % intervals over up to n = {n} edits {note}; free decoding"
-    return _chart(name, findings.many(rows, at_once=at_once), figure, shown, note=note)
+            ax.set_ylim(LIMITS)
+    drawn = frame[frame["metric"].isin(labels)]
+    note = f"bands: 95 % intervals over up to n = {drawn['n'].max():.0f} edits {how}; free decoding"
+    name = "at_once" if at_once else "in_a_row"
+    return finish(name, findings.many(rows, at_once=at_once), figure, drawn, note=note)
 
 
-def by_relation(edit: Summary, paraphrase: Summary, /) -> Chart:
-    """Edit success and paraphrase (free decoding, exact) of every relation, best first, with intervals."""
+@in_style
+def by_relation(edit: Summary, paraphrase: Summary) -> Chart:
+    """Edit success and paraphrase (free decoding, exact) of every relation, best first."""
     order = sorted(edit, key=lambda name: (-edit[name].mean, name))
-    figure, (ax,) = _panels(1, 1.6 + 0.3 * len(order))
-    rows: list[Row] = []
-    pairs = (
-        ("edit success", edit, BLUE, "o", -0.16),
-        ("paraphrase", paraphrase, ORANGE, "s", 0.16),
-    )
-    for label, values, colour, marker, offset in pairs:
-        for name in (name for name in order if name in values):
-            first = not any(row["metric"] == label for row in rows)
-            y = order.index(name) + offset
-            drawn = _whisker(
-                ax, values[name], y, colour=colour, marker=marker, label=label if first else ""
-            )
-            rows.append({"relation": name, "metric": label, **drawn})
-    _categories(ax, [f"{findings.relation(name)} (n = {edit[name].n})" for name in order])
-    ax.set(xlim=(-0.03, 1.03), xticks=TICKS, ylabel="relation (n edits)")
+    labels = {name: f"{findings.relation_name(name)} (n = {edit[name].n})" for name in order}
+    frame = _interval_rows({"edit success": edit, "paraphrase": paraphrase}, labels)
+    frame = frame.rename(columns={"metric": "relation"})
+    figure, (ax,) = panels(1, 1.6 + 0.3 * len(order))
+    styles = {"edit success": (BLUE, "o"), "paraphrase": (ORANGE, "s")}
+    dots(ax, frame, list(labels.values()), styles, apart=0.32)
     ax.set_xlabel("share written exactly, with its 95 % interval over edits")
-    return _chart(
-        "by_relation",
-        findings.by_relation(edit),
-        figure,
-        rows,
-        note="each edit on a fresh model; free decoding",
-    )
+    ax.set_ylabel("relation (n edits)")
+    note = "each edit on a fresh model; free decoding"
+    return finish("by_relation", findings.by_relation(edit), figure, frame, note=note)
 
 
-def probability_shifts(values: Sequence[Row], /) -> Chart:
-    """Each edit's log P of the new and the old answer, before (x) and after (y); `values` are its row's."""
-    kinds = {"log_p.new": ("new answer", BLUE), "log_p.old": ("old answer", RED)}
-    pairs = {
-        k: [(r[f"before.{k}"], r[k]) for r in values if k in r and f"before.{k}" in r]
-        for k in kinds
-    }
-    pairs = {kind: found for kind, found in pairs.items() if found}
-    lowest = min(min(pair) for found in pairs.values() for pair in found)
-    figure, axes = _panels(len(pairs), 4)
-    for ax, (kind, found) in zip(axes, pairs.items(), strict=True):
-        label, colour = kinds[kind]
-        x, y = zip(*found, strict=True)
-        ax.plot([lowest, 0], [lowest, 0], color=GREY, lw=1, ls="--")
-        ax.scatter(x, y, s=14, color=colour, alpha=0.45, linewidths=0)
-        ax.plot(median(x), median(y), "P", color=BLACK, ms=9, mec="white")
-        ax.set_title(f"{label} (n = {len(found)} edits)", fontsize=9, loc="left")
+@in_style
+def probability_shifts(rows: Rows) -> Chart:
+    """Each edit's log P of the new and the old answer, before (x) and after (y)."""
+    frame = pd.DataFrame(rows)
+    kinds = [kind for kind in ("new", "old") if f"before.log_p.{kind}" in frame]
+    columns = [f"{state}log_p.{kind}" for kind in kinds for state in ("before.", "")]
+    frame = frame[columns]
+    lowest = frame.min(axis=None)
+    figure, axes = panels(len(kinds), 4)
+    for ax, kind in zip(axes, kinds, strict=True):
+        both = frame[[f"before.log_p.{kind}", f"log_p.{kind}"]].dropna()
+        ax.plot([lowest, 0], [lowest, 0], color=GREY, lw=1, ls="--", marker="")
+        ax.plot(*both.T.to_numpy(), "o", color=BLUE, alpha=0.45, mew=0)
+        ax.plot(*both.median(), "P", color=BLACK, ms=9, mec="white")
+        ax.set_title(f"{kind} answer (n = {len(both)} edits)")
         limits = (lowest * 1.03, -lowest * 0.03)
         ax.set(xlim=limits, ylim=limits, aspect="equal")
         ax.set(xlabel="log P before (nats per token)", ylabel="log P after (nats per token)")
         ax.label_outer()
-    rows = [
-        {key: row.get(key) for kind in pairs for key in (f"before.{kind}", kind)} for row in values
-    ]
     note = "dashed: unchanged; cross: median"
-    return _chart("probability_shifts", findings.shifts(values), figure, rows, note=note, key=False)
+    finding = findings.shifts(frame)
+    return finish("probability_shifts", finding, figure, frame, note=note, legend=False)
 
 
-def strength_curve(rows: Sequence[Row], /, *, n: int) -> Chart:
-    """Shares over n edits against the strength that multiplies every update (1: as trained)."""
-    figure, (ax,) = _panels(1, 4)
-    _mark(ax, 1, "as trained")
-    _share_lines(ax, rows, "strength")
+@in_style
+def strength_curve(rows: Sequence[Row], *, n: int) -> Chart:
+    """Shares over n edits by the strength that multiplies every update (1: as trained)."""
+    figure, (ax,) = panels(1, 4)
+    mark(ax, 1, "as trained")
+    _share_lines(ax, pd.DataFrame(rows), "strength")
     ax.set(xlabel="strength (factor on every update)", ylabel="share of edits")
-    return _chart("strength", findings.strength(rows), figure, rows, note=f"n = {n} edits, {ALONE}")
+    return finish("strength", findings.strength(rows), figure, rows, note=f"n = {n} edits, {ALONE}")
 
 
-# ---------------------------------------------------------------------------------------------- inside an edit
+# ---- inside an edit
 
 
-SERIES = ((BLUE, "o"), (ORANGE, "s"), (GREEN, "^"), (PURPLE, "D"), (RED, "v"), (BLACK, "x"))
-"""Colours and markers of series that are named by the data."""
-
-
-def ranks(rows: Sequence[Row], /) -> Chart:
-    """Numerical rank of each gradient against its number of tokens (`rank`, `tokens`, `error` of each row)."""
-    figure, (ax,) = _panels(1, 3.8)
-    most = max(row["tokens"] for row in rows)
-    ax.plot([0, most], [0, most], color=GREY, lw=1, ls="--", label="rank = tokens")
-    ax.scatter(
-        [r["tokens"] for r in rows],
-        [r["rank"] for r in rows],
-        s=22,
-        color=BLUE,
-        alpha=0.35,
-        linewidths=0,
+@in_style
+def ranks(rows: Rows) -> Chart:
+    """Numerical rank of each gradient by its number of tokens (`rank`, `tokens`, `error`)."""
+    frame = pd.DataFrame(rows)
+    figure, (ax,) = panels(1, 3.8)
+    most = frame["tokens"].max()
+    ax.plot([0, most], [0, most], color=GREY, lw=1, ls="--", marker="", label="rank = tokens")
+    ax.plot(frame["tokens"], frame["rank"], "o", color=BLUE, alpha=0.35, mew=0, ms=5)
+    ax.set(xlabel="tokens that contribute (count)", ylabel="numerical rank of ∇L (count)")
+    ax.set(xlim=(0, None), ylim=(0, None))
+    full = frame["full_rank"].min()
+    note = (
+        f"n = {len(frame)} gradients (texts × sites), dense, by autograd; full rank: {full} or more"
     )
-    ax.set(
-        xlabel="tokens that contribute (count)",
-        ylabel="numerical rank of ∇L (count)",
-        xlim=(0, None),
-    )
-    ax.set_ylim(0, None)
-    full = min(row["full_rank"] for row in rows)
-    note = f"n = {len(rows)} gradients (texts × sites), dense, by autograd; a full rank would be {full} or more"
-    return _chart("ranks", findings.rank_one(rows), figure, rows, note=note)
+    return finish("ranks", findings.rank_one(frame), figure, frame, note=note)
 
 
-def signs(minus: Sequence[Row], plus: Sequence[Row], /, *, n: int) -> Chart:
-    """Edit loss and neighbours' KL of the untrained update with either sign (`sweep` rows; size 0 is unedited)."""
+def signs(minus: Sequence[Row], plus: Sequence[Row], *, n: int) -> Chart:
+    """Losses of the untrained update with either sign (rows of `inspection.sweep`)."""
     series = {"minus: W − α Σ δ uᵀ": minus, "plus: W + α Σ δ uᵀ": plus}
     return _sweeps("signs", findings.signs(minus, plus), series, n=n)
 
 
-def normalisers(sweeps: Mapping[str, Sequence[Row]], /, *, n: int) -> Chart:
-    """Edit loss and neighbours' KL of untrained updates that differ in what normalises the factors (`sweep` rows)."""
+def normalisers(sweeps: Mapping[str, Sequence[Row]], *, n: int) -> Chart:
+    """Losses of updates that differ in what normalises the factors (rows of `inspection.sweep`)."""
     return _sweeps("normalisers", findings.normalisers(sweeps), sweeps, n=n)
 
 
-def alignment(rows: Sequence[Row], /, *, n: int) -> Chart:
-    """Median cosine of −ΔW with the true gradient by site (`site`, `series`, `cosine` of each row)."""
-    sites = list(dict.fromkeys(row["site"] for row in rows))
-    figure, (ax,) = _panels(1, 2 + 0.24 * len(sites))
-    ax.axvline(0, color=GREY, lw=1)
-    for (colour, marker), series in zip(
-        SERIES, dict.fromkeys(row["series"] for row in rows), strict=False
-    ):
-        own = [(row["cosine"], sites.index(row["site"])) for row in rows if row["series"] == series]
-        ax.plot(*zip(*own, strict=True), marker, color=colour, ms=6, label=series)
-    _categories(ax, [findings.short_site(site) for site in sites])
-    ax.set(
-        xlim=(min(-0.1, *(row["cosine"] * 1.1 for row in rows)), 1.03),
-        ylabel="edit site (block.layer)",
-    )
-    ax.set_xlabel("cosine of −ΔW with the true gradient ∇L (1: the same direction)")
-    note = f"medians over n = {n} edits"
-    return _chart("alignment", findings.alignment(rows), figure, rows, note=note)
-
-
-def spectra(rows: Sequence[Row], /, *, n: int) -> Chart:
-    """Share of ‖ΔW‖² in the first k singular directions (`series`, `directions`, `share` of each row)."""
-    figure, (ax,) = _panels(1, 3.8)
-    for (colour, marker), series in zip(
-        SERIES, dict.fromkeys(row["series"] for row in rows), strict=False
-    ):
-        own = [(row["directions"], row["share"]) for row in rows if row["series"] == series]
-        ax.plot(*zip(*own, strict=True), color=colour, marker=marker, ms=4, lw=1.4, label=series)
-    ax.set(
-        ylim=(0, 1.03),
-        xlabel="singular directions, the largest first (count)",
-        ylabel="share of ‖ΔW‖², cumulative",
-    )
-    ax.set_xticks(sorted({row["directions"] for row in rows}))
-    note = f"means over n = {n} edits and all sites"
-    return _chart("spectra", findings.spectra(rows), figure, rows, note=note)
-
-
-def _sweeps(name: str, finding: str, sweeps: Mapping[str, Sequence[Row]], /, *, n: int) -> Chart:
-    """Edit loss (left) and neighbours' KL (right) against the update's relative norm."""
-    figure, axes = _panels(2, 4.7)
-    for ax, (key, unit) in zip(axes, (("loss.edit", NATS), ("loss.neighbours", KL)), strict=True):
-        for (colour, marker), (series, rows) in zip(SERIES, sweeps.items(), strict=False):
-            found = [
-                (abs(row["size"]), row[key])
-                for row in rows
-                if row["size"] and row.get(key, 0) >= TINY
-            ]
-            if found:
-                ax.plot(
-                    *zip(*found, strict=True),
-                    color=colour,
-                    marker=marker,
-                    ms=4,
-                    lw=1.4,
-                    label=series,
-                )
-            before = [row[key] for row in rows if not row["size"] and key in row]
-            if before and key == "loss.edit":
-                ax.axhline(before[0], color=GREY, lw=1, ls="--")
-        ax.set(
-            xscale="log", yscale="log", xlabel="relative norm ‖ΔW‖ / ‖W‖ (log scale)", ylabel=unit
-        )
-        ax.yaxis.set_major_formatter(lambda value, _: f"{value:g}")
-    rows = [{"series": series, **row} for series, own in sweeps.items() for row in own]
+@in_style
+def _sweeps(name: str, finding: str, sweeps: Mapping[str, Sequence[Row]], *, n: int) -> Chart:
+    """Edit loss (left) and neighbours' KL (right) by the update's relative norm; 0 is unedited."""
+    frame = _joined(sweeps)
+    figure, axes = panels(2, 4.7)
+    for ax, (loss, unit) in zip(axes, (("loss.edit", NATS), ("loss.neighbours", KL)), strict=True):
+        logarithmic(ax, "x", "y")
+        for series, part in frame.groupby("series", sort=False):
+            part = part[(part["size"] != 0) & (part[loss] >= TINY)]
+            ax.plot(part["size"].abs(), part[loss], label=series)
+        ax.set(xlabel="relative norm ‖ΔW‖ / ‖W‖ (log scale)", ylabel=unit)
+    for unedited in frame.loc[frame["size"] == 0, "loss.edit"].unique():
+        axes[0].axhline(unedited, color=GREY, lw=1, ls="--")
     note = f"dashed: unedited; n = {n} edits, {ALONE}; an edit's mean norm, over all sites"
-    return _chart(name, finding, figure, rows, note=note)
+    return finish(name, finding, figure, frame, note=note)
 
 
-# ------------------------------------------------------------------------------------------------------- costs
+def _joined(parts: Mapping[str, Sequence[Row]]) -> pd.DataFrame:
+    """The rows of all parts; `series` is the part's name."""
+    frames = [pd.DataFrame(rows).assign(series=name) for name, rows in parts.items()]
+    return pd.concat(frames, ignore_index=True) if frames else pd.DataFrame()
 
 
-def charts_of_costs(results: Mapping[str, Any], /) -> list[Chart]:
+@in_style
+def alignment(rows: Rows, *, n: int) -> Chart:
+    """Median cosine of −ΔW with the true gradient by site (`site`, `series`, `cosine`)."""
+    frame = pd.DataFrame(rows)
+    sites = list(frame["site"].unique())
+    figure, (ax,) = panels(1, 2 + 0.24 * len(sites))
+    ax.axvline(0, color=GREY, lw=1)
+    for series, part in frame.groupby("series", sort=False):
+        ax.plot(part["cosine"], part["site"].map(sites.index), ls="", ms=6, label=series)
+    categories(ax, [findings.short_site(site) for site in sites])
+    ax.set_xlim(min(-0.1, 1.1 * frame["cosine"].min()), 1.03)
+    ax.set_xlabel("cosine of −ΔW with the true gradient ∇L (1: the same direction)")
+    ax.set_ylabel("edit site (block.layer)")
+    note = f"medians over n = {n} edits"
+    return finish("alignment", findings.cosines(frame), figure, frame, note=note)
+
+
+@in_style
+def spectra(rows: Rows, *, n: int) -> Chart:
+    """Share of ‖ΔW‖² in the first k singular directions (`series`, `directions`, `share`)."""
+    frame = pd.DataFrame(rows)
+    figure, (ax,) = panels(1, 3.8)
+    for series, part in frame.groupby("series", sort=False):
+        ax.plot(part["directions"], part["share"], label=series)
+    ax.set(ylim=(0, 1.03), xticks=sorted(frame["directions"].unique()))
+    ax.set_xlabel("singular directions, the largest first (count)")
+    ax.set_ylabel("share of ‖ΔW‖², cumulative")
+    note = f"means over n = {n} edits and all sites"
+    return finish("spectra", findings.spectra(frame), figure, frame, note=note)
+
+
+# ---- costs
+
+
+def charts_of_costs(results: Mapping[str, Any]) -> list[Chart]:
     """Every figure of `run_bench`'s results."""
     charts = [costs_of_training(results), memory_of_training(results)]
-    return charts + ([depth_curve(results["depths"])] if "depths" in results else [])
+    if "depths" in results:
+        charts.append(depth_curve(results["depths"]))
+    return charts
 
 
-def costs_of_training(results: Mapping[str, Any], /) -> Chart:
-    """Seconds per edit of every way to train, a panel for each model (`run_bench`'s results)."""
-    models = {name: own for name, own in results.items() if "train" in own}
-    rows = [
-        {
-            "model": model,
-            "way": way,
-            "seconds_per_edit": found["seconds_per_edit"],
-            "ratio": found["ratio"],
-        }
-        for model, own in models.items()
-        for way, found in own["train"].items()
-    ]
-    n = " and ".join(f"{own['workload']['edits_per_step']}" for own in models.values())
-    note = f"medians over turns; n = {n} edits a step, the optimiser's share included"
-    unit = "seconds per edit trained"
-    return _bars(
-        "costs_of_training", findings.costs(results), rows, "seconds_per_edit", unit=unit, note=note
-    )
+@in_style
+def costs_of_training(results: Mapping[str, Any]) -> Chart:
+    """Seconds per edit of every way to train, a panel a model (`run_bench`'s results)."""
+    figure, frame = _bars(results, "train", "seconds_per_edit", unit="seconds per edit trained")
+    steps = [str(r["workload"]["edits_per_step"]) for r in results.values() if "workload" in r]
+    note = f"medians over turns; n = {' and '.join(steps)} edits a step, the optimiser included"
+    finding = findings.costs(results)
+    return finish("costs_of_training", finding, figure, frame, note=note, legend=False)
 
 
-def memory_of_training(results: Mapping[str, Any], /) -> Chart:
-    """Peak memory above the base model of every way to train, a panel for each model (`run_bench`'s results)."""
-    models = {name: own for name, own in results.items() if "memory" in own}
-    rows = [
-        {"model": m, "way": way, **found}
-        for m, own in models.items()
-        for way, found in own["memory"].items()
-    ]
-    n = len({row["way"] for row in rows})
-    note = f"caches included; n = {n} ways, each measured once, in a process of its own"
+@in_style
+def memory_of_training(results: Mapping[str, Any]) -> Chart:
+    """Peak memory above the base model of every way to train (`run_bench`'s results)."""
     unit = "peak above the base model (GB)"
-    return _bars(
-        "memory_of_training", findings.memory(results), rows, "above_gb", unit=unit, note=note
-    )
+    figure, frame = _bars(results, "memory", "above_gb", unit=unit)
+    note = f"n = {frame['way'].nunique()} ways, each measured once, in its own process, with caches"
+    finding = findings.memory(results)
+    return finish("memory_of_training", finding, figure, frame, note=note, legend=False)
 
 
-def depth_curve(depths: Mapping[str, Row], /) -> Chart:
-    """Seconds per edit trained against the number of layers (`depths` of `run_bench`'s results)."""
+def _bars(
+    results: Mapping[str, Any], part: str, column: str, *, unit: str
+) -> tuple[Figure, pd.DataFrame]:
+    """A bar for each way, a panel for each model; the textbook is grey, the kit blue."""
+    rows = []
+    for model, found in results.items():
+        for way, values in found.get(part, {}).items():
+            rows.append({"model": model, "way": way, **values})
+    frame = pd.DataFrame(rows)
+    count, ways = frame["model"].nunique(), frame["way"].nunique()
+    figure, axes = panels(count, 1.3 + (0.4 + 0.26 * ways) * count, columns=1)
+    for ax, (model, bars) in zip(axes, frame.groupby("model", sort=False), strict=True):
+        colours = [GREY, BLUE, *[ORANGE] * len(bars)][: len(bars)]
+        drawn = ax.barh(range(len(bars)), bars[column], 0.7, color=colours)
+        ax.bar_label(drawn, fmt=" {:.3g}")
+        ax.set_xlim(0, bars[column].max() * 1.15)
+        categories(ax, list(bars["way"]))
+        ax.set(title=model, xlabel=unit, ylabel="way to train")
+    return figure, frame
+
+
+@in_style
+def depth_curve(depths: Mapping[str, Row]) -> Chart:
+    """Seconds per edit trained by the number of layers (`depths` of `run_bench`'s results)."""
     rows = [{"layers": int(count), **found} for count, found in depths.items()]
-    figure, (ax,) = _panels(1, 3.4)
-    ax.plot([r["layers"] for r in rows], [r["seconds_per_edit"] for r in rows], "o-", color=BLUE)
-    ax.set(xlabel="layers of the model (count)", ylabel="seconds per edit trained")
-    ax.set_ylim(0, None)
+    frame = pd.DataFrame(rows)
+    figure, (ax,) = panels(1, 3.4)
+    ax.plot(frame["layers"], frame["seconds_per_edit"])
+    ax.set(xlabel="layers of the model (count)", ylabel="seconds per edit trained", ylim=(0, None))
     note = f"n = {len(rows)} random models of equal width; medians over turns"
-    return _chart("depth", findings.depth(rows), figure, rows, note=note)
+    return finish("depth", findings.depth(rows), figure, frame, note=note)
 
 
-def _bars(name: str, finding: str, rows: Sequence[Row], key: str, *, unit: str, note: str) -> Chart:
-    """A horizontal bar for each `way`, a panel for each `model`; the first, the textbook, is grey, the second blue."""
-    models, ways = (list(dict.fromkeys(row[k] for row in rows)) for k in ("model", "way"))
-    figure, axes = _panels(len(models), 1.3 + (0.4 + 0.26 * len(ways)) * len(models), columns=1)
-    for ax, model in zip(axes, models, strict=True):
-        own = [row for row in rows if row["model"] == model]
-        colours = [GREY, BLUE, *[ORANGE] * len(own)][: len(own)]
-        ax.barh(range(len(own)), [row[key] for row in own], 0.7, color=colours)
-        for y, row in enumerate(own):
-            ax.text(row[key], y, f" {row[key]:.3g}", va="center", fontsize=8)
-        ax.set_xlim(0, max(row[key] for row in own) * 1.15)
-        _categories(ax, [row["way"] for row in own])
-        ax.set_title(model, fontsize=9, loc="left")
-        ax.set(xlabel=unit, ylabel="way to train")
-    return _chart(name, finding, figure, rows, note=note, key=False)
+# ---- several runs
 
 
-# ---------------------------------------------------------------------------------------------------- several runs
+@in_style
+def success_against_locality(runs: Mapping[str, Summary], scores: Mapping[str, float]) -> Chart:
+    """Runs of a sweep as points with intervals: what an edit does by what it leaves alone.
 
-
-def success_against_locality(runs: Mapping[str, Summary], scores: Mapping[str, float], /) -> Chart:
-    """Runs of a sweep as points: what an edit does against what it leaves alone, with intervals. Up and right is best.
-
-    `runs` by what was varied, in the order of their numbers from 1; `scores`: harmonic mean of the four shares.
+    `runs` and their headline `scores` by what was varied; runs are numbered from 1.
     """
-    figure, axes = _panels(2, 4.2)
-    pairs = (("edit_success.free_exact", "locality.argmax_agreement"),)
-    pairs += (("paraphrase.free_exact", "neighbourhood.argmax_agreement"),)
-    rows: list[Row] = []
-    for ax, (y, x) in zip(axes, pairs, strict=True):
-        for number, (label, own) in enumerate(runs.items(), 1):
-            if x in own and y in own:
-                style = {"color": COLOURS[number % len(COLOURS)], "lw": 1.2, "alpha": 0.7}
-                ax.plot([own[x].low, own[x].high], [own[y].mean] * 2, **style)
-                ax.plot([own[x].mean] * 2, [own[y].low, own[y].high], **style)
-                ax.plot(
-                    own[x].mean,
-                    own[y].mean,
-                    MARKERS[number % len(MARKERS)],
-                    color=style["color"],
-                    ms=5.5,
-                )
-                ax.annotate(f" {number}", (own[x].mean, own[y].mean), fontsize=8, va="bottom")
-                parts = ("mean", "low", "high")
-                flat = {
-                    f"{name}.{part}": getattr(own[name], part) for name in (x, y) for part in parts
-                }
-                rows.append({"run": number, "settings": label, **flat, "n": own[y].n})
-        ax.set(xlim=(-0.03, 1.03), ylim=(-0.03, 1.03), xticks=TICKS, yticks=TICKS)
-        ax.set(
-            xlabel=HEADLINE_LABELS[x].replace("\n", " "),
-            ylabel=HEADLINE_LABELS[y].replace("\n", " "),
-        )
-    n = max((row["n"] for row in rows), default=0)
-    note = f"shares with 95 % intervals over n = {n} edits, each on a fresh model; numbers are those of the table"
-    return _chart(
-        "success_against_locality", findings.runs(scores), figure, rows, note=note, key=False
-    )
+    frame = _interval_rows(runs, HEADLINE_LABELS)
+    figure, axes = panels(2, 4.2)
+    for ax, (up, across) in zip(
+        axes, (("edit", "unrelated"), ("paraphrases", "neighbours")), strict=True
+    ):
+        for number, summary in enumerate(runs.values(), 1):
+            x, y = summary.get(HEADLINE[across]), summary.get(HEADLINE[up])
+            if x and y:
+                lengths = {"xerr": whiskers(pd.DataFrame([x])), "yerr": whiskers(pd.DataFrame([y]))}
+                ax.errorbar(x.mean, y.mean, **lengths, ms=5.5, lw=1.2)
+                ax.annotate(f" {number}", (x.mean, y.mean), va="bottom")
+        ax.set(xlim=LIMITS, ylim=LIMITS, xticks=SHARE_TICKS, yticks=SHARE_TICKS)
+        ax.set_xlabel(HEADLINE_LABELS[HEADLINE[across]].replace("\n", " "))
+        ax.set_ylabel(HEADLINE_LABELS[HEADLINE[up]].replace("\n", " "))
+    n = max(frame.get("n", [0]))
+    note = f"n = {n} edits, each on a fresh model; numbers are those of the table"
+    finding = findings.runs(scores)
+    return finish("success_against_locality", finding, figure, frame, note=note, legend=False)
 
 
-def curves_of_runs(histories: Mapping[str, Sequence[Row]], /) -> Chart:
-    """Validation shares of several runs against training steps: a panel for each share, a line for each run.
+@in_style
+def curves_of_runs(histories: Mapping[str, Sequence[Row]]) -> Chart:
+    """Validation shares of several runs by training step, a panel a share, a line a run.
 
-    `histories` by what was varied; one without a validation is left out.
+    `histories` by what was varied; a run without a validation is left out.
     """
-    curves = {label: [row for row in own if "val.score" in row] for label, own in histories.items()}
-    curves = {label: own for label, own in curves.items() if own}
-    names = [
-        name
-        for name in SHARES
-        if any(f"val.{name}" in row for own in curves.values() for row in own)
-    ]
-    figure, axes = _panels(max(len(names), 1), 1 + 2.2 * -(-len(names) // 2))
-    rows: list[Row] = []
+    frame = _joined(histories)
+    if "val.score" in frame:
+        frame = frame.dropna(subset=["val.score"])
+    names = [name for name in SHARES if f"val.{name}" in frame]
+    figure, axes = panels(max(len(names), 1), 1 + 2.2 * -(-len(names) // 2))
+    scores = {}
     for ax, name in zip(axes, names, strict=False):
-        for number, (label, own) in enumerate(curves.items(), 1):
-            style = {
-                "color": COLOURS[number % len(COLOURS)],
-                "marker": MARKERS[number % len(MARKERS)],
-                "ms": 4,
-            }
-            found = [(row["step"], row[f"val.{name}"]) for row in own if f"val.{name}" in row]
-            ax.plot(*zip(*found, strict=True), **style, label=label)
-            rows += [
-                {"settings": label, "share": name, "step": step, "value": value}
-                for step, value in found
-            ]
-        ax.set(xlabel="training step", ylabel=SHARES[name][0], ylim=(-0.03, 1.03), yticks=TICKS)
-    finding = findings.runs(
-        {label: max(row["val.score"] for row in own) for label, own in curves.items()}
-    )
-    note = f"n = {len(curves)} runs; shares of each run's validation edits, {ALONE}"
-    return _chart("curves_of_runs", finding, figure, rows, note=note)
+        for run, part in frame.groupby("series", sort=False):
+            ax.plot(part["step"], part[f"val.{name}"], label=run)
+            scores[run] = part["val.score"].max()
+        ax.set(xlabel="training step", ylabel=SHARES[name][0], ylim=LIMITS)
+    note = f"n = {len(scores)} runs; shares of each run's validation edits, {ALONE}"
+    return finish("curves_of_runs", findings.runs(scores), figure, frame, note=note)
 
 
-def scores_by_setting(by_setting: Mapping[str, Mapping[str, Sequence[float]]], /) -> Chart:
-    """The score of every run above the values of each setting, and their mean; scores by setting and value."""
-    drawn = by_setting or {"setting": {}}
-    figure, axes = _panels(len(drawn), 1 + 2.8 * -(-len(drawn) // 2))
-    rows: list[Row] = []
-    for ax, (setting, own) in zip(axes, drawn.items(), strict=True):
-        for at, (value, scores) in enumerate(own.items()):
-            ax.plot(
-                [at] * len(scores),
-                scores,
-                "o",
-                color=BLUE,
-                ms=5,
-                alpha=0.6,
-                label="one run" if at == 0 else None,
-            )
+@in_style
+def scores_by_setting(by_setting: Mapping[str, Mapping[str, Sequence[float]]]) -> Chart:
+    """The score of every run above the values of each setting, and their mean."""
+    rows = []
+    figure, axes = panels(max(len(by_setting), 1), 1 + 2.8 * -(-max(len(by_setting), 1) // 2))
+    for ax, (setting, by_value) in zip(axes, by_setting.items(), strict=False):
+        for place, (value, scores) in enumerate(by_value.items()):
             rows += [{"setting": setting, "value": value, "score": score} for score in scores]
-        means = [sum(scores) / len(scores) for scores in own.values()]
-        ax.plot(range(len(own)), means, "_", color=BLACK, ms=22, mew=1.8, label="mean")
-        names = [textwrap.shorten(value, 24, placeholder="…") for value in own]
-        ax.set_xticks(range(len(own)), names, parse_math=False)
-        ax.set(xlabel=setting, ylabel="score (harmonic mean of four shares)", ylim=(-0.03, 1.03))
-        ax.set_xlim(-0.6, len(own) - 0.4)
-    n = sum(map(len, next(iter(drawn.values())).values()))
-    note = f"n = {n} runs; all other settings vary, too"
-    return _chart("scores_by_setting", findings.settings(by_setting), figure, rows, note=note)
-
-
-# ---------------------------------------------------------------------------------------------------- helpers
-
-
-def _panels(count: int, height: float, /, *, columns: int = 2) -> tuple[Figure, list[Axes]]:
-    """A figure of `height` inches with `count` panels in rows of at most `columns`."""
-    figure = Figure(figsize=(WIDTH, height), layout="constrained")
-    figure.get_layout_engine().set(w_pad=0.08)
-    columns = min(columns, count)
-    axes = [figure.add_subplot(-(-count // columns), columns, i + 1) for i in range(count)]
-    for ax in axes:
-        ax.spines[["top", "right"]].set_visible(False)
-        ax.grid(color="#E6E6E6", lw=0.7)
-        ax.set_axisbelow(True)
-        ax.tick_params(which="both", labelsize=8, color=GREY)
-        ax.xaxis.label.set_size(9)
-        ax.yaxis.label.set_size(9)
-    return figure, axes
-
-
-def _chart(
-    name: str, finding: str, figure: Figure, rows: Sequence[Row], /, *, note: str, key: bool = True
-) -> Chart:
-    """Put the finding on top; below, left, the note and (unless not `key`) the first panel's legend."""
-    figure.suptitle(
-        textwrap.fill(finding.replace(" = ", "\u00a0=\u00a0"), 80),
-        x=0.01,
-        ha="left",
-        fontsize=11,
-        fontweight="bold",
-        parse_math=False,
-    )
-    handles, labels = figure.axes[0].get_legend_handles_labels() if key else ([], [])
-    legend = figure.legend(
-        handles, labels, loc="outside lower left", ncol=3, frameon=False, fontsize=8, title=note
-    )
-    legend.set_alignment("left")
-    legend.get_title().set(fontsize=8, color="#555555")
-    return Chart(name, finding, figure, tuple(dict(row) for row in rows))
-
-
-def _drawable(text: str) -> str:
-    """Text with the characters that the font lacks (control signs, some scripts) as \\u codes."""
-    known = get_font(findfont("DejaVu Sans")).get_charmap()
-    return "".join(c if ord(c) in known else f"\\u{ord(c):04x}" for c in text)
-
-
-def _share_lines(ax: Axes, rows: Sequence[Row], key: str, /, *, prefix: str = "") -> None:
-    for name, (label, colour, marker) in SHARES.items():
-        found = [(row[key], row[prefix + name]) for row in rows if prefix + name in row]
-        if found:
-            width = 2.2 if name == "score" else 1.4
-            ax.plot(
-                *zip(*found, strict=True), color=colour, marker=marker, ms=4, lw=width, label=label
-            )
-    ax.set_ylim(-0.03, 1.03)
-
-
-def _mark(ax: Axes, x: float | int, text: str, /) -> None:
-    """A dashed vertical line, named above the axes."""
-    ax.axvline(x, color=GREY, lw=1, ls="--")
-    ax.text(
-        x,
-        1,
-        text,
-        transform=ax.get_xaxis_transform(),
-        ha="center",
-        va="bottom",
-        fontsize=8,
-        color=GREY,
-    )
-
-
-def _categories(ax: Axes, names: Sequence[str], /) -> None:
-    """Names down the y axis, the first on top."""
-    ax.set_yticks(range(len(names)), names, fontsize=8, parse_math=False)
-    ax.set_ylim(len(names) - 0.5, -0.5)
-    ax.grid(False, axis="y")
-
-
-def _whisker(ax: Axes, value: Mean, y: float, /, *, colour: str, marker: str, label: str) -> Row:
-    """Draw a mean with its interval; returns both."""
-    ax.plot([value.low, value.high], [y, y], color=colour, lw=1.6, solid_capstyle="butt")
-    ax.plot(value.mean, y, marker, color=colour, ms=5.5, label=label or None)
-    return {"mean": value.mean, "low": value.low, "high": value.high, "n": value.n}
+            ax.plot([place] * len(scores), scores, "o", color=BLUE, ms=5, alpha=0.6)
+            ax.plot(place, sum(scores) / len(scores), "_", color=BLACK, ms=22, mew=1.8)
+        names = [textwrap.shorten(value, 24, placeholder="…") for value in by_value]
+        ax.set_xticks(range(len(names)), names)
+        ax.set(xlim=(-0.6, len(names) - 0.4), ylim=LIMITS)
+        ax.set(xlabel=setting, ylabel="score (harmonic mean of four shares)")
+    n = max((len(sum(map(list, values.values()), [])) for values in by_setting.values()), default=0)
+    note = f"n = {n} runs, a dot each; bar: their mean; all other settings vary, too"
+    finding = findings.settings(by_setting)
+    return finish("scores_by_setting", finding, figure, rows, note=note, legend=False)

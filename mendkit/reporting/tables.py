@@ -1,183 +1,136 @@
-"""Tables and sentences for notebooks: HTML tables with all text escaped, Markdown computed from a run."""
+"""Tables and sentences for notebooks: results in, styled frames or Markdown out.
+
+A table is a pandas `Styler`. Text is escaped, numbers stand on the right, and the colours suit light
+and dark pages. `Styler.to_html()` gives its text, `Styler.data` its frame.
+"""
 
 import html
 import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
+from numbers import Real
 from pathlib import Path
-from statistics import quantiles
 from typing import Any
 
-from ..baselines.tuning import Tuned
+import pandas as pd
+from pandas.io.formats.style import Styler
+
 from ..data.examples import EditExample
 from ..evaluation.results import HARMONIC, EvaluationReport, Interval, normalise
 from ..hparams import MENDHyperParams
-from ..mend.editor import MENDEditor
-from ..mend.training import TrainingResult
-from ..models.base import BaseModel
 from . import findings
 from .findings import Row
 
-LONGEST = 25  # relations listed one by one
-CELL = 'style="text-align:left;vertical-align:top"'
+MOST_RELATIONS = 25  # listed one by one
+CELL = "text-align: left; vertical-align: top; padding: .3em .8em; border-bottom: 1px solid #8884"
+NUMBER = "text-align: right; white-space: nowrap"
+CHANGED = "background-color: #ffb30055"  # see-through, so that it suits light and dark pages
 
 Asked = tuple[str, str, str | None]
-"""A prompt to ask before and after an edit: its role, itself, and the answer wanted (None: as before)."""
+"""A prompt to ask before and after an edit: role, prompt, answer wanted (None: as before)."""
 
 
-class Changed(str):
-    """Text that a table marks: it is not what it was before."""
+def escape(value: object) -> str:
+    """Text as HTML that shows it: no tag, and no mathematics between two dollar signs."""
+    return html.escape(str(value)).replace("$", "<span>$</span>").replace("\n", "⏎ ")
 
 
-def escape(value: Any) -> str:
-    """Text as HTML that shows it: no tag of its own, a dollar sign no mathematics."""
-    text = html.escape(str(value)).replace("$", "<span>$</span>").replace("\n", "⏎ ")
-    return f"<mark>{text}</mark>" if isinstance(value, Changed) else text
+def table(data: pd.DataFrame | Sequence[Row], formats: Mapping[str, str] | None = None) -> Styler:
+    """A styled frame of `data`: a frame, or rows as mappings.
+
+    `formats` maps a column to a format such as "{:.1e}". By default a float has three significant
+    digits, a truth value is ✓ or ✗, an interval "mean [low, high]", and a missing value blank.
+    """
+    frame = data if isinstance(data, pd.DataFrame) else pd.DataFrame(list(data), dtype=object)
+    style = frame.style.format(_cell_text).format_index(escape, axis="columns")
+    for column, text in (formats or {}).items():
+        style = style.format(text, subset=[column], na_rep="")
+    if frame.index.name is None:
+        style = style.hide(axis="index")
+    rules: Any = [{"selector": "th, td", "props": CELL}]
+    numbers: Any = {
+        column: [{"selector": "", "props": NUMBER}]
+        for column in frame.columns
+        if _is_numeric(frame[column])
+    }
+    return style.set_table_styles(rules).set_table_styles(numbers, overwrite=False)
 
 
-def table(header: Sequence[str], rows: Sequence[Sequence[Any]], /) -> str:
-    """An HTML table; every cell is escaped."""
-
-    def line(tag: str, cells: Sequence[Any]) -> str:
-        return "<tr>" + "".join(f"<{tag} {CELL}>{escape(cell)}</{tag}>" for cell in cells) + "</tr>"
-
-    body = "".join(line("td", row) for row in rows)
-    return f"<table><thead>{line('th', header)}</thead><tbody>{body}</tbody></table>"
+def listed(values: Mapping[str, Any]) -> Styler:
+    """A table of names and values."""
+    return table([{"what": name, "value": value} for name, value in values.items()])
 
 
-# ------------------------------------------------------------------------------------------------------- data
+def bullets(sentences: Sequence[str]) -> str:
+    """Sentences as a Markdown list."""
+    return "\n".join(f"- {sentence}." for sentence in sentences)
+
+
+# ---- data and settings
 
 
 def plan(
-    hparams: MENDHyperParams, folder: Path, /, *, examples: Mapping[str, Sequence[EditExample]]
-) -> str:
-    """What is going to run, as a table."""
-    steps = f"{hparams.max_epochs} epochs" if hparams.max_epochs else f"{hparams.max_iters} steps"
-    sites = (
-        hparams.inner_params
-        if isinstance(hparams.inner_params, str)
-        else ", ".join(hparams.inner_params)
-    )
-    archive = hparams.archive or "none: a hypernetwork is initialised and trained"
-    rows = [("base model", hparams.model_name), ("edit sites", sites), ("archive", archive)]
+    hparams: MENDHyperParams, folder: Path, *, examples: Mapping[str, Sequence[EditExample]]
+) -> Styler:
+    """What is going to run."""
+    sites = hparams.inner_params
+    if not isinstance(sites, str):
+        sites = ", ".join(sites)
+    rows: dict[str, Any] = {"base model": hparams.model_name, "edit sites": sites}
     if hparams.archive is None:
-        rows.append(("training", f"{steps} of {hparams.batch_size} edits, rank {hparams.rank}"))
-    rows += [("seed", hparams.seed), ("run folder", folder)]
-    rows += [(f"{name} examples", len(own)) for name, own in examples.items()]
-    return table(("what", "value"), rows)
+        steps = f"{hparams.max_iters} steps"
+        if hparams.max_epochs:
+            steps = f"{hparams.max_epochs} epochs"
+        rows["archive"] = "none: a hypernetwork is initialised and trained"
+        rows["training"] = f"{steps} of {hparams.batch_size} edits, rank {hparams.rank}"
+    else:
+        rows["archive"] = hparams.archive
+    rows |= {"seed": hparams.seed, "run folder": folder}
+    return listed(rows | {f"{name} examples": len(split) for name, split in examples.items()})
 
 
-def relations(examples: Mapping[str, Sequence[EditExample]], /) -> str:
+def relations(examples: Mapping[str, Sequence[EditExample]]) -> Styler:
     """How many examples each split has of each relation, the most frequent first."""
-    counts = {name: Counter(str(e.relation) for e in own) for name, own in examples.items()}
-    order = [name for name, _ in sum(counts.values(), Counter()).most_common()]
-    rows = [
-        (findings.relation(r), *(counts[split][r] for split in counts)) for r in order[:LONGEST]
-    ]
-    if order[LONGEST:]:
-        rest = (sum(own[r] for r in order[LONGEST:]) for own in counts.values())
-        rows.append((f"{len(order) - LONGEST} more", *rest))
-    return table(("relation", *counts), [*rows, ("all", *(len(own) for own in examples.values()))])
+    counts = {name: Counter(str(e.relation) for e in split) for name, split in examples.items()}
+    frame = pd.DataFrame(counts).fillna(0).astype(int)
+    frame = frame.loc[frame.sum(axis=1).sort_values(ascending=False, kind="stable").index]
+    frame.index = frame.index.map(findings.relation)
+    listed_one_by_one, rest = frame.iloc[:MOST_RELATIONS], frame.iloc[MOST_RELATIONS:]
+    if len(rest):
+        sums = rest.sum().to_frame(f"{len(rest)} more").T
+        listed_one_by_one = pd.concat([listed_one_by_one, sums])
+    total = frame.sum().to_frame("all").T
+    return table(pd.concat([listed_one_by_one, total]).rename_axis("relation").reset_index())
 
 
-def overlap(train: Sequence[EditExample], held_out: Sequence[EditExample], /) -> str:
+def overlap(train: Sequence[EditExample], held_out: Sequence[EditExample]) -> str:
     """Whether held-out subjects and prompts occur in training."""
     subjects = {e.subject for e in held_out if e.subject}
     shared = len(subjects & {e.subject for e in train})
     prompts = len({e.prompt for e in held_out} & {e.prompt for e in train})
-    known = (
-        f"{shared} of the {len(subjects)} held-out subjects"
-        if subjects
-        else "The subjects are not named;"
-    )
-    return f"{known} and {prompts} of the {len(held_out)} held-out prompts occur in the training examples, too."
-
-
-def example(e: EditExample, /) -> str:
-    """One example: what should change and what should not."""
-    rows = [
-        ("edit", e.prompt, e.target_new, f"replaces {e.ground_truth}" if e.ground_truth else "")
-    ]
-    rows += [("paraphrase", prompt, e.target_new, "should follow") for prompt in e.paraphrases]
-    for role, own in (("neighbour", e.neighbours), ("unrelated", e.unrelated)):
-        rows += [
-            (role, p.prompt, p.answer or "(whatever the model says)", "should stay") for p in own
-        ]
-    return table(("role", "prompt", "answer", ""), rows)
-
-
-# --------------------------------------------------------------------------------------------------- training
-
-
-def training_summary(result: TrainingResult, /) -> str:
-    """How training went: steps, time, why it ended, which step was kept."""
-    steps = max(row["step"] for row in result.history)
-    caches = sum(result.cache.get(f"{part}_seconds", 0.0) for part in ("trunk", "factor"))
+    known = "The subjects are not named;"
+    if subjects:
+        known = f"{shared} of the {len(subjects)} held-out subjects"
     return (
-        f"Training ended after {steps:g} steps ({result.stopped}) and took {result.seconds:.0f} s in all, "
-        f"{caches:.0f} s of them for the caches. The archive of step {result.best['step']:g} was kept."
+        f"{known} and {prompts} of the {len(held_out)} held-out prompts "
+        "occur in the training examples, too."
     )
 
 
-def validation_scores(best: Row, control: Row, /) -> str:
-    """Validation values of the kept archive beside the identity control's at its best step size."""
-    names = [name.removeprefix("val.") for name in best if name.startswith("val.")]
-    rows = [(n, f"{control[n]:.3f}", f"{best[f'val.{n}']:.3f}") for n in names if n in control]
-    return table(("validation", f"identity, α = {control['edit_lr']:.1e}", "trained"), rows)
+def example(e: EditExample) -> Styler:
+    """One example: what should change and what should not."""
+    replaced = f"replaces {e.ground_truth}" if e.ground_truth else ""
+    rows = [("edit", e.prompt, e.target_new, replaced)]
+    for prompt in e.paraphrases:
+        rows.append(("paraphrase", prompt, e.target_new, "should follow"))
+    for role, probes in (("neighbour", e.neighbours), ("unrelated", e.unrelated)):
+        for probe in probes:
+            answer = probe.answer or "(whatever the model says)"
+            rows.append((role, probe.prompt, answer, "should stay"))
+    return table(pd.DataFrame(rows, columns=["role", "prompt", "answer", "aim"]))
 
 
-def training_results(result: TrainingResult, control: Row, /) -> dict[str, Any]:
-    """Flat results of notebook 01: `train.…`, and `identity.…` for the control at its best step size."""
-    values = {
-        "seconds": result.seconds,
-        "steps": max(row["step"] for row in result.history),
-        "best_step": result.best["step"],
-        "stopped": result.stopped,
-        "normaliser_examples": result.normaliser_examples,
-        **result.cache,
-    }
-    values |= {
-        k.replace("val.", "validation."): v for k, v in result.best.items() if k.startswith("val.")
-    }
-    results = {f"train.{name}": value for name, value in values.items()}
-    results |= {
-        f"identity.validation.{name}": v for name, v in control.items() if name != "edit_lr"
-    }
-    return results | {"identity.edit_lr": control["edit_lr"]}
-
-
-def training_conclusion(result: TrainingResult, control: Row, /) -> str:
-    """The findings of notebook 01, and the weakest share."""
-    shares = {n: result.best[f"val.{n}"] for n in findings.SHARES if f"val.{n}" in result.best}
-    weakest = min(shares, key=shares.__getitem__)
-    lines = [
-        findings.validation(result.history, result.best),
-        findings.control([control], result.best),
-        f"The weakest of its shares is {weakest.replace('_', ' ')}, {shares[weakest]:.2f}",
-    ]
-    return "\n".join(f"- {line}." for line in lines)
-
-
-# ---------------------------------------------------------------------------------------------------- editing
-
-
-def archive(metadata: Mapping[str, Any], /) -> str:
-    """What an archive says of itself (from `inspect_archive`)."""
-    base, best = metadata["base_model"], metadata["training"].get("best", {})
-    rows = [
-        ("trained for", f"{base['name']} ({base['class']})"),
-        ("kept at step", best.get("step", "unknown")),
-    ]
-    rows += [
-        (f"edit site {findings.short_site(n)}", f"α = {v:.2e}")
-        for n, v in metadata["edit_lr"].items()
-    ]
-    shares = [name for name in (*findings.SHARES, "score") if f"val.{name}" in best]
-    rows += [(f"validation {name}", f"{best[f'val.{name}']:.3f}") for name in shares]
-    return table(("archive", "value"), rows)
-
-
-def spread(examples: Sequence[EditExample], n: int, /) -> list[EditExample]:
+def spread(examples: Sequence[EditExample], n: int) -> list[EditExample]:
     """The first n examples of as many relations as there are, in their order."""
     seen: Counter[str | None] = Counter()
     rank = []
@@ -188,319 +141,279 @@ def spread(examples: Sequence[EditExample], n: int, /) -> list[EditExample]:
 
 
 def prompts_of(
-    e: EditExample, /, *, most: tuple[int | None, int | None, int | None] = (2, 2, 1)
+    e: EditExample, *, most: tuple[int | None, int | None, int | None] = (2, 2, 1)
 ) -> list[Asked]:
-    """The prompts by which one edit is shown: itself, and at most so many paraphrases, neighbours and unrelated ones
-    (None: all)."""
-    paraphrases, neighbours, unrelated = most
-    return [
-        ("edit", e.prompt, e.target_new),
-        *(("paraphrase", prompt, e.target_new) for prompt in e.paraphrases[:paraphrases]),
-        *(("neighbour", probe.prompt, None) for probe in e.neighbours[:neighbours]),
-        *(("unrelated", probe.prompt, None) for probe in e.unrelated[:unrelated]),
+    """The prompts that show one edit: its own, then paraphrases, neighbours and unrelated prompts.
+
+    `most` limits the last three (None: all).
+    """
+    asked: list[Asked] = [("edit", e.prompt, e.target_new)]
+    asked += [("paraphrase", prompt, e.target_new) for prompt in e.paraphrases[: most[0]]]
+    asked += [("neighbour", probe.prompt, None) for probe in e.neighbours[: most[1]]]
+    asked += [("unrelated", probe.prompt, None) for probe in e.unrelated[: most[2]]]
+    return asked
+
+
+# ---- training
+
+
+def training_summary(result: Any) -> str:
+    """How training went: steps, time, why it ended, which step was kept."""
+    steps = max(row["step"] for row in result.history)
+    caches = sum(result.cache.get(f"{part}_seconds", 0.0) for part in ("trunk", "factor"))
+    return (
+        f"Training ended after {steps:g} steps ({result.stopped}). "
+        f"It took {result.seconds:.0f} s, {caches:.0f} s of them for the caches. "
+        f"The archive of step {result.best['step']:g} was kept."
+    )
+
+
+def validation_scores(best: Row, control: Row) -> Styler:
+    """Validation values of the kept archive beside the identity control's at its best step size."""
+    rows = [
+        {
+            "validation": name,
+            f"identity, α = {control['edit_lr']:.1e}": control[name],
+            "trained": best[f"val.{name}"],
+        }
+        for name in control
+        if f"val.{name}" in best
     ]
+    return table(rows)
 
 
-def answers(base: BaseModel, e: EditExample, /) -> Row:
-    """An edit's prompt, its new and old answer, and their first tokens after the prompt (None: unknown)."""
+def training_results(result: Any, control: Row) -> dict[str, Any]:
+    """Flat results of notebook 01: `train.…`, and `identity.…` for the control."""
+    values: dict[str, Any] = {
+        "seconds": result.seconds,
+        "steps": max(row["step"] for row in result.history),
+        "best_step": result.best["step"],
+        "stopped": result.stopped,
+        "normaliser_examples": result.normaliser_examples,
+        **result.cache,
+    }
+    for name, value in result.best.items():
+        if name.startswith("val."):
+            values[name.replace("val.", "validation.", 1)] = value
+    results = {f"train.{name}": value for name, value in values.items()}
+    for name, value in control.items():
+        results[f"identity.{'' if name == 'edit_lr' else 'validation.'}{name}"] = value
+    return results
 
-    def first(answer: str | None) -> str | None:
-        if not answer or base.labels:
-            return answer and base.said(answer)
-        return base.tokenizer.decode([base.tokenize(e.prompt, answer).targets[0]])
 
-    own = {"new_token": first(e.target_new), "old_token": first(e.ground_truth)}
-    return {"prompt": e.prompt, "new": e.target_new, "old": e.ground_truth, **own}
+def training_conclusion(result: Any, control: Row) -> str:
+    """The findings of notebook 01, and the weakest share."""
+    shares = {
+        name: result.best[f"val.{name}"] for name in findings.SHARES if f"val.{name}" in result.best
+    }
+    weakest = min(shares, key=shares.__getitem__)
+    return bullets(
+        [
+            findings.validation(result.history, result.best),
+            findings.control([control], result.best),
+            f"The weakest of its shares is {weakest.replace('_', ' ')}, {shares[weakest]:.2f}",
+        ]
+    )
 
 
-def before_after(asked: Sequence[Asked], before: Sequence[str], after: Sequence[str], /) -> str:
-    """Completions before and after one edit, what changed (marked), and whether each is the one wanted."""
+# ---- editing
+
+
+def archive(metadata: Mapping[str, Any]) -> Styler:
+    """What an archive says of itself (from `inspect_archive`)."""
+    base, best = metadata["base_model"], metadata["training"].get("best", {})
+    rows: dict[str, Any] = {
+        "trained for": f"{base['name']} ({base['class']})",
+        "kept at step": best.get("step", "unknown"),
+    }
+    for name, alpha in metadata["edit_lr"].items():
+        rows[f"edit site {findings.short_site(name)}"] = f"α = {alpha:.2e}"
+    for name in (*findings.SHARES, "score"):
+        if f"val.{name}" in best:
+            rows[f"validation {name}"] = best[f"val.{name}"]
+    return listed(rows)
+
+
+def before_after(asked: Sequence[Asked], before: Sequence[str], after: Sequence[str]) -> Styler:
+    """Completions before and after one edit; what changed is marked, what is as wanted ticked."""
     rows = []
     for (role, prompt, wanted), old, new in zip(asked, before, after, strict=True):
-        good = normalise(new) == normalise(old if wanted is None else wanted)
-        said = _said(new) if _said(new) == _said(old) else Changed(_said(new))
-        rows.append((role, prompt, _said(old), said, wanted or "as before", _tick(good)))
-    return table(("role", "prompt", "before", "after", "wanted", ""), rows)
-
-
-def scores(trained: EvaluationReport, control: EvaluationReport, /) -> str:
-    """All scores with their intervals: unedited, identity control, trained editor."""
-    return _columns(
-        {"identity control": control, "trained editor": trained}, leave=("edit.seconds",)
-    )
-
-
-def editors(reports: Mapping[str, EvaluationReport], /) -> str:
-    """All scores of editors on the same edits, with their intervals; the first one names the scores and n."""
-    return _columns(reports)
-
-
-def _columns(reports: Mapping[str, EvaluationReport], /, *, leave: Sequence[str] = ()) -> str:
-    first = next(iter(reports.values())).summary
-    columns = [("before.", first), *(("", report.summary) for report in reports.values())]
-    names = [n for n in first if not n.startswith("before.") and n not in leave]
-    rows = [
-        (n, *(_mean(own.get(prefix + n)) for prefix, own in columns), first[n].n) for n in names
-    ]
-    for name in HARMONIC:
-        values = (report.harmonic.get(name) for report in reports.values())
-        rows.append((name, "", *("" if v is None else f"{v:.3f}" for v in values), ""))
-    return table(("score", "unedited", *reports, "n edits"), rows)
-
-
-def tried(tuned: Sequence[Tuned], /) -> str:
-    """Every setting of every kind of editor that was tried on validation edits; ✓ marks the one that was kept."""
-    shares = dict.fromkeys(
-        name for own in tuned for row in own.rows for name in findings.HEADLINE if name in row
-    )
-    names = (*shares, "score")
-    rows = [
-        (
-            row["editor"],
-            row["settings"],
-            *(f"{row[n]:.3f}" for n in names),
-            "✓" if row["chosen"] else "",
-        )
-        for own in tuned
-        for row in own.rows
-    ]
-    return table(("editor", "setting", *names, "kept"), rows)
-
-
-def baselines_conclusion(reports: Mapping[str, EvaluationReport], /) -> str:
-    """The findings of notebook 04; the first report is the trained editor's."""
-    (name, first), *others = reports.items()
-    own, scores = (
-        first.summary,
-        {other: findings.headline_score(report.summary) for other, report in others},
-    )
-    score = findings.headline_score(own)
-    better = [f"{other} ({value:.2f})" for other, value in scores.items() if value >= score]
-    lines = [
-        findings.decoding(own),
-        findings.ranking({other: report.summary for other, report in reports.items()}),
-        f"{name}, {score:.2f}, beats "
-        + (f"all but {', '.join(better)}" if better else f"all {len(others)} others"),
-    ]
-    if (ns := own.get("neighbourhood.ns")) is not None:
-        kept = _mean(own["neighbourhood.argmax_agreement"])
-        lines.append(
-            f"Neighbours keep their argmax {kept}, and prefer their own answer to the new one {_mean(ns)}"
-        )
-    return "\n".join(f"- {line}." for line in lines)
-
-
-def many(reports: Mapping[str, Sequence[EvaluationReport]], /) -> list[Row]:
-    """A row for every editor, number of edits (`edits`) and metric: `mean`, with `low`, `high`, `n` where it is one."""
-    rows: list[Row] = []
-    for editor, own in reports.items():
-        for report in (each for last in own for each in (*last.earlier, last)):
-            one = {
-                "editor": editor,
-                "edits": 1 if report.mode == "single" else int(report.mode.rpartition("_")[2]),
+        expected = old if wanted is None else wanted
+        rows.append(
+            {
+                "role": role,
+                "prompt": prompt,
+                "before": written(old),
+                "after": written(new),
+                "wanted": wanted or "as before",
+                "": normalise(new) == normalise(expected),
             }
-            rows += [{**one, "metric": m, **vars(value)} for m, value in report.summary.items()]
-            rows += [{**one, "metric": m, "mean": value} for m, value in report.values.items()]
-    return rows
+        )
+    frame = pd.DataFrame(rows)
+    changed = frame["after"] != frame["before"]
+    return table(frame).apply(lambda _: changed.map({True: CHANGED, False: ""}), subset=["after"])
 
 
-def by_count(rows: Sequence[Row], metrics: Sequence[str], /) -> str:
-    """Some metrics of `many` rows: a line for every editor and number of edits."""
-    found = {(row["editor"], row["edits"], row["metric"]): row for row in rows}
-    names = [m for m in metrics if any(row["metric"] == m for row in rows)]
-    lines = [
-        (editor, edits, *(_cell(found.get((editor, edits, m))) for m in names))
-        for editor, edits in dict.fromkeys((row["editor"], row["edits"]) for row in rows)
-    ]
-    return table(("editor", "edits", *names), lines)
+def editors(reports: Mapping[str, EvaluationReport]) -> Styler:
+    """Every score of editors on the same edits, with intervals; the first names the scores and n."""
+    first = next(iter(reports.values())).summary
+    rows = []
+    for name in first:
+        if not name.startswith("before."):
+            row = {"score": name, "unedited": first.get(f"before.{name}")}
+            row |= {editor: report.summary.get(name) for editor, report in reports.items()}
+            rows.append({**row, "n edits": first[name].n})
+    for name in HARMONIC:
+        means = {editor: report.harmonic.get(name) for editor, report in reports.items()}
+        rows.append({"score": name, **means})
+    return table(rows)
 
 
-def many_conclusion(at_once: Sequence[Row], in_a_row: Sequence[Row], /) -> str:
-    """The findings of notebook 05, from `many` rows."""
-    lines = [findings.many(at_once, at_once=True), *findings.cost_of_many(at_once)]
-    lines += [findings.many(in_a_row, at_once=False)] if in_a_row else []
-    return "\n".join(f"- {line}." for line in lines)
-
-
-def _cell(row: Row | None) -> str:
-    if row is None:
-        return ""
-    return (
-        f"{row['mean']:.3f} [{row['low']:.3f}, {row['high']:.3f}]"
-        if "low" in row
-        else f"{row['mean']:.3g}"
-    )
-
-
-def counts(report: EvaluationReport, /) -> str:
+def counts(report: EvaluationReport) -> str:
     """How many edits were scored, how many not and why, and how long one takes."""
     c, seconds = report.counts, report.summary["edit.seconds"].mean
     return (
-        f"{c['scored']} edits were scored; {c['already_true']} were left out because the unedited model "
-        f"already writes the new answer, {c['skipped']} because a text of theirs cannot be used. "
-        f"Computing one edit took {seconds * 1000:.0f} ms."
-    )
-
-
-def generations(trained: EvaluationReport, control: EvaluationReport, /, *, n: int) -> str:
-    """What the three models write for n edits: the trained editor's failures (up to half), then successes."""
-    success = "edit_success.free_exact"
-    failed = [row for row in trained.rows if row.values[success] < 1]
-    passed = [row for row in trained.rows if row.values[success] == 1]
-    few = max(n // 2, n - len(passed))
-    chosen = [*failed[:few], *passed[: n - len(failed[:few])]]
-    other = {row.index: row for row in control.rows}
-    rows = []
-    for row in chosen:
-        for i in (0, 2):  # the edit prompt and the first paraphrase
-            if i < len(row.outputs):
-                own, theirs = row.outputs[i], other[row.index].outputs[i]
-                good = normalise(own["after"]) == normalise(row.target_new)
-                texts = (_said(text) for text in (own["before"], theirs["after"], own["after"]))
-                rows.append((own["prompt"], row.target_new, *texts, _tick(good)))
-    return table(
-        ("prompt", "new answer", "unedited", "identity control", "trained editor", ""), rows
-    )
-
-
-def hidden(report: EvaluationReport, /, *, n: int) -> str:
-    """What is written for n edits, on the bare prompt and in question form; first those whose scores disagree most."""
-    names = ("edit_success.tf_exact", "edit_success.free_exact", "edit_success.free_exact_question")
-    scored = [
-        (row, [row.values[name] == 1 for name in names if name in row.values])
-        for row in report.rows
-    ]
-    scored.sort(
-        key=lambda pair: (-len(set(pair[1])), pair[1][1], -pair[1][0])
-    )  # stable: else in their order
-    rows = []
-    for row, good in scored[:n]:
-        said = [_said(output["after"]) for output in row.outputs[: len(good) - 1]]
-        marked = (f"{_tick(ok)} {text}" for ok, text in zip(good[1:], said, strict=True))
-        rows.append((row.prompt, row.target_new, _tick(good[0]), *marked))
-    return table(
-        ("prompt", "new answer", "teacher-forced", "written", "written, asked as a question"), rows
+        f"{c['scored']} edits were scored. {c['already_true']} were left out because the unedited "
+        f"model already writes the new answer, {c['skipped']} because one of their texts cannot be "
+        f"used. Computing one edit took {seconds * 1000:.0f} ms."
     )
 
 
 def editing_conclusion(
-    trained: EvaluationReport, control: EvaluationReport, curve: Sequence[Row], /
+    trained: EvaluationReport, control: EvaluationReport, curve: Sequence[Row]
 ) -> str:
     """The findings of notebook 02: verdict, weakest share, failures, strength."""
-    shares = {n: trained.summary[n].mean for n in findings.HEADLINE if n in trained.summary}
-    weakest = min(shares, key=shares.__getitem__)
+    summary = trained.summary
+    weakest = min(findings.shares(summary), key=findings.shares(summary).__getitem__)
     failed = sum(row.values["edit_success.free_exact"] < 1 for row in trained.rows)
-    lines = [
-        findings.verdict(trained.summary, control.summary),
-        f"The weakest of the four shares is `{weakest}`, {_mean(trained.summary[weakest])}",
-        f"{failed} of {len(trained.rows)} edits are not written exactly when the model decodes freely",
+    sentences = [
+        findings.verdict(summary, control.summary),
+        f"The weakest of the four shares is `{weakest}`, {_cell_text(summary[weakest])}",
+        f"{failed} of {len(trained.rows)} edits are not written exactly by free decoding",
         findings.strength(curve),
     ]
-    reworded = trained.summary.get("neighbourhood.reworded_agreement")
-    if reworded is not None:
-        lines.append(
-            f"Other subjects keep their argmax {_mean(trained.summary['neighbourhood.argmax_agreement'])} in the edit "
-            f"prompt's wording and {_mean(reworded)} in a paraphrase's"
+    if "neighbourhood.reworded_agreement" in summary:
+        same = _cell_text(summary["neighbourhood.argmax_agreement"])
+        reworded = _cell_text(summary["neighbourhood.reworded_agreement"])
+        sentences.append(
+            f"Other subjects keep their argmax {same} in the edit prompt's wording "
+            f"and {reworded} in a paraphrase's"
         )
-    return "\n".join(f"- {line}." for line in lines)
+    return bullets(sentences)
 
 
-# --------------------------------------------------------------------------------------------- inside an edit
-
-
-def about(editor: MENDEditor, /) -> list[tuple[str, str]]:
-    """The base model and the hypernetwork of `open_editor`, as rows."""
-    untrained = "NONE: a MEND at identity initialisation, per-feature statistics, never trained"
-    return [
-        ("base model", editor.base.name),
-        ("hypernetwork", untrained if editor.name == "untrained" else "trained"),
+def baselines_conclusion(reports: Mapping[str, EvaluationReport]) -> str:
+    """The findings of notebook 04; the first report is the trained editor's."""
+    summaries = {name: report.summary for name, report in reports.items()}
+    scores = {name: findings.headline_score(summary) for name, summary in summaries.items()}
+    name, *others = scores
+    better = [f"{other} ({scores[other]:.2f})" for other in others if scores[other] >= scores[name]]
+    beaten = f"all {len(others)} others"
+    if better:
+        beaten = f"all but {', '.join(better)}"
+    first = summaries[name]
+    sentences = [
+        findings.decoding(first),
+        findings.ranking(summaries),
+        f"{name}, {scores[name]:.2f}, beats {beaten}",
     ]
-
-
-def inspected(
-    editor: MENDEditor, folder: Path, /, *, examples: Mapping[str, Sequence[EditExample]]
-) -> str:
-    """What is going to be looked at, as a table: a trained MEND or, said aloud, one that is not."""
-    h = editor.mend.hparams
-    rows = [*about(editor), ("tokens that make the update", h.edit_tokens)]
-    rows += [("normaliser", _normaliser(h)), ("run folder", folder)]
-    return table(
-        ("what", "value"),
-        [*rows, *((f"{name} examples", len(own)) for name, own in examples.items())],
-    )
-
-
-def ladder(measured: Sequence[Row], /) -> str:
-    """From the gradient to the trained update, one difference a row (rows of `anatomy`)."""
-    rows = []
-    for own in findings.medians(measured, by=("series",), of=("cosine", "step")):
-        norms = quantiles((row["norm"] for row in measured if row["series"] == own["series"]), n=10)
-        spread = f"{norms[-1] / norms[0]:.3g}" if norms[0] > 0 else "infinite"
-        rows.append((own["series"], f"{own['cosine']:.6f}", f"{own['step']:.4g}", spread))
-    return table(
-        ("update", "cosine of −ΔW with ∇L, median", "‖ΔW‖ / ‖∇L‖, median", "spread of ‖ΔW‖ / ‖W‖"),
-        rows,
-    )
-
-
-def layers(by_site: Sequence[Row], edit_lrs: Mapping[str, float], /, *, start: float) -> str:
-    """Step size, relative norm and cosine with the gradient of every site, at the start and trained."""
-    rows = []
-    for site, alpha in edit_lrs.items():
-        before, after = (row for row in by_site if row["site"] == site)
-        sizes = (
-            f"{alpha:.2e}",
-            f"{alpha / start:.2f}",
-            f"{before['norm']:.2e}",
-            f"{after['norm']:.2e}",
+    if "neighbourhood.ns" in first:
+        kept = _cell_text(first["neighbourhood.argmax_agreement"])
+        preferred = _cell_text(first["neighbourhood.ns"])
+        sentences.append(
+            f"Neighbours keep their argmax {kept}. "
+            f"They prefer their old answer to the new one {preferred}"
         )
-        cosine = (f"{before['cosine']:.3f}", f"{after['cosine']:.3f}")
-        rows.append(
-            (findings.short_site(site), *sizes, f"{after['norm'] / before['norm']:.2f}", *cosine)
+    return bullets(sentences)
+
+
+def many(reports: Mapping[str, Sequence[EvaluationReport]]) -> list[Row]:
+    """A row for every editor, number of edits (`edits`) and `metric`.
+
+    A row holds `mean`, and `low`, `high` and `n` where it is a mean over edits.
+    """
+    rows: list[Row] = []
+    for editor, final_reports in reports.items():
+        for final in final_reports:
+            for report in (*final.earlier, final):
+                edits = int(report.mode.rpartition("_")[2])
+                where = {"editor": editor, "edits": edits}
+                for metric, interval in report.summary.items():
+                    rows.append({**where, "metric": metric, **vars(interval)})
+                for metric, value in report.values.items():
+                    rows.append({**where, "metric": metric, "mean": value})
+    return rows
+
+
+def by_count(rows: Sequence[Row], metrics: Sequence[str]) -> Styler:
+    """Some metrics of `many` rows: a line for every editor and number of edits."""
+    lines: dict[tuple[str, int], dict[str, Any]] = {}
+    for row in rows:
+        line = lines.setdefault(
+            (row["editor"], row["edits"]), {"editor": row["editor"], "edits": row["edits"]}
         )
-    kinds = dict.fromkeys(row["series"] for row in by_site)
-    columns = [f"{name}: {kind}" for name in ("‖ΔW‖ / ‖W‖", "cosine with ∇L") for kind in kinds]
-    return table(("site", "step size α", "α / start", *columns[:2], "growth", *columns[2:]), rows)
+        value = row["mean"]
+        if "low" in row:
+            value = Interval(value, row["low"], row["high"], row["n"])
+        line[row["metric"]] = value
+    frame = pd.DataFrame(list(lines.values()), dtype=object)
+    measured = [metric for metric in metrics if metric in frame]
+    return table(frame[["editor", "edits", *measured]])
+
+
+def many_conclusion(at_once: Sequence[Row], in_a_row: Sequence[Row]) -> str:
+    """The findings of notebook 05, from `many` rows."""
+    sentences = [findings.many(at_once, at_once=True), *findings.cost_of_many(at_once)]
+    if in_a_row:
+        sentences.append(findings.many(in_a_row, at_once=False))
+    return bullets(sentences)
+
+
+# ---- inside an edit
 
 
 def inside_results(
-    checked: Sequence[Row], measured: Sequence[Row], minus: Sequence[Row], plus: Sequence[Row], /
-) -> Row:
-    """Flat results of notebook 03: `inside.…`."""
-    results = {
+    checked: Sequence[Row], measured: pd.DataFrame, signs: Mapping[str, Sequence[Row]]
+) -> dict[str, Any]:
+    """Flat results of notebook 03: `inside.…`. `signs` has the rows of both signs by name."""
+    results: dict[str, Any] = {
         "rank.gradients": len(checked),
-        "rank.above_tokens": sum(r["rank"] > r["tokens"] for r in checked),
+        "rank.above_tokens": sum(row["rank"] > row["tokens"] for row in checked),
     }
     for name in ("error", "scored_error"):
         results[f"rank.largest_{name}"] = max(row[name] for row in checked)
-    for own in findings.medians(measured, by=("series",), of=("cosine", "step", "norm")):
-        series = re.sub(r"\W+", "_", own["series"])
-        results |= {f"{series}.{name}": own[name] for name in ("cosine", "step", "norm")}
-    for sign, rows in (("minus", minus), ("plus", plus)):
-        results |= {f"{sign}.{abs(row['size']):g}.loss.edit": row["loss.edit"] for row in rows}
+    medians = measured.groupby("series", sort=False)[["cosine", "step", "norm"]].median()
+    for series, row in medians.iterrows():
+        slug = re.sub(r"\W+", "_", str(series))
+        results |= {f"{slug}.{name}": value for name, value in row.items()}
+    for sign, rows in signs.items():
+        for row in rows:
+            results[f"{sign}.{abs(row['size']):g}.loss.edit"] = row["loss.edit"]
     return {f"inside.{name}": value for name, value in results.items()}
 
 
-def _normaliser(h: MENDHyperParams) -> str:
-    if not h.norm:
-        return "none"
-    return (
-        "mean and standard deviation of each feature"
-        if h.whiten is None
-        else "u whitened, delta per feature"
-    )
+# ---- helpers
 
 
-# ---------------------------------------------------------------------------------------------------- helpers
-
-
-def _said(text: str) -> str:
+def written(text: str) -> str:
+    """What a model wrote, without the space before it."""
     return text.strip() or "(nothing)"
 
 
-def _mean(value: Interval | None) -> str:
-    return "" if value is None else f"{value.mean:.3f} [{value.low:.3f}, {value.high:.3f}]"
+def _cell_text(value: Any) -> str:
+    """A value as a table shows it."""
+    if isinstance(value, Interval):
+        return f"{value.mean:.3f} [{value.low:.3f}, {value.high:.3f}]"
+    if isinstance(value, bool):
+        return "✓" if value else "✗"
+    if value is None or value != value:  # NaN is unlike itself
+        return ""
+    if isinstance(value, Real) and not isinstance(value, int):
+        return f"{float(value):.3g}"
+    return escape(value)
 
 
-def _tick(good: bool) -> str:
-    return "✓" if good else "✗"
+def _is_numeric(column: "pd.Series[Any]") -> bool:
+    """Whether a column holds nothing but numbers and intervals; a truth value is none."""
+    kinds = {type(value) for value in column if value is not None and value == value}
+    return all(issubclass(kind, Real | Interval) and kind is not bool for kind in kinds)

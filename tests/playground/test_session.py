@@ -10,6 +10,7 @@ from safetensors.torch import load_file
 
 from mendkit.data.examples import EditExample, Probe
 from mendkit.errors import ArchiveError, DataError, MendkitError
+from mendkit.evaluation.inspection import about
 from mendkit.hparams import MENDHyperParams
 from mendkit.mend.archive import save_archive
 from mendkit.mend.editor import MENDEditor
@@ -121,7 +122,7 @@ def test_the_old_answer_of_a_neighbour_is_its_own(playground: Playground) -> Non
 
 def test_without_an_archive_a_stand_in_is_labelled_and_edits(hparams: MENDHyperParams) -> None:
     playground = Playground(hparams.replace(archive=None, edit_lr=0.1), EXAMPLES, max_new_tokens=4)
-    assert "never trained" in str(tables.about(playground.editor))
+    assert "never trained" in str(about(playground.editor))
     playground.apply(EXAMPLES[0])
     read = playground.next_tokens()
     assert (

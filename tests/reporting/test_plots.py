@@ -6,13 +6,13 @@ import math
 from collections.abc import Iterator
 from pathlib import Path
 from statistics import harmonic_mean
-from types import SimpleNamespace
 
 import pytest
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 
+from mendkit.evaluation.results import Interval
 from mendkit.reporting import plots
-from mendkit.reporting.plots import Chart
+from mendkit.reporting.figures import Chart
 
 PACKAGE = Path(plots.__file__).parents[1]
 SITES = [
@@ -23,8 +23,8 @@ SITES = [
 METRICS = list(plots.HEADLINE_LABELS)
 
 
-def interval(mean: float, n: int = 40) -> SimpleNamespace:
-    return SimpleNamespace(mean=mean, low=max(mean - 0.1, 0.0), high=min(mean + 0.1, 1.0), n=n)
+def interval(mean: float, n: int = 40) -> Interval:
+    return Interval(mean=mean, low=max(mean - 0.1, 0.0), high=min(mean + 0.1, 1.0), n=n)
 
 
 def history(*, good: bool) -> list[dict[str, float]]:
@@ -114,7 +114,7 @@ ENERGY = [
 ]
 
 
-def summary(*means: float) -> dict[str, SimpleNamespace]:
+def summary(*means: float) -> dict[str, Interval]:
     return {name: interval(mean) for name, mean in zip(METRICS, means, strict=True)}
 
 
