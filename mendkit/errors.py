@@ -1,12 +1,19 @@
 """Errors for users' mistakes: each names the value, what was expected and the remedy."""
 
+import json
+from typing import Any
+
 
 class MendkitError(ValueError):
     """Base of every error that a user can mend."""
 
 
 class HyperParamError(MendkitError):
-    """A hyperparameter file or override is wrong."""
+    """A hyperparameter file or override is wrong; `key` is the key at fault, where there is one."""
+
+    def __init__(self, message: str, key: str | None = None) -> None:
+        super().__init__(message)
+        self.key = key
 
 
 class DataError(MendkitError):
@@ -23,3 +30,14 @@ class ModelError(MendkitError):
 
 class ArchiveError(MendkitError):
     """An archive or a saved edit is missing, damaged, or belongs to another base model."""
+
+
+def shown(value: Any) -> str:
+    """A user's value for an error message: null, true and false as files spell them; cut."""
+    if value is None or isinstance(value, bool):
+        return json.dumps(value)
+    try:
+        text = repr(value)
+    except ValueError:  # Python writes no integer of more than 4300 digits
+        text = "a number of too many digits"
+    return text if len(text) <= 80 else text[:77] + "..."

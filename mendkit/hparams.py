@@ -1,35 +1,35 @@
-"""Hyperparameters: one frozen, validated record read from one strict YAML file.
+"""Hyperparameters: one frozen record, read from one strict YAML file.
 
-The keys are those of EasyEdit's MEND files, so that these load unmodified, and the kit's own; see
-docs/HYPERPARAMETERS.md. Method and words: Mitchell et al., "Fast Model Editing at Scale", arXiv 2110.11309.
+The keys are those of EasyEdit's MEND files, which load unmodified, and the kit's own; meanings and
+legal values stand in docs/HYPERPARAMETERS.md. Method and words: Mitchell et al., "Fast Model
+Editing at Scale", arXiv 2110.11309.
 
-Every key is honoured or refused; the few that mean nothing here stand in `NO_EFFECT` and are named in one log
-line when read. Scalars follow YAML 1.2, so `1e-6` is a number and `no` is text; no key comes twice.
-The fields of `MENDHyperParams` are the table: a line is a key, its type, its default and what it accepts.
+Every key is honoured or refused, but for the few of `NO_EFFECT`. Scalars follow YAML 1.2: `1e-6`
+is a number and `no` is text. No key comes twice.
 """
 
 import difflib
 import logging
-import math
 import os
 import re
-from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, field, fields, replace
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
-from types import NoneType
-from typing import Any, ClassVar, get_args
+from typing import Annotated, Any, ClassVar, Literal
 
 import yaml
+from pydantic import BaseModel, BeforeValidator, Field, PlainValidator, ValidationError
 
-from .errors import HyperParamError
+from .errors import HyperParamError, shown
 
 logger = logging.getLogger(__name__)
 
+PAGE = "docs/HYPERPARAMETERS.md"
+
 ALIASES = {"alg": "alg_name"}
 
-# as written -> the validation score that picks the best archive; the last two are EasyEdit's
-EARLY_STOP_KEYS = {name: name for name in ("score", "loss", "edit_success")}
-EARLY_STOP_KEYS |= {"loss/total_edit_val": "loss", "edit/acc_val": "edit_success"}
+# EasyEdit's names of validation scores; the kit's names mean themselves
+EARLY_STOP_KEYS = {"loss/total_edit_val": "loss", "edit/acc_val": "edit_success"}
 
 # keys of EasyEdit's files for image models: such a file is refused
 MULTIMODAL_KEYS = (
@@ -38,309 +38,358 @@ MULTIMODAL_KEYS = (
     "freeze_qformer",
     "state_dict_file",
     "iedit",
+    "pretrained_ckpt",
+    "coco_image",
+    "rephrase_image",
+    "exact_match",
 )
-MULTIMODAL_KEYS += ("pretrained_ckpt", "coco_image", "rephrase_image", "exact_match")
 
-NO_EFFECT = {  # key -> why its value changes nothing here
-    "model_class": "the class follows from the model's own configuration",
-    "tokenizer_class": "the class follows from the tokenizer's own files",
-    "model_parallel": "the model is placed whole on the one device named by `device`; `dtype: bfloat16` halves it",
-    "cbase": "it weighs a loss on the base model, which stays frozen",
-    "dropout": "the base model runs without dropout, always",
-    "train_base": "the base model stays frozen",
-    "no_grad_layers": "everything but the hypernetwork is frozen anyway",
-    "model_save_pt": "the best archive is saved at every validation that improves it",
-    "eval_log_interval": "a validation is logged once, when it ends",
-    "final_eval": "training always ends with a validation",
-    "eval_only": "the command decides: train, edit or evaluate",
-    "half": "`dtype` sets the precision of the base model: auto keeps that of the checkpoint",
-    "save": "the best archive is always saved",
-    "max_output_length": "free decoding for the scores has a fixed limit",
-    **dict.fromkeys(("silent", "debug", "verbose"), "the level of logging decides what is shown"),
-}
-_ONE_VALUE = {
-    "dropout": 0.0,
-    "train_base": False,
-    "no_grad_layers": None,
-    "half": False,
-}  # else refused
-_UNREMARKABLE = {
-    "cbase": 1.0,
-    "final_eval": True,
-    "verbose": True,
-}  # like null and false, not worth logging
+# keys of EasyEdit that change nothing here but may say only this: other values would need code
+ONLY_VALUES = {"dropout": 0.0, "train_base": False, "no_grad_layers": None, "half": False}
+
+NO_EFFECT = (
+    *ONLY_VALUES,
+    "model_class",
+    "tokenizer_class",
+    "model_parallel",
+    "cbase",
+    "model_save_pt",
+    "eval_log_interval",
+    "final_eval",
+    "eval_only",
+    "save",
+    "max_output_length",
+    "silent",
+    "debug",
+    "verbose",
+)
+
+# texts whose characters an override keeps: `model_name=1e5` is a name
+PLAIN_TEXTS = ("archive", "model_name", "tokenizer_name", "cache_dir", "results_dir")
 
 
-def _show(value: Any) -> str:
-    """A value as a YAML user knows it, cut to fit a message."""
-    try:
-        text = (
-            "null"
-            if value is None
-            else str(value).lower()
-            if isinstance(value, bool)
-            else repr(value)
-        )
-    except ValueError:  # Python writes no integer of more than 4300 digits
-        text = "a number of too many digits"
-    return text if len(text) <= 80 else text[:77] + "..."
+# ------------------------------------------------------------------------------- kinds of values
+# A validator raises ValueError with what is expected; the message "KEY must be …" is made of it.
 
 
-@dataclass(frozen=True)
-class _Rule:
-    """What a key accepts. `store` gives a value's normal form and raises for a value that is refused."""
-
-    kind: Any
-    null: bool = False
-    legal: tuple = ()
-    low: float | None = None
-    above: float | None = None
-    most: float | None = None
-    store: Callable[[Any], Any] | None = None
-    words: str = ""  # what `store` expects, or why so little is legal
-
-    def expected(self) -> str:
-        """What a legal value is, in words."""
-        kinds = {
-            int: "an integer",
-            float: "a finite number",
-            bool: "true or false",
-            str: "non-empty text",
-        }
-        text = (self.store and self.words) or kinds.get(self.kind, "null")
-        if self.legal:
-            text = " or ".join(map(_show, self.legal)) + (f" ({self.words})" if self.words else "")
-        text += "" if self.low is None else f" >= {self.low}"
-        text += "" if self.above is None else f" > {self.above}"
-        text += "" if self.most is None else f" and <= {self.most}"
-        return text + (" or null" if self.null else "")
-
-
-def _to_kind(value: Any, kind: type) -> Any:
-    if kind is str:
-        value = os.fspath(value)
-    elif kind is float and isinstance(value, (int, float, str)) and not isinstance(value, bool):
-        value = float(value)  # text such as '1e-6' is what PyYAML makes of EasyEdit's numbers
-    right = type(value) is kind and bool(str(value).strip())  # a bool is no int, blanks are no name
-    if not right or (kind is float and not math.isfinite(value)):
-        raise ValueError
-    return value
-
-
-def _to_device(value: Any) -> str:
-    text = f"cuda:{value}" if type(value) is int or str(value).isdecimal() else value
-    if re.fullmatch(r"auto|cpu|mps|cuda(:[0-9]+)?", text) is None:
-        raise ValueError
+def _text(value: Any) -> str:
+    text = os.fspath(value) if isinstance(value, os.PathLike) else value
+    if not isinstance(text, str) or not text.strip():
+        raise ValueError("non-empty text")
     return text
 
 
-def _switch(value: Any) -> bool | str:
-    return value if value == "auto" else _to_kind(value, bool)
+def _no_bool(value: Any) -> Any:
+    if isinstance(value, bool):
+        raise ValueError("a number")
+    return value
+
+
+def _device(value: Any) -> str:
+    if type(value) is int or (isinstance(value, str) and value.isdecimal()):
+        value = f"cuda:{value}"
+    if not isinstance(value, str) or not re.fullmatch(r"auto|cpu|mps|cuda(:[0-9]+)?", value):
+        raise ValueError("auto, cpu, mps, cuda, cuda:N, or N for cuda:N")
+    return value
 
 
 def _names(value: Any) -> str | tuple[str, ...]:
     if value == "auto":
         return value
-    if not isinstance(value, (list, tuple)) or not value or len(set(value)) < len(value):
-        raise ValueError
-    return tuple(_to_kind(name, str) for name in value)
+    if isinstance(value, (list, tuple)) and value and all(isinstance(name, str) for name in value):
+        names = tuple(map(_text, value))
+        if len(set(names)) == len(names):
+            return names
+    raise ValueError("auto or a list of unique names")
 
 
-def _counts(value: Any) -> int | tuple[int, ...]:
+def _counts(value: Any) -> int | tuple[int, ...] | None:
     """A count for every role, or one each for paraphrases, neighbours and unrelated prompts."""
-    each = tuple(value) if isinstance(value, (list, tuple)) else (value,)
-    if len(each) not in (1, 3) or any(_to_kind(count, int) < 1 for count in each):
-        raise ValueError
-    return each if isinstance(value, (list, tuple)) else value
+    if value is None:
+        return None
+    counts = tuple(value) if isinstance(value, (list, tuple)) else (value,)
+    if len(counts) not in (1, 3) or not all(
+        type(count) is int and 1 <= count < 2**63 for count in counts
+    ):
+        raise ValueError("an integer >= 1, or three, or null")
+    return counts if isinstance(value, (list, tuple)) else value
 
 
 def to_bytes(value: Any) -> int:
-    """Bytes from a number or from text such as '1.5GB'; an error of any kind for what is neither."""
+    """Bytes from a whole number, or from text such as '1.5GB'. Raises ValueError for others."""
     if isinstance(value, str):
-        digits, prefix, binary = re.fullmatch(
-            r"(\d+(?:\.\d+)?) *(?:([kKMGT])(i?))?B?", value
-        ).groups()
-        power = " KMGT".index(prefix.upper()) if prefix else 0
-        value = round(float(digits) * (1024 if binary else 1000) ** power)
-    elif isinstance(value, bool) or value != int(value):
-        raise TypeError
-    return int(value)
+        match = re.fullmatch(r"(\d{1,18}(?:\.\d+)?) *(?:([kKMGT])(i?))?B?", value)
+        if match:
+            digits, prefix, binary = match.groups()
+            power = " KMGT".index((prefix or " ").upper())
+            return round(float(digits) * (1024 if binary else 1000) ** power)
+    elif isinstance(value, float) and value.is_integer():
+        value = int(value)
+    if type(value) is not int or value < 0:
+        raise ValueError("bytes, or text such as '1.5GB', >= 0")
+    return value
 
 
-def _key(default: Any, **rule: Any) -> Any:
-    return field(default=default, metadata=rule)
+Text = Annotated[str, BeforeValidator(_text)]
+# text such as '1e-6' is what PyYAML makes of EasyEdit's numbers
+Number = Annotated[float, BeforeValidator(_no_bool), Field(strict=False, allow_inf_nan=False)]
+NonNegative = Annotated[Number, Field(ge=0)]
+Positive = Annotated[Number, Field(gt=0)]
+Share = Annotated[Number, Field(ge=0, le=1)]
+CountFrom0 = Annotated[int, Field(ge=0, lt=2**63)]
+CountFrom1 = Annotated[int, Field(ge=1, lt=2**63)]
+Sign = Annotated[Literal[-1, 1], BeforeValidator(_no_bool)]
+Device = Annotated[str, PlainValidator(_device)]
+Names = Annotated[tuple[str, ...] | str, PlainValidator(_names)]
+Counts = Annotated[tuple[int, ...] | int | None, PlainValidator(_counts)]
+Bytes = Annotated[int, PlainValidator(to_bytes)]
+Switch = bool | Literal["auto"]
+OtherTokenizer = Annotated[Text | None, BeforeValidator(lambda name: None if name == "." else name)]
+StopKey = Annotated[
+    Literal["score", "loss", "edit_success"],
+    BeforeValidator(lambda key: EARLY_STOP_KEYS.get(key, key) if isinstance(key, str) else key),
+]
 
 
-@dataclass(frozen=True, kw_only=True)
-class MENDHyperParams:
-    """All settings of a model editor: which model and sites, the hypernetwork, its training, data and caches.
+class MENDHyperParams(BaseModel, frozen=True, extra="forbid", strict=True):
+    """All settings of a model editor: model and sites, hypernetwork, training, data and caches.
 
-    A micro-batch is `batch_size` independent edits, each with its own update alone. The loss is their
-    mean of cedit * NLL(edit) + cpara * NLL(paraphrases) + cloc * KL(unrelated) + cneigh *
-    KL(neighbours) + cmargin * MARGIN: NLL of the new target under the edited model, KL(unedited || edited), both in
-    nats; MARGIN is what the new target lacks of being `margin` nats a token less likely than a neighbour's own answer.
-    Whatever makes one validates it (HyperParamError) and stores normal forms: `device: 0` is "cuda:0".
+    A micro-batch is `batch_size` independent edits, each with its own update alone. The loss is
+    their mean of cedit * NLL(edit) + cpara * NLL(paraphrases) + cloc * KL(unrelated) + cneigh *
+    KL(neighbours) + cmargin * MARGIN. NLL is of the new target under the edited model, KL from
+    the unedited to the edited model, both in nats. MARGIN is what the new target lacks of being
+    `margin` nats a token less likely than a neighbour's own answer.
+
+    Values are stored in normal form: `device: 0` is "cuda:0". Raises HyperParamError.
     """
 
     # identity
-    archive: str | None = None  # only YAML's null is None: the text 'None' names a file
-    alg_name: str = _key("MEND", legal=("MEND",), words="the one method of this kit")
-    model_name: str
-    tokenizer_name: str | None = _key(None, store=lambda v: None if v == "." else _to_kind(v, str))
-    dtype: str = _key("auto", legal=("auto", "float32", "bfloat16", "float16"))
-    device: str = _key(
-        "auto", store=_to_device, words="auto, cpu, mps, cuda, cuda:N, or N for cuda:N"
-    )
+    archive: Text | None = None  # only YAML's null is None: the text 'None' names a file
+    alg_name: Literal["MEND"] = "MEND"
+    model_name: Text
+    tokenizer_name: OtherTokenizer = None
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    device: Device = "auto"
     trust_remote_code: bool = False
-    inner_params: tuple[str, ...] | str = _key(
-        "auto", store=_names, words="auto or a list of unique names"
-    )
+    inner_params: Names = "auto"
     # hypernetwork
-    rank: int | None = _key(256, low=1)
-    n_hidden: int = _key(1, low=0)  # n_hidden + 1 residual blocks, as the original counts
-    hidden_dim: None = _key(
-        None, legal=(None,), words="a residual block keeps the width of its input"
-    )
-    init: str = _key("id_xavier", legal=("id_xavier", "id", "xavier"))
+    rank: CountFrom1 | None = 256
+    n_hidden: CountFrom0 = 1  # n_hidden + 1 residual blocks, as the original counts
+    hidden_dim: None = None  # a residual block keeps the width of its input
+    init: Literal["id_xavier", "id", "xavier"] = "id_xavier"
     norm: bool = True
     combine: bool = True
     one_sided: bool = False
     x_only: bool = False
     delta_only: bool = False
-    act: str = _key("relu", legal=("relu",), words="the one activation of this kit")
-    mlp_class: str = _key("IDMLP", legal=("IDMLP",), words="the one kind of block of this kit")
+    act: Literal["relu"] = "relu"
+    mlp_class: Literal["IDMLP"] = "IDMLP"
     shared: bool = True
-    norm_stats: str = _key("layer", legal=("layer", "shape"))
-    update_sign: int = _key(-1, legal=(-1, 1))  # -1 descends, as Algorithm 2 of the paper does
-    std_floor: float = _key(0.1, low=0)
-    std_eps: float = _key(0.0, low=0)
-    z_clip: float | None = _key(10.0, above=0)
-    edit_tokens: str = _key("all", legal=("all", "scored"))
-    loss_reduction: str = _key("edit", legal=("edit", "sum", "batch"))
-    whiten: float | None = _key(None, above=0)
+    norm_stats: Literal["layer", "shape"] = "layer"
+    update_sign: Sign = -1  # -1 descends, as Algorithm 2 of the paper does
+    std_floor: NonNegative = 0.1
+    std_eps: NonNegative = 0.0
+    z_clip: Positive | None = 10.0
+    edit_tokens: Literal["all", "scored"] = "all"
+    loss_reduction: Literal["edit", "sum", "batch"] = "edit"
+    whiten: Positive | None = None
     whiten_pairs: bool = False
     unit_response: bool = False
-    aggregate: str = _key("sum", legal=("sum", "least_squares"))
-    ridge: float = _key(0.003, above=0)  # the logarithms of both are learned
-    ridge_shared: float = _key(0.04, above=0)
-    stats_examples: int = _key(500, low=1)
+    aggregate: Literal["sum", "least_squares"] = "sum"
+    ridge: Positive = 0.003  # the logarithms of both ridges are learned
+    ridge_shared: Positive = 0.04
+    stats_examples: CountFrom1 = 500
     stats_held_out: bool = False
-    max_relative_norm: float | None = _key(None, above=0)
+    max_relative_norm: Positive | None = None
     lifelong_norm: bool = False
     # training
-    lr: float = _key(1e-4, low=0)
-    edit_lr: float = _key(1e-4, above=0)  # its logarithm is learned
-    lr_lr: float = _key(1e-2, low=0)
-    lr_scale: float = _key(1.0, low=0)
-    cedit: float = _key(1.0, low=0)
-    cpara: float | None = _key(None, low=0)  # null: as cedit
-    cloc: float = _key(1.0, low=0)
-    cneigh: float | None = _key(None, low=0)  # null: as cloc
-    cmargin: float = _key(0.0, low=0)
-    margin: float = _key(1.0, low=0)
-    train_on: str = _key("single", legal=("single", "batch", "sequence"))
-    most_edits: int = _key(16, low=1)
-    batch_size: int = _key(16, low=1)
-    accumulate_bs: int = _key(1, low=1)
-    texts_per_role: tuple[int, ...] | int | None = _key(
-        None, store=_counts, words="an integer >= 1, or three"
-    )
-    borrow: float = _key(0.0, low=0, most=1)
-    swap: float = _key(0.0, low=0, most=1)
-    hard_negatives: float = _key(0.0, low=0, most=1)
-    paraphrases_per_edit: int = _key(1, low=0)
-    neighbours_per_edit: int = _key(1, low=0)
-    unrelated_per_edit: int = _key(1, low=0)
-    max_iters: int = _key(1000, low=0)
-    max_epochs: int | None = _key(None, low=1)  # where given, it decides instead of max_iters
-    max_seconds: float | None = _key(None, above=0)
-    schedule: str = _key("cosine", legal=("constant", "cosine"))
-    warmup_iters: int = _key(20, low=0)
-    val_interval: int = _key(100, low=1)
-    val_steps: int = _key(100, low=1)
-    val_batch_size: int = _key(32, low=1)
-    checkpoint_interval: int | None = _key(None, low=1)
-    early_stop_patience: int = _key(20000, low=1)
-    early_stop_key: str = _key(
-        "score", store=EARLY_STOP_KEYS.__getitem__, words=" or ".join(EARLY_STOP_KEYS)
-    )
-    grad_clip: float = _key(1.0, above=0)
-    opt: str = _key("Adam", legal=("Adam", "AdamW"))
-    seed: int = _key(42, low=0, most=2**32 - 1)
-    log_interval: int = _key(10, low=1)
-    logger: str | None = _key(
-        None, legal=("tensorboard", "trackio", "wandb")
-    )  # history.jsonl is written always
+    lr: NonNegative = 1e-4
+    edit_lr: Positive = 1e-4  # its logarithm is learned
+    lr_lr: NonNegative = 1e-2
+    lr_scale: NonNegative = 1.0
+    cedit: NonNegative = 1.0
+    cpara: NonNegative | None = None  # null: as cedit
+    cloc: NonNegative = 1.0
+    cneigh: NonNegative | None = None  # null: as cloc
+    cmargin: NonNegative = 0.0
+    margin: NonNegative = 1.0
+    train_on: Literal["single", "batch", "sequence"] = "single"
+    most_edits: CountFrom1 = 16
+    batch_size: CountFrom1 = 16
+    accumulate_bs: CountFrom1 = 1
+    texts_per_role: Counts = None
+    borrow: Share = 0.0
+    swap: Share = 0.0
+    hard_negatives: Share = 0.0
+    paraphrases_per_edit: CountFrom0 = 1
+    neighbours_per_edit: CountFrom0 = 1
+    unrelated_per_edit: CountFrom0 = 1
+    max_iters: CountFrom0 = 1000
+    max_epochs: CountFrom1 | None = None  # where given, it decides instead of max_iters
+    max_seconds: Positive | None = None
+    schedule: Literal["constant", "cosine"] = "cosine"
+    warmup_iters: CountFrom0 = 20
+    val_interval: CountFrom1 = 100
+    val_steps: CountFrom1 = 100
+    val_batch_size: CountFrom1 = 32
+    checkpoint_interval: CountFrom1 | None = None
+    early_stop_patience: CountFrom1 = 20000
+    early_stop_key: StopKey = "score"
+    grad_clip: Positive = 1.0
+    opt: Literal["Adam", "AdamW"] = "Adam"
+    seed: Annotated[CountFrom0, Field(le=2**32 - 1)] = 42
+    log_interval: CountFrom1 = 10
+    logger: Literal["tensorboard", "trackio", "wandb"] | None = None  # beside history.jsonl
     # data and caches
     add_eos: bool = True
-    max_target_tokens: int = _key(32, low=1)
-    max_length: int = _key(512, low=2)
-    cache_dir: str | None = None
-    disk_cache_bytes: int = _key(
-        20_000_000_000, low=0, store=to_bytes, words="bytes, or text such as '20GB',"
-    )
-    cache_bytes: int = _key(
-        1_500_000_000, low=0, store=to_bytes, words="bytes, or text such as '1.5GB',"
-    )
-    release_trunk: bool | str = _key("auto", store=_switch, words="auto, true or false")
-    stream_trunk: bool | str = _key("auto", store=_switch, words="auto, true or false")
-    results_dir: str = "runs"
+    max_target_tokens: CountFrom1 = 32
+    max_length: Annotated[int, Field(ge=2)] = 512
+    cache_dir: Text | None = None
+    disk_cache_bytes: Bytes = 20_000_000_000
+    cache_bytes: Bytes = 1_500_000_000
+    release_trunk: Switch = "auto"
+    stream_trunk: Switch = "auto"
+    results_dir: Text = "runs"
 
-    def __post_init__(self) -> None:
-        for item in fields(self):
-            object.__setattr__(self, item.name, _check(item.name, getattr(self, item.name), ""))
-        _check_one_way(vars(self), lambda key: "")
-        for key in ("whiten_pairs", "unit_response"):
-            if getattr(self, key) and self.whiten is None:
-                raise HyperParamError(
-                    f"{key}: true needs `whiten`, the ridge of the normaliser; set it, such as 0.02"
-                )
-        if self.whiten_pairs and self.edit_tokens != "scored":
-            raise HyperParamError("whiten_pairs: true needs `edit_tokens: scored`")
+    def __init__(self, **values: Any) -> None:
+        try:
+            super().__init__(**values)
+        except ValidationError as error:
+            raise _refusal(error, values) from None
+        _check_together(self)
 
     @classmethod
     def from_hparams(cls, path: str | os.PathLike[str], **overrides: Any) -> "MENDHyperParams":
-        """Read a YAML file; `overrides` win over it. Raises HyperParamError naming file, line, key, value."""
+        """Read a YAML file; `overrides` win over it.
+
+        Raises HyperParamError naming file, line, key and value.
+        """
         values, lines = read_yaml(Path(path))
-        values = _resolve(values, lambda key: f"{path}:{lines[key]}: ")
-        changes = _last_word(_resolve(overrides, lambda key: "override: "))
-        merged = values | changes
-        if "model_name" not in merged:
-            raise HyperParamError(
-                f"{path}: model_name is missing; add `model_name: <name, folder or file>`"
-            )
-        _check_one_way(
-            merged, lambda key: "override: " if key in changes else f"{path}:{lines[key]}: "
-        )
-        return cls(**merged)
+        places = {key: f"{path}:{line}: " for key, line in lines.items()}
+        places |= {name: places[key] for key, name in ALIASES.items() if key in places}
+        with _told_where(places, f"{path}: "):
+            settings = _resolve(values, f"{path}: ")
+        with _told_where({}, "override: "):
+            changes = _resolve(overrides, "override: ")
+        places |= dict.fromkeys(changes, "override: ")
+        with _told_where(places, f"{path}: "):
+            return cls(**settings | _last_word(changes))
 
     def replace(self, **changes: Any) -> "MENDHyperParams":
         """A copy with some keys changed, validated as a file is. Raises HyperParamError."""
-        return replace(self, **_last_word(_resolve(changes, lambda key: "")))
+        return type(self)(**self.to_dict() | _last_word(_resolve(changes, "")))
 
     def to_dict(self) -> dict[str, Any]:
-        """Every key and value in plain types, for JSON or YAML; `MENDHyperParams(**d)` equals this one."""
-        return {
-            key: list(value) if isinstance(value, tuple) else value
-            for key, value in vars(self).items()
-        }
+        """Every key and value in plain types, for JSON; `MENDHyperParams(**d)` equals this one."""
+        return {key: list(value) if isinstance(value, tuple) else value for key, value in self}
 
 
-def _rule(annotation: Any, constraints: Mapping[str, Any]) -> _Rule:
-    types = get_args(annotation) or (annotation or NoneType,)
-    return _Rule(types[0], null=NoneType in types[1:], **constraints)
-
-
-_RULES = {item.name: _rule(item.type, item.metadata) for item in fields(MENDHyperParams)} | {
-    key: _Rule(type(only), legal=(only,), words=NO_EFFECT[key]) for key, only in _ONE_VALUE.items()
+_PLAIN_WORDS = {
+    "Value error, ": "",
+    "Input should be ": "",
+    "a valid integer": "an integer",
+    "a valid number": "a number",
+    "a valid boolean": "true or false",
+    "greater than or equal to": ">=",
+    "greater than": ">",
+    "less than or equal to": "<=",
+    ", unable to parse string as a number": "",
+    "None": "null",
 }
+"""Words of pydantic's messages, and what a user of YAML calls that."""
+
+
+def _refusal(error: ValidationError, values: Mapping[str, Any]) -> HyperParamError:
+    """The first fault that pydantic found, in words; of a union every kind that was expected."""
+    faults = error.errors(include_url=False, include_context=False, include_input=False)
+    key = str(faults[0]["loc"][0])
+    if key not in values:
+        return HyperParamError(f"{key} is missing; add `{key}: …`", key)
+    wanted = " or ".join(fault["msg"] for fault in faults if fault["loc"][0] == key)
+    for technical, plain in _PLAIN_WORDS.items():
+        wanted = wanted.replace(technical, plain)
+    return HyperParamError(f"{key} must be {wanted}, got {shown(values[key])}", key)
+
+
+def _check_together(h: MENDHyperParams) -> None:
+    """Refuse settings that exclude each other, or that need another one."""
+    one_way = [key for key in ("one_sided", "x_only", "delta_only") if getattr(h, key)]
+    if len(one_way) > 1 or (one_way and h.combine):
+        raise HyperParamError(
+            f"{' and '.join(one_way)}: true, but at most one of one_sided, x_only, delta_only may "
+            "be true, and only with `combine: false`",
+            one_way[-1],
+        )
+    for key in ("whiten_pairs", "unit_response"):
+        if getattr(h, key) and h.whiten is None:
+            raise HyperParamError(
+                f"{key}: true needs `whiten`, the ridge of the normaliser; set it, such as 0.02",
+                key,
+            )
+    if h.whiten_pairs and h.edit_tokens != "scored":
+        raise HyperParamError("whiten_pairs: true needs `edit_tokens: scored`", "whiten_pairs")
+
+
+@contextmanager
+def _told_where(places: Mapping[str, str], otherwise: str) -> Iterator[None]:
+    """Put the place of the key at fault before an error's message."""
+    try:
+        yield
+    except HyperParamError as error:
+        place = places.get(error.key or "", otherwise)
+        raise HyperParamError(f"{place}{error}", error.key) from None
+
+
+def _resolve(given: Mapping[str, Any], place: str) -> dict[str, Any]:
+    """Keys as fields of MENDHyperParams: aliases by their name, keys without effect left out."""
+    for key in given:
+        if key in MULTIMODAL_KEYS:
+            raise HyperParamError(
+                f"{key} belongs to an image model, which this kit does not edit; use the file of "
+                "a text model",
+                key,
+            )
+    values, without_effect = {}, []
+    for key, value in given.items():
+        name = ALIASES.get(key, key)
+        if name in MENDHyperParams.model_fields:
+            values[name] = value
+        elif name in ONLY_VALUES:
+            only = ONLY_VALUES[name]
+            if value != only or isinstance(value, bool) != isinstance(only, bool):
+                reason = f"other values would change the result, see {PAGE}"
+                raise HyperParamError(
+                    f"{key} must be {shown(only)} ({reason}), got {shown(value)}", key
+                )
+        elif name not in NO_EFFECT:
+            raise _unknown_key(key, value)
+        elif value not in (None, False):
+            without_effect.append(key)
+    if without_effect:
+        logger.warning("%swithout effect: %s; see %s", place, ", ".join(without_effect), PAGE)
+    return values
+
+
+def _unknown_key(key: str, value: Any) -> HyperParamError:
+    known = sorted({*MENDHyperParams.model_fields, *NO_EFFECT, *ALIASES})
+    close = difflib.get_close_matches(key.lower(), known, 1, 0.5)
+    nearest = f"the nearest key is {close[0]!r}" if close else "no key resembles it"
+    return HyperParamError(
+        f"unknown key {key!r} (value {shown(value)}); {nearest}; see {PAGE}", key
+    )
+
+
+def _last_word(changes: dict[str, Any]) -> dict[str, Any]:
+    """A new `max_iters` alone must not be outvoted by an older `max_epochs`."""
+    return {"max_epochs": None} | changes if "max_iters" in changes else changes
 
 
 def parse_overrides(overrides: Iterable[str]) -> dict[str, Any]:
-    """Values for `from_hparams(path, **values)` from texts "key=value", each typed by the key that it sets.
+    """Values for `from_hparams(path, **values)` from texts "key=value".
 
-    A value is YAML (`null`, `false`, `1e-4`, `[a.weight, b.weight]`), except that text keeps its characters.
-    Raises HyperParamError for an unknown or repeated key, a text without "=", a value that the key refuses.
+    A value is YAML (`null`, `false`, `1e-4`, `[a.weight, b.weight]`), but names and paths keep
+    their characters. Raises HyperParamError for an unknown or repeated key, and for text without
+    "=" or with faulty YAML; `from_hparams` checks the values.
     """
     given: dict[str, Any] = {}
     for text in overrides:
@@ -349,85 +398,19 @@ def parse_overrides(overrides: Iterable[str]) -> dict[str, Any]:
             raise HyperParamError(
                 f"override {text!r}: expected key=value, such as lr=1e-4, each once"
             )
-        plain = key in _RULES and _RULES[key].kind is str and value not in ("", "~", "null")
+        plain = key in PLAIN_TEXTS and value not in ("", "~", "null") and value[0] not in "'\""
         try:
-            given[key] = (
-                value if plain and value[0] not in "'\"" else yaml.load(value, _StrictLoader)
-            )
+            given[key] = value if plain else yaml.load(value, _StrictLoader)
         except _YAML_ERRORS as error:
             problem = getattr(error, "problem", None) or error
             raise HyperParamError(
                 f"override {text!r}: the value is not valid YAML: {problem}"
             ) from None
-    return _resolve(given, lambda key: "override: ")
+    with _told_where({}, "override: "):
+        return _resolve(given, "override: ")
 
 
-def _resolve(given: Mapping[str, Any], where: Callable[[str], str]) -> dict[str, Any]:
-    """Given keys and values as fields of MENDHyperParams, checked. `where(key)` opens an error's message."""
-    multimodal = [key for key in given if key in MULTIMODAL_KEYS]
-    if multimodal:
-        reason = (
-            "belongs to an image model, which this kit does not edit; use the file of a text model"
-        )
-        raise HyperParamError(f"{where(multimodal[0])}{' / '.join(multimodal)} {reason}")
-    values, without_effect = {}, []
-    for key, value in given.items():
-        name = ALIASES.get(key, key)
-        if name in _RULES:
-            value = _check(key, value, where(key))
-        if name in NO_EFFECT:
-            if name not in _ONE_VALUE and value not in (None, False, _UNREMARKABLE.get(name)):
-                without_effect.append(key)
-        elif name in _RULES:
-            values[name] = value
-        else:
-            close = difflib.get_close_matches(
-                key.lower(), sorted({*_RULES, *NO_EFFECT, *ALIASES}), 1, 0.5
-            )
-            nearest = f"the nearest key is {close[0]!r}" if close else "no key resembles it"
-            nearest += (
-                " (`name` stands in EasyEdit's files for image models only)"
-                if key == "name"
-                else ""
-            )
-            message = f"unknown key {key!r} (value {_show(value)}); {nearest}; see docs/HYPERPARAMETERS.md"
-            raise HyperParamError(where(key) + message)
-    if without_effect:
-        keys = ", ".join(without_effect)
-        logger.warning(
-            "%swithout effect: %s; see docs/HYPERPARAMETERS.md", where(without_effect[0]), keys
-        )
-    return values
-
-
-def _last_word(changes: dict[str, Any]) -> dict[str, Any]:
-    """A new `max_iters` alone must not be outvoted by an older `max_epochs`."""
-    return {"max_epochs": None} | changes if "max_iters" in changes else changes
-
-
-def _check(key: str, value: Any, where: str) -> Any:
-    rule = _RULES[ALIASES.get(key, key)]
-    if value is None and rule.null:
-        return None
-    try:
-        stored = rule.store(value) if rule.store else _to_kind(value, rule.kind)
-        in_range = (rule.low is None or stored >= rule.low) and (
-            rule.above is None or stored > rule.above
-        )
-        in_range = in_range and (rule.most is None or stored <= rule.most)
-        if in_range and (not rule.legal or stored in rule.legal):
-            return stored
-    except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError):
-        pass  # all are ways to refuse a value
-    raise HyperParamError(f"{where}{key} must be {rule.expected()}, got {_show(value)}")
-
-
-def _check_one_way(values: Mapping[str, Any], where: Callable[[str], str]) -> None:
-    one_way = [key for key in ("one_sided", "x_only", "delta_only") if values.get(key)]
-    if len(one_way) > 1 or (one_way and values.get("combine", True)):
-        expected = "at most one of one_sided, x_only, delta_only may be true, and only with `combine: false`"
-        raise HyperParamError(f"{where(one_way[-1])}{' and '.join(one_way)}: true, but {expected}")
-
+# ------------------------------------------------------------------------------------------ YAML
 
 # what PyYAML raises, a faulty explicit tag such as `!!int x` included
 _YAML_ERRORS = (yaml.YAMLError, AttributeError, LookupError, RecursionError, ValueError)
@@ -438,19 +421,22 @@ class _StrictLoader(yaml.SafeLoader):
 
     yaml_implicit_resolvers: ClassVar = {
         None: [
-            ("tag:yaml.org,2002:null", re.compile(r"(~|null|Null|NULL|)\Z")),
-            ("tag:yaml.org,2002:bool", re.compile(r"(true|True|TRUE|false|False|FALSE)\Z")),
-            ("tag:yaml.org,2002:int", re.compile(r"[-+]?(0|[1-9][0-9_]*)\Z")),
-            (
-                "tag:yaml.org,2002:float",
-                re.compile(r"[-+]?(\.\d+|\d+\.\d*|\d+(?=[eE]))([eE][-+]?\d+)?\Z"),
-            ),
+            (f"tag:yaml.org,2002:{kind}", re.compile(rf"({pattern})\Z"))
+            for kind, pattern in (
+                ("null", "~|null|Null|NULL|"),
+                ("bool", "true|True|TRUE|false|False|FALSE"),
+                ("int", r"[-+]?(0|[1-9][0-9_]*)"),
+                ("float", r"[-+]?(\.\d+|\d+\.\d*|\d+(?=[eE]))([eE][-+]?\d+)?"),
+            )
         ]
     }
 
 
 def read_yaml(path: Path) -> tuple[dict[str, Any], dict[str, int]]:
-    """The top-level mapping of a YAML file, and the line of each key. Raises HyperParamError naming file and line."""
+    """The top-level mapping of a YAML file, and the line of each key.
+
+    Raises HyperParamError naming file and line.
+    """
     try:
         loader = _StrictLoader(path.read_bytes())
         root = loader.get_single_node()
@@ -461,23 +447,22 @@ def read_yaml(path: Path) -> tuple[dict[str, Any], dict[str, int]]:
             f"{path}: cannot be read ({error.strerror}); expected a YAML file"
         ) from None
     except _YAML_ERRORS as error:
-        mark, problem = (
-            getattr(error, "problem_mark", None),
-            getattr(error, "problem", None) or error,
-        )
-        line = f"{mark.line + 1}: " if mark else " "
-        raise HyperParamError(f"{path}:{line}not valid YAML: {problem}") from None
+        mark = getattr(error, "problem_mark", None)
+        place = f"{path}:{mark.line + 1}" if mark else path
+        problem = getattr(error, "problem", None) or error
+        raise HyperParamError(f"{place}: not valid YAML: {problem}") from None
     if not pairs:
         found = "the file is empty" if root is None else "no keys found"
         raise HyperParamError(f"{path}: {found}; expected lines `key: value`")
-    values, lines = {}, {}
-    for key, value in pairs:
-        line, name = key.start_mark.line + 1, key.value
-        if key.tag != "tag:yaml.org,2002:str":
-            raise HyperParamError(f"{path}:{line}: a key must be text, got {_show(name)}")
-        if name in lines:
+    values: dict[str, Any] = {}
+    lines: dict[str, int] = {}
+    for node, value in pairs:
+        line, key = node.start_mark.line + 1, node.value
+        if node.tag != "tag:yaml.org,2002:str":
+            raise HyperParamError(f"{path}:{line}: a key must be text, got {shown(key)}")
+        if key in lines:
             raise HyperParamError(
-                f"{path}:{line}: the key {name!r} is given twice, see line {lines[name]}"
+                f"{path}:{line}: the key {key!r} is given twice, see line {lines[key]}"
             )
-        values[name], lines[name] = value, line
+        values[key], lines[key] = value, line
     return values, lines

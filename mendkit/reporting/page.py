@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping
-from dataclasses import fields
 from html import escape
 from pathlib import Path
 from typing import Any
@@ -272,7 +271,7 @@ def _files(folder: Path, stems: Iterable[str]) -> Html:
 
 
 def _provenance(run: Mapping[str, Any], results: Mapping[str, Any]) -> Html:
-    defaults = {item.name: item.default for item in fields(MENDHyperParams)} | {
+    defaults = {name: field.default for name, field in MENDHyperParams.model_fields.items()} | {
         "model_name": run["hparams"]["model_name"]
     }
     changed = [tag("code", f"{k}: {v}") for k, v in run["hparams"].items() if v != defaults[k]]

@@ -23,7 +23,7 @@ import shutil
 import sys
 import time
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -144,7 +144,7 @@ def _split(
 ) -> tuple[dict[str, Any], list[str]]:
     """Notebook parameters with their values, and hyperparameters as given."""
     names = {name: p for own in known.values() for name, p in own.items() if name not in OURS}
-    others = {item.name for item in fields(MENDHyperParams)} | {*ALIASES, *NO_EFFECT}
+    others = {*MENDHyperParams.model_fields, *ALIASES, *NO_EFFECT}
     given: dict[str, Any] = {}
     overrides: list[str] = []
     for text in settings:

@@ -99,7 +99,7 @@ MISTAKES = {
     "nowhere/model/x": "no such file or folder: 'nowhere/model/x'",
     "nowhere.yaml": "nowhere.yaml: cannot be read",
     "empty": "the folder empty has no config.json",
-    "gpt2 rank=0": "override: rank must be an integer >= 1",
+    "gpt2 rank=0": "rank must be >= 1",
     "gpt2 inner_params=[h.9.mlp.c_fc.weight]": "the model has no parameter 'h.9.mlp.c_fc.weight'; nearest: ",
     "broken": "cannot load the configuration of 'broken'",
     "odd": "cannot load a model from the configuration of 'odd'",
