@@ -1,7 +1,7 @@
-"""The scores of one edit, from what the models read and wrote: pure functions.
+"""The scores of one example, from what a model reads and writes after its prompts: pure functions.
 
-EasyEdit's `rewrite_acc` and `rephrase_acc` are `edit_success.tf_token` and `paraphrase.tf_token` (target tokens guessed
-with the right ones before them); its `locality` is `….argmax_agreement`, under the given answers as prefixes.
+EasyEdit's `rewrite_acc` and `rephrase_acc` are `edit_success.tf_token` and `paraphrase.tf_token`;
+its `locality` is `….argmax_agreement`, under the given answers as prefixes.
 """
 
 from collections.abc import Sequence
@@ -13,120 +13,131 @@ from ..mend.scoring import Forced
 from ..models.tokens import Tokens
 from .results import normalise
 
+FOLLOW = ("edit", "question", "paraphrases")
+"""Roles of the prompts that should follow the edit; `question` is the edit prompt asked as one."""
+
+STAY = ("neighbours", "unrelated", "reworded")
+"""Roles of the prompts that should stay as they were.
+
+Neighbours share the edit prompt's words. Reworded ones are other subjects in a paraphrase's words:
+only they show an editor that wins paraphrases by answering a whole relation.
+"""
+
+PARTS = {
+    "edit": "edit_success",
+    "paraphrases": "paraphrase",
+    "neighbours": "neighbourhood",
+    "unrelated": "locality",
+}
+REWORDED_NAMES = {"argmax_agreement": "reworded_agreement", "kl_nats": "reworded_kl_nats"}
+WINS = {"edit": "es", "paraphrases": "ps", "neighbours": "ns"}
+
 
 @dataclass(frozen=True)
-class Card:
-    """All texts of one example that are read under its edit. Target texts end with the end of text if `add_eos`."""
+class ScoredPrompt:
+    """One prompt of an example and the texts that are read after it.
 
-    prompts: tuple[str, ...]  # the edit prompt, its question form, the paraphrases
-    targets: tuple[Tokens, ...]  # those with y
-    old: tuple[Tokens, ...]  # the edit prompt and the paraphrases with y°; empty if y° is unknown
-    neighbours: tuple[Tokens, ...]  # with their answers
-    rivals: tuple[Tokens, ...]  # neighbours with known answers, with y instead
-    unrelated: tuple[Tokens, ...]
-    greedy: tuple[
-        Tokens, ...
-    ] = ()  # one neighbour and one unrelated prompt, each with what f writes there
-    reworded: tuple[
-        Tokens, ...
-    ] = ()  # paraphrases of other examples of the relation, with their old answers
+    `text` is the prompt with its answer: y where it should follow the edit, else the answer it had.
+    `rival` has the other answer: y° after the edit and its paraphrases, y after a neighbour.
+    `greedy` has what f writes, where a prompt that should stay is written out.
+    """
+
+    role: str
+    prompt: str
+    text: Tokens
+    rival: Tokens | None = None
+    greedy: Tokens | None = None
+
+    def all(self) -> tuple[Tokens, ...]:
+        """Every text."""
+        return tuple(text for text in (self.text, self.rival, self.greedy) if text is not None)
+
+
+@dataclass(frozen=True)
+class Reading:
+    """What one model makes of a prompt's texts, and what it writes (None: not asked)."""
+
+    text: Forced
+    rival: Forced | None = None
+    greedy: Forced | None = None
+    written: str | None = None
 
 
 def answers_probe(said: str, probe: Probe) -> bool:
+    """Whether a text is the probe's answer or one of its aliases."""
     return normalise(said) in {normalise(name) for name in (probe.answer or "", *probe.aliases)}
 
 
-def target_values(
-    target: str, card: Card, read: Sequence[Forced], written: Sequence[str]
-) -> dict[str, float]:
-    """Success on the edit prompt (bare and as a question) and on the paraphrases."""
-    scores = [
-        _success(target, t, v, w) for t, v, w in zip(card.targets, read, written, strict=True)
-    ]
-    bare, question, paraphrases = scores[0], scores[1], scores[2:]
-    out = {f"edit_success.{name}": value for name, value in bare.items()}
-    if card.prompts[1] != card.prompts[0]:  # a classifier has no question form
-        out["edit_success.free_exact_question"] = question["free_exact"]
-    if paraphrases:
-        out |= {f"paraphrase.{name}": fmean(s[name] for s in paraphrases) for name in bare}
-    out["edit_success.paper"] = fmean(
-        s["tf_exact"] for s in (bare, *paraphrases)
-    )  # MEND, equation 1
-    return out
+def following_scores(target: str, prompt: ScoredPrompt, read: Reading) -> dict[str, float]:
+    """Success on one prompt that should follow the edit to `target`.
 
-
-def _success(target: str, text: Tokens, value: Forced, written: str) -> dict[str, float]:
-    """The scores of one prompt; teacher forcing counts y's own tokens, not the end of text.
-
-    `free_gold_length` is free decoding that stops where y does: what follows is not looked at.
+    Teacher forcing counts y's tokens, not the end of text. `free_gold_length` is free decoding
+    that stops where y does: what follows is not looked at.
     """
-    n = len(text.targets) - text.ends
-    hits = [a == b for a, b in zip(value.argmax[:n], text.targets[:n], strict=True)]
-    want, got = normalise(target), normalise(written)
-    return {
+    count = len(prompt.text.targets) - prompt.text.ends
+    targets, argmax = prompt.text.targets[:count], read.text.argmax[:count]
+    hits = [guess == token for guess, token in zip(argmax, targets, strict=True)]
+    want, got = normalise(target), normalise(read.written or "")
+    scores = {
         "tf_token": fmean(hits),
         "tf_exact": float(all(hits)),
         "free_exact": float(got == want),
         "free_gold_length": float(f"{got} ".startswith(f"{want} ")),
         "free_contains": float(f" {want} " in f" {got} "),
+        "log_p": fmean(read.text.logp[:count]),
     }
+    if read.rival is not None:
+        scores["log_p_old"] = fmean(read.rival.logp)
+        scores[WINS[prompt.role]] = float(scores["log_p"] > scores["log_p_old"])
+    return scores
 
 
-def probability_values(
-    card: Card, targets: Sequence[Forced], pairs: Sequence[Forced], kept: Sequence[Forced]
+def staying_scores(prompt: ScoredPrompt, read: Reading, before: Reading) -> dict[str, float]:
+    """Agreement with f on one prompt that should stay as it was; without an edit only `ns`."""
+    scores = {}
+    if read.rival is not None:
+        scores["ns"] = float(fmean(read.text.logp) > fmean(read.rival.logp))
+    if read.text.same:
+        scores["argmax_agreement"] = fmean(read.text.same)
+        scores["kl_nats"] = fmean(read.text.kl)
+        if before.text.argmax == prompt.text.targets:  # f was right
+            scores["retained"] = float(read.text.argmax == prompt.text.targets)
+    if read.greedy is not None:
+        scores["greedy_agreement"] = float(all(read.greedy.same))
+    return scores
+
+
+def example_values(
+    prompts: Sequence[ScoredPrompt], scores: Sequence[dict[str, float]]
 ) -> dict[str, float]:
-    """Efficacy scores: P(y) > P(y°) on the prompt and the paraphrases, P(answer) > P(y) on neighbours."""
-    new = [
-        fmean(v.logp[: len(t.targets) - t.ends]) for t, v in zip(card.targets, targets, strict=True)
-    ]
-    del new[1]  # the question form has no y° beside it
-    out = {"log_p.new": new[0]}
-    n_old = len(card.old)
-    if n_old:
-        old = [fmean(v.logp) for v in pairs[:n_old]]
-        wins = [float(a > b) for a, b in zip(new, old, strict=True)]
-        out |= {"edit_success.es": wins[0], "log_p.old": old[0]}
-        if len(wins) > 1:
-            out["paraphrase.ps"] = fmean(wins[1:])
-    if card.rivals:
-        wins = [
-            float(fmean(a.logp) > fmean(b.logp)) for a, b in zip(kept, pairs[n_old:], strict=False)
-        ]
-        out["neighbourhood.ns"] = fmean(wins)
-    return out
+    """An example's values by metric: the mean of each score over the prompts of a role."""
+    values: dict[str, float] = {}
+    by_role: dict[str, list[dict[str, float]]] = {}
+    for prompt, found in zip(prompts, scores, strict=True):
+        by_role.setdefault(prompt.role, []).append(found)
+    for role, part in PARTS.items():
+        for name, mean in _means(by_role.get(role, [])).items():
+            if not name.startswith("log_p"):
+                values[f"{part}.{name}"] = mean
+    reworded = _means(by_role.get("reworded", []))
+    for name, short in REWORDED_NAMES.items():
+        if name in reworded:
+            values[f"neighbourhood.{short}"] = reworded[name]
+    (edit,), paraphrases = by_role["edit"], by_role.get("paraphrases", [])
+    # MEND, equation 1: exact correctness over the edit and its paraphrases
+    values["edit_success.paper"] = fmean(found["tf_exact"] for found in (edit, *paraphrases))
+    if "question" in by_role:
+        values["edit_success.free_exact_question"] = by_role["question"][0]["free_exact"]
+    values["log_p.new"] = edit["log_p"]
+    if "log_p_old" in edit:
+        values["log_p.old"] = edit["log_p_old"]
+    return values
 
 
-def locality_values(
-    card: Card, kept: Sequence[Forced], before: Sequence[Forced]
-) -> dict[str, float]:
-    """Agreement with f: argmax and KL at answer positions, right answers retained, and f's own greedy output.
-
-    Neighbours share the edit prompt's wording. `reworded_…` are other subjects in a paraphrase's wording: an editor can
-    win paraphrases by answering a whole relation, and only these would show it.
-    """
-    n, m = len(card.neighbours), len(card.neighbours) + len(card.unrelated)
-    parts = {"neighbourhood": (0, n), "locality": (n, m)}
-    out: dict[str, float] = {}
-    for name, (a, b) in parts.items():
-        if a == b:
-            continue
-        texts = (*card.neighbours, *card.unrelated)[a:b]
-        out[f"{name}.argmax_agreement"] = fmean(fmean(v.same) for v in kept[a:b])
-        out[f"{name}.kl_nats"] = fmean(fmean(v.kl) for v in kept[a:b])
-        right = [
-            v.argmax == t.targets
-            for t, f, v in zip(texts, before[a:b], kept[a:b], strict=True)
-            if f.argmax == t.targets
-        ]
-        if right:
-            out[f"{name}.retained"] = fmean(right)
-    if card.reworded:
-        rest = kept[-len(card.reworded) :]
-        out["neighbourhood.reworded_agreement"] = fmean(fmean(v.same) for v in rest)
-        out["neighbourhood.reworded_kl_nats"] = fmean(fmean(v.kl) for v in rest)
-    greedy = zip(
-        [name for name, (a, b) in parts.items() if a < b],
-        kept[m : m + len(card.greedy)],
-        strict=True,
-    )
-    return out | {f"{name}.greedy_agreement": float(all(v.same)) for name, v in greedy}
+def _means(scores: Sequence[dict[str, float]]) -> dict[str, float]:
+    """The mean of each score over the prompts that have it."""
+    collected: dict[str, list[float]] = {}
+    for found in scores:
+        for name, value in found.items():
+            collected.setdefault(name, []).append(value)
+    return {name: fmean(values) for name, values in collected.items()}
