@@ -27,8 +27,9 @@ from ..cost.ways import QUICK, Settings
 from ..data.examples import EditExample
 from ..data.files import read_examples, read_questions, read_text, with_unrelated
 from ..errors import MendkitError
-from ..evaluation.evaluate import EvaluationSet, evaluate
+from ..evaluation.evaluate import evaluate
 from ..evaluation.many import Editor
+from ..evaluation.prepare import EvaluationSet
 from ..evaluation.results import EvaluationReport
 from ..hparams import MENDHyperParams, parse_overrides
 from ..interop.conformance import conformance, conformance_table, reference_folders

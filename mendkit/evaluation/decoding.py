@@ -12,12 +12,11 @@ import torch
 from jaxtyping import Int
 from torch import Tensor
 
-from ..data.examples import Tokens
 from ..errors import ModelError
-from ..mend.edit import Updates, side_branches
-from ..mend.scoring import select
+from ..mend.updates import Updates, select, side_branches
+from ..models.base import BaseModel
 from ..models.families import CAUSAL
-from ..models.load import BaseModel
+from ..models.tokens import Tokens
 
 ROWS, CACHE_BYTES = 512, 1_500_000_000
 WHOLE_ROWS = 64

@@ -4,7 +4,7 @@ EasyEdit's `rewrite_acc` and `rephrase_acc` are `edit_success.tf_token` and `par
 its `locality` is `….argmax_agreement`, under the given answers as prefixes.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from statistics import fmean
 
@@ -12,9 +12,6 @@ from ..data.examples import Probe
 from ..mend.scoring import Forced
 from ..models.tokens import Tokens
 from .results import normalise
-
-FOLLOW = ("edit", "question", "paraphrases")
-"""Roles of the prompts that should follow the edit; `question` is the edit prompt asked as one."""
 
 STAY = ("neighbours", "unrelated", "reworded")
 """Roles of the prompts that should stay as they were.
@@ -28,16 +25,18 @@ PARTS = {
     "paraphrases": "paraphrase",
     "neighbours": "neighbourhood",
     "unrelated": "locality",
+    "portability": "portability",
 }
-REWORDED_NAMES = {"argmax_agreement": "reworded_agreement", "kl_nats": "reworded_kl_nats"}
 WINS = {"edit": "es", "paraphrases": "ps", "neighbours": "ns"}
+"""What it is called, by role, that the answer is likelier than its rival."""
 
 
 @dataclass(frozen=True)
 class ScoredPrompt:
     """One prompt of an example and the texts that are read after it.
 
-    `text` is the prompt with its answer: y where it should follow the edit, else the answer it had.
+    Its `role` is one of an example's, "question" (the edit prompt asked as one), or "reworded".
+    `text` is the prompt with y where it should follow the edit, else with the answer it had.
     `rival` has the other answer: y° after the edit and its paraphrases, y after a neighbour.
     `greedy` has what f writes, where a prompt that should stay is written out.
     """
@@ -47,6 +46,7 @@ class ScoredPrompt:
     text: Tokens
     rival: Tokens | None = None
     greedy: Tokens | None = None
+    probe: Probe | None = None  # whose answer the edit implies
 
     def all(self) -> tuple[Tokens, ...]:
         """Every text."""
@@ -68,8 +68,24 @@ def answers_probe(said: str, probe: Probe) -> bool:
     return normalise(said) in {normalise(name) for name in (probe.answer or "", *probe.aliases)}
 
 
-def following_scores(target: str, prompt: ScoredPrompt, read: Reading) -> dict[str, float]:
-    """Success on one prompt that should follow the edit to `target`.
+def prompt_scores(
+    target: str, prompt: ScoredPrompt, read: Reading, before: Reading
+) -> dict[str, float]:
+    """The scores of one prompt of an edit to `target`.
+
+    Its `score` is whether the right answer is written, or the share of the answer's tokens whose argmax
+    is f's. Without an edit nothing is compared with f.
+    """
+    if prompt.probe is not None:
+        right = float(answers_probe(read.written or "", prompt.probe))
+        return {"score": right, "free_exact": right}
+    if prompt.role in STAY:
+        return _staying(prompt, read, before)
+    return _following(target, prompt, read)
+
+
+def _following(target: str, prompt: ScoredPrompt, read: Reading) -> dict[str, float]:
+    """Success on a prompt that should follow the edit.
 
     Teacher forcing counts y's tokens, not the end of text. `free_gold_length` is free decoding
     that stops where y does: what follows is not looked at.
@@ -79,65 +95,61 @@ def following_scores(target: str, prompt: ScoredPrompt, read: Reading) -> dict[s
     hits = [guess == token for guess, token in zip(argmax, targets, strict=True)]
     want, got = normalise(target), normalise(read.written or "")
     scores = {
+        "score": float(got == want),
         "tf_token": fmean(hits),
         "tf_exact": float(all(hits)),
         "free_exact": float(got == want),
         "free_gold_length": float(f"{got} ".startswith(f"{want} ")),
         "free_contains": float(f" {want} " in f" {got} "),
-        "log_p": fmean(read.text.logp[:count]),
+        "log_p.new": fmean(read.text.logp[:count]),
     }
     if read.rival is not None:
-        scores["log_p_old"] = fmean(read.rival.logp)
-        scores[WINS[prompt.role]] = float(scores["log_p"] > scores["log_p_old"])
+        scores["log_p.old"] = fmean(read.rival.logp)
+        scores[WINS[prompt.role]] = float(scores["log_p.new"] > scores["log_p.old"])
     return scores
 
 
-def staying_scores(prompt: ScoredPrompt, read: Reading, before: Reading) -> dict[str, float]:
-    """Agreement with f on one prompt that should stay as it was; without an edit only `ns`."""
+def _staying(prompt: ScoredPrompt, read: Reading, before: Reading) -> dict[str, float]:
+    """Agreement with f on a prompt that should stay as it was."""
     scores = {}
-    if read.rival is not None:
-        scores["ns"] = float(fmean(read.text.logp) > fmean(read.rival.logp))
     if read.text.same:
-        scores["argmax_agreement"] = fmean(read.text.same)
+        agreement = fmean(read.text.same)
+        scores |= {"score": agreement, "argmax_agreement": agreement}
         scores["kl_nats"] = fmean(read.text.kl)
         if before.text.argmax == prompt.text.targets:  # f was right
             scores["retained"] = float(read.text.argmax == prompt.text.targets)
-    if read.greedy is not None:
-        scores["greedy_agreement"] = float(all(read.greedy.same))
+        if read.greedy is not None:
+            scores["greedy_agreement"] = float(all(read.greedy.same))
+    if read.rival is not None:
+        scores["ns"] = float(fmean(read.text.logp) > fmean(read.rival.logp))
     return scores
 
 
-def example_values(
-    prompts: Sequence[ScoredPrompt], scores: Sequence[dict[str, float]]
-) -> dict[str, float]:
+def example_values(roles: Sequence[str], scores: Sequence[Mapping[str, float]]) -> dict[str, float]:
     """An example's values by metric: the mean of each score over the prompts of a role."""
+    collected: dict[tuple[str, str], list[float]] = {}
+    for role, found in zip(roles, scores, strict=True):
+        for name, value in found.items():
+            collected.setdefault((role, name), []).append(value)
+    means = {key: fmean(values) for key, values in collected.items()}
     values: dict[str, float] = {}
-    by_role: dict[str, list[dict[str, float]]] = {}
-    for prompt, found in zip(prompts, scores, strict=True):
-        by_role.setdefault(prompt.role, []).append(found)
-    for role, part in PARTS.items():
-        for name, mean in _means(by_role.get(role, [])).items():
-            if not name.startswith("log_p"):
-                values[f"{part}.{name}"] = mean
-    reworded = _means(by_role.get("reworded", []))
-    for name, short in REWORDED_NAMES.items():
-        if name in reworded:
-            values[f"neighbourhood.{short}"] = reworded[name]
-    (edit,), paraphrases = by_role["edit"], by_role.get("paraphrases", [])
+    for (role, name), mean in means.items():
+        if name.startswith("log_p"):
+            if role == "edit":
+                values[name] = mean
+        elif role in PARTS and name != "score":
+            values[f"{PARTS[role]}.{name}"] = mean
+    for (role, name), renamed in RENAMED.items():
+        if (role, name) in means:
+            values[renamed] = means[role, name]
     # MEND, equation 1: exact correctness over the edit and its paraphrases
-    values["edit_success.paper"] = fmean(found["tf_exact"] for found in (edit, *paraphrases))
-    if "question" in by_role:
-        values["edit_success.free_exact_question"] = by_role["question"][0]["free_exact"]
-    values["log_p.new"] = edit["log_p"]
-    if "log_p_old" in edit:
-        values["log_p.old"] = edit["log_p_old"]
+    exact = collected["edit", "tf_exact"] + collected.get(("paraphrases", "tf_exact"), [])
+    values["edit_success.paper"] = fmean(exact)
     return values
 
 
-def _means(scores: Sequence[dict[str, float]]) -> dict[str, float]:
-    """The mean of each score over the prompts that have it."""
-    collected: dict[str, list[float]] = {}
-    for found in scores:
-        for name, value in found.items():
-            collected.setdefault(name, []).append(value)
-    return {name: fmean(values) for name, values in collected.items()}
+RENAMED = {
+    ("question", "free_exact"): "edit_success.free_exact_question",
+    ("reworded", "argmax_agreement"): "neighbourhood.reworded_agreement",
+    ("reworded", "kl_nats"): "neighbourhood.reworded_kl_nats",
+}

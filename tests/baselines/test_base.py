@@ -7,7 +7,8 @@ import torch
 
 from mendkit.baselines.base import FineTuning, best_of, fact_in_context
 from mendkit.errors import HyperParamError, LimitError
-from mendkit.evaluation.evaluate import EvaluationSet, evaluate
+from mendkit.evaluation.evaluate import evaluate
+from mendkit.evaluation.prepare import EvaluationSet
 from mendkit.evaluation.results import normalise
 from mendkit.mend.batches import edit_tokens
 from mendkit.models.trunk import FrozenTrunk

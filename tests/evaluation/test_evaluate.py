@@ -10,8 +10,9 @@ import torch
 from mendkit.data.examples import EditExample
 from mendkit.errors import DataError, HyperParamError, ModelError
 from mendkit.evaluation.decoding import write
-from mendkit.evaluation.evaluate import EvaluationSet, evaluate
+from mendkit.evaluation.evaluate import evaluate
 from mendkit.evaluation.metrics import Card, locality_values, probability_values, target_values
+from mendkit.evaluation.prepare import EvaluationSet
 from mendkit.evaluation.results import normalise
 from mendkit.mend.scoring import Forced, forced, next_tokens
 from mendkit.mend.updates import select, side_branches

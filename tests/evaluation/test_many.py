@@ -9,9 +9,10 @@ import torch
 
 from mendkit.data.examples import EditExample, Probe
 from mendkit.errors import DataError
-from mendkit.evaluation.evaluate import EvaluationSet, evaluate
+from mendkit.evaluation.evaluate import evaluate
 from mendkit.evaluation.heldout import HeldOutText, ngram_entropy_bits, windows
 from mendkit.evaluation.many import one_after_another, so_far, together
+from mendkit.evaluation.prepare import EvaluationSet
 from mendkit.evaluation.results import normalise
 from mendkit.mend.updates import LowRankUpdate, side_branches
 from mendkit.models.tokens import Tokens

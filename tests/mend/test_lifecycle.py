@@ -4,7 +4,8 @@ import pytest
 import torch
 from torch import nn
 
-from mendkit.evaluation.evaluate import EvaluationSet, evaluate
+from mendkit.evaluation.evaluate import evaluate
+from mendkit.evaluation.prepare import EvaluationSet
 from mendkit.interop.foreign import export_archive, import_archive
 from mendkit.mend.archive import load_archive
 from mendkit.mend.batches import edit_tokens, prepare_texts

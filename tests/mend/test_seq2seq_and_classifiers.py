@@ -17,7 +17,7 @@ from mendkit.__main__ import main
 from mendkit.cost.textbook import check_recipe
 from mendkit.data.files import read_examples, write_examples
 from mendkit.errors import DataError, HyperParamError, MendkitError, ModelError
-from mendkit.evaluation.evaluate import EvaluationSet
+from mendkit.evaluation.prepare import EvaluationSet
 from mendkit.mend.batches import edit_tokens, prepare_texts
 from mendkit.mend.factors import capture_factors, capture_inputs
 from mendkit.mend.hypernetwork import MEND

@@ -9,7 +9,8 @@ import torch
 
 from mendkit.cost.textbook import textbook_losses
 from mendkit.errors import MendkitError
-from mendkit.evaluation.evaluate import EvaluationSet, evaluate
+from mendkit.evaluation.evaluate import evaluate
+from mendkit.evaluation.prepare import EvaluationSet
 from mendkit.mend.archive import inspect_archive, load_archive
 from mendkit.mend.batches import RIVALS, edit_tokens, prepare_texts, training_texts
 from mendkit.mend.editor import MENDEditor
