@@ -105,7 +105,7 @@ def test_the_fact_in_context_is_read_before_every_prompt(llama):
         assert row.values["neighbourhood.argmax_agreement"] == pytest.approx(sum(same) / len(same))
         assert (
             row.values["before.log_p.new"]
-            == on.before[row.index]["log_p.new"]
+            == on.before[row.index].values["log_p.new"]
             != row.values["log_p.new"]
         )
     short = EvaluationSet(llama, hparams(max_length=80), EXAMPLES[:2], max_new_tokens=4)
