@@ -1,0 +1,70 @@
+"""The training loss of a batch of edits (MEND, equations 4 and 5, the locality term split in two)
+
+    c_edit · NLL(edit) + c_para · NLL(paraphrases) + c_neigh · KL(neighbours) + c_loc · KL(unrelated)
+
+and c_margin · shortfall(rivals): what a neighbour's own answer lacks of being `margin` nats a token
+more likely than the edit's. Each term is a mean over the batch's texts.
+"""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from ..data.examples import Tokens
+from ..hparams import MENDHyperParams
+from ..models.trunk import FrozenTrunk, collate
+from .batches import RIVALS, role_weights
+from .factors import Factors
+from .hypernetwork import MEND
+from .least_squares import Memory
+from .losses import edit_nll, locality_kl, margin_shortfall
+from .sampler import Rows
+from .updates import Updates, side_branches
+
+IGNORED = -100
+"""A target that cross entropy leaves out, at less cost than choosing rows of logits."""
+
+
+def batch_losses(
+    trunk: FrozenTrunk,
+    mend: MEND,
+    factors: Factors,
+    rows: Rows,
+    *,
+    at_once: int = 1,
+    before: Updates | None = None,
+    memory: Memory | None = None,
+) -> dict[str, Tensor]:
+    """The mean loss of each role, each text read under its own edit's update.
+
+    The edits are independent, or `at_once` in a row are made as one. They come on top of the edits
+    `before`, which `memory` holds (least squares).
+    """
+    texts = [text for drawn in rows for _, text in drawn]
+    places: dict[str, list[int]] = {}
+    for place, role in enumerate(role for drawn in rows for role, _ in drawn):
+        places.setdefault(role, []).append(place)
+    preserved = sorted(places.get("neighbours", []) + places.get("unrelated", []))
+    rivals = places.get(RIVALS, [])
+
+    # 1. The hypernetwork turns the factors into updates.
+    held = None
+    if before and memory is not None:
+        held = {name: update.dense() for name, update in before.items()}
+    updates = mend(factors, len(rows), at_once=at_once, memory=memory, held=held)
+    # 2. One suffix pass reads every text, with its edit's update as a side branch.
+    batch = collate(texts, trunk.base.pad_id, trunk.base.device)
+    with side_branches(trunk.base, before or {}), side_branches(trunk.base, updates):
+        logits = trunk.suffix(texts, batch)
+    # 3. NLL of answers: of all texts but those to preserve; a rival's neighbour stands before it.
+    silent = torch.zeros(len(texts), dtype=torch.bool, device=logits.device)
+    silent[preserved] = True
+    silent[[place - 1 for place in rivals]] = False
+    targets = batch.targets.masked_fill(silent[batch.rows], IGNORED)
+    nll = edit_nll(logits, targets, batch.rows, len(texts))
+    losses = {role: nll[places[role]].mean() for role in ("edit", "paraphrases") if role in places}
+    # 4. KL from the unedited model, of the texts to preserve.
+    if preserved:
+        kl = _divergence(trunk, [texts[place] for place in preserved], logits, ...)
+    return losses
