@@ -13,7 +13,6 @@ from ..models.tokens import Tokens
 
 logger = logging.getLogger(__name__)
 
-ROLES = ("edit", "paraphrases", "neighbours", "unrelated")
 RIVALS = "rivals"
 """The role of a neighbour with the edit's new answer in place of the neighbour's answer."""
 

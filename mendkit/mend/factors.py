@@ -211,7 +211,9 @@ class FactorCache:
         found = [self.kept.get(text) or fresh[text] for text in texts]
         factors: Factors = {}
         for site in self.trunk.base.sites:
-            u, delta = (torch.cat(parts) for parts in zip(*(f[site.name] for f in found), strict=True))
+            u, delta = (
+                torch.cat(parts) for parts in zip(*(f[site.name] for f in found), strict=True)
+            )
             counts = torch.tensor([len(f[site.name][0]) for f in found], device=u.device)
             edits = torch.arange(len(texts), device=u.device)
             factors[site.name] = GradientFactors(u, delta, edits.repeat_interleave(counts))
@@ -247,8 +249,7 @@ def _check_scored(base: BaseModel, site: Site) -> None:
     else:
         return
     raise HyperParamError(
-        f"edit_tokens: scored has no meaning for {site.name}: {why}; "
-        f"set `edit_tokens: all`{remedy}"
+        f"edit_tokens: scored has no meaning for {site.name}: {why}; set `edit_tokens: all`{remedy}"
     )
 
 

@@ -2,11 +2,11 @@
 
 from collections.abc import Iterator, Sequence
 from itertools import chain
-from statistics import fmean, harmonic_mean
+from statistics import fmean
 
 import torch
 
-from ..data.examples import EditExample
+from ..data.examples import EditExample, headline_mean
 from ..hparams import MENDHyperParams
 from ..models.trunk import FrozenTrunk
 from .batches import RIVALS, ExampleTexts, prepare_texts, role_weights
@@ -63,7 +63,7 @@ def validate(
         **found,
         **{f"loss.{role}": mean for role, mean in means.items()},
         "loss": sum(weights[role] * mean for role, mean in means.items()),
-        "score": harmonic_mean(found.values()),
+        "score": headline_mean(found.values()),
     }
 
 
