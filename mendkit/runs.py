@@ -80,7 +80,7 @@ def seed_everything(seed: int) -> None:
     torch.manual_seed(seed)
 
 
-def sha256(*parts: str | bytes) -> str:
+def sha256(*parts: str | bytes | memoryview) -> str:
     """The SHA-256 of all parts in a row, in hexadecimal; text is read as UTF-8."""
     digest = hashlib.sha256()
     for part in parts:

@@ -1,35 +1,31 @@
-"""The archive: a trained hypernetwork as one safetensors file with JSON metadata.
+"""The archive: a trained hypernetwork as one file (files.py).
 
-Tensors: transforms, normaliser moments and counts, log step sizes. Metadata (the string under "mendkit"): format,
-hyperparameters, base model (name, class, sites with shapes, SHA-256 of the edited weights, tokenizer hash), sign, loss
-reduction, training summary, SHA-256 of every tensor. Written to a temporary file and renamed. Another base model than
-the one it was trained for is refused (CORRECTNESS rows 3, 23, 24).
+Tensors: transforms, statistics of the normaliser, log step sizes. Metadata: format, hyperparameters, base model,
+sign of the update, loss reduction, step sizes, training summary, SHA-256. It is refused on another base model than
+the one it was trained for (CORRECTNESS rows 3, 23, 24).
 """
 
-import hashlib
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
 from torch import Tensor
 
 from ..errors import ArchiveError
 from ..hparams import MENDHyperParams
 from ..models.base import BaseModel
 from ..models.fingerprint import model_fingerprint
-from .files import Kind, checked_tensor, damage_named, matching_base, read_metadata, save_tensors
+from .files import Kind, damage_named, matching_base, read_metadata, read_tensors, save_tensors
 from .hypernetwork import MEND
 
 ARCHIVE = Kind(
-    format="mendkit-1",
+    format="mendkit-2",
     noun="archive",
     made="trained",
     if_missing="train one with `archive: null`, or correct `archive:`",
-    if_pickle="import it first: `python -m mendkit import`",
-    if_another_model="load the model it was trained for, or set `archive: null` and train one for this model",
+    if_another_model="load the model it was trained for, or set `archive: null` and train one",
 )
 LOSS_REDUCTION = {
     "edit": "mean over an edit's target tokens, sum over edits",
@@ -43,20 +39,15 @@ class Archive:
     """A loaded archive: the hypernetwork on the base model it belongs to, and its metadata."""
 
     path: Path
-    base: BaseModel
-    mend: MEND
-    metadata: Mapping[str, Any]
-
-    def sha256(self) -> str:
-        """SHA-256 of the file."""
-        with self.path.open("rb") as file:
-            return hashlib.file_digest(file, "sha256").hexdigest()
+    base: BaseModel = field(repr=False)
+    mend: MEND = field(repr=False)
+    metadata: Mapping[str, Any] = field(repr=False)
 
 
 def save_archive(
-    path: str | Path, base: BaseModel, mend: MEND, /, *, training: Mapping[str, Any] | None = None
+    path: str | Path, base: BaseModel, mend: MEND, *, training: Mapping[str, Any] | None = None
 ) -> Path:
-    """Write an archive atomically: the file is whole or not there. `training` is the summary kept in the metadata."""
+    """Write an archive. `training` is the summary kept in the metadata; raises as `save_tensors`."""
     metadata = {
         "hparams": mend.hparams.replace(archive=None).to_dict(),
         "base_model": model_fingerprint(base),
@@ -69,54 +60,54 @@ def save_archive(
 
 
 def inspect_archive(path: str | Path) -> dict[str, Any]:
-    """An archive's metadata, with the shapes of its tensors under "tensors". Reads no tensor data.
+    """An archive's metadata, with the shapes of its tensors under "tensors".
 
     Raises ArchiveError if the file is missing, damaged, or no archive of this kit.
     """
-    return read_metadata(ARCHIVE, Path(path))
+    return read_metadata(ARCHIVE, path)
 
 
 def load_archive(path: str | Path, *, base: BaseModel) -> Archive:
-    """Load a hypernetwork for `base`. Raises ArchiveError naming what differs if it was trained for another model,
-    or which tensor is damaged.
+    """Load a hypernetwork for `base`; the archive decides the edit sites of `Archive.base`.
 
-    The archive decides the edit sites: the returned `Archive.base` shares the given model.
+    Raises ArchiveError if it is missing or damaged, or naming what differs if it was trained for another model.
     """
-    metadata = inspect_archive(path)
+    metadata, tensors = read_tensors(ARCHIVE, path)
     with damage_named(path, "metadata"):
-        hparams = MENDHyperParams(**_tuples(metadata["hparams"]))
+        hparams = _hparams(metadata["hparams"])
         checked = matching_base(ARCHIVE, path, base, metadata["base_model"])
-    if hparams.n_hidden >= len(metadata["tensors"]):
+    if hparams.n_hidden >= len(tensors):
         raise ArchiveError(
-            f"{path}: damaged metadata: n_hidden is {hparams.n_hidden}, more than there are tensors"
+            f"{path}: damaged metadata: n_hidden is {hparams.n_hidden}, with {len(tensors)} tensors"
         )
-    with torch.device("meta"):  # nothing is allocated before the file has shown what it holds
+    # nothing is allocated before the file has shown what it holds
+    with torch.device("meta"):
         mend = MEND(checked.sites, hparams)
+    if metadata["format"] in ARCHIVE.old_formats:
+        # the very first archives have no units: all are 1
+        tensors.setdefault("edit_lr_unit", torch.ones(len(checked.sites)))
+    _check_tensors(path, mend, tensors)
     with damage_named(path):
-        mend.load_state_dict(_tensors(mend, Path(path), metadata), assign=True)
+        mend.load_state_dict(tensors, assign=True)
     return Archive(Path(path), checked, mend.to(base.device).eval(), metadata)
 
 
-def _tuples(values: dict[str, Any]) -> dict[str, Any]:
-    return {k: tuple(v) if isinstance(v, list) else v for k, v in values.items()}
+def _hparams(values: Mapping[str, Any]) -> MENDHyperParams:
+    """The settings, whose tuples JSON wrote as lists."""
+    settings = {}
+    for key, value in values.items():
+        settings[key] = tuple(value) if isinstance(value, list) else value
+    return MENDHyperParams(**settings)
 
 
-def _tensors(mend: MEND, path: Path, metadata: Mapping[str, Any]) -> dict[str, Tensor]:
-    """The file's tensors. Raises ArchiveError if they are not those of `mend`, or damaged."""
-    expected, values = mend.state_dict(), {}
-    if "edit_lr_unit" not in {
-        *metadata["tensors"],
-        *metadata.get("sha256", ()),
-    }:  # written by the first version: all are 1
-        values["edit_lr_unit"] = torch.ones(expected.pop("edit_lr_unit").shape)
-    odd = sorted(set(metadata["tensors"]) ^ set(expected))
+def _check_tensors(path: str | Path, mend: MEND, tensors: Mapping[str, Tensor]) -> None:
+    """Raises ArchiveError if the tensors are not those of `mend`."""
+    expected = mend.state_dict()
+    odd = sorted(set(tensors) ^ set(expected))
     if odd:
         raise ArchiveError(f"{path}: damaged: tensors missing or unknown: {', '.join(odd[:3])}")
-    with safe_open(path, "pt") as file:
-        for name, value in expected.items():
-            values[name] = tensor = checked_tensor(file, path, name, metadata["sha256"])
-            if tensor.shape != value.shape or tensor.dtype != value.dtype:
-                raise ArchiveError(
-                    f"{path}: damaged: tensor {name} is {tensor.dtype} of shape {tuple(tensor.shape)}"
-                )
-    return values
+    for name, tensor in tensors.items():
+        if tensor.shape != expected[name].shape or tensor.dtype != expected[name].dtype:
+            raise ArchiveError(
+                f"{path}: damaged: tensor {name} is {tensor.dtype} of shape {tuple(tensor.shape)}"
+            )

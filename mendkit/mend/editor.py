@@ -1,4 +1,4 @@
-"""The editor: an archive in, edits out."""
+"""The editor: an archive in, edits out. Algorithm 2 of MEND (Mitchell et al., 2022), and edits in sequence."""
 
 import logging
 from collections.abc import Iterator, Sequence
@@ -15,6 +15,7 @@ from ..models.base import BaseModel
 from ..models.load import load_model
 from ..models.tokens import Tokens
 from ..models.trunk import FrozenTrunk
+from ..runs import file_sha256
 from .archive import load_archive
 from .batches import edit_tokens, prepare_texts
 from .edit import Edit, load_edits, save_edits
@@ -29,19 +30,24 @@ KEYS_BATCH = 32
 
 
 class MENDEditor:
-    """Edits one base model with one hypernetwork. The base model itself is never written to."""
+    """Edits one base model with one hypernetwork. The base model itself is never written to.
+
+    `archive` is the SHA-256 of the hypernetwork's file, if it comes from one.
+    """
 
     def __init__(
-        self, base: BaseModel, mend: MEND, /, *, name: str = "MEND", archive: str | None = None
+        self, base: BaseModel, mend: MEND, *, name: str = "MEND", archive: str | None = None
     ) -> None:
-        self.base, self.mend, self.name = base, mend, name
-        self.memory: Memory | None = None  # keys of earlier edits, if it keeps them
+        self.base, self.mend, self.name, self.archive = base, mend, name, archive
+        self.memory: Memory | None = None  # earlier edits of a sequence, if it keeps them
         self.gather: tuple[str, ...] = ()  # sites whose statistics run on
-        self.archive = archive  # the SHA-256 of the hypernetwork's file, if it comes from one
+
+    def __repr__(self) -> str:
+        return f"MENDEditor({self.name} on {self.base.name}, {len(self.mend.sites)} sites)"
 
     @property
     def hparams(self) -> MENDHyperParams:
-        """The hypernetwork's own."""
+        """The settings of the hypernetwork."""
         return self.mend.hparams
 
     @classmethod
@@ -54,155 +60,165 @@ class MENDEditor:
         """
         if hparams.archive is None:
             raise ArchiveError(
-                "archive is null: there is nothing to edit with; train one with `python -m mendkit train CONFIG` "
-                "and set `archive:` to the path it prints"
+                "archive is null: there is nothing to edit with; train one with "
+                "`python -m mendkit train CONFIG` and set `archive:` to the path it prints"
             )
-        base = base or load_model(hparams)
-        archive = load_archive(hparams.archive, base=base)
-        own = archive.mend.hparams
-        archive.mend.hparams = own.replace(
+        archive = load_archive(hparams.archive, base=base or load_model(hparams))
+        trained = archive.mend.hparams
+        archive.mend.hparams = trained.replace(
             lr_scale=hparams.lr_scale,
-            max_relative_norm=hparams.max_relative_norm or own.max_relative_norm,
-            lifelong_norm=hparams.lifelong_norm or own.lifelong_norm,
+            max_relative_norm=hparams.max_relative_norm or trained.max_relative_norm,
+            lifelong_norm=hparams.lifelong_norm or trained.lifelong_norm,
         )
-        return cls(archive.base, archive.mend, archive=archive.sha256())
+        return cls(archive.base, archive.mend, archive=file_sha256(archive.path))
 
     def remembering(self) -> "MENDEditor":
-        """The same editor at the start of a sequence: with `aggregate: least_squares` it keeps what it edits, and what
-        the edits in force and a new one come to is what they would have come to at once; with `lifelong_norm` it has
-        statistics of its own."""
+        """The same editor at the start of a sequence.
+
+        With `aggregate: least_squares`, editing in sequence gives the same weights as making all edits at once. With
+        `lifelong_norm`, its statistics run on, apart from this one's.
+        """
         editor = copy(self)
-        editor.memory = {} if self.hparams.aggregate == "least_squares" else None
+        editor.memory = Memory() if self.hparams.aggregate == "least_squares" else None
         if self.hparams.lifelong_norm:
-            editor.mend, editor.gather = (
-                deepcopy(self.mend),
-                tuple(site.name for site in self.mend.sites),
-            )
+            editor.mend = deepcopy(self.mend)
+            editor.gather = tuple(site.name for site in self.mend.sites)
         return editor
 
     @torch.no_grad()
     def by_least_squares(
-        self,
-        examples: Sequence[EditExample],
-        /,
-        *,
-        ridge: float = 0.003,
-        ridge_shared: float = 0.04,
+        self, examples: Sequence[EditExample], *, ridge: float = 0.003, ridge_shared: float = 0.04
     ) -> "MENDEditor":
-        """The same hypernetwork, whose updates least squares put together, as it was not trained for. The keys to spare
-        are those of the examples' texts. A `ridge_shared` of 1e9 leaves out what a fact's wordings share: then edits
-        hold better, and paraphrases do not."""
-        trunk = FrozenTrunk(self.base)
-        texts = [
-            text
-            for own in prepare_texts(self.base, self.hparams, examples)
-            for text in own.first(1).all()
-        ]
-        inputs = (
-            capture_inputs(trunk, texts[at : at + KEYS_BATCH])
-            for at in range(0, len(texts), KEYS_BATCH)
-        )
+        """The same hypernetwork with `aggregate: least_squares`, for which it was not trained.
+
+        The keys to spare are those of the examples' texts. A `ridge_shared` of 1e9 leaves out what a fact's wordings
+        share: edits then hold better, and paraphrases do not.
+        """
+        trunk, texts = FrozenTrunk(self.base), []
+        for example in prepare_texts(self.base, self.hparams, examples):
+            texts += example.first(1).all()
+        batches = (texts[at : at + KEYS_BATCH] for at in range(0, len(texts), KEYS_BATCH))
+        inputs = (capture_inputs(trunk, batch) for batch in batches)
         mend = self.mend.with_least_squares(inputs, ridge=ridge, ridge_shared=ridge_shared)
         return MENDEditor(self.base, mend, name=f"{self.name}, least squares")
 
     def tokens(self, example: EditExample) -> Tokens:
         """The edit prompt with its new answer, as trained."""
-        return edit_tokens(self.base, self.mend.hparams, example)
+        return edit_tokens(self.base, self.hparams, example)
 
     @torch.no_grad()
     def updates(
-        self, texts: Sequence[Tokens], /, *, trunk: FrozenTrunk | None = None, at_once: bool = False
+        self, texts: Sequence[Tokens], *, trunk: FrozenTrunk | None = None, at_once: bool = False
     ) -> Updates:
-        """Updates of edits, one per text (from `EditExample` by `tokens`): independent ones, or all made at once."""
-        h = self.mend.hparams
+        """Updates of edits, one for each text of `tokens`: independent ones, or all made at once."""
+        h, n = self.hparams, len(texts)
         trunk = trunk or FrozenTrunk(self.base)
-        together = (
-            at_once and self.memory is not None
-        )  # with the edits in force, as if made at once with them
-        with unedited(self.base) if together else nullcontext():
+        memory = self.memory if at_once else None
+        # 1. The gradient of the edit's loss at the sites, as factors. With a memory it is that of
+        #    the unedited model, as if the edit were made at once with those in force.
+        with unedited(self.base) if memory is not None else nullcontext():
             factors = capture_factors(
                 trunk, texts, tokens=h.edit_tokens, reduction=h.loss_reduction
             )
         if at_once and h.loss_reduction == "batch":
             factors = as_one_loss(factors, texts)
+        # 2. The hypernetwork makes low-rank updates of them.
+        if memory is not None and h.lr_scale:
+            for site in self.base.sites:
+                memory.held[site.name] = in_force(self.base, site) / h.lr_scale
         if at_once:
-            own = {"gather": self.gather, "at_once": len(texts), "memory": self.memory}
-            if together and h.lr_scale:
-                own["held"] = {
-                    site.name: in_force(self.base, site) / h.lr_scale for site in self.base.sites
-                }
-            made = self.mend(factors, len(texts), **own)
+            made = self.mend(factors, n, at_once=n, memory=memory, gather=self.gather)
         else:
-            made = self.mend(factors, len(texts))
-        return (
-            capped(self.base, made, h.max_relative_norm, strength=h.lr_scale)
-            if h.max_relative_norm
-            else made
-        )
+            made = self.mend(factors, n)
+        # 3. A limit on the weight change, if there is one.
+        if h.max_relative_norm:
+            made = capped(self.base, made, h.max_relative_norm, strength=h.lr_scale)
+        return made
 
-    def edit(self, examples: EditExample | Sequence[EditExample]) -> Edit:
-        """One edit from one example, or one from several at once (`aggregate` says how).
+    def edit(
+        self, examples: EditExample | Sequence[EditExample] | str, target_new: str | None = None
+    ) -> Edit:
+        """One edit: `edit(example)`, `edit("prompt", "new answer")`, or of a list of examples at once.
 
         Raises MendkitError if the weight change is not finite, or zero at every site.
         """
-        several = [examples] if isinstance(examples, EditExample) else list(examples)
-        if not several:
-            raise MendkitError("no example to edit; give an EditExample or a non-empty list")
+        several = as_examples(examples, target_new)
         updates = self.updates([self.tokens(example) for example in several], at_once=True)
         _warn_of_contradictions(several)
         norms = torch.cat([update.norms() for update in updates.values()])
-        if not bool(norms.isfinite().all()) or not bool(norms.any()):
-            found = "zero" if bool(norms.isfinite().all()) else "not finite"
+        finite = bool(norms.isfinite().all())
+        if not finite or not bool(norms.any()):
+            found, remedy = ("zero", "larger") if finite else ("not finite", "smaller")
             raise MendkitError(
-                f"the weight change for {several[0].prompt!r} is {found}; train the archive anew with a "
-                f"{'larger' if found == 'zero' else 'smaller'} `edit_lr`, or edit other layers (`inner_params`)"
+                f"the weight change for {several[0].prompt!r} is {found}; train the archive anew "
+                f"with a {remedy} `edit_lr`, or edit other layers (`inner_params`)"
             )
-        return Edit(
-            self.base, updates, several, strength=self.mend.hparams.lr_scale, archive=self.archive
-        )
+        strength = self.hparams.lr_scale
+        return Edit(self.base, updates, several, strength=strength, archive=self.archive)
 
     def session(self) -> "EditSession":
         """Edits one after another on the edited model, with a journal."""
         return EditSession(self)
 
 
+def as_examples(
+    examples: EditExample | Sequence[EditExample] | str, target_new: str | None = None
+) -> list[EditExample]:
+    """What `edit` is given, as a list. Raises MendkitError if it is empty, or a prompt without its answer."""
+    if isinstance(examples, str):
+        if target_new is None:
+            raise MendkitError(f"no new answer for {examples!r}; give `edit(prompt, new answer)`")
+        return [EditExample(prompt=examples, target_new=target_new)]
+    several = [examples] if isinstance(examples, EditExample) else list(examples)
+    if not several:
+        raise MendkitError("no example to edit; give an EditExample or a non-empty list")
+    return several
+
+
 def _warn_of_contradictions(examples: Sequence[EditExample]) -> None:
-    told: dict[str, dict[str, None]] = {}
+    answers: dict[str, list[str]] = {}
     for example in examples:
-        told.setdefault(example.prompt, {})[example.target_new] = None
-    for prompt, answers in told.items():
-        if len(answers) > 1:
-            listed = ", ".join(map(repr, answers))
-            logger.warning(
-                "%r is given %d answers: %s; it can have one", prompt, len(answers), listed
-            )
+        told = answers.setdefault(example.prompt, [])
+        if example.target_new not in told:
+            told.append(example.target_new)
+    for prompt, told in answers.items():
+        if len(told) > 1:
+            listed = ", ".join(map(repr, told))
+            logger.warning("%r is given %d answers: %s; it can have one", prompt, len(told), listed)
 
 
 class EditSession:
-    """A journal of edits made in sequence: each is computed on the model as edited so far; with
-    `aggregate: least_squares` on the unedited model, as if made at once with those in force.
+    """A journal of edits made in sequence, each on the model as edited so far.
 
-    Any of them can be taken back, put in force again, scaled or dropped, in any order; later ones are not recomputed.
-    What the model then computes depends on the journal alone, to the bit, and not on how it came about. Indices count
-    from the end if negative.
+    With `aggregate: least_squares` they are made as if at once with those in force. Any of them can be undone, put in
+    force again, scaled or dropped, in any order; later ones are not recomputed. What the model then computes depends
+    on the journal alone, to the bit. Indices count from the end if negative.
     """
 
     def __init__(self, editor: MENDEditor) -> None:
         self.editor = editor.remembering()
         self.journal: list[Edit] = []
 
+    def __repr__(self) -> str:
+        edits = f"{len(self.journal)} edits, {len(self.active)} in force"
+        return f"EditSession({edits}, {self.editor.name} on {self.editor.base.name})"
+
     @classmethod
     def load(cls, path: str | Path, editor: MENDEditor) -> "EditSession":
-        """The session that `save` wrote, with the edits in force that were; raises ArchiveError as `Edit.load`. With
-        `aggregate: least_squares` edits made from now on do not spare the keys of those loaded."""
+        """The session that `save` wrote, with its edits in force; raises ArchiveError as `Edit.load`.
+
+        With `aggregate: least_squares`, new edits do not spare the keys of those loaded.
+        """
         session = cls(editor)
         for edit, active in load_edits(path, editor.base):
             session.journal.append(edit.apply() if active else edit)
         return session
 
-    def edit(self, examples: EditExample | Sequence[EditExample]) -> Edit:
+    def edit(
+        self, examples: EditExample | Sequence[EditExample] | str, target_new: str | None = None
+    ) -> Edit:
         """Compute an edit on the model as it is now, apply it and write it down."""
-        edit = self.editor.edit(examples)
+        edit = self.editor.edit(examples, target_new)
         self.journal.append(edit.apply())
         return edit
 
@@ -212,7 +228,7 @@ class EditSession:
         return [edit for edit in self.journal if edit.active]
 
     def undo(self, index: int | None = None) -> Edit:
-        """Take an edit back, by default the latest in force; it stays in the journal."""
+        """Undo an edit, by default the latest in force; it stays in the journal."""
         if not self.journal:
             raise MendkitError("the journal is empty; nothing to undo")
         if index is None and not self.active:
@@ -243,7 +259,7 @@ class EditSession:
         return self.journal[index]
 
     def drop(self, index: int = -1) -> Edit:
-        """Take an edit back, if it is in force, and out of the journal."""
+        """Undo an edit, if it is in force, and take it out of the journal."""
         edit = self.journal.pop(self._place(index))
         if edit.active:
             edit.undo()
@@ -261,7 +277,7 @@ class EditSession:
 
     @contextmanager
     def suspended(self) -> Iterator[None]:
-        """Within the context the model is unedited; afterwards the edits that were in force are so again."""
+        """Within the context the model is unedited; then the edits that were in force are so again."""
         active = self.active
         for edit in active:
             edit.undo()

@@ -1,8 +1,10 @@
-"""A low-rank weight change as a PEFT LoRA adapter: ΔW = B A, with scaling 1.
+"""A weight change for other programs: as a PEFT LoRA adapter, or merged into a copy of the model.
 
-The product δ̃ᵀ ũ is factored without a dense matrix: QR of both factors, SVD of the small core (Golub & Van Loan,
-section 5.4.5 for the idea), in float64. B and A share the singular values' square roots. A truncated adapter is the
-best one of its rank (Eckart & Young, 1936): its error is the singular values left out.
+Adapter: ΔW = B A with scaling 1. δ̃ᵀ ũ is factored without a dense matrix, by QR of both factors and SVD of the small
+core, in float64. B and A share the singular values' square roots. A truncated adapter is the best one of its rank
+(Eckart & Young, 1936); its error is the singular values left out.
+Merge: W + ΔW in float32 at least, then rounded to the weight's dtype. Half-precision weights lose small changes by
+that rounding (CORRECTNESS row 16), so every merge reports what is left.
 Axes: t tokens, i layer input, o layer output, r rank.
 """
 
@@ -10,17 +12,21 @@ import copy
 import json
 import logging
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
 
 import torch
 from jaxtyping import Float
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from ..errors import MendkitError
 from ..models.base import BaseModel
-from ..models.sites import Site
+from ..models.checkpoints import silence_transformers
 from ..runs import atomically, write_text
 from .files import make_folder
 from .losses import wide
@@ -28,6 +34,10 @@ from .losses import wide
 logger = logging.getLogger(__name__)
 
 ADAPTER_FILES = ("adapter_model.safetensors", "adapter_config.json")
+LITTLE_KEPT = 0.9
+"""A merge that keeps less than this share of a change is warned of."""
+
+# -------------------------------------------------------------------------------------------- adapter
 
 
 @dataclass(frozen=True)
@@ -40,20 +50,20 @@ class LoRA:
 
     @classmethod
     def of(
-        cls, u: Float[Tensor, "t i"], delta: Float[Tensor, "t o"], /, *, rank: int | None = None
+        cls, u: Float[Tensor, "t i"], delta: Float[Tensor, "t o"], *, rank: int | None = None
     ) -> "LoRA":
-        """The adapter of ΔW = deltaᵀ u, of its own rank or of `rank` at most; at least 1, as PEFT has no rank 0."""
+        """The adapter of ΔW = deltaᵀ u, of `rank` at most; at least 1, as PEFT has no rank 0."""
         q_out, r_out = torch.linalg.qr(delta.cpu().double().T)
         q_in, r_in = torch.linalg.qr(u.cpu().double().T)
         left, values, right = torch.linalg.svd(r_out @ r_in.T, full_matrices=False)
         noise = values[0] * max(u.shape[1], delta.shape[1]) * torch.finfo(values.dtype).eps
-        r = max(1, min(int((values > noise).sum()), rank or len(values)))
-        root, whole = values[:r].sqrt(), float(values.norm())
-        return cls(
-            A=(root[:, None] * (right[:r] @ q_in.T)).to(u.dtype),
-            B=((q_out @ left[:, :r]) * root).to(delta.dtype),
-            relative_error=float(values[r:].norm()) / whole if whole else 0.0,
-        )
+        needed = int((values > noise).sum())
+        r = max(1, min(needed, rank or needed))
+        root, norm = values[:r].sqrt(), float(values.norm())
+        error = float(values[r:].norm()) / norm if norm else 0.0
+        a = root[:, None] * (right[:r] @ q_in.T)
+        b = (q_out @ left[:, :r]) * root
+        return cls(a.to(u.dtype), b.to(delta.dtype), error)
 
 
 @dataclass(frozen=True)
@@ -66,59 +76,65 @@ class AdapterSite:
 
 
 def write_adapter(
-    folder: str | Path, base: BaseModel, loras: Mapping[str, LoRA], /
+    folder: str | Path, base: BaseModel, loras: Mapping[str, LoRA]
 ) -> tuple[AdapterSite, ...]:
-    """Write the adapters of some of the model's sites (by name) as one that `peft.PeftModel.from_pretrained` loads."""
-    sites, tensors = [site for site in base.sites if site.name in loras], {}
-    for site in sites:
-        prefix = f"base_model.model.{site.module}"
-        tensors[f"{prefix}.lora_A.weight"] = loras[site.name].A.contiguous()
-        tensors[f"{prefix}.lora_B.weight"] = loras[site.name].B.contiguous()
-    ranks = {site.module: len(loras[site.name].A) for site in sites}
-    config = json.dumps(_config(base, sites, ranks), indent=2) + "\n"
-    weights, settings = (make_folder(folder) / name for name in ADAPTER_FILES)
+    """Write adapters, by site name, as one that `peft.PeftModel.from_pretrained` loads."""
+    folder = make_folder(folder)
+    tensors, ranks, report = {}, {}, []
+    for site in base.sites:
+        if site.name in loras:
+            lora = loras[site.name]
+            prefix = f"base_model.model.{site.module}"
+            tensors[f"{prefix}.lora_A.weight"] = lora.A.contiguous()
+            tensors[f"{prefix}.lora_B.weight"] = lora.B.contiguous()
+            ranks[site.module] = len(lora.A)
+            report.append(AdapterSite(site.name, len(lora.A), lora.relative_error))
+    transposed = any(site.transposed for site in base.sites if site.name in loras)
+    config = _peft_config(base, ranks) | {"fan_in_fan_out": transposed}
+    weights, settings = (folder / name for name in ADAPTER_FILES)
     atomically(weights, lambda temporary: save_file(tensors, temporary, metadata={"format": "pt"}))
-    write_text(settings, config)
-    return tuple(AdapterSite(s.name, ranks[s.module], loras[s.name].relative_error) for s in sites)
+    write_text(settings, json.dumps(config, indent=2) + "\n")
+    return tuple(report)
 
 
-def _config(base: BaseModel, sites: Sequence[Site], ranks: Mapping[str, int]) -> dict[str, object]:
-    """PEFT's settings. Its patterns are regular expressions that also match at the end of a name, unless anchored."""
+def _peft_config(base: BaseModel, ranks: Mapping[str, int]) -> dict[str, Any]:
+    """PEFT's settings; `ranks` by module."""
     rank = max(ranks.values())
-    odd = {f"^{re.escape(module)}": r for module, r in ranks.items() if r != rank}
+    # PEFT's patterns are regular expressions that also match at the end of a name, unless anchored
+    lower = {f"^{re.escape(module)}": r for module, r in ranks.items() if r != rank}
     return {
         "peft_type": "LORA",
-        "task_type": _task(base),
+        "task_type": _peft_task(base),
         "base_model_name_or_path": base.model.name_or_path or base.name,
         "inference_mode": True,
         "r": rank,
         "lora_alpha": rank,  # scaling is alpha / r
-        "rank_pattern": odd,
-        "alpha_pattern": odd,
-        "target_modules": _targets(base, list(ranks)),
-        "fan_in_fan_out": any(site.transposed for site in sites),
+        "rank_pattern": lower,
+        "alpha_pattern": lower,
+        "target_modules": _peft_targets(base, list(ranks)),
         "bias": "none",
         "lora_dropout": 0.0,
     }
 
 
-def _targets(base: BaseModel, modules: list[str]) -> list[str] | str:
-    """The modules' names. PEFT also takes what ends like one of a list; where a layer does, one expression, exactly."""
-    others = {name for name, _ in base.model.named_modules()} - set(modules)
-    if any(other.endswith(f".{module}") for module in modules for other in others):
+def _peft_targets(base: BaseModel, modules: list[str]) -> list[str] | str:
+    """The modules as a list, or as one expression where another layer's name ends like one of them."""
+    endings = tuple(f".{module}" for module in modules)
+    if any(
+        name.endswith(endings) and name not in modules for name, _ in base.model.named_modules()
+    ):
         return "|".join(map(re.escape, modules))
     return modules
 
 
-def _task(base: BaseModel) -> str | None:
+def _peft_task(base: BaseModel) -> str | None:
     """PEFT's class for the model; None: the plain one."""
     if not base.model.can_generate():
         return None
     return "SEQ_2_SEQ_LM" if base.model.config.is_encoder_decoder else "CAUSAL_LM"
 
 
-LITTLE_KEPT = 0.9
-"""A merge that keeps less than this share of a change is warned of."""
+# ---------------------------------------------------------------------------------------------- merge
 
 
 @dataclass(frozen=True)
@@ -132,46 +148,62 @@ class MergedSite:
 
 @dataclass(frozen=True)
 class Merged:
-    """A model with a change in its weights. All other weights are the base model's own, shared and not copied."""
+    """A model with a change in its weights; it shares all other weights with the base model."""
 
     base: BaseModel
     sites: tuple[MergedSite, ...]
 
 
-def merge(base: BaseModel, changes: Iterable[tuple[Site, Float[Tensor, "m n"]]], /) -> Merged:
-    """A new model with each ΔW, in the orientation of its site's own weight, added to it; `base` stays as it is."""
-    report, memo = [], {id(parameter): parameter for parameter in base.model.parameters()}
-    for site, change in changes:
-        weight = base.site_module(site).weight
-        merged, row = _merge(weight, change, site.name)
-        memo[id(weight)] = nn.Parameter(merged, requires_grad=False)
-        report.append(row)
-    _warn(report, base.dtype)
-    model, names = copy.deepcopy(base.model, memo), tuple(site.name for site in base.sites)
-    return Merged(
-        BaseModel(model, base.tokenizer, name=f"{base.name} (edited)", inner_params=names),
-        tuple(report),
-    )
-
-
-def _merge(weight: Tensor, change: Tensor, name: str) -> tuple[Tensor, MergedSite]:
-    """W + ΔW in W's own dtype, and what its rounding leaves of ΔW (measured in float64)."""
-    merged = (wide(weight) + change).to(weight.dtype)
-    wanted, got = change.double(), merged.double() - weight.double()
-    norm = float(wanted.norm())
-    if norm == 0:
-        return merged, MergedSite(name, 0.0, 1.0)
-    return merged, MergedSite(
-        name, float((got - wanted).norm()) / norm, float((got * wanted).sum()) / norm**2
-    )
-
-
-def _warn(report: Sequence[MergedSite], dtype: torch.dtype) -> None:
+def merge(base: BaseModel, changes: Mapping[str, Float[Tensor, "m n"]]) -> Merged:
+    """A new model with each ΔW, by site name and in the weight's orientation; `base` stays as it is."""
+    shared = {id(parameter): parameter for parameter in base.model.parameters()}
+    report = []
+    for site in base.sites:
+        if site.name in changes:
+            weight, change = base.site_module(site).weight, changes[site.name]
+            merged = (wide(weight) + change).to(weight.dtype)
+            shared[id(weight)] = nn.Parameter(merged, requires_grad=False)
+            report.append(_what_is_left(site.name, merged.double() - weight.double(), change))
     worst = min(report, key=lambda site: site.kept)
     if worst.kept < LITTLE_KEPT:
         logger.warning(
-            "merging in %s keeps %.0f %% of the edit at %s; use an adapter, or load the model with `dtype: float32`",
-            dtype,
+            "merging in %s keeps %.0f %% of the edit at %s; use an adapter, or load the model with "
+            "`dtype: float32`",
+            base.dtype,
             100 * worst.kept,
             worst.name,
         )
+    names = tuple(site.name for site in base.sites)
+    # a copy that takes each parameter from `shared` instead of copying it
+    model = copy.deepcopy(base.model, shared)
+    edited = BaseModel(model, base.tokenizer, name=f"{base.name} (edited)", inner_params=names)
+    return Merged(edited, tuple(report))
+
+
+def _what_is_left(name: str, got: Float[Tensor, "m n"], change: Float[Tensor, "m n"]) -> MergedSite:
+    wanted = change.double()
+    norm = float(wanted.norm())
+    if norm == 0:
+        return MergedSite(name, 0.0, 1.0)
+    error = float((got - wanted).norm()) / norm
+    return MergedSite(name, error, float((got * wanted).sum()) / norm**2)
+
+
+def write_model(folder: str | Path, edited: BaseModel) -> None:
+    """Write a model and its tokenizer as a folder for transformers.
+
+    Raises MendkitError if the folder is a file, cannot be written to, or is the model's own.
+    """
+    folder = make_folder(folder)
+    if folder.resolve() == Path(edited.model.name_or_path or "/").resolve():
+        raise MendkitError(f"{folder} holds the base model itself; give another folder")
+    try:
+        with silence_transformers(), TemporaryDirectory(dir=folder, prefix=".new-") as new:
+            edited.model.save_pretrained(new)
+            edited.tokenizer.save_pretrained(new)
+            for path in Path(new).iterdir():
+                path.replace(folder / path.name)
+    except (OSError, SafetensorError) as error:
+        raise MendkitError(
+            f"cannot write the edited model to {folder}: {error}; make room there"
+        ) from None

@@ -1,41 +1,51 @@
 """Many edits in one weight change: least squares in place of the sum of MEND's updates.
 
-Every edit asks for a shift of the layer's output at its own keys, D = ΔW_e K, where ΔW_e is the update that MEND makes
-of it alone. A sum of k updates gives each key the shifts of all edits; the weight change here answers, over all tokens
-t of all edits,
+Each edit alone asks for a shift d = ΔW_e k of the layer's output at its own keys k (inputs of the layer). In a sum of
+updates every key gets the shifts of all edits. Here one ΔW answers all tokens t of all edits:
 
     min_ΔW  Σ_t ‖ΔW k_t − d_t‖² / λ_k  +  Σ_t ‖ΔW ŷ_t − d_t‖² / λ_y  +  tr(ΔW C ΔWᵀ)
 
-with k the layer's input (the key), ŷ = C ũ (k·ũ) / (ũᵀ C ũ) its part along MEND's own ũ (what the hypernetwork holds to
-be common to a fact's wordings; the projection is orthogonal under C⁻¹), and C = E[x xᵀ] over the keys of other prompts,
-whose shift is held small: as in MEMIT (Meng et al., 2023, arXiv 2210.07229, equation 14) with the values of MALMEN (Tan
-et al., 2024, arXiv 2311.04661, section 4.1). The ridges λ are relative to the size of what they stand for, and learned;
-λ_y grows with the number of edits, for ŷ is an estimate, and what other wordings have besides it adds to the last term
-once an edit. For a sequence C grows by the keys of the edits so far (`Memory`), and an edit is asked for what they
-leave to be done of its shift, with keys and gradients of the unedited model: recursive least squares, the solution of
-all together.
+ŷ = C ũ (k·ũ) / (ũᵀ C ũ) is the part of k along MEND's ũ, which stands for what a fact's wordings share. C = E[x xᵀ]
+over the keys of other prompts keeps their shift small, as in MEMIT (Meng et al., 2023, equation 14), with the values of
+MALMEN (Tan et al., 2024, section 4.1). The ridges λ are relative to the size of their keys, and learned. λ_y grows with
+the number of edits, for what other wordings have besides ŷ adds to the last term once an edit.
+
+In a sequence C grows by the keys of the edits so far (`Memory`), and a new edit makes what they leave of its shift.
+This is recursive least squares: the result is the solution for all edits together.
 Axes: b updates, t tokens of an update (zero rows are padding), i layer input, o layer output.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-Memory = dict[str, tuple[Tensor, int]]
-"""By site name (C + Σ_t z zᵀ / λ)⁻¹ over the keys of earlier edits, (i, i) in float64, and how many edits that were."""
+from .updates import LowRankUpdate
+
+FLOOR = 0.02
+"""Floor on C's eigenvalues as a share of their mean: directions that few prompts use cost something, too."""
+
+
+@dataclass
+class Memory:
+    """The edits of a sequence so far, by site name."""
+
+    inverse: dict[str, Tensor] = field(default_factory=dict)  # (C + Σ z zᵀ / λ)⁻¹, (i, i), float64
+    edits: int = 0
+    held: Mapping[str, Tensor] = field(default_factory=dict)  # ΔW (o, i) in force before a new edit
 
 
 class OtherKeys(nn.Module):
-    """C = E[x xᵀ] of a layer's inputs, with a floor on its eigenvalues of `FLOOR` times their mean."""
+    """C = E[x xᵀ] of a layer's inputs, with a floor on its eigenvalues."""
 
     def __init__(self, width: int) -> None:
         super().__init__()
         self.register_buffer("count", torch.zeros((), dtype=torch.int64))
         self.register_buffer("moment", torch.eye(width))
         self._sum: Tensor | float = 0.0
-        self._inverse: tuple[Tensor, int] | None = None
+        self._inverse: tuple[int, Tensor] | None = None  # with the version of `moment`
 
     @torch.no_grad()
     def add(self, x: Float[Tensor, "n i"]) -> None:
@@ -53,25 +63,19 @@ class OtherKeys(nn.Module):
     def fit(self) -> None:
         """Compute C from the rows gathered, and forget them."""
         moment = self._sum / self.count
-        floor = FLOOR * moment.diagonal().mean()
         self.moment.copy_(
-            moment + floor * torch.eye(len(moment), dtype=moment.dtype, device=moment.device)
+            moment + FLOOR * moment.diagonal().mean() * torch.eye(len(moment)).to(moment)
         )
         self._sum = 0.0
 
     @torch.no_grad()
     def inverse(self) -> Float[Tensor, "i i"]:
         """C⁻¹ in float64, computed once."""
-        if self._inverse is None or self._inverse[1] != self.moment._version:
-            self._inverse = (
-                torch.cholesky_inverse(torch.linalg.cholesky(self.moment.double())),
-                self.moment._version,
-            )
-        return self._inverse[0]
-
-
-FLOOR = 0.02
-"""The floor on C's eigenvalues, as a share of their mean: directions that few prompts use are not free of cost."""
+        version = self.moment._version
+        if self._inverse is None or self._inverse[0] != version:
+            root = torch.linalg.cholesky(self.moment.double())
+            self._inverse = version, torch.cholesky_inverse(root)
+        return self._inverse[1]
 
 
 def solve(
@@ -79,30 +83,33 @@ def solve(
     shared: Float[Tensor, "b t i"],
     other: OtherKeys,
     ridge: Float[Tensor, " 2"],
-    /,
     *,
     memory: Float[Tensor, "i i"] | None = None,
 ) -> tuple[Float[Tensor, "b 2*t i"], Float[Tensor, "b 2*t i"], Float[Tensor, "b 2*t"]]:
-    """The u for which ΔW = Σ_t d_t u_tᵀ solves the least squares, the keys z = [k; ŷ] that they are of, their ridges.
+    """The u for which ΔW = Σ_t d_t u_tᵀ solves the least squares, its keys z = [k; ŷ], and their ridges.
 
-    With `memory` d is what the edits so far leave to be done, d − ΔW z: their sum is then the solution of all together.
-
-    `shared` is ũ, `ridge` (λ_k, λ_y) in units of the mean kᵀC⁻¹k of the update and of each ŷᵀC⁻¹ŷ. Solved in float64 in
-    the number of tokens, or in the width where that is smaller.
+    `shared` is ũ. `ridge` (λ_k, λ_y) is in units of the mean kᵀC⁻¹k of an update and of each ŷᵀC⁻¹ŷ. `memory` is
+    the inverse of C and earlier keys. Solved in float64 in the number of tokens, or in the width where that is smaller.
     """
-    k, s, c = keys.double(), shared.double(), other.moment.double()
+    k, s, c, t = keys.double(), shared.double(), other.moment.double(), keys.shape[1]
+    # 1. The keys z = [k; ŷ].
     sc = s @ c
-    along = (k * s).sum(-1, keepdim=True) / (sc * s).sum(-1, keepdim=True).clamp(
-        min=torch.finfo(torch.float32).tiny
-    )
+    length = (sc * s).sum(-1, keepdim=True).clamp(min=torch.finfo(torch.float32).tiny)
+    along = (k * s).sum(-1, keepdim=True) / length
     z = torch.cat([k, along * sc], 1)
-    zp = torch.cat([k @ other.inverse(), along * s], 1) if memory is None else z @ memory
-    size = (z * zp).sum(-1) if memory is None else (z * (z @ other.inverse())).sum(-1)
-    t = k.shape[1]
+    # 2. P z, with P = C⁻¹ or the memory's, and the size zᵀ C⁻¹ z.
+    if memory is None:
+        zp = torch.cat([k @ other.inverse(), along * s], 1)
+        size = (z * zp).sum(-1)
+    else:
+        zp = z @ memory
+        size = (z * (z @ other.inverse())).sum(-1)
+    # 3. The ridges; those of padding are 1.
     there = (size[:, :t] > 0).to(k)
     mean = (size[:, :t].sum(1) / there.sum(1).clamp(min=1))[:, None]
     lam = torch.cat([ridge[0] * mean.expand(-1, t), ridge[1] * size[:, t:]], 1)
     lam = torch.where(torch.cat([there, there], 1) * lam > 0, lam, 1.0)
+    # 4. u = (zᵀ P z + λ)⁻¹ P z, or the same by the matrix inversion lemma.
     if 2 * t <= k.shape[2]:
         u = torch.linalg.solve(zp @ z.mT + torch.diag_embed(lam), zp)
     else:
@@ -110,6 +117,39 @@ def solve(
         weighted = z / lam[:, :, None]
         u = torch.linalg.solve(precision + weighted.mT @ z, weighted.mT).mT
     return u.to(keys), z.detach(), lam.detach()
+
+
+def put_together(
+    name: str,
+    update: LowRankUpdate,
+    keys: Float[Tensor, "b t i"],
+    other: OtherKeys,
+    ridge: Float[Tensor, " 2"],
+    *,
+    at_once: int,
+    memory: Memory | None = None,
+) -> LowRankUpdate:
+    """One update for each `at_once` edits in a row, from the update and the keys of each, at site `name`.
+
+    A single one joins `memory`, and makes what the weight changes that `memory` holds leave of its shifts.
+    """
+    # 1. The shift that each edit asks for at its own keys.
+    asked = LowRankUpdate(keys, update.branch(keys), 1.0).merged(at_once)
+    # 2. The least squares over the edits made at once, on top of the earlier ones.
+    earlier = memory or Memory()
+    before = earlier.inverse.get(name)
+    ridge = ridge * ridge.new_tensor([1, earlier.edits + at_once])
+    u, z, ridges = solve(asked.u, update.merged(at_once).u, other, ridge, memory=before)
+    # 3. A single update is remembered.
+    if memory is not None and len(z) == 1:
+        before = other.inverse() if before is None else before
+        memory.inverse[name] = remember(before, z[0], ridges[0])
+    # 4. ΔW = Σ (d − ΔW_held z) uᵀ.
+    if name in earlier.held:
+        left = torch.cat([asked.delta, asked.delta], 1) - z.to(u) @ earlier.held[name].T.to(u)
+        return LowRankUpdate(u, left, 1.0)
+    t = keys.shape[1] * at_once
+    return LowRankUpdate(u[:, :t] + u[:, t:], asked.delta, 1.0)
 
 
 @torch.no_grad()

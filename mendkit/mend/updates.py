@@ -1,7 +1,11 @@
-"""Edits as low-rank side branches: y += (x ũᵀ) c δ̃, one branch per edit in the batch; no dense ΔW appears.
+"""A weight change as a low-rank side branch; no dense ΔW appears.
 
-An edit's weight change at a site is ΔW = c Σ_t δ̃_t ũ_tᵀ with c = sign · α · strength (sign −1: MEND, Algorithm 2).
-While an edit is applied, a forward hook on the layer adds its branch; the weights are never written.
+MEND's update at a site is ΔW = −α Σ_t δ̃_t ũ_tᵀ (Mitchell et al., 2022, section 3.1 and Algorithm 2), of rank at most
+the number of tokens t. While it is in force, a forward hook on the layer adds its branch to the output:
+
+    y += c (x ũᵀ) δ̃,    c = sign · α · strength (the sign is −1)
+
+One branch per edit in the batch, so that many independent edits are read in one pass.
 Axes: b independent edits, t tokens of an edit, i layer input, o layer output.
 """
 
@@ -29,6 +33,11 @@ class LowRankUpdate:
     def __len__(self) -> int:
         return len(self.u)
 
+    def __repr__(self) -> str:
+        edits, tokens, width = self.u.shape
+        shape = f"{self.delta.shape[2]} x {width}"
+        return f"LowRankUpdate({edits} edits of {tokens} tokens, {shape})"
+
     def scaled(self, factor: float) -> "LowRankUpdate":
         """The same update, `factor` times as strong."""
         return replace(self, coefficient=self.coefficient * factor)
@@ -40,7 +49,8 @@ class LowRankUpdate:
     def to(self, device: torch.device) -> "LowRankUpdate":
         """The same update on a device."""
         c = self.coefficient
-        c = c.to(device) if isinstance(c, Tensor) else c
+        if isinstance(c, Tensor):
+            c = c.to(device)
         return replace(self, u=self.u.to(device), delta=self.delta.to(device), coefficient=c)
 
     def dense(self) -> Float[Tensor, "o i"]:
@@ -60,11 +70,8 @@ class LowRankUpdate:
     def merged(self, at_once: int) -> "LowRankUpdate":
         """One update for each `at_once` edits in a row: their sum. `at_once` divides b."""
         n = len(self.u) // at_once
-        return replace(
-            self,
-            u=self.u.reshape(n, -1, self.u.shape[2]),
-            delta=self.delta.reshape(n, -1, self.delta.shape[2]),
-        )
+        u = self.u.reshape(n, -1, self.u.shape[2])
+        return replace(self, u=u, delta=self.delta.reshape(n, -1, self.delta.shape[2]))
 
     def branch(self, x: Float[Tensor, "*n i"]) -> Float[Tensor, "*n o"]:
         """What the update adds to the layer's output for inputs x: (n, l, i), row r under edit r // (n / b).
@@ -74,7 +81,8 @@ class LowRankUpdate:
         b, width = len(self.u), x.shape[-1]
         if x.shape[0] % b:
             raise MendkitError(
-                f"{x.shape[0]} rows cannot be shared by {b} edits; give every edit the same number of texts"
+                f"{x.shape[0]} rows cannot be shared by {b} edits; "
+                "give every edit the same number of texts"
             )
         keys = torch.bmm(x.reshape(b, -1, width).to(self.u.dtype), self.u.transpose(1, 2))
         return torch.bmm(keys * self.coefficient, self.delta).view(*x.shape[:-1], -1)
@@ -84,82 +92,8 @@ Updates = dict[str, LowRankUpdate]
 """Updates by site name."""
 
 
-def side_by_side(parts: Sequence[LowRankUpdate], /) -> LowRankUpdate:
-    """The sum of several updates of the same b edits at one site: their tokens side by side, with coefficient 1."""
-    u, delta = (
-        torch.cat([p.u for p in parts], 1),
-        torch.cat([p.delta * p.coefficient for p in parts], 1),
-    )
-    return LowRankUpdate(u, delta, 1.0)
-
-
-def summed(update: LowRankUpdate, /) -> LowRankUpdate:
-    """The sum of an update's b edits as one edit (b = 1)."""
-    return update.merged(len(update.u))
-
-
-def relative_norms(
-    base: BaseModel, updates: Mapping[str, LowRankUpdate], /
-) -> dict[str, Float[Tensor, " b"]]:
-    """‖ΔW_b‖_F / ‖W‖_F of every site and edit."""
-    weights = {site.name: base.site_weight(site) for site in base.sites}
-    return {
-        name: update.norms() / float(weights[name].double().norm())
-        for name, update in updates.items()
-    }
-
-
-def in_force(base: BaseModel, site: Site, /) -> Float[Tensor, "o i"]:
-    """The sum of the edits that the model holds at a site."""
-    hooks = base.site_module(site)._forward_hooks.values()
-    none = torch.zeros(site.d_out, site.d_in, device=base.site_weight(site).device)
-    return sum((hook.update.dense() for hook in hooks if isinstance(hook, SideBranch)), none)
-
-
-@contextmanager
-def unedited(base: BaseModel, /) -> Iterator[None]:
-    """Within the context no site adds a branch; afterwards those that did do so again, in their order."""
-    every = [base.site_module(site)._forward_hooks for site in base.sites]
-    kept = [dict(hooks) for hooks in every]
-    try:
-        for hooks in every:
-            for key in [key for key, hook in hooks.items() if isinstance(hook, SideBranch)]:
-                del hooks[key]
-        yield
-    finally:
-        for hooks, own in zip(every, kept, strict=True):
-            hooks.clear()
-            hooks.update(own)
-
-
-def capped(base: BaseModel, updates: Updates, most: float, /, *, strength: float = 1.0) -> Updates:
-    """Updates that leave ‖T + ΔW_b‖_F / ‖W‖_F ≤ `most` at every site, T being the sum of the edits in force.
-
-    An update that goes beyond, taken at its `strength`, is made c times as strong, with the largest c in [0, 1] that
-    does not: ‖T‖² + 2 c ⟨T, ΔW⟩ + c² ‖ΔW‖² = (most ‖W‖)². Where none does, as T is too large, c gives the least norm.
-    """
-    out = dict(updates)
-    for site in base.sites:
-        unit = updates[site.name]
-        update, total = unit.scaled(strength), in_force(base, site).to(unit.u)
-        along = (
-            torch.einsum("bto,oi,bti->b", update.delta, total, update.u) * update.coefficient
-        ).double()
-        room = (most * float(base.site_weight(site).double().norm())) ** 2 - float(
-            total.double().square().sum()
-        )
-        own = update.norms().square()
-        c = (
-            (((along**2 + own * room).clamp(min=0).sqrt() - along) / own)
-            .nan_to_num(1.0)
-            .clamp(0, 1)
-        )
-        out[site.name] = replace(unit, delta=unit.delta * c.to(unit.delta)[:, None, None])
-    return out
-
-
 def padded(
-    values: Float[Tensor, "n d"], rows: Int[Tensor, " n"], n_edits: int, /
+    values: Float[Tensor, "n d"], rows: Int[Tensor, " n"], n_edits: int
 ) -> Float[Tensor, "{n_edits} t d"]:
     """Packed per-token values (rows ascending) as one zero-padded matrix per edit."""
     counts = torch.bincount(rows, minlength=n_edits)
@@ -169,15 +103,42 @@ def padded(
     return out.index_put((rows, slots), values)
 
 
-@contextmanager
-def side_branches(base: BaseModel, updates: Mapping[str, LowRankUpdate]) -> Iterator[None]:
-    """Within the context every site adds its update's branch; afterwards the hooks are gone. Contexts nest (add up)."""
-    handles = attach(base, updates)
-    try:
-        yield
-    finally:
-        for handle in handles:
-            handle.remove()
+def side_by_side(parts: Sequence[LowRankUpdate]) -> LowRankUpdate:
+    """The sum of several updates of the same b edits at one site: their tokens side by side, with coefficient 1."""
+    u = torch.cat([part.u for part in parts], 1)
+    delta = torch.cat([part.delta * part.coefficient for part in parts], 1)
+    return LowRankUpdate(u, delta, 1.0)
+
+
+def summed(update: LowRankUpdate) -> LowRankUpdate:
+    """The sum of an update's b edits as one edit (b = 1)."""
+    return update.merged(len(update))
+
+
+def scaled(updates: Updates, strength: float) -> Updates:
+    """Updates at another strength."""
+    return {name: update.scaled(strength) for name, update in updates.items()}
+
+
+def select(updates: Updates, index: Sequence[int]) -> Updates:
+    """The updates of some of the edits, in the order of `index`; a single edit serves them all as it is."""
+    chosen = list(index)
+    return {name: u if len(u) == 1 else u.select(chosen) for name, u in updates.items()}
+
+
+def relative_norms(
+    base: BaseModel, updates: Mapping[str, LowRankUpdate]
+) -> dict[str, Float[Tensor, " b"]]:
+    """‖ΔW_b‖_F / ‖W‖_F of every site and edit."""
+    shares = {}
+    for site in base.sites:
+        if site.name in updates:
+            weight = float(base.site_weight(site).double().norm())
+            shares[site.name] = updates[site.name].norms() / weight
+    return shares
+
+
+# ------------------------------------------------------------------------------------ in force
 
 
 class SideBranch:
@@ -194,18 +155,68 @@ def attach(
     base: BaseModel, updates: Mapping[str, LowRankUpdate]
 ) -> list[torch.utils.hooks.RemovableHandle]:
     """Let every site add its update's branch from now on, until the handles are removed."""
-    sites = {site.name: site for site in base.sites}
-    return [
-        base.site_module(sites[name]).register_forward_hook(SideBranch(u))
-        for name, u in updates.items()
-    ]
+    handles = []
+    for site in base.sites:
+        if site.name in updates:
+            module = base.site_module(site)
+            handles.append(module.register_forward_hook(SideBranch(updates[site.name])))
+    return handles
 
 
-def scaled(updates: Updates, strength: float) -> Updates:
-    """Updates at another strength."""
-    return {name: update.scaled(strength) for name, update in updates.items()}
+@contextmanager
+def side_branches(base: BaseModel, updates: Mapping[str, LowRankUpdate]) -> Iterator[None]:
+    """Within the context every site adds its update's branch; afterwards the hooks are gone. Contexts nest (add up)."""
+    handles = attach(base, updates)
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
 
 
-def select(updates: Updates, index: Sequence[int]) -> dict[str, LowRankUpdate]:
-    """The updates of some of the edits, in the order of `index`; a single edit serves them all as it is."""
-    return {name: u if len(u) == 1 else u.select(list(index)) for name, u in updates.items()}
+@contextmanager
+def unedited(base: BaseModel) -> Iterator[None]:
+    """Within the context no site adds a branch; afterwards those that did do so again, in their order."""
+    modules = [base.site_module(site) for site in base.sites]
+    before = [dict(module._forward_hooks) for module in modules]
+    try:
+        for module, hooks in zip(modules, before, strict=True):
+            for key, hook in hooks.items():
+                if isinstance(hook, SideBranch):
+                    del module._forward_hooks[key]
+        yield
+    finally:
+        for module, hooks in zip(modules, before, strict=True):
+            module._forward_hooks.clear()
+            module._forward_hooks.update(hooks)
+
+
+def in_force(base: BaseModel, site: Site) -> Float[Tensor, "o i"]:
+    """The sum of the edits that the model holds at a site."""
+    total = torch.zeros(site.d_out, site.d_in, device=base.site_weight(site).device)
+    for hook in base.site_module(site)._forward_hooks.values():
+        if isinstance(hook, SideBranch):
+            total = total + hook.update.dense()
+    return total
+
+
+def capped(base: BaseModel, updates: Updates, most: float, *, strength: float = 1.0) -> Updates:
+    """Updates that, at their `strength`, leave ‖T + ΔW_b‖_F / ‖W‖_F ≤ `most` at every site.
+
+    T is the sum of the edits in force. An update that goes beyond is made c times as strong, with the largest c in
+    [0, 1] that does not. Where none does, as T is too large, c gives the least norm.
+    """
+    out = dict(updates)
+    for site in base.sites:
+        update = updates[site.name].scaled(strength)
+        total = in_force(base, site).to(update.u)
+        # ‖T + c ΔW‖² = ‖T‖² + 2 c ⟨T, ΔW⟩ + c² ‖ΔW‖² = (most ‖W‖)²
+        inner = torch.einsum("bto,oi,bti->b", update.delta, total, update.u) * update.coefficient
+        inner, square = inner.double(), update.norms().square()
+        limit = (most * float(base.site_weight(site).double().norm())) ** 2
+        room = limit - float(total.double().square().sum())
+        c = ((inner**2 + square * room).clamp(min=0).sqrt() - inner) / square
+        c = c.nan_to_num(1.0).clamp(0, 1)
+        delta = updates[site.name].delta * c.to(update.delta)[:, None, None]
+        out[site.name] = replace(updates[site.name], delta=delta)
+    return out

@@ -4,7 +4,6 @@ import json
 
 import pytest
 import torch
-from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -13,6 +12,7 @@ from mendkit.mend.edit import Edit
 from mendkit.mend.editor import MENDEditor
 from mendkit.mend.updates import LowRankUpdate, side_branches
 from mendkit.models.load import load_model
+from tests.oracles.attacks import Layout
 from tests.oracles.claims import EXAMPLES, editor_for, hparams, logits
 from tests.oracles.tiny import save_tiny, tiny_gpt2, tiny_llama
 
@@ -239,26 +239,16 @@ def test_a_merged_model_is_another_model(saved):
 @pytest.mark.parametrize(
     ("change", "words"),
     [
-        (
-            lambda t, m: t["0/model.layers.3.mlp.down_proj.weight/u"].add_(1e-3),
-            "does not match its checksum",
-        ),
-        (lambda t, m: t.pop("0/model.layers.3.mlp.down_proj.weight/u"), "missing or unknown"),
-        (lambda t, m: t.update(extra=torch.ones(1)), "missing or unknown"),
-        (lambda t, m: m["edits"][0].update(strength=9.0), "do not match their checksum"),
-        (
-            lambda t, m: m["edits"][0]["examples"][0].update(target_new="Oslo"),
-            "do not match their checksum",
-        ),
-        (lambda t, m: m.update(format="mendkit-1"), "unknown format"),
-        (lambda t, m: m.pop("base_model"), "damaged metadata"),
+        (lambda t, m: t["0/model.layers.3.mlp.down_proj.weight/u"].add_(1e-3), "checksum"),
+        (lambda t, m: t.pop("0/model.layers.3.mlp.down_proj.weight/u"), "checksum"),
+        (lambda t, m: m["edits"][0].update(strength=9.0), "checksum"),
+        (lambda t, m: m["edits"][0]["examples"][0].update(target_new="Oslo"), "checksum"),
+        (lambda t, m: m.update(format="mendkit-2"), "unknown format"),
     ],
 )
 def test_tampering_is_found(llama, saved, change, words):
     path = saved[1]
-    tensors = load_file(path)
-    with safe_open(path, "pt") as file:
-        metadata = json.loads(file.metadata()["mendkit"])
+    metadata, tensors = Layout.of(path.read_bytes()).metadata, load_file(path)
     change(tensors, metadata)
     save_file(tensors, path, metadata={"mendkit": json.dumps(metadata)})
     with pytest.raises(ArchiveError, match=words):

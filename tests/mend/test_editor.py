@@ -2,7 +2,7 @@
 
 import hashlib
 from contextlib import ExitStack
-from copy import copy, deepcopy
+from copy import deepcopy
 from random import Random
 from statistics import median
 
@@ -68,7 +68,7 @@ def test_the_weight_change_of_all_edits_in_force_stays_under_the_cap(llama64, ag
     scales = set()
     with MENDEditor(llama64, mend).session() as session:
         for examples in (EXAMPLES[:2], EXAMPLES[2], EXAMPLES[3], EXAMPLES[4]):
-            free.memory = copy(session.editor.memory)
+            free.memory = deepcopy(session.editor.memory)
             wanted, found = free.edit(examples).dense(), session.edit(examples).dense()
             for name, norm in norms.items():
                 expected = capped_change(total[name], wanted[name], limit * norm)

@@ -1,7 +1,7 @@
-"""Damaged and hostile variants of a safetensors file: what a test of any kind of file feeds to its reader.
+"""Damaged and hostile variants of a safetensors file: what a test feeds to the reader of any kind of file.
 
-Each variant comes with a name for the report, from a seeded generator. Containers are written by hand, since the
-library writes none of these; `Layout` is a file taken apart.
+Each variant has a name for the report, and comes from a seeded generator. Containers are written by hand, since the
+library writes none of these.
 """
 
 import json
@@ -9,43 +9,33 @@ import random
 import struct
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load, save
 
-from mendkit.mend.files import SEAL, SEALED, _digest, tensor_sha256
+from mendkit.mend.files import CHECKSUM, content_sha256, old_checksums
 
 Variant = tuple[str, bytes]
-DTYPES = (
-    "F64",
-    "F32",
-    "F16",
-    "BF16",
-    "I64",
-    "I32",
-    "U8",
-    "BOOL",
-    "U64",
-    "F8_E4M3",
-    "F8_E8M0",
-    "F4",
-    "C64",
-    "X",
-)
+DTYPES = "F64 F32 F16 BF16 I64 I32 U8 BOOL U64 F8_E4M3 F8_E8M0 F4 C64 X".split()
 HUGE = (2**63 - 1, 2**64 - 1, 2**40, 2**31, 10**30, -1)
 
 
-def sealed(metadata: dict) -> dict:
+def signed(metadata: dict, tensors: dict[str, torch.Tensor]) -> dict:
     """The metadata with a checksum that is right for them, as an attacker would write."""
-    told = {key: value for key, value in metadata.items() if key != SEAL}
-    return told | {SEAL: _digest(told)}
+    told = {key: value for key, value in metadata.items() if key != CHECKSUM}
+    return told | {CHECKSUM: content_sha256(told, tensors)}
+
+
+def signed_as_first(metadata: dict, tensors: dict[str, torch.Tensor]) -> dict:
+    """The same as the very first files were: a checksum for each tensor, none for the metadata."""
+    first = str(metadata.get("format")).replace("-2", "-1")
+    return metadata | {"format": first, CHECKSUM: old_checksums(tensors)}
 
 
 @dataclass
 class Layout:
-    """A safetensors file in parts: the header, its tensors' bytes by name, and the kit's metadata."""
+    """A safetensors file in parts: the header, and its tensors' bytes."""
 
     header: dict = field(repr=False)
     data: bytes = field(repr=False)
@@ -61,8 +51,7 @@ class Layout:
 
     @property
     def metadata(self) -> dict:
-        told = json.loads(self.header["__metadata__"]["mendkit"])
-        return {key: value for key, value in told.items() if key != SEAL}
+        return json.loads(self.header["__metadata__"]["mendkit"])
 
     def text(self) -> str:
         return json.dumps(self.header)
@@ -73,46 +62,47 @@ class Layout:
 
     def changed(self, change: Callable[["Layout"], object]) -> bytes:
         """The file after a change, which may return the header's text or set what it likes."""
-        other = Layout(json.loads(json.dumps(self.header)), self.data)
+        other = Layout(json.loads(self.text()), self.data)
         text = change(other)
         return other.bytes(text if isinstance(text, str) else None)
 
-    def retold(self, metadata: dict | str, *, checksum: str | None = "right") -> bytes:
-        """The file with other metadata, by default with a checksum that is right for them, as an attacker would."""
-        if (
-            isinstance(metadata, dict)
-            and checksum is None
-            and isinstance(metadata.get("format"), str)
-        ):
-            metadata = metadata | {"format": metadata["format"].removesuffix(SEALED)}
-        elif isinstance(metadata, dict):
-            metadata = sealed(metadata) if checksum == "right" else metadata | {SEAL: checksum}
-        text = metadata if isinstance(metadata, str) else json.dumps(metadata)
-        return Layout(self.header | {"__metadata__": {"mendkit": text}}, self.data).bytes()
+    def retold(self, metadata: dict | str, sign: Callable[[dict, dict], dict] = signed) -> bytes:
+        """The file with other metadata, by default with a checksum that is right for them."""
+        if isinstance(metadata, dict):
+            metadata = json.dumps(sign(metadata, load(self.bytes())))
+        return Layout(self.header | {"__metadata__": {"mendkit": metadata}}, self.data).bytes()
+
+
+def damage(whole: bytes, seed: int, n: int) -> Iterator[Variant]:
+    """All kinds of damage to a file's bytes; `n` sets how much of each."""
+    rng = random.Random(seed)
+    yield from truncated(whole, rng, n)
+    yield from flipped(whole, rng, n)
+    yield from misdeclared(whole, rng, max(n // 10, 1))
+    yield from swapped(whole)
 
 
 def truncated(whole: bytes, rng: random.Random, n: int) -> Iterator[Variant]:
-    """Cut within the length, the header, at and beside every tensor's border, inside tensors."""
+    """Cut within the length, the header, at and beside tensors' borders, inside tensors."""
     layout = Layout.of(whole)
     start = len(whole) - len(layout.data)
-    borders = sorted({at for name in layout.names for at in layout.header[name]["data_offsets"]})
     places = {*range(9), start - 1, start, start + 1, len(whole) - 1}
-    places |= {start + at + shift for at in borders for shift in (-1, 0, 1)} - {
-        len(whole),
-        len(whole) + 1,
-    }
+    for name in layout.names:
+        border = start + layout.header[name]["data_offsets"][0]
+        places |= {border - 1, border, border + 1}
     while len(places) < n:
         places.add(rng.randrange(len(whole)))
-    yield from ((f"cut at {at}", whole[:at]) for at in sorted(places))
-    yield from ((f"{extra} bytes more", whole + bytes(extra)) for extra in (1, 8, 4096))
+    for at in sorted(places):
+        yield f"cut at {at}", whole[:at]
+    for extra in (1, 8, 4096):
+        yield f"{extra} bytes more", whole + bytes(extra)
 
 
 def flipped(whole: bytes, rng: random.Random, n: int) -> Iterator[Variant]:
     """One bit of the length, the header and its metadata, or the tensors."""
     start = len(whole) - len(Layout.of(whole).data)
-    regions = ((0, 8, 64), (8, start, n), (start, len(whole), n))
-    for begin, end, count in regions:
-        for _ in range(count):
+    for begin, end in ((0, 8), (8, start), (start, len(whole))):
+        for _ in range(n):
             at, bit = rng.randrange(begin, end), rng.randrange(8)
             content = bytearray(whole)
             content[at] ^= 1 << bit
@@ -124,102 +114,75 @@ def misdeclared(whole: bytes, rng: random.Random, n: int) -> Iterator[Variant]:
     layout = Layout.of(whole)
     for length in (*HUGE[:4], 100_000_001, len(whole), len(whole) - 8, 0, 1, 2):
         yield f"header of {length}", layout.bytes(length=length % 2**64)
-    yield from (("no header at all", b"\xff" * 8), ("a header of blanks", layout.bytes(" " * 64)))
-    yield "a header that nests", layout.bytes("[" * 50_000)
-    for text in (
-        "{}",
-        "[]",
-        "null",
-        '"x"',
-        '{"__metadata__": {}}',
-        '{"__metadata__": 3}',
-        '{"x": 3}',
-    ):
-        yield f"header {text}", layout.bytes(text)
+    texts = ["{}", "[]", "null", '"x"', '{"__metadata__": {}}', '{"__metadata__": 3}', '{"x": 3}']
+    for text in (*texts, " " * 64, "[" * 50_000):
+        yield f"header {text[:20]}", layout.bytes(text)
     for _ in range(n):
-        yield from _misdeclared_once(layout, rng)
+        name, other = rng.sample(layout.names, 2)
+        huge, dtype, place = rng.choice(HUGE), rng.choice(DTYPES), rng.randrange(2)
+        for what, change in _false_declarations(name, other, huge, dtype, place).items():
+            yield f"{what}: {name}, {other}, {huge}, {dtype}", layout.changed(change)
 
 
-def _misdeclared_once(layout: Layout, rng: random.Random) -> Iterator[Variant]:
-    def edit(about: str, change: Callable[[Layout], object]) -> Variant:
-        return about, layout.changed(change)
+def _false_declarations(
+    name: str, other: str, huge: int, dtype: str, place: int
+) -> dict[str, Callable[[Layout], object]]:
+    def swap(x: Layout) -> None:
+        x.header[name], x.header[other] = x.header[other], x.header[name]
 
-    name, other = rng.sample(layout.names, 2)
-    a, b = layout.header[name], layout.header[other]
-    huge, dtype, place = rng.choice(HUGE), rng.choice(DTYPES), rng.randrange(2)
-    whole_size = max(end for own in layout.names for end in layout.header[own]["data_offsets"])
-    yield edit(f"{name} is {dtype}", lambda x: x.header[name].update(dtype=dtype))
-    yield edit(f"{name} is {huge} wide", lambda x: x.header[name].update(shape=[huge]))
-    yield edit(f"{name} is 0 x {huge}", lambda x: x.header[name].update(shape=[0, huge]))
-    yield edit(f"{name} is flat", lambda x: x.header[name].update(shape=[*a["shape"], 1]))
-    yield edit(
-        f"{name} is turned", lambda x: x.header[name].update(shape=a["shape"][::-1], dtype=dtype)
-    )
-    yield edit(
-        f"{name} at {huge}", lambda x: x.header[name]["data_offsets"].__setitem__(place, huge)
-    )
-    yield edit(
-        f"{name} to {whole_size}", lambda x: x.header[name].update(data_offsets=[0, whole_size])
-    )
-    yield edit(f"{name} and {other} swap data", lambda x: x.header.update({name: b, other: a}))
-    yield edit(f"no {name}", lambda x: x.header.pop(name))
-    yield edit(f"{name} renamed", lambda x: x.header.update({f"{name}.x": x.header.pop(name)}))
-    yield edit(
-        f"{name} twice",
-        lambda x: f"{x.text()[:-1]}, {json.dumps(name)}: {json.dumps(rng.choice((a, b)))}}}",
-    )
-    yield edit("metadata twice", lambda x: x.text()[:-1] + ', "__metadata__": {"mendkit": "{}"}}')
-    yield edit("a key more", lambda x: x.header["__metadata__"].update({f"k{rng.random()}": "x"}))
+    def twice(x: Layout) -> str:
+        return f"{x.text()[:-1]}, {json.dumps(name)}: {json.dumps(x.header[other])}}}"
+
+    return {
+        "dtype": lambda x: x.header[name].update(dtype=dtype),
+        "wide": lambda x: x.header[name].update(shape=[huge]),
+        "empty and wide": lambda x: x.header[name].update(shape=[0, huge]),
+        "flat": lambda x: x.header[name]["shape"].append(1),
+        "turned": lambda x: x.header[name].update(shape=x.header[name]["shape"][::-1], dtype=dtype),
+        "far": lambda x: x.header[name]["data_offsets"].__setitem__(place, huge),
+        "whole": lambda x: x.header[name].update(data_offsets=[0, len(x.data)]),
+        "swapped": swap,
+        "missing": lambda x: x.header.pop(name),
+        "renamed": lambda x: x.header.update({f"{name}.x": x.header.pop(name)}),
+        "twice": twice,
+        "metadata twice": lambda x: x.text()[:-1] + ', "__metadata__": {"mendkit": "{}"}}',
+        "a key more": lambda x: x.header["__metadata__"].update(k="x"),
+    }
 
 
 def swapped(whole: bytes) -> Iterator[Variant]:
     """The data of two tensors of one size exchanged, their places in the header as they were."""
     layout = Layout.of(whole)
-    spans = {name: layout.header[name]["data_offsets"] for name in layout.names}
-    for i, first in enumerate(layout.names):
-        for second in layout.names[i + 1 :]:
-            (a, b), (c, d) = sorted((spans[first], spans[second]))
+    spans = sorted(layout.header[name]["data_offsets"] for name in layout.names)
+    for i, (a, b) in enumerate(spans):
+        for c, d in spans[i + 1 :]:
             if b - a == d - c:
-                data = (
-                    layout.data[:a]
-                    + layout.data[c:d]
-                    + layout.data[b:c]
-                    + layout.data[a:b]
-                    + layout.data[d:]
-                )
-                yield f"{first} and {second} exchanged", Layout(layout.header, data).bytes()
+                x = layout.data
+                data = x[:a] + x[c:d] + x[b:c] + x[a:b] + x[d:]
+                yield f"{a} and {c} exchanged", Layout(layout.header, data).bytes()
 
 
-def rehashed(
-    path: Path, rng: random.Random, n: int
-) -> Iterator[tuple[str, dict[str, torch.Tensor], dict]]:
-    """Tensors that are wrong although every checksum is right: (name, tensors, metadata), to be written anew."""
-    metadata, tensors = Layout.of(path.read_bytes()).metadata, load_file(path)
-
-    def with_sums(values: dict[str, torch.Tensor]) -> dict:
-        return metadata | {"sha256": {name: tensor_sha256(value) for name, value in values.items()}}
-
+def rehashed(whole: bytes, rng: random.Random, n: int) -> Iterator[Variant]:
+    """Tensors that are wrong although every checksum is right."""
+    metadata, tensors = Layout.of(whole).metadata, load(whole)
     for _ in range(n):
         name = rng.choice([name for name, value in tensors.items() if value.numel()])
-        value = tensors[name]
+        value, rest = tensors[name], {key: v for key, v in tensors.items() if key != name}
+        bad = value.double()
+        bad.flatten()[rng.randrange(value.numel())] = float(rng.choice(("nan", "inf", "-inf")))
         changes = {
-            "cast": value.to(torch.float16 if value.is_floating_point() else torch.float32),
-            "complex": value.to(torch.complex64),
-            "one row more": torch.cat([value.reshape(1, -1), value.reshape(1, -1)]),
-            "no row": value.flatten()[:0],
-            "flat": value[None],
+            "cast": {name: value.half() if value.is_floating_point() else value.float()},
+            "complex": {name: value.to(torch.complex64)},
+            "one row more": {name: torch.cat([value.reshape(1, -1), value.reshape(1, -1)])},
+            "no row": {name: value.flatten()[:0]},
+            "flat": {name: value[None]},
+            "not finite": {name: bad.to(value) if value.is_floating_point() else bad},
+            "missing": {},
+            "twice": {name: value, f"{name}.more": value.clone()},
         }
-        if value.is_floating_point():
-            bad, at = value.clone().flatten(), rng.randrange(value.numel())
-            bad[at] = rng.choice((float("nan"), float("inf"), float("-inf")))
-            changes["not finite"] = bad.view(value.shape)
-        for about, new in changes.items():
-            own = tensors | {name: new.contiguous()}
-            yield f"{name} {about}", own, with_sums(own)
-        fewer = {key: other for key, other in tensors.items() if key != name}
-        yield f"without {name}", fewer, with_sums(fewer)
-        more = tensors | {f"{name}.more": value.clone()}
-        yield f"{name} once more", more, with_sums(more)
+        for about, change in changes.items():
+            told = {"mendkit": json.dumps(signed(metadata, rest | change))}
+            yield f"{name} {about}", save(rest | change, metadata=told)
 
 
 ODD_VALUES = (None, True, -1, 0, 10**400, float("nan"), 1e999, "", "x", "\x00", "\ud800", "é🙂")
@@ -230,8 +193,9 @@ def with_each_replaced(document: Any, odd: Any) -> Iterator[Any]:
     """A JSON document with each of its values in turn, at any depth, replaced by `odd`."""
     if not isinstance(document, dict | list):
         return
-    for key, own in document.items() if isinstance(document, dict) else enumerate(document):
-        for new in (odd, *with_each_replaced(own, odd)):
+    items = document.items() if isinstance(document, dict) else enumerate(document)
+    for key, value in items:
+        for new in (odd, *with_each_replaced(value, odd)):
             changed = document.copy()
             changed[key] = new
             yield changed
