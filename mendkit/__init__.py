@@ -17,7 +17,7 @@ _MODULE_OF = {
     "EditExample": "data.examples",
     "EditSession": "mend.editor",
     "EvaluationReport": "evaluation.results",
-    "EvaluationSet": "evaluation.evaluate",
+    "EvaluationSet": "evaluation.prepare",
     "FineTuning": "baselines.base",
     "GaussNewton": "baselines.gauss_newton",
     "HyperParamError": "errors",

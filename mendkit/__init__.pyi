@@ -24,8 +24,8 @@ from .errors import DataError as DataError
 from .errors import HyperParamError as HyperParamError
 from .errors import MendkitError as MendkitError
 from .errors import ModelError as ModelError
-from .evaluation.evaluate import EvaluationSet as EvaluationSet
 from .evaluation.evaluate import evaluate as evaluate
+from .evaluation.prepare import EvaluationSet as EvaluationSet
 from .evaluation.results import EvaluationReport as EvaluationReport
 from .evaluation.results import Interval as Interval
 from .evaluation.results import compare as compare

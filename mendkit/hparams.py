@@ -239,7 +239,7 @@ class MENDHyperParams(BaseModel, frozen=True, extra="forbid", strict=True):
     opt: Literal["Adam", "AdamW"] = "Adam"
     seed: Annotated[CountFrom0, Field(le=2**32 - 1)] = 42
     log_interval: CountFrom1 = 10
-    logger: Literal["tensorboard", "trackio", "wandb"] | None = None  # beside history.jsonl
+    logger: Literal["tensorboard", "wandb"] | None = None  # beside history.jsonl
     # data and caches
     add_eos: bool = True
     max_target_tokens: CountFrom1 = 32

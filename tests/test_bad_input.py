@@ -13,7 +13,7 @@ from mendkit.data.examples import EditExample, Probe, join
 from mendkit.data.files import read_examples, write_examples
 from mendkit.data.layouts import LAYOUTS, OWN_FIELDS, parse
 from mendkit.errors import DataError, HyperParamError, MendkitError
-from mendkit.evaluation.evaluate import EvaluationSet
+from mendkit.evaluation.prepare import EvaluationSet
 from mendkit.hparams import EARLY_STOP_KEYS, MENDHyperParams, parse_overrides
 from mendkit.mend.batches import usable
 from mendkit.mend.editor import MENDEditor

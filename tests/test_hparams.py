@@ -8,6 +8,7 @@ import pytest
 import yaml
 from pydantic import ValidationError
 
+from mendkit.data.examples import HEADLINE_ROLES
 from mendkit.errors import HyperParamError, MendkitError
 from mendkit.hparams import (
     EARLY_STOP_KEYS,
@@ -16,7 +17,7 @@ from mendkit.hparams import (
     MENDHyperParams,
     parse_overrides,
 )
-from mendkit.mend.batches import RIVALS, ROLES, role_weights
+from mendkit.mend.batches import RIVALS, role_weights
 
 ROOT = Path(__file__).resolve().parents[1]
 FIELDS = MENDHyperParams.model_fields
@@ -101,7 +102,7 @@ def test_every_value_seen_in_easyedits_files_loads(write, turn):
 
 
 def test_unstated_weights_of_paraphrases_and_neighbours_follow_edit_and_locality(write):
-    roles = (*ROLES, RIVALS)
+    roles = (*HEADLINE_ROLES, RIVALS)
     weights = role_weights(read(write(TRAIN)))
     assert weights == dict(zip(roles, (0.1, 0.1, 1.0, 1.0, 0.0), strict=True))
     stated = "model_name: m\ncedit: 2\ncloc: 3\ncpara: 0\ncneigh: 5\ncmargin: 0.5\n"

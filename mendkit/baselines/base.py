@@ -15,8 +15,10 @@ from torch import Tensor
 
 from ..data.examples import EditExample, Probe
 from ..errors import HyperParamError, LimitError, ModelError
-from ..evaluation.evaluate import EvaluationSet, evaluate
+from ..evaluation.evaluate import evaluate
 from ..evaluation.many import Editor, together
+from ..evaluation.metrics import PARTS, STAY
+from ..evaluation.prepare import EvaluationSet
 from ..evaluation.results import HARMONIC, EvaluationReport, summarise
 from ..hparams import MENDHyperParams
 from ..mend.batches import edit_tokens, prepare_texts, told
@@ -331,15 +333,17 @@ def fact_in_context(on: EvaluationSet, /) -> EvaluationReport:
         raise LimitError(f"with the fact before it: {context.skipped[0]}")
     rows = []
     for i in on.to_edit:
-        n, m = len(on.cards[i].neighbours), len(on.cards[i].neighbours) + len(on.cards[i].unrelated)
-        pairs = list(zip(context.kept_before[i][:m], on.kept_before[i][:m], strict=True))
-        values = dict(context.before[i])
-        for name, part in (("neighbourhood", pairs[:n]), ("locality", pairs[n:])):
-            if part:
-                values[f"{name}.argmax_agreement"] = fmean(
-                    _agreement(a.argmax, b.argmax) for a, b in part
-                )
-        rows.append(on.row(i, values, context.written[i]))
+        scores = context.before[i]
+        values, agreement = dict(scores.values), {}
+        for k, read in enumerate(context.read_before[i]):
+            prompt = on.prompts[i][k]
+            if prompt.role in STAY:
+                same = _agreement(read.text.argmax, on.read_before[i][k].text.argmax)
+                scores.scores[k]["score"] = scores.scores[k]["argmax_agreement"] = same
+                agreement.setdefault(PARTS[prompt.role], []).append(same)
+        for part, found in agreement.items():
+            values[f"{part}.argmax_agreement"] = fmean(found)
+        rows.append(on.row(i, replace(scores, values=values), {}))
     counts = {"scored": len(rows), "already_true": len(on) - len(rows), "skipped": len(on.skipped)}
     seconds = time.perf_counter() - start
     return EvaluationReport(

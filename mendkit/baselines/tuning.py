@@ -13,8 +13,8 @@ from typing import Any
 
 from ..data.examples import EditExample, join
 from ..errors import MendkitError
-from ..evaluation.evaluate import EvaluationSet
 from ..evaluation.many import Editor
+from ..evaluation.prepare import EvaluationSet
 from ..evaluation.results import HARMONIC, EvaluationReport
 from ..mend.editor import MENDEditor
 from ..models.base import BaseModel

@@ -20,15 +20,14 @@ from typing import Any
 from ..baselines.base import fact_in_context
 from ..baselines.tuning import running_text, tune
 from ..cost.bench import bench_table, run_bench
-from ..cost.dryrun import Machine
-from ..cost.plan import PLANNED, check_memory, fitting, plan
-from ..cost.plan import table as plan_table
+from ..cost.plan import check_memory, fitting, in_words, plan, plan_table
 from ..cost.ways import QUICK, Settings
 from ..data.examples import EditExample
 from ..data.files import read_examples, read_questions, read_text, with_unrelated
 from ..errors import MendkitError
-from ..evaluation.evaluate import EvaluationSet, evaluate
+from ..evaluation.evaluate import evaluate
 from ..evaluation.many import Editor
+from ..evaluation.prepare import EvaluationSet
 from ..evaluation.results import EvaluationReport
 from ..hparams import MENDHyperParams, parse_overrides
 from ..interop.conformance import conformance, conformance_table, reference_folders
@@ -388,7 +387,7 @@ def do_sites(args: argparse.Namespace) -> int:
 
 
 def do_plan(args: argparse.Namespace) -> int:
-    """Predict memory and time of every phase."""
+    """Predict the memory of every phase."""
     hparams = _hparams(args)
     examples = read_examples(
         args.train_data, limit=args.train_limit, skip_invalid=args.skip_invalid
@@ -396,21 +395,16 @@ def do_plan(args: argparse.Namespace) -> int:
     validation = read_examples(
         args.validation_data, limit=args.validation_limit, skip_invalid=args.skip_invalid
     )
-    machine = Machine.measured(PLANNED)
-    own = plan(hparams, examples, validation, machine=machine)
-    figures = ("peak", "needed", "training_needed", "seconds")
-    values = asdict(own) | {name: getattr(own, name) for name in figures}
-    lines, budget = [plan_table(own)], args.memory or free_memory(choose_device(hparams.device))
-    if own.needed > budget:
-        settings, other = fitting(hparams, examples, validation, budget=budget, machine=machine)
-        values |= {
-            "settings": settings,
-            "with_settings": {name: getattr(other, name) for name in figures},
-        }
-        words = " ".join(f"{name}={str(value).lower()}" for name, value in settings.items())
+    found = plan(hparams, examples, validation)
+    values, lines = found.to_dict(), [plan_table(found)]
+    budget = args.memory or free_memory(choose_device(hparams.device))
+    if found.needed > budget:
+        settings, other = fitting(hparams, examples, validation, budget=budget)
+        values |= {"settings": settings, "with_settings": {"needed": other.needed}}
         fits = "fits" if other.needed <= budget else "still does not fit"
         lines.append(
-            f"\nmore than {budget / 1e9:.1f} GB; with {words} it {fits}:\n{plan_table(other)}"
+            f"\nmore than {budget / 1e9:.1f} GB; with {in_words(settings)} it {fits}:\n"
+            f"{plan_table(other)}"
         )
     _say(json.dumps(values, indent=1) if args.json else "\n".join(lines))
     return 0

@@ -19,8 +19,9 @@ from ..data.examples import EditExample
 from ..errors import MendkitError
 from ..hparams import MENDHyperParams
 from ..mend.batches import prepare_texts
+from ..mend.factors import FactorCache
 from ..mend.hypernetwork import MEND, group_name, stats_name
-from ..mend.training import FactorCache, batch_losses, total_loss
+from ..mend.objective import batch_losses, total_loss
 from ..models.base import BaseModel
 from ..models.bundled import BUNDLED, bundled_model
 from ..models.load import load_model

@@ -1,10 +1,10 @@
-"""The scores of one edit, from what the models read and wrote: pure functions.
+"""The scores of one example, from what a model reads and writes after its prompts: pure functions.
 
-EasyEdit's `rewrite_acc` and `rephrase_acc` are `edit_success.tf_token` and `paraphrase.tf_token` (target tokens guessed
-with the right ones before them); its `locality` is `….argmax_agreement`, under the given answers as prefixes.
+EasyEdit's `rewrite_acc` and `rephrase_acc` are `edit_success.tf_token` and `paraphrase.tf_token`;
+its `locality` is `….argmax_agreement`, under the given answers as prefixes.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from statistics import fmean
 
@@ -13,120 +13,143 @@ from ..mend.scoring import Forced
 from ..models.tokens import Tokens
 from .results import normalise
 
+STAY = ("neighbours", "unrelated", "reworded")
+"""Roles of the prompts that should stay as they were.
+
+Neighbours share the edit prompt's words. Reworded ones are other subjects in a paraphrase's words:
+only they show an editor that wins paraphrases by answering a whole relation.
+"""
+
+PARTS = {
+    "edit": "edit_success",
+    "paraphrases": "paraphrase",
+    "neighbours": "neighbourhood",
+    "unrelated": "locality",
+    "portability": "portability",
+}
+WINS = {"edit": "es", "paraphrases": "ps", "neighbours": "ns"}
+"""What it is called, by role, that the answer is likelier than its rival."""
+
 
 @dataclass(frozen=True)
-class Card:
-    """All texts of one example that are read under its edit. Target texts end with the end of text if `add_eos`."""
+class ScoredPrompt:
+    """One prompt of an example and the texts that are read after it.
 
-    prompts: tuple[str, ...]  # the edit prompt, its question form, the paraphrases
-    targets: tuple[Tokens, ...]  # those with y
-    old: tuple[Tokens, ...]  # the edit prompt and the paraphrases with y°; empty if y° is unknown
-    neighbours: tuple[Tokens, ...]  # with their answers
-    rivals: tuple[Tokens, ...]  # neighbours with known answers, with y instead
-    unrelated: tuple[Tokens, ...]
-    greedy: tuple[
-        Tokens, ...
-    ] = ()  # one neighbour and one unrelated prompt, each with what f writes there
-    reworded: tuple[
-        Tokens, ...
-    ] = ()  # paraphrases of other examples of the relation, with their old answers
+    Its `role` is one of an example's, "question" (the edit prompt asked as one), or "reworded".
+    `text` is the prompt with y where it should follow the edit, else with the answer it had.
+    `rival` has the other answer: y° after the edit and its paraphrases, y after a neighbour.
+    `greedy` has what f writes, where a prompt that should stay is written out.
+    """
+
+    role: str
+    prompt: str
+    text: Tokens
+    rival: Tokens | None = None
+    greedy: Tokens | None = None
+    probe: Probe | None = None  # whose answer the edit implies
+
+    def all(self) -> tuple[Tokens, ...]:
+        """Every text."""
+        return tuple(text for text in (self.text, self.rival, self.greedy) if text is not None)
+
+
+@dataclass(frozen=True)
+class Reading:
+    """What one model makes of a prompt's texts, and what it writes (None: not asked)."""
+
+    text: Forced
+    rival: Forced | None = None
+    greedy: Forced | None = None
+    written: str | None = None
 
 
 def answers_probe(said: str, probe: Probe) -> bool:
+    """Whether a text is the probe's answer or one of its aliases."""
     return normalise(said) in {normalise(name) for name in (probe.answer or "", *probe.aliases)}
 
 
-def target_values(
-    target: str, card: Card, read: Sequence[Forced], written: Sequence[str]
+def prompt_scores(
+    target: str, prompt: ScoredPrompt, read: Reading, before: Reading
 ) -> dict[str, float]:
-    """Success on the edit prompt (bare and as a question) and on the paraphrases."""
-    scores = [
-        _success(target, t, v, w) for t, v, w in zip(card.targets, read, written, strict=True)
-    ]
-    bare, question, paraphrases = scores[0], scores[1], scores[2:]
-    out = {f"edit_success.{name}": value for name, value in bare.items()}
-    if card.prompts[1] != card.prompts[0]:  # a classifier has no question form
-        out["edit_success.free_exact_question"] = question["free_exact"]
-    if paraphrases:
-        out |= {f"paraphrase.{name}": fmean(s[name] for s in paraphrases) for name in bare}
-    out["edit_success.paper"] = fmean(
-        s["tf_exact"] for s in (bare, *paraphrases)
-    )  # MEND, equation 1
-    return out
+    """The scores of one prompt of an edit to `target`.
 
-
-def _success(target: str, text: Tokens, value: Forced, written: str) -> dict[str, float]:
-    """The scores of one prompt; teacher forcing counts y's own tokens, not the end of text.
-
-    `free_gold_length` is free decoding that stops where y does: what follows is not looked at.
+    Its `score` is whether the right answer is written, or the share of the answer's tokens whose argmax
+    is f's. Without an edit nothing is compared with f.
     """
-    n = len(text.targets) - text.ends
-    hits = [a == b for a, b in zip(value.argmax[:n], text.targets[:n], strict=True)]
-    want, got = normalise(target), normalise(written)
-    return {
+    if prompt.probe is not None:
+        right = float(answers_probe(read.written or "", prompt.probe))
+        return {"score": right, "free_exact": right}
+    if prompt.role in STAY:
+        return _staying(prompt, read, before)
+    return _following(target, prompt, read)
+
+
+def _following(target: str, prompt: ScoredPrompt, read: Reading) -> dict[str, float]:
+    """Success on a prompt that should follow the edit.
+
+    Teacher forcing counts y's tokens, not the end of text. `free_gold_length` is free decoding
+    that stops where y does: what follows is not looked at.
+    """
+    count = len(prompt.text.targets) - prompt.text.ends
+    targets, argmax = prompt.text.targets[:count], read.text.argmax[:count]
+    hits = [guess == token for guess, token in zip(argmax, targets, strict=True)]
+    want, got = normalise(target), normalise(read.written or "")
+    scores = {
+        "score": float(got == want),
         "tf_token": fmean(hits),
         "tf_exact": float(all(hits)),
         "free_exact": float(got == want),
         "free_gold_length": float(f"{got} ".startswith(f"{want} ")),
         "free_contains": float(f" {want} " in f" {got} "),
+        "log_p.new": fmean(read.text.logp[:count]),
     }
+    if read.rival is not None:
+        scores["log_p.old"] = fmean(read.rival.logp)
+        scores[WINS[prompt.role]] = float(scores["log_p.new"] > scores["log_p.old"])
+    return scores
 
 
-def probability_values(
-    card: Card, targets: Sequence[Forced], pairs: Sequence[Forced], kept: Sequence[Forced]
-) -> dict[str, float]:
-    """Efficacy scores: P(y) > P(y°) on the prompt and the paraphrases, P(answer) > P(y) on neighbours."""
-    new = [
-        fmean(v.logp[: len(t.targets) - t.ends]) for t, v in zip(card.targets, targets, strict=True)
-    ]
-    del new[1]  # the question form has no y° beside it
-    out = {"log_p.new": new[0]}
-    n_old = len(card.old)
-    if n_old:
-        old = [fmean(v.logp) for v in pairs[:n_old]]
-        wins = [float(a > b) for a, b in zip(new, old, strict=True)]
-        out |= {"edit_success.es": wins[0], "log_p.old": old[0]}
-        if len(wins) > 1:
-            out["paraphrase.ps"] = fmean(wins[1:])
-    if card.rivals:
-        wins = [
-            float(fmean(a.logp) > fmean(b.logp)) for a, b in zip(kept, pairs[n_old:], strict=False)
-        ]
-        out["neighbourhood.ns"] = fmean(wins)
-    return out
+def _staying(prompt: ScoredPrompt, read: Reading, before: Reading) -> dict[str, float]:
+    """Agreement with f on a prompt that should stay as it was."""
+    scores = {}
+    if read.text.same:
+        agreement = fmean(read.text.same)
+        scores |= {"score": agreement, "argmax_agreement": agreement}
+        scores["kl_nats"] = fmean(read.text.kl)
+        if before.text.argmax == prompt.text.targets:  # f was right
+            scores["retained"] = float(read.text.argmax == prompt.text.targets)
+        if read.greedy is not None:
+            scores["greedy_agreement"] = float(all(read.greedy.same))
+    if read.rival is not None:
+        scores["ns"] = float(fmean(read.text.logp) > fmean(read.rival.logp))
+    return scores
 
 
-def locality_values(
-    card: Card, kept: Sequence[Forced], before: Sequence[Forced]
-) -> dict[str, float]:
-    """Agreement with f: argmax and KL at answer positions, right answers retained, and f's own greedy output.
+def example_values(roles: Sequence[str], scores: Sequence[Mapping[str, float]]) -> dict[str, float]:
+    """An example's values by metric: the mean of each score over the prompts of a role."""
+    collected: dict[tuple[str, str], list[float]] = {}
+    for role, found in zip(roles, scores, strict=True):
+        for name, value in found.items():
+            collected.setdefault((role, name), []).append(value)
+    means = {key: fmean(values) for key, values in collected.items()}
+    values: dict[str, float] = {}
+    for (role, name), mean in means.items():
+        if name.startswith("log_p"):
+            if role == "edit":
+                values[name] = mean
+        elif role in PARTS and name != "score":
+            values[f"{PARTS[role]}.{name}"] = mean
+    for (role, name), renamed in RENAMED.items():
+        if (role, name) in means:
+            values[renamed] = means[role, name]
+    # MEND, equation 1: exact correctness over the edit and its paraphrases
+    exact = collected["edit", "tf_exact"] + collected.get(("paraphrases", "tf_exact"), [])
+    values["edit_success.paper"] = fmean(exact)
+    return values
 
-    Neighbours share the edit prompt's wording. `reworded_…` are other subjects in a paraphrase's wording: an editor can
-    win paraphrases by answering a whole relation, and only these would show it.
-    """
-    n, m = len(card.neighbours), len(card.neighbours) + len(card.unrelated)
-    parts = {"neighbourhood": (0, n), "locality": (n, m)}
-    out: dict[str, float] = {}
-    for name, (a, b) in parts.items():
-        if a == b:
-            continue
-        texts = (*card.neighbours, *card.unrelated)[a:b]
-        out[f"{name}.argmax_agreement"] = fmean(fmean(v.same) for v in kept[a:b])
-        out[f"{name}.kl_nats"] = fmean(fmean(v.kl) for v in kept[a:b])
-        right = [
-            v.argmax == t.targets
-            for t, f, v in zip(texts, before[a:b], kept[a:b], strict=True)
-            if f.argmax == t.targets
-        ]
-        if right:
-            out[f"{name}.retained"] = fmean(right)
-    if card.reworded:
-        rest = kept[-len(card.reworded) :]
-        out["neighbourhood.reworded_agreement"] = fmean(fmean(v.same) for v in rest)
-        out["neighbourhood.reworded_kl_nats"] = fmean(fmean(v.kl) for v in rest)
-    greedy = zip(
-        [name for name, (a, b) in parts.items() if a < b],
-        kept[m : m + len(card.greedy)],
-        strict=True,
-    )
-    return out | {f"{name}.greedy_agreement": float(all(v.same)) for name, v in greedy}
+
+RENAMED = {
+    ("question", "free_exact"): "edit_success.free_exact_question",
+    ("reworded", "argmax_agreement"): "neighbourhood.reworded_agreement",
+    ("reworded", "kl_nats"): "neighbourhood.reworded_kl_nats",
+}

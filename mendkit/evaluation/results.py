@@ -16,36 +16,28 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
+from ..data.examples import HEADLINE_ROLES, headline_mean
 from ..errors import MendkitError
 from ..runs import write_text
 
 RESAMPLES = 2000
 
-HEADLINE = {
-    "edit": "edit_success.free_exact",
-    "paraphrases": "paraphrase.free_exact",
-    "neighbours": "neighbourhood.argmax_agreement",
-    "unrelated": "locality.argmax_agreement",
-}
+HEADLINE_KEYS = (
+    "edit_success.free_exact",
+    "paraphrase.free_exact",
+    "neighbourhood.argmax_agreement",
+    "locality.argmax_agreement",
+)
+HEADLINE = dict(zip(HEADLINE_ROLES, HEADLINE_KEYS, strict=True))
 """The four shares by which editors are compared: an example's role, and the name of its result."""
 
 HARMONIC = {
     "score.harmonic": ("edit_success.es", "paraphrase.ps", "neighbourhood.ns"),
-    "score.headline": tuple(HEADLINE.values()),
+    "score.headline": HEADLINE_KEYS,
 }
 """Harmonic means: of CounterFact's efficacy scores (S), and of the headline shares."""
 
-SHARES = tuple(
-    f"{part}."
-    for part in (
-        "edit_success",
-        "paraphrase",
-        "neighbourhood",
-        "locality",
-        "retention",
-        "portability",
-    )
-)
+SHARES = ("edit_success", "paraphrase", "neighbourhood", "locality", "retention", "portability")
 LOWER_IS_BETTER = ("kl_nats", "log_p.old", "drawdown.", "norm.", "edit.seconds")
 
 
@@ -220,8 +212,7 @@ class EvaluationReport:
 
 def headline_score(summary: Mapping[str, Interval]) -> float:
     """Harmonic mean of the headline shares that a summary has; NaN if it has none."""
-    means = [summary[name].mean for name in HEADLINE.values() if name in summary]
-    return harmonic_mean(means) if means else math.nan
+    return headline_mean(summary[name].mean for name in HEADLINE_KEYS if name in summary)
 
 
 def compare(report_a: EvaluationReport, report_b: EvaluationReport, *metrics: str) -> pd.DataFrame:
@@ -236,7 +227,7 @@ def compare(report_a: EvaluationReport, report_b: EvaluationReport, *metrics: st
     if not pairs:
         raise MendkitError("the two reports share no edit; score both editors on the same examples")
     both = {name: None for name in report_a.summary if name in report_b.summary}
-    chosen = metrics or tuple(name for name in HEADLINE.values() if name in both)
+    chosen = metrics or tuple(name for name in HEADLINE_KEYS if name in both)
     records = []
     for name in chosen:
         held = [(a, b) for a, b in pairs if name in a.values and name in b.values]
@@ -283,7 +274,8 @@ def summarise(rows: Sequence[EditRow]) -> Summary:
 
 
 def _check_value(name: str, value: float, index: int) -> None:
-    share = name.removeprefix("before.").startswith(SHARES) and not name.endswith("kl_nats")
+    part = name.removeprefix("before.").partition(".")[0]
+    share = part in SHARES and not name.endswith("kl_nats")
     if math.isfinite(value) and (not share or 0 <= value <= 1):
         return
     expected = "a share from 0 to 1" if share else "a finite number"

@@ -1,7 +1,7 @@
 """The texts of an edit example as tokens: what training, validation, editing and scoring read."""
 
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 from ..data.examples import EditExample, Probe, join
@@ -13,29 +13,24 @@ from ..models.tokens import Tokens
 
 logger = logging.getLogger(__name__)
 
-ROLES = ("edit", "paraphrases", "neighbours", "unrelated")
 RIVALS = "rivals"
-"""The role of a neighbour with the edit's new answer in place of its own, read for the margin between the two."""
+"""The role of a neighbour with the edit's new answer in place of the neighbour's answer."""
 
 
 def role_weights(h: MENDHyperParams) -> dict[str, float]:
-    """The weight of each role's loss; what is not said of paraphrases and neighbours follows edit and unrelated."""
-    para, neigh = (
-        (h.cedit if h.cpara is None else h.cpara),
-        (h.cloc if h.cneigh is None else h.cneigh),
-    )
-    return {
-        "edit": h.cedit,
-        "paraphrases": para,
-        "neighbours": neigh,
-        "unrelated": h.cloc,
-        RIVALS: h.cmargin,
-    }
+    """The weight of each role's loss: `cpara` defaults to `cedit`, `cneigh` to `cloc`."""
+    weights = {"edit": h.cedit, "paraphrases": h.cpara}
+    weights |= {"neighbours": h.cneigh, "unrelated": h.cloc, RIVALS: h.cmargin}
+    if h.cpara is None:
+        weights["paraphrases"] = h.cedit
+    if h.cneigh is None:
+        weights["neighbours"] = h.cloc
+    return weights
 
 
 @dataclass(frozen=True)
 class ExampleTexts:
-    """The texts that training and validation read: targets end with the end-of-text token if `add_eos`."""
+    """The texts that training and validation read; targets end with end-of-text if `add_eos`."""
 
     example: EditExample
     edit: Tokens
@@ -43,36 +38,33 @@ class ExampleTexts:
     neighbours: tuple[Tokens, ...]
     unrelated: tuple[Tokens, ...]
     hard: tuple[Tokens, ...] = ()  # hard negatives, of training examples only
-    rivals: Mapping[Tokens, Tokens] = field(
-        default_factory=dict
-    )  # neighbours with the new answer, if `cmargin`
+    # With `cmargin`: neighbours and hard negatives, each with its rival.
+    rivals: Mapping[Tokens, Tokens] = field(default_factory=dict)
 
     def first(self, most: int | tuple[int, ...] | None) -> "ExampleTexts":
-        """At most so many texts of each role besides the edit: one number for all or one each; all texts if None."""
+        """At most so many paraphrases, neighbours and unrelated texts; None keeps all."""
         p, n, u = most if isinstance(most, tuple) else (most,) * 3
         kept = self.neighbours[:n]
-        rivals = {text: rival for text, rival in self.rivals.items() if text in kept}
-        return ExampleTexts(
-            self.example,
-            self.edit,
-            self.paraphrases[:p],
-            kept,
-            self.unrelated[:u],
-            rivals=rivals,
+        return replace(
+            self,
+            paraphrases=self.paraphrases[:p],
+            neighbours=kept,
+            unrelated=self.unrelated[:u],
+            hard=(),
+            rivals={text: rival for text, rival in self.rivals.items() if text in kept},
         )
 
     def all(self) -> tuple[Tokens, ...]:
         """Every text."""
-        return (
-            *(self.edit, *self.paraphrases, *self.neighbours, *self.unrelated, *self.hard),
-            *self.rivals.values(),
-        )
+        targets = (self.edit, *self.paraphrases)
+        preserved = (*self.neighbours, *self.unrelated, *self.hard)
+        return (*targets, *preserved, *self.rivals.values())
 
 
 def edit_tokens(
     base: BaseModel, hparams: MENDHyperParams, example: EditExample, prompt: str | None = None
 ) -> Tokens:
-    """`prompt` (default: the edit prompt) with the example's new answer; raises LimitError if that is too long."""
+    """`prompt` (default: the edit prompt) with the new answer; raises LimitError if too long."""
     tokens = base.tokenize(
         example.prompt if prompt is None else prompt,
         example.target_new,
@@ -96,52 +88,41 @@ def told(example: EditExample, prompt: str) -> str:
 def training_texts(
     base: BaseModel, h: MENDHyperParams, examples: Sequence[EditExample]
 ) -> list[ExampleTexts]:
-    """The texts to train on: at most `texts_per_role`, and with `hard_negatives` those besides."""
-    texts = [own.first(h.texts_per_role) for own in prepare_texts(base, h, examples)]
-    probes = hard_negatives(examples, seed=h.seed) if h.hard_negatives else [()] * len(texts)
-    out = []
-    for example, own, hard in zip(examples, texts, probes, strict=True):
-        read = tuple(base.tokenize(p.prompt, p.answer, max_length=h.max_length) for p in hard)
-        out.append(
-            replace(own, hard=read, rivals={**own.rivals, **_rivals(base, h, example, hard)})
-        )
-    return out
+    """The texts to train on: at most `texts_per_role`, and the hard negatives if asked for."""
+    prepared = [texts.first(h.texts_per_role) for texts in prepare_texts(base, h, examples)]
+    if not h.hard_negatives:
+        return prepared
+    with_hard = []
+    for texts, hard in zip(prepared, hard_negatives(examples, seed=h.seed), strict=True):
+        rivals = {**texts.rivals, **_rivals(base, h, texts.example, hard)}
+        with_hard.append(replace(texts, hard=_probes(base, h, hard), rivals=rivals))
+    return with_hard
 
 
 def prepare_texts(
     base: BaseModel, h: MENDHyperParams, examples: Sequence[EditExample]
 ) -> list[ExampleTexts]:
     """Tokenise every text of the examples once."""
-
-    def keep(probe: Probe) -> Tokens:
-        return base.tokenize(probe.prompt, probe.answer, max_length=h.max_length)
-
-    return [
-        ExampleTexts(
-            example=e,
-            edit=edit_tokens(base, h, e),
-            paraphrases=tuple(edit_tokens(base, h, e, prompt) for prompt in e.paraphrases),
-            neighbours=tuple(map(keep, e.neighbours)),
-            unrelated=tuple(map(keep, e.unrelated)),
-            rivals=_rivals(base, h, e, e.neighbours),
+    prepared = []
+    for example in examples:
+        paraphrases = (edit_tokens(base, h, example, prompt) for prompt in example.paraphrases)
+        prepared.append(
+            ExampleTexts(
+                example=example,
+                edit=edit_tokens(base, h, example),
+                paraphrases=tuple(paraphrases),
+                neighbours=_probes(base, h, example.neighbours),
+                unrelated=_probes(base, h, example.unrelated),
+                rivals=_rivals(base, h, example, example.neighbours),
+            )
         )
-        for e in examples
-    ]
+    return prepared
 
 
-def _rivals(
-    base: BaseModel, h: MENDHyperParams, example: EditExample, probes: Sequence[Probe]
-) -> dict[Tokens, Tokens]:
-    """With `cmargin` the probes whose answers are known and not the edit's, each with the edit's in its place."""
-    known = [p for p in probes if p.answer not in (None, example.target_new)] if h.cmargin else []
-    read = lambda prompt, answer: base.tokenize(prompt, answer, max_length=h.max_length)  # noqa: E731
-    return {read(p.prompt, p.answer): read(p.prompt, example.target_new) for p in known}
+def usable(base: BaseModel, h: MENDHyperParams, examples: Sequence[EditExample]) -> Examples:
+    """The examples that can be tokenised with all their texts.
 
-
-def usable(base: BaseModel, h: MENDHyperParams, examples: Sequence[EditExample], /) -> Examples:
-    """The examples that can be tokenised with all their texts; the others join `skipped`, and a warning says so.
-
-    Raises DataError if none is left.
+    The others join `skipped`, and a warning says so. Raises DataError if none is left.
     """
     kept: list[EditExample] = []
     skipped: list[Skipped] = []
@@ -157,3 +138,25 @@ def usable(base: BaseModel, h: MENDHyperParams, examples: Sequence[EditExample],
             raise DataError(f"no example can be used; first problem: {first}")
         logger.warning("skipped %d of %d examples, first: %s", len(skipped), len(examples), first)
     return Examples.of(kept, (*getattr(examples, "skipped", ()), *skipped))
+
+
+def _probes(
+    base: BaseModel, h: MENDHyperParams, probes: Iterable[Probe], answer: str | None = None
+) -> tuple[Tokens, ...]:
+    """Prompts with their answers, or with `answer` in place of each."""
+    read = []
+    for probe in probes:
+        said = probe.answer if answer is None else answer
+        read.append(base.tokenize(probe.prompt, said, max_length=h.max_length))
+    return tuple(read)
+
+
+def _rivals(
+    base: BaseModel, h: MENDHyperParams, example: EditExample, probes: Sequence[Probe]
+) -> dict[Tokens, Tokens]:
+    """With `cmargin` the probes whose answer is known and not the edit's, with their rivals."""
+    if not h.cmargin:
+        return {}
+    known = [probe for probe in probes if probe.answer not in (None, example.target_new)]
+    rivals = _probes(base, h, known, example.target_new)
+    return dict(zip(_probes(base, h, known), rivals, strict=True))

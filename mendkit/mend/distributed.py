@@ -1,8 +1,8 @@
 """Training in several processes (Hugging Face Accelerate; gloo between CPUs, NCCL between GPUs).
 
-Every process has the whole model, draws the same batches from the same generator and takes its share of each; sums over
-the processes make of the shares what one process would have computed. The first process alone decides and writes, and
-keeps other runs out of the folder.
+Every process has the whole model, draws the same batches from the same generator and takes its
+share of each. Sums over the processes then give what one process would have computed. Only the
+first process decides and writes, and it keeps other runs out of the folder.
 """
 
 import os
@@ -23,7 +23,7 @@ from ..runs import locked
 T = TypeVar("T")
 
 TIMEOUT = timedelta(hours=1)
-"""How long a process waits for the others: the first one may validate, or fetch a model, in the meantime."""
+"""How long a process waits for the others: the first may validate or fetch a model meanwhile."""
 
 
 def process_count() -> int:
@@ -32,43 +32,46 @@ def process_count() -> int:
 
 
 class Team:
-    """The processes that train together, or this one (`alone`: in any case). `device`: the hyperparameter."""
+    """The processes that train together. `device` is the hyperparameter."""
 
-    def __init__(self, device: str = "auto", *, alone: bool = False) -> None:
+    def __init__(self, device: str = "auto") -> None:
         self.rank, self.size = 0, 1
-        if process_count() > 1 and not alone:
+        if process_count() > 1:
             on_cpu = device == "cpu" or not torch.cuda.is_available()
             self._state = PartialState(cpu=on_cpu, timeout=TIMEOUT)
             self.rank, self.size = self._state.process_index, self._state.num_processes
 
-    def share(self, items: Sequence[T], /) -> Sequence[T]:
+    def share(self, items: Sequence[T]) -> Sequence[T]:
         """This process's part: every `size`-th item."""
         return items[self.rank :: self.size]
 
-    def total(self, x: Tensor, /) -> Tensor:
+    def total(self, x: Tensor) -> Tensor:
         """The sum of x over the processes."""
-        return (
-            x if self.size == 1 else reduce(x.to(self._state.device), reduction="sum").to(x.device)
-        )
+        if self.size == 1:
+            return x
+        return reduce(x.to(self._state.device), reduction="sum").to(x.device)
 
-    def sum_gradients(self, parameters: Iterable[nn.Parameter], /) -> None:
+    def sum_gradients(self, parameters: Iterable[nn.Parameter]) -> None:
         """Replace every gradient by its sum over the processes, in one exchange."""
         gradients = [p.grad for p in parameters if p.grad is not None]
-        if self.size > 1 and gradients:
-            whole = self.total(torch.cat([g.flatten() for g in gradients]))
-            for gradient, part in zip(
-                gradients, whole.split([g.numel() for g in gradients]), strict=True
-            ):
-                gradient.copy_(part.view_as(gradient))
+        if self.size == 1 or not gradients:
+            return
+        whole = self.total(torch.cat([gradient.flatten() for gradient in gradients]))
+        parts = whole.split([gradient.numel() for gradient in gradients])
+        for gradient, part in zip(gradients, parts, strict=True):
+            gradient.copy_(part.view_as(gradient))
 
-    def align(self, module: nn.Module, /) -> None:
+    def align(self, module: nn.Module) -> None:
         """Give every process the first one's parameters and buffers, bit for bit."""
         if self.size > 1:
             for value in module.state_dict().values():
                 value.copy_(broadcast(value.to(self._state.device)))
 
-    def first(self, act: Callable[[], T], /) -> T:
-        """What `act()` returns in the first process; its error is raised in all, as MendkitError in the others."""
+    def first(self, act: Callable[[], T]) -> T:
+        """What `act()` returns in the first process.
+
+        Its error is raised in all processes, as MendkitError in the others.
+        """
         if self.size == 1:
             return act()
         said: list[Any] = [None, None]  # result, error
@@ -84,8 +87,8 @@ class Team:
         return said[0]
 
     @contextmanager
-    def alone_in(self, folder: Path, /) -> Iterator[None]:
-        """Within the context no other run may use the folder; see `locked`."""
+    def alone_in(self, folder: Path) -> Iterator[None]:
+        """Within the context no other run may use the folder (`runs.locked`)."""
         with ExitStack() as stack:
             self.first(lambda: stack.enter_context(locked(folder)))
             yield

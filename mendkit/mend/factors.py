@@ -1,14 +1,14 @@
 """Gradient factors: the gradient of a linear layer is a sum of rank-one terms (MEND, section 3.1).
 
-For y = W x a token t contributes delta_t u_tᵀ to dL/dW, with u_t = x_t the layer's input and delta_t = dL/dy_t. Both
-are read by hooks on the layer, so the orientation of its weight does not matter here. Tokens are chosen by position,
-never by comparing floats with zero (CORRECTNESS row 11). Of a causal model or a decoder a token counts if it precedes
-or is the last scored position of its text; of an encoder, a classifier's too, every token counts; in the last block's
-MLP only scored positions can receive a gradient (`Site.scored_only`).
+For y = W x a token t adds delta_t u_tᵀ to dL/dW, with u_t = x_t and delta_t = dL/dy_t. Hooks on the
+layer read both, so the orientation of its weight does not matter. Tokens are chosen by position,
+never by comparing floats with zero (CORRECTNESS row 11). In a causal model or a decoder a token
+counts up to the last scored position of its text. In an encoder or a classifier every token counts.
+In the last block's MLP only scored positions receive a gradient (`Site.scored_only`).
 Axes: e edits, n tokens of all edits (packed), t tokens padded, i layer input, o layer output.
 """
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 
@@ -17,6 +17,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
 from ..errors import HyperParamError, ModelError
+from ..hparams import MENDHyperParams
 from ..models.base import BaseModel
 from ..models.families import CLASSIFIER
 from ..models.sites import Site
@@ -24,13 +25,22 @@ from ..models.tokens import TextBatch, Tokens, collate
 from ..models.trunk import FrozenTrunk
 from .losses import edit_nll, wide
 
+FACTOR_BATCH = 32
+"""Texts of one pass that captures factors or layer inputs."""
+
+SiteTensors = dict[str, tuple[Tensor, Tensor]]
+"""u (n, i) and delta (n, o) of one text, by site name."""
+
+Report = Callable[[int, int], None]
+"""Is told of countable work how much is done, and of how much."""
+
 
 @dataclass(frozen=True)
 class GradientFactors:
     """Rank-one factors of a linear layer's gradient (MEND, section 3.1) for one or several edits, packed.
 
-    `rows[k]` is the edit of token k. Each edit's loss is its own mean over target tokens, so its factors have the
-    scale of a single edit whatever the batch (CORRECTNESS row 12).
+    `rows[k]` is the edit of token k. Each edit's loss is a mean over its target tokens, so its
+    factors have the scale of a single edit whatever the batch (CORRECTNESS row 12).
     """
 
     u: Float[Tensor, "n i"]  # layer inputs
@@ -49,163 +59,215 @@ Inputs = dict[str, Tensor]
 """Layer inputs, (n, i), by site name."""
 
 
-def pack(factors: Sequence[Mapping[str, GradientFactors]]) -> Factors:
-    """Several single edits' factors as one: edit k of the result is `factors[k]`."""
-    return {
-        site: GradientFactors(
-            torch.cat([f[site].u for f in factors]),
-            torch.cat([f[site].delta for f in factors]),
-            torch.repeat_interleave(
-                torch.arange(len(factors)), torch.tensor([len(f[site].u) for f in factors])
-            ).to(factors[0][site].u.device),
-        )
-        for site in factors[0]
-    }
-
-
-def unpack(factors: Factors, n_edits: int) -> list[Factors]:
-    """One dictionary of (cloned) factors per edit."""
-    out: list[Factors] = [{} for _ in range(n_edits)]
-    for site, f in factors.items():
-        counts = torch.bincount(f.rows, minlength=n_edits).tolist()
-        for edit, u, delta in zip(out, f.u.split(counts), f.delta.split(counts), strict=True):
-            edit[site] = GradientFactors(
-                u.clone(), delta.clone(), torch.zeros(len(u), dtype=torch.long)
-            )
-    return out
-
-
 def capture_factors(
-    trunk: FrozenTrunk, texts: Sequence[Tokens], /, *, tokens: str = "all", reduction: str = "edit"
+    trunk: FrozenTrunk, texts: Sequence[Tokens], *, tokens: str = "all", reduction: str = "edit"
 ) -> Factors:
     """Factors of the edit loss of each text, packed in text order.
 
-    `tokens`: "all" tokens that contribute (MEND), or only the "scored" ones, which predict the answer: a classifier's
-    is the one that its head reads. `reduction`: the loss is the "sum" of a text's NLL over its target tokens, else
-    their mean. Raises HyperParamError if a site has no "scored" tokens: in an encoder, or under a head that reads
-    several.
+    `tokens`: "all" that contribute (MEND), or only the "scored" ones, which predict the answer.
+    `reduction`: a text's loss is the "sum" of its NLL over the target tokens, else the mean.
+    Raises HyperParamError if a site has no "scored" tokens: in an encoder, or under a head that
+    reads several.
 
-    One pass through the suffix (the whole model where nothing is cached) and one backward pass to the lowest site;
-    the model's parameters, their `.grad` and its hooks are left as they were (CORRECTNESS rows 13, 14).
+    One pass through the suffix and one backward pass to the lowest site. The model's parameters,
+    their `.grad` and its hooks are left as they were (CORRECTNESS rows 13, 14).
     """
     return factors_and_losses(trunk, texts, tokens=tokens, reduction=reduction)[0]
 
 
 def factors_and_losses(
-    trunk: FrozenTrunk, texts: Sequence[Tokens], /, *, tokens: str = "all", reduction: str = "edit"
-) -> tuple[Factors, Float[Tensor, " n"]]:
-    """What `capture_factors` gives, and the loss of each text that they are of (nats)."""
+    trunk: FrozenTrunk, texts: Sequence[Tokens], *, tokens: str = "all", reduction: str = "edit"
+) -> tuple[Factors, Float[Tensor, " e"]]:
+    """What `capture_factors` gives, and the loss of each text (nats)."""
     base = trunk.base
     batch = collate(texts, base.pad_id, base.device)
-    counts = torch.bincount(batch.rows, minlength=len(batch))
-
     losses = torch.empty(0)
 
-    def loss() -> Tensor:
+    def summed_loss() -> Tensor:
         nonlocal losses
         losses = edit_nll(trunk.suffix(texts, batch), batch.targets, batch.rows, len(batch))
         if reduction == "sum":
-            losses = losses * counts
+            losses = losses * torch.bincount(batch.rows, minlength=len(batch))
         return losses.sum()
 
+    recorded = record_factors(base, summed_loss)
     factors: Factors = {}
-    for name, (u, delta) in record_factors(base, loss).items():
-        site = next(site for site in base.sites if site.name == name)
-        mask = _scored(base, site, batch) if tokens == "scored" else contributing(base, site, batch)
-        u, delta = (
-            x.to(mask.device).reshape(*mask.shape, -1)[mask] for x in (u, delta)
-        )  # some layers see (n · t, d)
-        factors[name] = GradientFactors(wide(u), wide(delta), mask.nonzero()[:, 0])
+    for site in base.sites:
+        chosen = chosen_tokens(base, site, batch, tokens)
+        u, delta = (_pick(values, chosen) for values in recorded[site.name])
+        factors[site.name] = GradientFactors(u, delta, chosen.nonzero()[:, 0])
     return factors, losses.detach()
 
 
 @torch.no_grad()
-def capture_inputs(trunk: FrozenTrunk, texts: Sequence[Tokens], /) -> Inputs:
+def capture_inputs(trunk: FrozenTrunk, texts: Sequence[Tokens]) -> Inputs:
     """Inputs u of every site at the scored positions of `texts`, packed in text order: one suffix pass.
 
-    Raises HyperParamError as `capture_factors` of "scored" tokens.
+    Raises HyperParamError as `capture_factors` does for "scored" tokens.
     """
     batch = collate(texts, trunk.base.pad_id, trunk.base.device)
     with _record(trunk.base) as record:
         trunk.suffix(texts, batch)
     inputs: Inputs = {}
     for site in trunk.base.sites:
-        mask, u = _scored(trunk.base, site, batch), record[site.name][0].detach()
-        inputs[site.name] = wide(u.to(mask.device).reshape(*mask.shape, -1)[mask])
+        chosen = chosen_tokens(trunk.base, site, batch, "scored")
+        inputs[site.name] = _pick(record[site.name][0].detach(), chosen)
     return inputs
 
 
 def record_factors(
-    base: BaseModel, loss: Callable[[], Float[Tensor, ""]], /
+    base: BaseModel, loss: Callable[[], Float[Tensor, ""]]
 ) -> dict[str, tuple[Float[Tensor, "*n i"], Float[Tensor, "*n o"]]]:
     """(u, delta) of every site and every position for the scalar that `loss()` computes with the model.
 
-    Both are (e, t, …), or (e · t, …) where a layer sees rows and positions as one axis. Raises ModelError naming the
-    sites that the scalar does not depend on: an edit there would change nothing.
+    Both are (e, t, …), or (e · t, …) where a layer sees rows and positions as one axis. Raises
+    ModelError naming the sites that the scalar does not depend on: edits there change nothing.
     """
-    names = [site.name for site in base.sites]
     with torch.enable_grad(), _record(base) as record:
-        value = loss()
-        outputs = [record[name][1] for name in names if name in record]
-        deltas = torch.autograd.grad(value, outputs, allow_unused=True) if outputs else ()
-    found = dict(zip((name for name in names if name in record), deltas, strict=True))
-    outside = [name for name in names if found.get(name) is None]
+        scalar = loss()
+        outputs = [output for _, output in record.values()]
+        deltas = torch.autograd.grad(scalar, outputs, allow_unused=True) if outputs else ()
+    by_name = dict(zip(record, deltas, strict=True))
+    outside = [site.name for site in base.sites if by_name.get(site.name) is None]
     if outside:
         raise ModelError(
-            f"{', '.join(outside)}: the answer does not depend on it; leave it out of `inner_params`"
+            f"{', '.join(outside)}: the answer does not depend on it; "
+            "leave it out of `inner_params`"
         )
-    return {name: (record[name][0].detach(), delta) for name, delta in found.items()}
+    return {site.name: (record[site.name][0].detach(), by_name[site.name]) for site in base.sites}
 
 
-def as_one_loss(factors: Factors, texts: Sequence[Tokens], /) -> Factors:
-    """Factors of the mean over all target tokens of several edits (`loss_reduction: batch`), from each edit's own."""
+def as_one_loss(factors: Factors, texts: Sequence[Tokens]) -> Factors:
+    """Factors of the mean over the target tokens of all edits (`loss_reduction: batch`)."""
     counts = torch.tensor([float(len(text.targets)) for text in texts])
     share = counts / counts.sum()
+    scaled: Factors = {}
+    for name, f in factors.items():
+        scaled[name] = replace(f, delta=f.delta * share.to(f.delta)[f.rows, None])
+    return scaled
 
-    def scaled(f: GradientFactors) -> GradientFactors:
-        return replace(f, delta=f.delta * share.to(f.delta)[f.rows, None])
 
-    return {name: scaled(f) for name, f in factors.items()}
-
-
-def contributing(base: BaseModel, site: Site, batch: TextBatch) -> Bool[Tensor, "n p"]:
-    """The tokens, of the p positions that the site sees, whose rank-one term is not structurally zero."""
+def chosen_tokens(
+    base: BaseModel, site: Site, batch: TextBatch, tokens: str
+) -> Bool[Tensor, "e t"]:
+    """The tokens whose terms are kept, of those that the site sees (`tokens`: `capture_factors`)."""
+    if tokens == "scored":
+        _check_scored(base, site)
+        return batch.scored
     if site.scored_only:
         return batch.scored
-    if base.family == CLASSIFIER or base.sees_encoder(site):
+    if _reads_all(base, site):
         return batch.attention_mask.bool()
+    # A causal token contributes if a scored position of its text is at it or after it.
     return batch.scored.flip(1).cumsum(1).flip(1) > 0
 
 
-def _scored(base: BaseModel, site: Site, batch: TextBatch) -> Bool[Tensor, "n l"]:
-    several = base.head is not None and base.head.position is None
-    if several or base.sees_encoder(site):
-        why = (
-            "the classifier's head reads several tokens"
-            if several
-            else "an encoder's tokens predict nothing"
-        )
-        remedy = "" if several else ", or `inner_params` of the decoder only"
-        raise HyperParamError(
-            f"edit_tokens: scored has no meaning for {site.name}: {why}; set `edit_tokens: all`{remedy}"
-        )
-    return batch.scored
+def factor_bytes(base: BaseModel, text: Tokens, tokens: str) -> int:
+    """Bytes that the factors of one text take, from its length alone."""
+    size = 0
+    for site in base.sites:
+        if tokens == "scored" or site.scored_only:
+            count = len(text.scored)
+        elif _reads_all(base, site):
+            count = len(text.ids)
+        else:
+            count = max(text.scored) + 1
+        size += count * (site.d_in + site.d_out)
+    return size * torch.promote_types(base.dtype, torch.float32).itemsize
+
+
+class FactorCache:
+    """Factors by text: kept in memory within `cache_bytes`, recomputed from the trunk beyond it.
+
+    They are not kept on disk: they take many times the room of the trunk states from which one
+    suffix pass gives them.
+    """
+
+    def __init__(self, trunk: FrozenTrunk, hparams: MENDHyperParams) -> None:
+        self.trunk, self.budget = trunk, hparams.cache_bytes
+        self.how = {"tokens": hparams.edit_tokens, "reduction": hparams.loss_reduction}
+        self.bytes = 0
+        self.kept: dict[Tokens, SiteTensors] = {}
+
+    def fill(self, texts: Sequence[Tokens], report: Report | None = None) -> None:
+        """Compute and keep factors, shortest texts first, until the budget is spent."""
+        chosen: list[Tokens] = []
+        for text in sorted(set(texts), key=lambda text: (len(text.ids), text.key)):
+            size = factor_bytes(self.trunk.base, text, self.how["tokens"])
+            if self.bytes + size > self.budget:
+                break
+            self.bytes += size
+            chosen.append(text)
+        for at in range(0, len(chosen), FACTOR_BATCH):
+            batch = chosen[at : at + FACTOR_BATCH]
+            self.kept.update(self._compute(batch))
+            if report is not None:
+                report(at + len(batch), len(chosen))
+
+    def get(self, texts: Sequence[Tokens]) -> Factors:
+        """Factors of some texts, packed: edit k of the result is `texts[k]`."""
+        missing = [text for text in texts if text not in self.kept]
+        fresh = self._compute(missing) if missing else {}
+        found = [self.kept.get(text) or fresh[text] for text in texts]
+        factors: Factors = {}
+        for site in self.trunk.base.sites:
+            u, delta = (
+                torch.cat(parts) for parts in zip(*(f[site.name] for f in found), strict=True)
+            )
+            counts = torch.tensor([len(f[site.name][0]) for f in found], device=u.device)
+            edits = torch.arange(len(texts), device=u.device)
+            factors[site.name] = GradientFactors(u, delta, edits.repeat_interleave(counts))
+        return factors
+
+    def _compute(self, texts: Sequence[Tokens]) -> dict[Tokens, SiteTensors]:
+        """u and delta of each text by site: views of those of the batch."""
+        by_text: dict[Tokens, SiteTensors] = {text: {} for text in texts}
+        for name, f in capture_factors(self.trunk, texts, **self.how).items():
+            counts = torch.bincount(f.rows, minlength=len(texts)).tolist()
+            parts = zip(texts, f.u.split(counts), f.delta.split(counts), strict=True)
+            for text, u, delta in parts:
+                by_text[text][name] = u, delta
+        return by_text
+
+
+def _pick(values: Tensor, chosen: Bool[Tensor, "e t"]) -> Float[Tensor, "n d"]:
+    """The chosen tokens' values, packed; some layers see rows and positions as one axis."""
+    return wide(values.to(chosen.device).reshape(*chosen.shape, -1)[chosen])
+
+
+def _reads_all(base: BaseModel, site: Site) -> bool:
+    return base.family == CLASSIFIER or base.sees_encoder(site)
+
+
+def _check_scored(base: BaseModel, site: Site) -> None:
+    """Raise HyperParamError if a site has no scored tokens."""
+    if base.head is not None and base.head.position is None:
+        why, remedy = "the classifier's head reads several tokens", ""
+    elif base.sees_encoder(site):
+        why = "an encoder's tokens predict nothing"
+        remedy = ", or `inner_params` of the decoder only"
+    else:
+        return
+    raise HyperParamError(
+        f"edit_tokens: scored has no meaning for {site.name}: {why}; set `edit_tokens: all`{remedy}"
+    )
 
 
 @contextmanager
 def _record(base: BaseModel) -> Iterator[dict[str, tuple[Tensor, Tensor]]]:
-    """Within the context every site's (input, output) is recorded; the graph starts at the lowest site's output.
+    """Within the context every site's (input, output) is recorded.
 
-    Raises ModelError for a layer that runs twice, as ALBERT's do.
+    The graph starts at the lowest site's output. Raises ModelError for a layer that runs twice, as ALBERT's do.
     """
     seen: dict[str, tuple[Tensor, Tensor]] = {}
     handles = []
 
-    def hook_for(name: str):
+    def hook_for(name: str) -> Callable[[nn.Module, tuple[Tensor, ...], Tensor], Tensor]:
         def hook(_: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> Tensor:
             if name in seen:
                 raise ModelError(
-                    f"{name} is used more than once in a pass: its factors are not one layer's; edit another"
+                    f"{name} is used more than once in a pass: its factors are not one layer's; "
+                    "edit another"
                 )
             if not output.requires_grad:
                 output = output.detach().requires_grad_()

@@ -1,8 +1,8 @@
-"""Training's history beyond its JSON lines: TensorBoard, trackio or Weights & Biases.
+"""Training's history beyond its JSON lines: TensorBoard or Weights & Biases.
 
-`history.jsonl` is always written (training.py); `logger` names one of these to be told the same rows. Each is an extra
-of its own (`pip install -e ".[tensorboard]"`). Files of TensorBoard and wandb lie in the run folder; where trackio and
-wandb send is theirs to configure (`wandb login`, `WANDB_MODE=offline`, `TRACKIO_DIR`, …).
+`history.jsonl` is always written (training.py); `logger` names one of these to get the same rows.
+Both are extras (`pip install -c constraints.txt -e ".[tensorboard]"`), and both write into the run
+folder. Where wandb sends its runs is set by wandb itself (`wandb login`, `WANDB_MODE=offline`).
 """
 
 import shutil
@@ -16,25 +16,26 @@ from pathlib import Path
 from ..errors import MendkitError
 from ..hparams import MENDHyperParams
 
-PROJECT = "mendkit"
-PINNED = {"tensorboard": "-c constraints.txt ", "wandb": "-c constraints.txt ", "trackio": ""}
-"""How pip is asked for each; trackio needs an older pillow than the one pinned."""
-
 Log = Callable[[Mapping[str, float]], None]
+"""Is told a row of the history, with its "step"."""
+
+Backend = tuple[Callable[[dict[str, float], int], object], Callable[[], object]]
+"""Log values at a step; close."""
 
 
-def check_logger(name: str | None, /) -> None:
+def check_logger(name: str | None) -> None:
     """Raise MendkitError if the named logger is not installed."""
     if name is not None and find_spec(name) is None:
         raise MendkitError(
-            f'logger: {name} is not installed; run `pip install {PINNED[name]}-e ".[{name}]"`, or set `logger: null` '
+            f"logger: {name} is not installed; run "
+            f'`pip install -c constraints.txt -e ".[{name}]"`, or set `logger: null` '
             "(history.jsonl is written in any case)"
         )
 
 
 @contextmanager
-def open_logger(hparams: MENDHyperParams, run_dir: Path, /, *, first: bool = True) -> Iterator[Log]:
-    """A function that sends a history row to the logger of `hparams`, if it names one and this is the `first` process.
+def open_logger(hparams: MENDHyperParams, run_dir: Path, *, first: bool = True) -> Iterator[Log]:
+    """A function that sends history rows to the logger of `hparams`, in the `first` process only.
 
     Raises MendkitError if the logger is not installed or does not start.
     """
@@ -42,48 +43,44 @@ def open_logger(hparams: MENDHyperParams, run_dir: Path, /, *, first: bool = Tru
     if hparams.logger is None or not first:
         yield lambda row: None
         return
+    start = {"tensorboard": _tensorboard, "wandb": _wandb}[hparams.logger]
     try:
         with redirect_stdout(sys.stderr):  # standard output is for results
-            log, close = (
-                _tensorboard(run_dir)
-                if hparams.logger == "tensorboard"
-                else _tracker(hparams, run_dir)
-            )
-    except Exception as error:  # whatever theirs raise: no key, no network, an old version
+            log, close = start(hparams, run_dir)
+    except Exception as error:  # whatever the logger raises: no key, no network, an old version
         raise MendkitError(
             f"logger: {hparams.logger} did not start: {error}; set it up, or `logger: null`"
         ) from error
+
+    def send(row: Mapping[str, float]) -> None:
+        values = dict(row)
+        step = int(values.pop("step"))
+        log(values, step)
+
     try:
-        yield lambda row: log(
-            {name: value for name, value in row.items() if name != "step"}, int(row["step"])
-        )
+        yield send
     finally:
         with redirect_stdout(sys.stderr):
             close()
 
 
-Backend = tuple[Callable[[Mapping[str, float], int], object], Callable[[], object]]
-"""Log values at a step; close."""
-
-
-def _tensorboard(run_dir: Path) -> Backend:
+def _tensorboard(_: MENDHyperParams, run_dir: Path) -> Backend:
     from torch.utils.tensorboard import SummaryWriter
 
-    shutil.rmtree(
-        run_dir / "tensorboard", ignore_errors=True
-    )  # an earlier run's curves would join this one's
-    writer = SummaryWriter(str(run_dir / "tensorboard"))
+    folder = run_dir / "tensorboard"
+    shutil.rmtree(folder, ignore_errors=True)  # an earlier run's curves would join this one's
+    writer = SummaryWriter(str(folder))
 
-    def log(values: Mapping[str, float], step: int) -> None:
+    def log(values: dict[str, float], step: int) -> None:
         for name, value in values.items():
             writer.add_scalar(name, value, step)
 
     return log, writer.close
 
 
-def _tracker(hparams: MENDHyperParams, run_dir: Path) -> Backend:
-    """wandb, or trackio, which has its interface."""
-    module = import_module(str(hparams.logger))
-    place = {"dir": str(run_dir)} if hparams.logger == "wandb" else {}
-    run = module.init(project=PROJECT, name=run_dir.name, config=hparams.to_dict(), **place)
-    return lambda values, step: run.log(dict(values), step=step), module.finish
+def _wandb(hparams: MENDHyperParams, run_dir: Path) -> Backend:
+    wandb = import_module("wandb")
+    run = wandb.init(
+        project="mendkit", name=run_dir.name, dir=str(run_dir), config=hparams.to_dict()
+    )
+    return lambda values, step: run.log(values, step=step), wandb.finish

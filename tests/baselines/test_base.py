@@ -7,7 +7,8 @@ import torch
 
 from mendkit.baselines.base import FineTuning, best_of, fact_in_context
 from mendkit.errors import HyperParamError, LimitError
-from mendkit.evaluation.evaluate import EvaluationSet, evaluate
+from mendkit.evaluation.evaluate import evaluate
+from mendkit.evaluation.prepare import EvaluationSet
 from mendkit.evaluation.results import normalise
 from mendkit.mend.batches import edit_tokens
 from mendkit.models.trunk import FrozenTrunk
@@ -104,7 +105,7 @@ def test_the_fact_in_context_is_read_before_every_prompt(llama):
         assert row.values["neighbourhood.argmax_agreement"] == pytest.approx(sum(same) / len(same))
         assert (
             row.values["before.log_p.new"]
-            == on.before[row.index]["log_p.new"]
+            == on.before[row.index].values["log_p.new"]
             != row.values["log_p.new"]
         )
     short = EvaluationSet(llama, hparams(max_length=80), EXAMPLES[:2], max_new_tokens=4)

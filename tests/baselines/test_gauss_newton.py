@@ -13,7 +13,8 @@ from mendkit.baselines.gauss_newton import GaussNewton
 from mendkit.baselines.rome import key_moments
 from mendkit.data.examples import EditExample
 from mendkit.errors import HyperParamError, ModelError
-from mendkit.evaluation.evaluate import EvaluationSet, evaluate
+from mendkit.evaluation.evaluate import evaluate
+from mendkit.evaluation.prepare import EvaluationSet
 from mendkit.evaluation.many import in_sequence, together
 from mendkit.mend.batches import edit_tokens
 from mendkit.mend.scoring import forced

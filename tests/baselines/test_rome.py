@@ -11,7 +11,8 @@ from mendkit.baselines.gauss_newton import GaussNewton
 from mendkit.baselines.rome import ROME, key_moments
 from mendkit.baselines.tuning import BUDGET, KINDS, running_text, tune
 from mendkit.errors import DataError, HyperParamError, MendkitError, ModelError
-from mendkit.evaluation.evaluate import EvaluationSet, evaluate
+from mendkit.evaluation.evaluate import evaluate
+from mendkit.evaluation.prepare import EvaluationSet
 from mendkit.mend.batches import edit_tokens
 from mendkit.models.tokens import tokenize
 from tests.oracles.claims import EXAMPLES, hparams, logits

@@ -7,26 +7,30 @@ from dataclasses import replace
 import pytest
 import torch
 
-from mendkit.data.examples import EditExample
+from mendkit.data.examples import EditExample, Probe
 from mendkit.errors import DataError, HyperParamError, ModelError
 from mendkit.evaluation.decoding import write
-from mendkit.evaluation.evaluate import EvaluationSet, evaluate
-from mendkit.evaluation.metrics import Card, locality_values, probability_values, target_values
+from mendkit.evaluation.evaluate import evaluate
+from mendkit.evaluation.heldout import ngram_entropy_bits
+from mendkit.evaluation.metrics import Reading, ScoredPrompt, example_values, prompt_scores
+from mendkit.evaluation.prepare import EvaluationSet
 from mendkit.evaluation.results import normalise
 from mendkit.mend.scoring import Forced, forced, next_tokens
-from mendkit.mend.updates import select, side_branches
+from mendkit.mend.updates import select
 from mendkit.models.tokens import Tokens
 from tests.oracles.claims import EXAMPLES, editor_for, hparams, logits
+
+STAY = {"neighbours": "neighbourhood", "unrelated": "locality"}
 
 
 @pytest.fixture(scope="module")
 def prepared(llama):
-    return EvaluationSet(llama, hparams(), EXAMPLES, max_new_tokens=8)
+    return EvaluationSet(llama, hparams(), EXAMPLES, max_new_tokens=8, written=2)
 
 
 def test_no_edit_changes_nothing(llama, prepared):
     report = evaluate(editor_for(llama), prepared, strength=0.0)
-    for name in ("neighbourhood", "locality"):
+    for name in STAY.values():
         assert report.summary[f"{name}.argmax_agreement"].mean == 1.0
         assert report.summary[f"{name}.greedy_agreement"].mean == 1.0
         assert report.summary[f"{name}.kl_nats"].mean == pytest.approx(0.0, abs=1e-6)
@@ -36,272 +40,220 @@ def test_no_edit_changes_nothing(llama, prepared):
         assert all(output["before"] == output["after"] for output in row.outputs)
 
 
-def test_forced_values_are_the_plain_models_under_the_edit(llama):
+def log_probabilities(base, text: Tokens) -> torch.Tensor:
+    """(scored, vocabulary) of one text, read by the whole model."""
+    with torch.no_grad():
+        found = base.model(input_ids=torch.tensor([text.ids])).logits[0, list(text.scored)]
+    return found.log_softmax(-1)
+
+
+def test_forced_values_are_the_plain_models_under_the_edit(llama, prepared):
     editor = editor_for(llama)
     tokens = [editor.tokens(e) for e in EXAMPLES[:3]]
-    updates = editor.updates(tokens)
-    prepared = EvaluationSet(llama, hparams(), EXAMPLES[:3], max_new_tokens=4)
-    read = forced(prepared.trunk, [[t] for t in tokens], updates, compare=True)
+    read = forced(prepared.trunk, [[t] for t in tokens], editor.updates(tokens), compare=True)
     for example, text, (value,) in zip(EXAMPLES, tokens, read, strict=False):
-        ids = torch.tensor([text.ids])
-        with torch.no_grad():
-            before = llama.model(input_ids=ids).logits[0, list(text.scored)].log_softmax(-1)
-            with editor.edit(example).applied():
-                after = llama.model(input_ids=ids).logits[0, list(text.scored)].log_softmax(-1)
+        before = log_probabilities(llama, text)
+        with editor.edit(example).applied():
+            after = log_probabilities(llama, text)
         assert value.argmax == tuple(after.argmax(-1).tolist())
         expected = after.gather(1, torch.tensor(text.targets)[:, None])[:, 0].tolist()
         assert value.logp == pytest.approx(expected, abs=1e-4)
-        assert value.kl == pytest.approx(
-            (before.exp() * (before - after)).sum(-1).tolist(), abs=1e-4
-        )
+        kl = (before.exp() * (before - after)).sum(-1)
+        assert value.kl == pytest.approx(kl.tolist(), abs=1e-4)
         assert value.same == tuple((before.argmax(-1) == after.argmax(-1)).tolist())
 
 
-@pytest.mark.parametrize("strength", [0.3, 1.0, 3.0, 10.0])
-def test_reading_the_answer_settles_decoding_as_decoding_itself_does(
-    llama, prepared, strength, monkeypatch
-):
-    """The short cut of `_answers` against generation for every prompt, one edit at a time."""
+@pytest.mark.parametrize("strength", [0.3, 1.0, 10.0])
+def test_what_reading_settles_is_what_decoding_writes(llama, prepared, strength):
+    """Every text of a row against generation, one edit at a time; and its scores."""
     editor = editor_for(llama)
     report = evaluate(editor, prepared, strength=strength)
+    changed = 0
     for row in report.rows:
         with editor.edit(EXAMPLES[row.index]).scale(strength).applied():
             for output in row.outputs:
                 written = llama.generate(output["prompt"], max_new_tokens=8)
                 assert normalise(written) == normalise(output["after"])
-        assert row.values["edit_success.free_exact"] == float(
-            normalise(row.outputs[0]["after"]) == normalise(row.target_new)
-        )
+                changed += output["before"] != output["after"]
+        paraphrases = [o["score"] for o in row.outputs if o["role"] == "paraphrases"]
+        right = [
+            float(normalise(o["after"]) == normalise(row.target_new))
+            for o in row.outputs
+            if o["role"] == "paraphrases"
+        ]
+        assert paraphrases == right and len(right) == 2
+        assert row.values["paraphrase.free_exact"] == sum(right) / 2
+        assert row.values["edit_success.free_exact"] == row.outputs[0]["score"]
+        for role, name in STAY.items():
+            same = [o["before"] == o["after"] for o in row.outputs if o["role"] == role]
+            assert row.values[f"{name}.greedy_agreement"] == sum(same) / len(same)
+    assert changed
 
 
-@pytest.mark.parametrize("strength", [0.1, 1.0])
-def test_greedy_agreement_is_the_same_text_written(llama, prepared, strength):
-    editor = editor_for(llama)
-    report = evaluate(editor, prepared, strength=strength)
-    for row in report.rows:
-        example = EXAMPLES[row.index]
-        for name, probe in (
-            ("neighbourhood", example.neighbours[0]),
-            ("locality", example.unrelated[0]),
-        ):
-            ids, mask = llama.left_pad([llama.tokenizer(probe.prompt)["input_ids"]])
-            before = llama.generate_ids(ids, mask, max_new_tokens=8, stop=True)
-            with editor.edit(example).scale(strength).applied():
-                after = llama.generate_ids(ids, mask, max_new_tokens=8, stop=True)
-            assert row.values[f"{name}.greedy_agreement"] == float(before == after)
+def test_only_the_first_prompts_that_should_stay_are_written_out(llama, prepared):
+    few = EvaluationSet(llama, hparams(), EXAMPLES[:2], max_new_tokens=4)
+    (row, _) = evaluate(editor_for(llama), few).rows
+    written = [o["after"] is not None for o in row.outputs if o["role"] == "neighbours"]
+    assert written == [True, False]
+    roles = [output["role"] for output in row.outputs]
+    assert roles[:4] == ["edit", "question", "paraphrases", "paraphrases"]
+    assert roles[4:] == ["neighbours"] * 2 + ["unrelated"] * 2 + ["reworded"]
+    assert row.subject == "France"
 
 
 def test_reworded_neighbours_are_other_subjects_in_a_paraphrases_words(llama, prepared):
-    wanted = [
-        ("Norway", "Oslo"),
-        ("Chile", "Santiago"),
-    ]  # the next two examples of the relation after Japan
-    read = [llama.tokenizer.decode(text.ids) for text in prepared.cards[2].reworded]
+    # The next two examples of the relation after Japan.
+    wanted = [("Norway", "Oslo"), ("Chile", "Santiago")]
+    texts = [p.text for p in prepared.prompts[2] if p.role == "reworded"]
+    read = [llama.tokenizer.decode(text.ids) for text in texts]
     assert read == [f"{subject} has its seat of government in {truth}" for subject, truth in wanted]
     editor = editor_for(llama)
     row = evaluate(editor, prepared).rows[2].values
     same, kl = [], []
-    for text in prepared.cards[2].reworded:
-        ids, at = torch.tensor([text.ids]), list(text.scored)
-        with torch.no_grad():
-            before = llama.model(input_ids=ids).logits[0, at].log_softmax(-1)
-            with editor.edit(EXAMPLES[2]).applied():
-                after = llama.model(input_ids=ids).logits[0, at].log_softmax(-1)
+    for text in texts:
+        before = log_probabilities(llama, text)
+        with editor.edit(EXAMPLES[2]).applied():
+            after = log_probabilities(llama, text)
         same.append(float((before.argmax(-1) == after.argmax(-1)).double().mean()))
         kl.append(float((before.exp() * (before - after)).sum(-1).mean()))
     assert row["neighbourhood.reworded_agreement"] == pytest.approx(sum(same) / 2)
     assert row["neighbourhood.reworded_kl_nats"] == pytest.approx(sum(kl) / 2, rel=1e-3)
-    bare = EvaluationSet(
-        llama, hparams(), [replace(e, relation=None) for e in EXAMPLES[:2]], max_new_tokens=4
-    )
-    assert not any(card.reworded for card in bare.cards)
-    two = EvaluationSet(
-        llama, hparams(), EXAMPLES[:2], max_new_tokens=4
-    )  # nobody is a neighbour of their own
-    assert [len(card.reworded) for card in two.cards] == [1, 1]
+    without = [replace(e, relation=None) for e in EXAMPLES[:2]]
+    bare = EvaluationSet(llama, hparams(), without, max_new_tokens=4)
+    assert not any(prompt.role == "reworded" for prompts in bare.prompts for prompt in prompts)
 
 
 def test_efficacy_scores_compare_length_normalised_likelihoods(llama, prepared):
-    values = prepared.before[2]  # Japan: New York City (several tokens) against Tokyo
-    scores = {}
+    values = prepared.before[2].values  # Japan: New York City (several tokens) against Tokyo
+    mean = {}
     for answer in ("New York City", "Tokyo"):
-        ids = llama.tokenizer(f"The capital of Japan is {answer}")["input_ids"]
-        start = len(llama.tokenizer("The capital of Japan is")["input_ids"])
-        with torch.no_grad():
-            logp = llama.model(input_ids=torch.tensor([ids])).logits[0].log_softmax(-1)
-        scores[answer] = sum(float(logp[p - 1, ids[p]]) for p in range(start, len(ids))) / (
-            len(ids) - start
-        )
-    assert values["log_p.new"] == pytest.approx(scores["New York City"], abs=1e-4)
-    assert values["log_p.old"] == pytest.approx(scores["Tokyo"], abs=1e-4)
-    assert values["edit_success.es"] == float(scores["New York City"] > scores["Tokyo"])
+        text = llama.tokenize("The capital of Japan is", answer)
+        logp = log_probabilities(llama, text).gather(1, torch.tensor(text.targets)[:, None])
+        mean[answer] = float(logp.mean())
+    assert values["log_p.new"] == pytest.approx(mean["New York City"], abs=1e-4)
+    assert values["log_p.old"] == pytest.approx(mean["Tokyo"], abs=1e-4)
+    assert values["edit_success.es"] == float(mean["New York City"] > mean["Tokyo"])
 
 
 @pytest.mark.parametrize("family", ["llama", "gpt2"])
-@pytest.mark.parametrize(("n", "stop"), [(1, True), (9, True), (9, False)])
+@pytest.mark.parametrize("n", [1, 9])
 def test_rows_that_leave_the_batch_change_nothing_of_what_is_written(
-    family, n, stop, request, monkeypatch
+    family, n, request, monkeypatch
 ):
-    """Two prompts under each edit, of different lengths and ends, against each alone; and with all rows kept."""
+    """Two prompts under each edit, of different lengths and ends, against each alone."""
     base = request.getfixturevalue(family)
     editor = editor_for(base)
     updates = editor.updates([editor.tokens(e) for e in EXAMPLES])
     texts = [p for e in EXAMPLES for p in (e.prompt, e.neighbours[0].prompt)] + ["Q: Who? A:"] * 5
     edits = [k // 2 if k < 10 else k - 10 for k in range(15)]
-    ids = [base.tokenizer(p)["input_ids"] for p in texts]
+    prompts = [base.tokenize(text) for text in texts]
     monkeypatch.setattr("mendkit.evaluation.decoding.ROWS", 7)
     base._stop_ids()
-    monkeypatch.setitem(
-        base._memo, "stop_ids", frozenset(range(0, 400, 2))
-    )  # half of all tokens end a row
-    written = write(base, ids, updates, edits, max_new_tokens=n, stop=stop)
-    for row, prompt, edit in zip(written, ids, edits, strict=True):
+    # Half of all tokens end a row.
+    monkeypatch.setitem(base._memo, "stop_ids", frozenset(range(0, 400, 2)))
+    written = write(base, prompts, updates, edits, max_new_tokens=n)
+    for row, prompt, edit in zip(written, prompts, edits, strict=True):
         with editor.edit(EXAMPLES[edit]).applied():
-            (alone,) = base.generate_ids(*base.left_pad([prompt]), max_new_tokens=n, stop=stop)
+            ids, mask = base.left_pad([prompt.ids])
+            (alone,) = base.generate_ids(ids, mask, max_new_tokens=n, stop=True)
         assert row == alone
-    assert len({len(row) for row in written}) > 1 or n == 1 or not stop
+    assert len({len(row) for row in written}) > 1 or n == 1
     whole = copy.copy(base)
     whole._memo = {**base._memo, "cache_bytes": 0}
-    assert write(whole, ids, updates, edits, max_new_tokens=n, stop=stop) == written
+    assert write(whole, prompts, updates, edits, max_new_tokens=n) == written
     with pytest.raises(ModelError, match="leave `fluency` out"):
-        write(whole, ids, updates, edits, max_new_tokens=n, stop=False, endless=True)
-    assert write(base, ids[:3], None, [0] * 3, max_new_tokens=n, stop=stop) == [
-        base.generate_ids(*base.left_pad([prompt]), max_new_tokens=n, stop=stop)[0]
-        for prompt in ids[:3]
-    ]
+        write(whole, prompts, updates, edits, max_new_tokens=n, endless=True)
+
+
+def hand_made(*targets: int, ends: bool = True) -> Tokens:
+    return Tokens(tuple(range(len(targets) + 1)), tuple(range(len(targets))), targets, ends)
+
+
+def reading(*argmax, logp=(-1.0, -3.0, -50.0), kl=(), same=()) -> Forced:
+    return Forced(argmax, logp[: len(argmax)], kl, same)
 
 
 def test_scores_of_hand_made_readings():
-    """Two target tokens and the end of text; two paraphrases, one of them read wrongly; y° and a neighbour."""
-
-    def text(*targets, ends=True):
-        return Tokens(tuple(range(len(targets) + 1)), tuple(range(len(targets))), targets, ends)
-
-    def read(*argmax, logp=(-1.0, -3.0, -50.0), kl=(), same=()):
-        return Forced(argmax, logp[: len(argmax)], kl, same)
-
-    y, old = text(5, 6, 0), text(7, ends=False)
-    card = Card(
-        ("p", "?", "q", "r"),
-        (y,) * 4,
-        (old,) * 3,
-        (old, old),
-        (old,),
-        (text(8, ends=False),),
-        (y, y),
-    )
-    targets = [read(5, 6, 9), read(5, 6, 0), read(5, 4, 0), read(4, 4, 0)]
-    values = target_values(
-        "New York", card, targets, [" New York!", "the new york", " New York City", "Rome"]
-    )
-    assert values == {
-        "edit_success.tf_token": 1.0, "edit_success.tf_exact": 1.0, "edit_success.free_exact": 1.0,
-        "edit_success.free_contains": 1.0, "edit_success.free_exact_question": 1.0,
-        "edit_success.free_gold_length": 1.0, "paraphrase.free_gold_length": 0.5,
-        "paraphrase.tf_token": 0.25, "paraphrase.tf_exact": 0.0, "paraphrase.free_exact": 0.0,
-        "paraphrase.free_contains": 0.5, "edit_success.paper": pytest.approx(1 / 3),
-    }  # fmt: skip
-    longer = target_values(
-        "New York", card, targets, ["old New York", "", "New Yorkers", "New York and so on"]
-    )
-    assert (
-        longer["edit_success.free_gold_length"] == 0.0
-        and longer["paraphrase.free_gold_length"] == 0.5
-    )
-    pairs = [
-        read(7, logp=(-2.5,)),
-        read(7, logp=(-1.5,)),
-        read(7, logp=(-2.5,)),
-        read(5, logp=(-9.0,)),
+    """Two target tokens and the end of text; two paraphrases, one of them read wrongly."""
+    y, old, right = hand_made(5, 6, 0), hand_made(7, ends=False), reading(7)
+    rows = [  # role, text, rival, greedy; what is read of each; what is written; f's reading
+        ("edit", y, old, None, (5, 6, 9), -2.5, " New York!"),
+        ("question", y, None, None, (5, 6, 0), None, "the new york"),
+        ("paraphrases", y, old, None, (5, 4, 0), -1.5, " New York City"),
+        ("paraphrases", y, old, None, (4, 4, 0), -2.5, "Rome"),
     ]
-    kept = [
-        read(7, logp=(-1.0,), kl=(0.5,), same=(True,)),
-        read(3, logp=(-1.0,), kl=(1.5,), same=(False,)),
-        read(8, kl=(0.25,), same=(True,)),
-        read(5, 6, 0, same=(True, True, False)),
-        read(5, 6, 0, same=(True, True, True)),
-    ]
-    chances = probability_values(
-        card, targets, pairs, kept
-    )  # log P(y) is -2, the end of text left out
-    assert chances == {
-        "log_p.new": -2.0, "log_p.old": -2.5, "edit_success.es": 1.0, "paraphrase.ps": 0.5, "neighbourhood.ns": 1.0
-    }  # fmt: skip
-    locality = locality_values(card, kept, [read(7), read(7), read(2)])
-    assert locality == {
-        "neighbourhood.argmax_agreement": 0.5, "neighbourhood.kl_nats": 1.0, "neighbourhood.retained": 0.5,
-        "neighbourhood.greedy_agreement": 0.0,
-        "locality.argmax_agreement": 1.0, "locality.kl_nats": 0.25, "locality.greedy_agreement": 1.0,
-    }  # fmt: skip
+    prompts, scores = [], []
+    for role, text, rival, greedy, argmax, logp, written in rows:
+        prompts.append(ScoredPrompt(role, role, text, rival, greedy))
+        other = None if logp is None else reading(7, logp=(logp,))
+        read = Reading(reading(*argmax), other, None, written)
+        scores.append(prompt_scores("New York", prompts[-1], read, Reading(right)))
+    kept = reading(7, logp=(-1.0,), kl=(0.5,), same=(True,))
+    lost = reading(3, logp=(-1.0,), kl=(1.5,), same=(False,))
+    near = ScoredPrompt("neighbours", "n", old, old, y)
+    greedy = reading(5, 6, 0, same=(True, True, False))
+    far = ScoredPrompt("unrelated", "u", hand_made(8, ends=False), None, y)
+    same = reading(5, 6, 0, same=(True, True, True))
+    for prompt, read, before in (
+        (near, Reading(kept, reading(5, logp=(-9.0,)), greedy), right),
+        (replace(near, rival=None, greedy=None), Reading(lost), right),
+        (far, Reading(reading(8, kl=(0.25,), same=(True,)), None, same), reading(2)),
+    ):
+        prompts.append(prompt)
+        scores.append(prompt_scores("New York", prompt, read, Reading(before)))
+    values = example_values([prompt.role for prompt in prompts], scores)
+    edit = {"tf_token": 1.0, "tf_exact": 1.0, "free_exact": 1.0, "free_contains": 1.0, "es": 1.0}
+    edit |= {"free_gold_length": 1.0, "free_exact_question": 1.0, "paper": pytest.approx(1 / 3)}
+    para = {"tf_token": 0.25, "tf_exact": 0.0, "free_exact": 0.0, "free_contains": 0.5, "ps": 0.5}
+    para |= {"free_gold_length": 0.5}
+    near = {"argmax_agreement": 0.5, "kl_nats": 1.0, "retained": 0.5, "greedy_agreement": 0.0}
+    near |= {"ns": 1.0}
+    far = {"argmax_agreement": 1.0, "kl_nats": 0.25, "greedy_agreement": 1.0}
+    parts = {"edit_success": edit, "paraphrase": para, "neighbourhood": near, "locality": far}
+    expected = {f"{part}.{name}": v for part, found in parts.items() for name, v in found.items()}
+    # log P(y) is -2: the end of text is left out.
+    assert values == expected | {"log_p.new": -2.0, "log_p.old": -2.5}
 
 
 def test_an_answer_the_model_already_gives_is_counted_not_scored(llama):
     prompt = "The capital of France is"
-    text = next(
-        t for t in (llama.generate(prompt, max_new_tokens=n) for n in range(1, 9)) if normalise(t)
-    )
+    texts = (llama.generate(prompt, max_new_tokens=n) for n in range(1, 9))
+    text = next(text for text in texts if normalise(text))
     known = EditExample(prompt=prompt, target_new=text.strip())
-    prepared = EvaluationSet(
-        llama,
-        hparams(),
-        [known, *EXAMPLES[1:3]],
-        max_new_tokens=len(llama.tokenizer(text)["input_ids"]),
-    )
-    wrote = [w[0] for w in prepared.written]
-    report = evaluate(editor_for(llama), prepared)
-    expected = sum(
-        normalise(w) == normalise(e.target_new)
-        for w, e in zip(wrote, prepared.examples, strict=True)
-    )
-    assert report.counts["already_true"] == expected
-    assert report.counts["scored"] == 3 - expected == len(report.rows)
+    most = len(llama.tokenizer(text)["input_ids"])
+    on = EvaluationSet(llama, hparams(), [known, *EXAMPLES[1:3]], max_new_tokens=most)
+    pairs = zip(on.before, on.examples, strict=True)
+    already = sum(normalise(b.written[0]) == normalise(e.target_new) for b, e in pairs)
+    report = evaluate(editor_for(llama), on)
+    assert report.counts["already_true"] == already >= 1
+    assert report.counts["scored"] == 3 - already == len(report.rows)
 
 
 def test_what_cannot_be_tokenised_is_counted_as_skipped(llama):
     long = EditExample(prompt="The capital of Peru is", target_new="Rome " * 60)
-    prepared = EvaluationSet(llama, hparams(), [long, *EXAMPLES[:2]], max_new_tokens=4)
-    counts = evaluate(editor_for(llama), prepared).counts
-    assert counts == {
-        "scored": 2, "already_true": 0, "skipped": 1, "empty_target": 0, "too_long": 1, "invalid_records": 0
-    }  # fmt: skip
-    empty = EvaluationSet(
-        llama, hparams(), [replace(long, target_new=" The."), EXAMPLES[0]], max_new_tokens=4
-    )
-    assert (empty.reasons["empty_target"], empty.reasons["too_long"]) == (1, 0)
+    empty = replace(long, target_new=" The.")
+    on = EvaluationSet(llama, hparams(), [long, empty, *EXAMPLES[:2]], max_new_tokens=4)
+    counts = {"scored": 2, "already_true": 0, "skipped": 2, "empty_target": 1, "too_long": 1}
+    assert evaluate(editor_for(llama), on).counts == counts | {"invalid_records": 0}
     with pytest.raises(DataError, match="limit"):
         EvaluationSet(llama, hparams(), [long])
 
 
 def test_results_carry_mode_n_and_interval(llama, prepared):
-    report = evaluate(editor_for(llama), prepared)
-    results = report.to_dict("identity.")
-    for name in (
-        "edit_success.free_exact",
-        "paraphrase.tf_token",
-        "neighbourhood.ns",
-        "locality.argmax_agreement",
-    ):
+    results = evaluate(editor_for(llama), prepared).to_dict("identity.")
+    names = ("edit_success.free_exact", "paraphrase.tf_token", "neighbourhood.ns")
+    for name in names:
         key = f"identity.single.{name}"
-        assert results[f"{key}.low"] <= results[key] <= results[f"{key}.high"] and results[
-            f"{key}.n"
-        ] == len(EXAMPLES)
-    assert (
-        "identity.single.before.edit_success.free_exact" in results
-        and "identity.single.score.harmonic" in results
-    )
+        assert results[f"{key}.low"] <= results[key] <= results[f"{key}.high"]
+        assert results[f"{key}.n"] == len(EXAMPLES)
+    assert "identity.single.before.edit_success.free_exact" in results
+    assert "identity.single.score.harmonic" in results
     assert all(math.isfinite(value) for value in results.values())
-    groups = report.by("relation", "edit_success.tf_token")
-    assert groups["capital"].mean == pytest.approx(report.summary["edit_success.tf_token"].mean)
 
 
 @pytest.mark.parametrize(
     ("mode", "k", "words"),
-    [
-        ("all", None, "single, batch, sequential"),
-        ("batch", None, "k, the"),
-        ("single", 2, "k, the"),
-        ("batch", 0, "k, the"),
-    ],
+    [("all", None, "single, batch, sequential"), ("single", 2, "k, the"), ("batch", 0, "k, the")],
 )
 def test_other_modes_are_refused(llama, prepared, mode, k, words):
     with pytest.raises(HyperParamError, match=words):
@@ -320,8 +272,56 @@ def test_select_keeps_the_order(llama):
     updates = editor.updates([editor.tokens(e) for e in EXAMPLES[:3]])
     swapped = select(updates, [2, 0])
     for name, update in updates.items():
-        assert torch.equal(swapped[name].u[0], update.u[2]) and torch.equal(
-            swapped[name].u[1], update.u[0]
-        )
-    with side_branches(llama, swapped):
-        pass
+        assert torch.equal(swapped[name].u[0], update.u[2])
+        assert torch.equal(swapped[name].u[1], update.u[0])
+
+
+# ---------------------------------------------------------------- free text, implied questions
+
+
+def on_and_on(base, prompt: str, n: int) -> str:
+    """Greedy text of n tokens of which none ends it."""
+    ids = base.tokenizer(prompt)["input_ids"]
+    start = len(ids)
+    for _ in range(n):
+        with torch.no_grad():
+            row = base.model(input_ids=torch.tensor([ids])).logits[0, -1]
+        row[base.eos_id] = -torch.inf
+        ids = [*ids, int(row.argmax())]
+    return base.new_text(ids[:start], ids[start:], stop=False)
+
+
+def test_fluency_is_of_what_each_edited_model_writes_on_and_on(llama):
+    other = EditExample("The capital of Peru is", "Oslo", generation_prompts=("Peru is", "Peru"))
+    examples, editor = [EXAMPLES[0], other], editor_for(llama)
+    report = evaluate(editor, examples, max_new_tokens=4, fluency=True)
+    for example, row in zip(examples, report.rows, strict=True):
+        for strength, name in ((1.0, ""), (0.0, "before.")):
+            with editor.edit(example).scale(strength).applied():
+                prompts = example.generation_prompts or (example.prompt,)
+                texts = [on_and_on(llama, prompt, 100) for prompt in prompts]
+            expected = sum(map(ngram_entropy_bits, texts)) / len(texts)
+            assert row.values[f"{name}fluency.entropy_bits"] == pytest.approx(expected)
+
+
+def test_implied_questions_count_where_the_fact_in_context_answers_them(llama):
+    prompts = ["The main city of France is not", "France has its seat of government in"]
+    fact = "The capital of France is Lima.\n"
+    said = [llama.generate(fact + prompt, max_new_tokens=8) for prompt in prompts]
+    assert all(map(normalise, said))
+    probes = (
+        Probe(prompts[0], "nobody says this", (said[0],)),
+        Probe(prompts[1], said[1]),
+        Probe(prompts[0], "nor this"),
+    )
+    example = EditExample("The capital of France is", "Lima", portability=probes)
+    editor = editor_for(llama)
+    row, other = evaluate(editor, [example, EXAMPLES[1]], max_new_tokens=8).rows
+    for strength, name in ((1.0, ""), (0.0, "before.")):
+        with editor.edit(example).scale(strength).applied():
+            now = [llama.generate(prompt, max_new_tokens=8) for prompt in prompts]
+        right = [normalise(a) == normalise(b) for a, b in zip(now, said, strict=True)]
+        assert row.values[f"{name}portability.free_exact"] == pytest.approx(sum(right) / 2)
+    assert row.values["portability.coverage"] == pytest.approx(2 / 3)
+    assert [o["prompt"] for o in row.outputs if o["role"] == "portability"] == prompts
+    assert "portability.coverage" not in other.values

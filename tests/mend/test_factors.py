@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from mendkit.mend.batches import edit_tokens
-from mendkit.mend.factors import capture_factors, capture_inputs, pack, unpack
+from mendkit.mend.factors import FactorCache, capture_factors, capture_inputs
 from mendkit.mend.losses import edit_nll
 from mendkit.models.tokens import collate
 from mendkit.models.trunk import FrozenTrunk
@@ -40,29 +40,28 @@ def test_each_edit_has_the_scale_of_a_single_edit(llama64, cached):
     trunk = FrozenTrunk(llama64)
     if cached:
         trunk.fill(texts)
-    together = unpack(capture_factors(trunk, texts), len(texts))
-    for text, factors in zip(texts, together, strict=True):
+    together, cache = capture_factors(trunk, texts), FactorCache(trunk, hparams())
+    for row, text in enumerate(texts):
         for name, alone in capture_factors(trunk, [text]).items():
-            torch.testing.assert_close(factors[name].u, alone.u, rtol=1e-9, atol=1e-12)
-            torch.testing.assert_close(factors[name].delta, alone.delta, rtol=1e-9, atol=1e-12)
-    again = pack(together)
-    for name, f in capture_factors(trunk, texts).items():
-        assert torch.equal(again[name].rows, f.rows) and torch.equal(again[name].u, f.u)
+            f = together[name]
+            torch.testing.assert_close(f.u[f.rows == row], alone.u, rtol=1e-9, atol=1e-12)
+            torch.testing.assert_close(f.delta[f.rows == row], alone.delta, rtol=1e-9, atol=1e-12)
+    cache.fill(texts[:1])  # the cache packs what it holds and what it computes alike
+    for name, f in cache.get(texts).items():
+        assert torch.equal(f.rows, together[name].rows)
+        torch.testing.assert_close(f.delta, together[name].delta, rtol=1e-9, atol=1e-12)
 
 
 def test_a_summed_loss_counts_every_token_alike(llama64):
     texts = texts_of(llama64)
     trunk = FrozenTrunk(llama64)
-    means, sums = (
-        unpack(capture_factors(trunk, texts, reduction=r), len(texts)) for r in ("edit", "sum")
-    )
-    assert len({len(text.targets) for text in texts}) > 1
-    for text, mean, total in zip(texts, means, sums, strict=True):
-        for name, f in mean.items():
-            # Llama's norms compute in float32
-            torch.testing.assert_close(
-                total[name].delta, f.delta * len(text.targets), rtol=1e-3, atol=1e-6
-            )
+    means, sums = (capture_factors(trunk, texts, reduction=r) for r in ("edit", "sum"))
+    counts = torch.tensor([len(text.targets) for text in texts])
+    assert len(set(counts.tolist())) > 1
+    for name, mean in means.items():
+        expected = mean.delta * counts[mean.rows, None]
+        # Llama's norms compute in float32.
+        torch.testing.assert_close(sums[name].delta, expected, rtol=1e-3, atol=1e-6)
 
 
 def test_captured_inputs_are_those_of_the_scored_tokens_factors(llama):

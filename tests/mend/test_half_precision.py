@@ -6,7 +6,9 @@ import torch
 from mendkit.mend.batches import prepare_texts
 from mendkit.mend.factors import capture_factors
 from mendkit.mend.hypernetwork import MEND
-from mendkit.mend.training import Sampler, batch_losses, make_optimiser, total_loss
+from mendkit.mend.objective import batch_losses, total_loss
+from mendkit.mend.sampler import Sampler
+from mendkit.mend.training import make_optimiser
 from mendkit.models.trunk import FrozenTrunk
 from tests.oracles.claims import EXAMPLES, hparams, scrambled, with_statistics
 from tests.oracles.tiny import tiny_gpt2, tiny_llama

@@ -53,7 +53,7 @@ def test_a_step_that_is_not_finite_is_skipped_and_counted_and_leaves_no_trace(
         with monkeypatch.context() as patch:
             spoiled(patch, spoil, calls)
             h = hparams(max_iters=steps, **STEPS)
-            trainer = Trainer(llama, h, EXAMPLES, EXAMPLES[:1], tmp_path / name)
+            trainer = Trainer(llama, h, EXAMPLES, EXAMPLES[:1], run_dir=tmp_path / name)
             (tmp_path / name).mkdir()
             result = trainer.run()
         weights[name] = trainer.mend.state_dict(), trainer.optimiser.state_dict()["state"]

@@ -1,6 +1,5 @@
 """Many edits in one weight change: the least squares of least_squares.py against plain algebra in float64."""
 
-from itertools import islice
 
 import pytest
 import torch
@@ -9,10 +8,12 @@ from torch import Tensor
 from mendkit.evaluation.many import one_after_another, together
 from mendkit.mend.archive import load_archive, save_archive
 from mendkit.mend.batches import prepare_texts
-from mendkit.mend.factors import capture_factors, capture_inputs
+from mendkit.mend.factors import FactorCache, capture_factors, capture_inputs
 from mendkit.mend.least_squares import OtherKeys, remember, solve
 from mendkit.mend.losses import edit_nll
-from mendkit.mend.training import FactorCache, Sampler, Trainer, batch_losses, train
+from mendkit.mend.objective import batch_losses
+from mendkit.mend.sampler import Sampler
+from mendkit.mend.training import Trainer, train
 from mendkit.mend.updates import padded, side_branches
 from mendkit.mend.validation import validate
 from mendkit.models.tokens import collate
@@ -222,12 +223,12 @@ def test_losses_of_a_batch_are_read_under_the_edits_made_at_once(llama64, aggreg
 def test_numbers_of_edits_are_drawn_up_to_the_most(llama):
     h = hparams(train_on="batch", most_edits=4, batch_size=4)
     sampler = Sampler(prepare_texts(llama, h, EXAMPLES), h)
-    drawn = list(islice(sampler, 60))
-    assert {at_once for _, at_once in drawn} == {1, 2, 3, 4}
-    assert all(len(index) % at_once == 0 and len(index) <= 4 for index, at_once in drawn)
+    drawn = [sampler.draw() for _ in range(60)]
+    assert {batch.at_once for batch in drawn} == {1, 2, 3, 4}
+    assert all(len(b.rows) % b.at_once == 0 and len(b.rows) <= 4 for b in drawn)
+    assert not any(batch.earlier for batch in drawn)
     sequences = Sampler(prepare_texts(llama, h, EXAMPLES), h.replace(train_on="sequence"))
-    assert {len(sequences.earlier()) for _ in range(60)} == {0, 1, 2, 3}
-    assert not sampler.earlier()
+    assert {len(sequences.draw().earlier) for _ in range(60)} == {0, 1, 2, 3}
 
 
 @pytest.mark.parametrize("aggregate", ["sum", "least_squares"])

@@ -4,7 +4,8 @@ import pytest
 import torch
 from torch import nn
 
-from mendkit.evaluation.evaluate import EvaluationSet, evaluate
+from mendkit.evaluation.evaluate import evaluate
+from mendkit.evaluation.prepare import EvaluationSet
 from mendkit.interop.foreign import export_archive, import_archive
 from mendkit.mend.archive import load_archive
 from mendkit.mend.batches import edit_tokens, prepare_texts
@@ -89,19 +90,23 @@ def test_evaluation_reads_and_writes_under_each_edit(trained):
     editor, examples = MENDEditor.from_hparams(h, base=base), examples_of(base)
     prepared = EvaluationSet(base, h, examples, max_new_tokens=4)
     assert not prepared.skipped
-    updates = editor.updates([card.targets[0] for card in prepared.cards], trunk=prepared.trunk)
-    values, written = prepared.score(updates, range(len(examples)))
-    for example, card, row, texts in zip(examples, prepared.cards, values, written, strict=True):
+    edits = [prompts[0].text for prompts in prepared.prompts]
+    updates = editor.updates(edits, trunk=prepared.trunk)
+    scores = prepared.score(updates, range(len(examples)))
+    for example, prompts, found in zip(examples, prepared.prompts, scores, strict=True):
+        text, asked = prompts[0].text, [p.prompt for p in prompts if p.role != "reworded"]
         with editor.edit(example).applied(), torch.no_grad():
-            log_p = plain_logits(base, card.targets[0]).log_softmax(-1)
-            alone = base.generate_batch(card.prompts, max_new_tokens=4)
-        own = len(card.targets[0].targets) - card.targets[0].ends
-        nll = nn.functional.nll_loss(log_p[:own], torch.tensor(card.targets[0].targets[:own]))
-        assert row["log_p.new"] == pytest.approx(-float(nll), rel=1e-3, abs=1e-4)
-        assert [text.strip() for text in texts] == [text.strip() for text in alone]
-        assert ("edit_success.free_exact_question" in row) == (base.labels is None)
+            log_p = plain_logits(base, text).log_softmax(-1)
+            alone = base.generate_batch(asked, max_new_tokens=4)
+        own = len(text.targets) - text.ends
+        nll = nn.functional.nll_loss(log_p[:own], torch.tensor(text.targets[:own]))
+        assert found.values["log_p.new"] == pytest.approx(-float(nll), rel=1e-3, abs=1e-4)
+        written = [pair for pair in zip(found.written, alone, strict=False) if pair[0] is not None]
+        assert all(one.strip() == other.strip() for one, other in written) and len(written) > 3
+        asked = "edit_success.free_exact_question" in found.values
+        assert asked == (base.labels is None)
     if base.labels is None:
-        greedy = prepared.cards[0].greedy[0]
+        greedy = next(p.greedy for p in prepared.prompts[0] if p.greedy is not None)
         prompt = base.prompt_of(greedy)
         assert plain_logits(base, greedy).argmax(-1).tolist() == list(greedy.targets)
         assert base.write([prompt], max_new_tokens=4, stop=True)[0] == [

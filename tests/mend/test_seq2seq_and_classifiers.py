@@ -17,13 +17,13 @@ from mendkit.__main__ import main
 from mendkit.cost.textbook import check_recipe
 from mendkit.data.files import read_examples, write_examples
 from mendkit.errors import DataError, HyperParamError, MendkitError, ModelError
-from mendkit.evaluation.evaluate import EvaluationSet
+from mendkit.evaluation.prepare import EvaluationSet
 from mendkit.mend.batches import edit_tokens, prepare_texts
-from mendkit.mend.factors import capture_factors, capture_inputs
+from mendkit.mend.factors import FactorCache, capture_factors, capture_inputs
 from mendkit.mend.hypernetwork import MEND
 from mendkit.mend.losses import edit_nll, locality_kl
+from mendkit.mend.objective import batch_losses, total_loss
 from mendkit.mend.scoring import next_tokens
-from mendkit.mend.training import FactorCache, batch_losses, total_loss
 from mendkit.models.base import BaseModel
 from mendkit.models.checkpoints import _loader
 from mendkit.models.tokens import collate, tokenize_pair

@@ -9,21 +9,18 @@ import torch
 
 from mendkit.cost.textbook import textbook_losses
 from mendkit.errors import MendkitError
-from mendkit.evaluation.evaluate import EvaluationSet, evaluate
+from mendkit.evaluation.evaluate import evaluate
+from mendkit.evaluation.prepare import EvaluationSet
 from mendkit.mend.archive import inspect_archive, load_archive
 from mendkit.mend.batches import RIVALS, edit_tokens, prepare_texts, training_texts
 from mendkit.mend.editor import MENDEditor
+from mendkit.mend.factors import FactorCache
 from mendkit.mend.hypernetwork import MEND
+from mendkit.mend.objective import batch_losses, total_loss
+from mendkit.mend.preparation import statistics_examples, statistics_texts, wording_inputs
+from mendkit.mend.sampler import Sampler
 from mendkit.mend.scoring import forced
-from mendkit.mend.training import (
-    FactorCache,
-    Sampler,
-    Trainer,
-    batch_losses,
-    learning_rate_factor,
-    total_loss,
-    train,
-)
+from mendkit.mend.training import Trainer, learning_rate_factor, train
 from mendkit.mend.validation import validate
 from mendkit.models.trunk import FrozenTrunk
 from tests.oracles.claims import EXAMPLES, hparams, quick, scrambled, with_statistics
@@ -68,12 +65,12 @@ def test_the_factor_cache_keeps_the_shortest_texts_within_its_budget(llama):
     )
     whole = FactorCache(trunk, h)
     whole.fill(texts)
-    sizes = [sum(f.u.nbytes + f.delta.nbytes for f in whole._kept[text].values()) for text in texts]
-    assert whole.bytes == sum(sizes) and len(whole) == len(texts)
+    sizes = [sum(u.nbytes + d.nbytes for u, d in whole.kept[text].values()) for text in texts]
+    assert whole.bytes == sum(sizes) and len(whole.kept) == len(texts)
     for spare, kept in ((0, 2), (-1, 1), (1, 2)):
         some = FactorCache(trunk, h.replace(cache_bytes=sum(sizes[:2]) + spare))
         some.fill(texts)
-        assert list(some._kept) == texts[:kept] and some.bytes == sum(sizes[:kept])
+        assert list(some.kept) == texts[:kept] and some.bytes == sum(sizes[:kept])
 
 
 def test_every_role_weighs_as_told(llama):
@@ -119,9 +116,9 @@ def test_a_missing_role_fills_up_without_weight(llama):
 
 def test_every_example_is_drawn_once_an_epoch(llama):
     examples = prepare_texts(llama, hparams(), EXAMPLES)
-    batches = iter(Sampler(examples, hparams(batch_size=2)))
-    drawn = [i for _ in range(5) for i in next(batches)[0]]
-    assert sorted(drawn[:5]) == sorted(drawn[5:]) == list(range(5))
+    sampler = Sampler(examples, hparams(batch_size=2))
+    edits = [rows[0][1] for _ in range(5) for rows in sampler.draw().rows]
+    assert set(edits[:5]) == set(edits[5:]) == {texts.edit for texts in examples}
 
 
 def test_accumulating_is_one_large_batch(llama, tmp_path):
@@ -212,7 +209,7 @@ def test_a_time_budget_stops_with_an_archive(llama, tmp_path):
 
 def test_statistics_may_come_from_examples_held_out_of_training(llama, tmp_path):
     h = quick(stats_held_out=True, stats_examples=2, whiten=0.1, edit_tokens="scored")
-    trainer = Trainer(llama, h, EXAMPLES, EXAMPLES[:1], tmp_path)
+    trainer = Trainer(llama, h, EXAMPLES, EXAMPLES[:1], run_dir=tmp_path)
     assert len(trainer.train_texts) == 3 and len(trainer.stats_texts) == 2
     result = train(h, EXAMPLES, EXAMPLES[:1], base=llama, run_dir=tmp_path / "run")
     assert result.normaliser_examples == 2
@@ -225,13 +222,13 @@ def test_paired_statistics_are_of_the_answer_tokens_of_all_texts(llama, tmp_path
     h = quick(
         stats_examples=4, whiten=0.1, whiten_pairs=True, unit_response=True, edit_tokens="scored"
     )
-    trainer = Trainer(llama, h, EXAMPLES, EXAMPLES[:1], tmp_path)
+    trainer = Trainer(llama, h, EXAMPLES, EXAMPLES[:1], run_dir=tmp_path)
     trainer.prepare()
-    chosen = trainer.statistics_examples()
+    chosen = statistics_examples(trainer.train_texts, h)
     assert len(chosen) == 4
     tokens = sum(len(text.scored) for e in chosen for text in e.all())
     assert all(int(m["u"].count) == tokens for m in trainer.mend.moments.values())
-    (inputs, groups, first) = next(iter(trainer.paired(chosen)))
+    (inputs, groups, first) = next(iter(wording_inputs(trainer.trunk, h, chosen, trainer.progress)))
     assert {len(u) for u in inputs.values()} == {len(groups)} == {len(first)} == {tokens}
     sizes = torch.bincount(groups[groups >= 0]).tolist()
     assert sizes == [1 + len(e.paraphrases) for e in chosen for _ in e.edit.scored]
@@ -272,12 +269,12 @@ def test_borrowed_texts_are_of_the_right_relation_and_never_name_the_subject(lla
 def test_hard_negatives_take_their_share_of_the_neighbours(llama, tmp_path):
     h = quick(hard_negatives=1.0, neighbours_per_edit=2, texts_per_role=1, edit_tokens="scored")
     h = h.replace(whiten=0.02, whiten_pairs=True)
-    trainer = Trainer(llama, h, EXAMPLES, EXAMPLES[:1], tmp_path)
+    trainer = Trainer(llama, h, EXAMPLES, EXAMPLES[:1], run_dir=tmp_path)
     hard = training_texts(llama, h, EXAMPLES)[0].hard
     written = {llama.tokenizer.decode(text.ids) for text in hard}
     assert len(hard) == 2 and not any("France is" in text for text in written)
     assert trainer.train_texts[0].hard == hard and trainer.val_texts[0].hard == ()
-    assert set(hard) <= set(trainer.wordings(trainer.train_texts[0])[1])
+    assert set(hard) <= set(statistics_texts(trainer.train_texts[0], h)[1])
     for share, few, many in ((1.0, 2, 2), (0.5, 0.8, 1.2), (0.0, 0, 0)):
         sampler = Sampler(trainer.train_texts, h.replace(hard_negatives=share))
         drawn = [
@@ -378,14 +375,14 @@ def test_without_a_subject_or_a_relation_nothing_is_borrowed(llama):
 
 
 def test_fewer_texts_per_role_keep_the_first(llama, tmp_path):
-    trainer = Trainer(llama, quick(texts_per_role=1), EXAMPLES, EXAMPLES[:1], tmp_path)
+    trainer = Trainer(llama, quick(texts_per_role=1), EXAMPLES, EXAMPLES[:1], run_dir=tmp_path)
     assert all(
         len(own.paraphrases) == len(own.neighbours) == len(own.unrelated) == 1
         for own in trainer.train_texts
     )
     assert len(trainer.val_texts[0].paraphrases) == 2
     own = Trainer(
-        llama, quick(texts_per_role=[2, 1, 1]), EXAMPLES, EXAMPLES[:1], tmp_path
+        llama, quick(texts_per_role=[2, 1, 1]), EXAMPLES, EXAMPLES[:1], run_dir=tmp_path
     ).train_texts[0]
     assert (len(own.paraphrases), len(own.neighbours), len(own.unrelated)) == (2, 1, 1)
 

@@ -200,7 +200,7 @@ def test_code_in_a_models_folder_runs_only_if_told_and_says_what_that_means(
         load_model,
         list_layers,
         lambda h: plan(h, EXAMPLES, EXAMPLES),
-        lambda h: check_memory(h, EXAMPLES, []),
+        lambda h: check_memory(h, EXAMPLES, EXAMPLES),
     ):
         with pytest.raises(
             ModelError,
