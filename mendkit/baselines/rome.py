@@ -230,10 +230,10 @@ def key_moments(
         for s in base.sites
     }
     found = cache.find(keys.values())
-    moments = {name: torch.from_numpy(found[key][0]) for name, key in keys.items() if key in found}
+    moments = {name: found[key][0] for name, key in keys.items() if key in found}
     missing = [site.name for site in base.sites if site.name not in moments]
     for name, new in _moments(base.with_sites(missing), ids).items() if missing else ():
-        cache.add([keys[name]], [new.numpy()], [[len(new)]])
+        cache.add({keys[name]: (new,)})
         moments[name] = new
     return moments
 

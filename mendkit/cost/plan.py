@@ -29,16 +29,16 @@ from ..mend.files import damage_named
 from ..mend.hypernetwork import MEND
 from ..mend.preparation import STRUCTURE
 from ..mend.scoring import POSITIONS_PER_PASS
-from ..models.bundled import BUNDLED, bundled_model
+from ..models.bundled import bundled_model
 from ..models.cache import SHARD_BYTES
 from ..models.checkpoints import (
+    BUNDLED,
     DTYPES,
     choose_device,
-    locate,
     read_tokenizer,
     silence_transformers,
-    skeleton,
 )
+from ..models.load import locate, skeleton
 from ..models.sites import Site, find_stacks, resolve_sites
 from ..models.streaming import trunk_names
 from ..models.trunk import TOKENS_PER_PASS

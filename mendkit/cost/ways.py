@@ -23,7 +23,8 @@ from ..mend.factors import FactorCache
 from ..mend.hypernetwork import MEND, group_name, stats_name
 from ..mend.objective import batch_losses, total_loss
 from ..models.base import BaseModel
-from ..models.bundled import BUNDLED, bundled_model
+from ..models.bundled import bundled_model
+from ..models.checkpoints import BUNDLED
 from ..models.load import load_model
 from ..models.tokens import Tokens
 from ..models.trunk import FrozenTrunk
@@ -47,7 +48,6 @@ class Savings:
     trunk: bool = True
     factors: bool = True
     at_once: int | None = None  # independent edits in one pass; None: all of a step's
-    label_only: bool = True
 
 
 WAYS: dict[str, Savings | None] = {
@@ -56,7 +56,6 @@ WAYS: dict[str, Savings | None] = {
     "without trunk cache": Savings(trunk=False),
     "without factor cache": Savings(factors=False),
     "one edit at a time": Savings(at_once=1),
-    "logits of all positions": Savings(label_only=False),
 }
 
 
@@ -203,7 +202,7 @@ class Way:
         )
         self.seconds = {"trunk": 0.0, "factors": 0.0}
         if savings is not None:
-            self.trunk = FrozenTrunk(base, label_only=savings.label_only)
+            self.trunk = FrozenTrunk(base)
             h = mend.hparams.replace(cache_bytes=10**12 if savings.factors else 0)
             self.factors = FactorCache(self.trunk, h)
             if savings.trunk:

@@ -31,7 +31,7 @@ def write(
     max_new_tokens: int,
     endless: bool = False,
 ) -> list[list[int]]:
-    """The new ids after each prompt, as `generate_ids` gives them; prompt r under `edits[r]`.
+    """The new ids after each prompt, as `BaseModel.write` gives them; prompt r under `edits[r]`.
 
     `endless`: no row may end its text, each gets all its tokens. Raises ModelError for endless
     text from a model that decodes with `generate`.
@@ -69,9 +69,9 @@ def _write_causal(
 ) -> list[list[int]]:
     """One batch. Ids in `ends` are left out of the text; endless text never chooses them."""
     ids, mask = base.left_pad([prompt.ids for prompt in prompts])
-    base._check_lengths(mask, max_new_tokens)
-    ends = base._end_ids()
-    stops = frozenset() if endless else ends | base._stop_ids()
+    base.check_lengths(mask, max_new_tokens)
+    ends = base.end_ids()
+    stops = frozenset() if endless else ends | base.stop_ids()
     written: list[list[int]] = [[] for _ in prompts]
     alive = list(range(len(prompts)))
     positions, cache, left = (mask.cumsum(1) - 1).clamp(min=0), None, max_new_tokens

@@ -1,14 +1,11 @@
-"""Families of models, told apart by what they are made of and by short probes, never by a class's name.
+"""Three families of models, told apart by what they are made of, never by a class's name.
 
-- causal: predicts a text's next token;
+- causal: predicts the next token of a text;
 - seq2seq: an encoder reads the prompt, a decoder writes the answer;
-- classifier: a head of a few logits instead of a vocabulary; its answer is the name of a class. One logit z counts as
-  the two classes with logits [0, z] (`two_classes`).
+- classifier: a head of a few logits instead of a vocabulary; an answer is the name of a class.
 """
 
-from __future__ import annotations
-
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -22,7 +19,7 @@ from .sites import Site, find_stacks
 
 CAUSAL, SEQ2SEQ, CLASSIFIER = "causal", "seq2seq", "classifier"
 ONE_LOGIT = (("REFUTES", "false", "0"), ("SUPPORTS", "true", "1"))
-"""What the classes 0 and 1 of a one-logit classifier are called; the first name is the one it answers with."""
+"""What the two classes of a one-logit classifier are called; it answers with the first name."""
 
 
 def family_of(model: PreTrainedModel) -> str:
@@ -32,15 +29,20 @@ def family_of(model: PreTrainedModel) -> str:
     return SEQ2SEQ if getattr(model.config, "is_encoder_decoder", False) else CAUSAL
 
 
+def two_classes(logits: Float[Tensor, "n 1"]) -> Float[Tensor, "n 2"]:
+    """One logit z of a classifier as the logits [0, z] of "no" and "yes"."""
+    return torch.cat([torch.zeros_like(logits), logits], 1)
+
+
 @dataclass(frozen=True)
 class Labels:
     """The classes of a classifier by name."""
 
     names: tuple[str, ...]  # by class, as the model answers
-    ids: Mapping[str, int]  # every spelling in lower case
+    ids: Mapping[str, int]  # every spelling, in lower case
 
     def id(self, label: str) -> int:
-        """The class of a label, in any case. Raises DataError for an unknown one."""
+        """The class of a label, in any case. Raises DataError for an unknown label."""
         found = self.ids.get(label.strip().lower())
         if found is None:
             legal = ", ".join(sorted(self.ids, key=self.ids.__getitem__))
@@ -52,61 +54,68 @@ class Labels:
 
 @dataclass(frozen=True)
 class Head:
-    """A classifier's head: its classes, and the one position of a text that it reads."""
+    """A classifier's head: its classes, and the position of a text that it reads."""
 
     labels: Labels
     position: int | None  # 0 the first token, -1 the last, None if it reads several
 
 
 def probe_head(model: PreTrainedModel, ids: Int[Tensor, "1 t"]) -> Head:
-    """Watch a classifier read one text: how many logits does it give, and on which positions of the last block's
-    output do they depend? Raises ModelError for several labels at once, or classes without names."""
-    stacks, seen = find_stacks(model), []
+    """Let a classifier read one text, and see on which positions its logits depend.
 
-    def start_here(_: nn.Module, __: Any, output: Any) -> Any:
-        rest = output[1:] if isinstance(output, tuple) else None
-        seen.append((output if rest is None else output[0]).detach().requires_grad_())
-        return seen[-1] if rest is None else (seen[-1], *rest)
+    Raises ModelError for several labels at once, and for classes without names.
+    """
+    stacks = find_stacks(model)
+    hidden: list[Tensor] = []
 
-    handles = [list(stacks.values())[-1][-1].register_forward_hook(start_here)] if stacks else []
+    def restart_graph(_: nn.Module, __: Any, output: Any) -> Any:
+        states = output[0] if isinstance(output, tuple) else output
+        hidden.append(states.detach().requires_grad_())
+        return (hidden[-1], *output[1:]) if isinstance(output, tuple) else hidden[-1]
+
+    handles = []
+    if stacks:
+        last_block = list(stacks.values())[-1][-1]
+        handles.append(last_block.register_forward_hook(restart_graph))
     try:
         with torch.enable_grad():
             logits = model(input_ids=ids, attention_mask=torch.ones_like(ids)).logits
-            grads = (
-                torch.autograd.grad(logits[0, 0], seen[-1:], allow_unused=True) if seen else [None]
-            )
+            gradient = None
+            if hidden:
+                (gradient,) = torch.autograd.grad(logits[0, 0], hidden[-1:], allow_unused=True)
     finally:
         for handle in handles:
             handle.remove()
-    used = (
-        []
-        if grads[0] is None
-        else grads[0].reshape(ids.shape[1], -1).any(1).nonzero()[:, 0].tolist()
-    )
-    positions = {(0,): 0, (ids.shape[1] - 1,): -1} if ids.shape[1] > 1 else {}
-    return Head(_labels(model, logits.shape[1]), positions.get(tuple(used)))
+
+    length, position = ids.shape[1], None
+    if gradient is not None and length > 1:
+        used = gradient.reshape(length, -1).any(1).nonzero()[:, 0].tolist()
+        position = {(0,): 0, (length - 1,): -1}.get(tuple(used))
+    return Head(_labels(model, logits.shape[1]), position)
 
 
-def _labels(model: PreTrainedModel, n: int) -> Labels:
+def _labels(model: PreTrainedModel, count: int) -> Labels:
     config = model.config
     if getattr(config, "problem_type", None) == "multi_label_classification":
         raise ModelError(
-            "a classifier of several labels at once is not supported; give one whose classes exclude others"
+            "a classifier of several labels at once is not supported; "
+            "give one whose classes exclude each other"
         )
-    if n == 1:
-        spelt = {name.lower(): i for i, names in enumerate(ONE_LOGIT) for name in names}
-        return Labels(tuple(names[0] for names in ONE_LOGIT), spelt)
+    if count == 1:
+        no, yes = ONE_LOGIT
+        ids = dict.fromkeys(map(str.lower, no), 0) | dict.fromkeys(map(str.lower, yes), 1)
+        return Labels((no[0], yes[0]), ids)
     named = {int(i): str(name) for i, name in (config.id2label or {}).items()}
-    if set(named) != set(range(n)):
+    if set(named) != set(range(count)):
         raise ModelError(
-            f"the classifier has {n} logits, its config's id2label {len(named)} names; set one for each"
+            f"the classifier has {count} logits, its config's id2label {len(named)} names; "
+            "set one name for each"
         )
-    also = {
-        str(name).lower(): int(i) for name, i in (config.label2id or {}).items() if 0 <= int(i) < n
-    }
-    return Labels(
-        tuple(named[i] for i in range(n)), also | {name.lower(): i for i, name in named.items()}
-    )
+    ids = {}
+    for name, i in [*(config.label2id or {}).items(), *((name, i) for i, name in named.items())]:
+        if 0 <= int(i) < count:
+            ids[str(name).lower()] = int(i)
+    return Labels(tuple(named[i] for i in range(count)), ids)
 
 
 def start_id(model: PreTrainedModel) -> int:
@@ -122,30 +131,31 @@ def start_id(model: PreTrainedModel) -> int:
 
 @torch.no_grad()
 def encoder_sites(model: PreTrainedModel, sites: Sequence[Site], token: int) -> frozenset[str]:
-    """The sites of a sequence-to-sequence model that see the encoder's positions: its layers, and the decoder's keys
-    and values of its output. Told by a probe of three tokens into the encoder and two into the decoder."""
-    rows: dict[str, int] = {}
+    """Names of the sites of a sequence-to-sequence model that see the encoder's positions.
 
-    def watch(site: Site) -> Any:
-        return lambda _, args: rows.__setitem__(site.name, args[0].numel() // site.d_in)
+    These are the encoder's layers, and the decoder's keys and values of the encoder's output. Probed by
+    three tokens for the encoder and two for the decoder.
+    """
+    seen: set[str] = set()
 
-    handles = [
-        model.get_submodule(site.module).register_forward_pre_hook(watch(site)) for site in sites
-    ]
+    def watch(site: Site) -> Callable[..., None]:
+        def hook(_: nn.Module, args: tuple[Tensor, ...]) -> None:
+            if args[0].numel() == 3 * site.d_in:
+                seen.add(site.name)
+            else:
+                seen.discard(site.name)
+
+        return hook
+
+    handles = []
+    for site in sites:
+        module = model.get_submodule(site.module)
+        handles.append(module.register_forward_pre_hook(watch(site)))
     try:
         ids = torch.full((1, 3), token, device=model.get_input_embeddings().weight.device)
-        model(
-            input_ids=ids,
-            attention_mask=torch.ones_like(ids),
-            decoder_input_ids=ids[:, :2],
-            use_cache=False,
-        )
+        mask = torch.ones_like(ids)
+        model(input_ids=ids, attention_mask=mask, decoder_input_ids=ids[:, :2], use_cache=False)
     finally:
         for handle in handles:
             handle.remove()
-    return frozenset(name for name, count in rows.items() if count == 3)
-
-
-def two_classes(logits: Float[Tensor, "n 1"]) -> Float[Tensor, "n 2"]:
-    """A classifier's one logit as the logits of "no" and "yes": the other losses then hold for it as they are."""
-    return torch.cat([torch.zeros_like(logits), logits], 1)
+    return frozenset(seen)

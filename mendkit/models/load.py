@@ -1,28 +1,31 @@
-"""Base models: loading, edit sites, fingerprints.
+"""Loading a base model: its name → where it is → tokenizer and weights → edit sites.
 
-A `BaseModel` is a frozen model of one of three families (`families.py`) with its fast tokenizer and its edit sites. It
-comes from the hub, a local folder, a GGUF file or the bundled default, and is never written to afterwards.
+A model comes from a local folder, a GGUF file, the hub, or is the bundled one. It may be loaded whole, or
+without the blocks below the edits, which are then read one at a time (`streaming.py`).
 """
 
-from __future__ import annotations
-
 import logging
+import re
 import time
 from collections.abc import Sequence
 from pathlib import Path
+
+import torch
+from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from ..errors import ModelError
 from ..hparams import MENDHyperParams
 from ..runs import free_memory, return_memory
 from .base import BaseModel
-from .bundled import BUNDLED, bundled_model
+from .bundled import bundled_model
 from .checkpoints import (
+    BUNDLED,
     DTYPES,
     choose_device,
-    is_causal,
-    locate,
-    read_checkpoint,
+    explained,
+    loader_of,
     read_config,
+    read_model,
     read_tokenizer,
     silence_transformers,
 )
@@ -50,21 +53,16 @@ def load_model(
     trust_remote_code: bool = False,
     tokenizer: str | None = None,
 ) -> BaseModel:
-    """Load a causal language model, a sequence-to-sequence model or a classifier to edit, as its config says.
+    """Load a causal language model, a sequence-to-sequence model or a classifier to edit.
 
-    `source`: a local folder, a GGUF file, "smollm2-135m" (the bundled default), a hub id, or hyperparameters
-    (then all options are theirs). `dtype` "auto" keeps the checkpoint's own (GGUF: float32), `device` "auto"
-    takes the first GPU if there is one, `tokenizer` names another tokenizer's folder or hub id. Raises
-    ModelError saying what was given and what to do.
+    `source` is a local folder, a GGUF file, "smollm2-135m" (the bundled model), a hub id, or
+    hyperparameters, which then hold all options. `dtype` "auto" is the checkpoint's (GGUF: float32),
+    `device` "auto" the first GPU if there is one, `tokenizer` another tokenizer's folder or hub id.
+    Raises ModelError.
     """
     if isinstance(source, MENDHyperParams):
-        if (inner_params, dtype, device, trust_remote_code, tokenizer) != (
-            "auto",
-            "auto",
-            "auto",
-            False,
-            None,
-        ):
+        options = (inner_params, dtype, device, trust_remote_code, tokenizer)
+        if options != ("auto", "auto", "auto", False, None):
             raise ModelError(
                 "load_model(hparams) takes all options from hparams; use hparams.replace(...)"
             )
@@ -79,17 +77,17 @@ def load_model(
     if dtype != "auto" and dtype not in DTYPES:
         raise ModelError(f"dtype must be auto, {', '.join(DTYPES)}, got {dtype!r}")
     start, target = time.perf_counter(), choose_device(device)
-    place = bundled_model() if source == BUNDLED else locate(source)
-    name = place.resolve().name if isinstance(place, Path) else place
+    remote = {"trust_remote_code": trust_remote_code}
     with silence_transformers():
-        model, own = read_checkpoint(
-            place, dtype=dtype, trust_remote_code=trust_remote_code, tokenizer=tokenizer
+        place = locate(source)
+        loader = loader_of(read_config(place, **remote), place)
+        found = read_tokenizer(place, tokenizer, **remote)
+        model = read_model(place, loader, dtype=dtype, **remote).to(target)
+        weights = Weights.of(place, model.base_model_prefix)
+        base = BaseModel(
+            model, found, name=_name_of(place), inner_params=inner_params, weights=weights
         )
-        files = Weights.of(place, model.base_model_prefix)
-        base = BaseModel(model.to(target), own, name=name, inner_params=inner_params, weights=files)
-    logger.info(
-        "%s loaded in %.1f s (%s, %s)", name, time.perf_counter() - start, base.dtype, base.device
-    )
+    logger.info("loaded in %.1f s: %r", time.perf_counter() - start, base)
     return base
 
 
@@ -97,79 +95,123 @@ def load_for_training(hparams: MENDHyperParams) -> BaseModel:
     """`load_model`, or `load_streamed` where `stream_trunk` says so; raises as they do."""
     stream = hparams.stream_trunk
     if stream == "auto":
-        place = bundled_model() if hparams.model_name == BUNDLED else locate(hparams.model_name)
-        files, free = Weights.of(place, ""), free_memory(choose_device(hparams.device))
-        need = files.bytes(DTYPES.get(hparams.dtype)) if files else 0
-        stream = need > free and is_causal(
-            read_config(place, trust_remote_code=hparams.trust_remote_code)
-        )
+        place = locate(hparams.model_name)
+        weights, free = Weights.of(place), free_memory(choose_device(hparams.device))
+        needed = weights.bytes(DTYPES.get(hparams.dtype)) if weights else 0
+        stream = False
+        if needed > free:
+            config = read_config(place, trust_remote_code=hparams.trust_remote_code)
+            stream = loader_of(config, place) is AutoModelForCausalLM
         if stream:
             logger.warning(
                 "%s needs %.1f GB, %.1f GB are free: its blocks are streamed",
                 place,
-                need / 1e9,
+                needed / 1e9,
                 free / 1e9,
             )
     return load_streamed(hparams) if stream else load_model(hparams)
 
 
 def load_streamed(hparams: MENDHyperParams) -> BaseModel:
-    """Load only what training needs after the trunk pass: the blocks from the lowest edited one on, and the output.
+    """Load the blocks from the lowest edited one on, and the output: what training needs in memory.
 
-    The other weights stay in the checkpoint's safetensors files; `FrozenTrunk` reads them block by block. Raises
-    ModelError as `load_model` does, and where no chain of blocks lies below the edits.
+    The other weights stay in the checkpoint's safetensors files. Raises ModelError as `load_model`
+    does, and where no chain of blocks lies below the edits.
     """
     start, target = time.perf_counter(), choose_device(hparams.device)
-    place = bundled_model() if hparams.model_name == BUNDLED else locate(hparams.model_name)
-    name = place.resolve().name if isinstance(place, Path) else place
-    trust = {"trust_remote_code": hparams.trust_remote_code}
+    remote = {"trust_remote_code": hparams.trust_remote_code}
     with silence_transformers():
-        model, weights = hollow_model(place, dtype=hparams.dtype, **trust)
-        sites, found = resolve_sites(model, hparams.inner_params), find_blocks(model)
-        first = (
-            0
-            if found is None
-            else min((-1 if site.block is None else site.block) for site in sites)
-        )
-        if first < 1:
+        place = locate(hparams.model_name)
+        name = _name_of(place)
+        model, weights = hollow_model(place, dtype=hparams.dtype, **remote)
+        numbers = [site.block for site in resolve_sites(model, hparams.inner_params)]
+        found = find_blocks(model)
+        if found is None or None in numbers or min(numbers) < 1:
             raise ModelError(
-                f"{name}: no list of blocks lies below the edits, so nothing can be streamed; {WHOLE}"
+                f"{name}: no list of blocks lies below the edits, so nothing can be streamed; "
+                f"{WHOLE}"
             )
-        below = trunk_names(model, found[0], first)
+        below = trunk_names(model, found[0], min(numbers))
         fill_rest(model, below, weights, target)
         empty_out(model, below, target)
-        tokenizer = read_tokenizer(place, hparams.tokenizer_name, **trust)
+        tokenizer = read_tokenizer(place, hparams.tokenizer_name, **remote)
         base = BaseModel(
             model, tokenizer, name=name, inner_params=hparams.inner_params, weights=weights
         )
-        if base.blocks is None:
-            raise ModelError(
-                f"{name}: its blocks are no plain chain, so nothing can be streamed; {WHOLE}"
-            )
-    logger.info(
-        "%s: the last blocks loaded in %.1f s (%s)", name, time.perf_counter() - start, base.dtype
-    )
+    if base.blocks is None:
+        raise ModelError(
+            f"{name}: its blocks are no plain chain, so nothing can be streamed; {WHOLE}"
+        )
+    logger.info("loaded without its trunk in %.1f s: %r", time.perf_counter() - start, base)
     return base
 
 
 def release_trunk(base: BaseModel) -> None:
-    """Free the weights below the lowest edited block, and the input embeddings unless the output shares them.
+    """Free the weights below the lowest edited block, and the input embeddings if nothing else uses them.
 
-    The model is changed for all who share it: what needs it whole raises ModelError from then on. Texts whose trunk
-    states are cached need it no more. Raises ModelError if nothing lies below the lowest edited block.
+    The model is changed for all who share it: what needs it whole raises ModelError from then on.
+    Raises ModelError if nothing lies below the lowest edited block.
     """
     if base.blocks is None or base.blocks.first == 0 or base.is_spread:
         raise ModelError(
-            f"{base.name}: no plain chain of blocks lies below the edits, or a device map places them, so there is "
-            "nothing to release; edit later blocks, or set `release_trunk: false`"
+            f"{base.name}: no plain chain of blocks lies below the edits, or a device map places "
+            "them, so there is nothing to release; edit later blocks, or set `release_trunk: false`"
         )
     if base.released:
         return
     with keeping_digests(base):
-        empty_out(
-            base.model, trunk_names(base.model, base.blocks.path, base.blocks.first), base.device
-        )
-        for value in base.model.parameters():  # a view of a file would keep all its pages
-            value.data = value.data if is_hollow(value) else value.data.clone()
+        below = trunk_names(base.model, base.blocks.path, base.blocks.first)
+        empty_out(base.model, below, base.device)
+        for value in base.model.parameters():
+            if not is_hollow(value):  # a view of a file would keep all its pages
+                value.data = value.data.clone()
     base.guard_released()
     return_memory()
+
+
+def skeleton(source: str | Path, *, trust_remote_code: bool = False) -> PreTrainedModel:
+    """The model of a source without weights: all parameters are on the meta device.
+
+    Needs the configuration only. Raises ModelError as `load_model` does.
+    """
+    place = locate(source)
+    config = read_config(place, trust_remote_code=trust_remote_code)
+    loader = loader_of(config, place)
+    with explained("a model from the configuration of", place), torch.device("meta"):
+        return loader.from_config(config, trust_remote_code=trust_remote_code)
+
+
+def locate(source: str | Path) -> str | Path:
+    """Where a model is: a folder or GGUF file as a Path, a hub id as str.
+
+    "smollm2-135m" is the bundled model. Raises ModelError if it is nowhere.
+    """
+    if source == BUNDLED:
+        return bundled_model()
+    path, text = Path(source).expanduser(), str(source)
+    if path.is_dir():
+        if not (path / "config.json").is_file():
+            held = ", ".join(sorted(item.name for item in path.glob("*.gguf"))[:3])
+            remedy = "give a folder that save_pretrained wrote"
+            if held:
+                remedy = f"it holds {held}: give that file"
+            raise ModelError(f"the folder {path} has no config.json; {remedy}")
+        return path
+    if path.is_file():
+        with path.open("rb") as file:
+            if file.read(4) != b"GGUF":
+                raise ModelError(
+                    f"{path} is a file but not GGUF; give a GGUF file or a model folder"
+                )
+        return path
+    hub_id = re.fullmatch(r"\w[\w.-]*(/\w[\w.-]*)?", text) and not text.endswith(".gguf")
+    if isinstance(source, Path) or not hub_id:
+        raise ModelError(
+            f"no such file or folder: {text!r} (in {Path.cwd()}); give a model folder, a GGUF file, "
+            f"a hub id such as owner/name, or the bundled {BUNDLED}"
+        )
+    return text
+
+
+def _name_of(place: str | Path) -> str:
+    return place.resolve().name if isinstance(place, Path) else place

@@ -1,11 +1,9 @@
-"""Models with some of their weights away: released after use, or read from the checkpoint one block at a time.
+"""Models with some of their weights away: released after use, or read from the checkpoint block by block.
 
-A *hollow* parameter has shape and dtype but no storage: it lies on the meta device, or is one zero expanded, where the
-decoder's own code still reads it (the input embeddings, whose output nobody uses then). `Weights` reads a checkpoint's
-safetensors files tensor by tensor; `standing_in` lets a decoder run some of its blocks only, with its own code.
+A *hollow* parameter has shape and dtype but no storage. It lies on the meta device; the input embeddings,
+which the decoder's code still reads, become one expanded zero. `Weights` reads safetensors files tensor
+by tensor. `standing_in` lets a decoder run some of its blocks only, by its own code.
 """
-
-from __future__ import annotations
 
 import json
 from collections import defaultdict
@@ -22,7 +20,7 @@ from torch.nn.modules.module import register_module_parameter_registration_hook
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from ..errors import ModelError
-from .checkpoints import DTYPES, checked_loader, explained, is_causal, read_config
+from .checkpoints import DTYPES, explained, loader_of, read_config
 from .sites import find_blocks, probe_chain
 
 INDEX = "model.safetensors.index.json"
@@ -31,27 +29,23 @@ WHOLE = "set `stream_trunk: false` to load the model whole"
 
 
 class Weights:
-    """The tensors of a model folder's safetensors files by parameter name, read one at a time.
+    """The tensors in a model folder's safetensors files, read one at a time by parameter name.
 
-    `prefix` is what the names of some checkpoints lack, or have in addition (the base model's). Raises ModelError
-    if the folder has no such files.
+    `prefix` is what some checkpoints add to the names, or leave out: the base model's.
     """
 
     def __init__(self, folder: Path, prefix: str) -> None:
         self.folder, self.prefix = folder, prefix
-        if (folder / INDEX).is_file():
-            files = json.loads((folder / INDEX).read_text(encoding="utf-8"))["weight_map"]
-        elif (folder / SINGLE).is_file():
-            with explained("the weights of", folder), safe_open(folder / SINGLE, "pt") as file:
-                files = dict.fromkeys(file.keys(), SINGLE)
-        else:
-            raise ModelError(
-                f"{folder} has no safetensors files, so its blocks cannot be read one by one; {WHOLE}"
-            )
-        self._files: dict[str, str] = files
+        with explained("the weights of", folder):
+            if (folder / INDEX).is_file():
+                index = json.loads((folder / INDEX).read_text(encoding="utf-8"))
+                self._files: dict[str, str] = index["weight_map"]
+            else:
+                with safe_open(folder / SINGLE, "pt") as file:
+                    self._files = dict.fromkeys(file.keys(), SINGLE)
 
     @classmethod
-    def of(cls, place: str | Path, prefix: str) -> Weights | None:
+    def of(cls, place: str | Path, prefix: str = "") -> "Weights | None":
         """Those of a folder that has such files, else None."""
         held = isinstance(place, Path) and any((place / name).is_file() for name in (INDEX, SINGLE))
         return cls(place, prefix) if held else None
@@ -60,16 +54,15 @@ class Weights:
         return self._key(name) is not None
 
     def read(self, name: str, dtype: torch.dtype) -> Tensor:
-        """The tensor of a parameter in memory of its own. Raises ModelError if it is not there."""
+        """A copy of a parameter's tensor. Raises ModelError if it is not there."""
         key = self._key(name)
         if key is None:
             raise ModelError(
                 f"the checkpoint {self.folder} has no weight {name}; give a complete one, or {WHOLE}"
             )
         try:
-            with safe_open(
-                self.folder / self._files[key], "pt"
-            ) as file:  # opened anew: no pages stay mapped
+            # Opened each time, so that no pages of the file stay mapped.
+            with safe_open(self.folder / self._files[key], "pt") as file:
                 return file.get_tensor(key).to(dtype, copy=True)
         except (SafetensorError, OSError) as error:
             raise ModelError(
@@ -82,12 +75,9 @@ class Weights:
         return files if dtype is None else files * dtype.itemsize // self.dtype().itemsize
 
     def dtype(self) -> torch.dtype:
-        """Of the first tensor."""
-        key = next(iter(self._files))
-        with (
-            explained("the weights of", self.folder),
-            safe_open(self.folder / self._files[key], "pt") as file,
-        ):
+        """That of the first tensor."""
+        key, name = next(iter(self._files.items()))
+        with explained("the weights of", self.folder), safe_open(self.folder / name, "pt") as file:
             return file.get_tensor(key).dtype
 
     def _key(self, name: str) -> str | None:
@@ -95,70 +85,49 @@ class Weights:
         return next((key for key in spellings if key in self._files), None)
 
 
+# ------------------------------------------------------------------------------- hollow parameters
+
+
 def hollow_model(
     place: str | Path, *, dtype: str, trust_remote_code: bool = False
 ) -> tuple[PreTrainedModel, Weights]:
-    """A causal model of a folder or hub id with hollow parameters and real buffers, and its weights to be read.
+    """A causal model of a folder or hub id with hollow parameters and real buffers, and its weights.
 
-    Raises ModelError as `read_checkpoint` does, and for a checkpoint that is not in safetensors files.
+    Raises ModelError as `read_checkpoint` does, and for a checkpoint without safetensors files.
     """
     config = read_config(place, trust_remote_code=trust_remote_code)
-    checked_loader(config, place)
-    if not is_causal(config):
+    if loader_of(config, place) is not AutoModelForCausalLM:
         raise ModelError(
             f"{place} is no causal language model, and only such ones can be streamed; {WHOLE}"
         )
-    with explained("the weights of", place):
-        folder = (
-            place
-            if isinstance(place, Path)
-            else Path(snapshot_download(place, allow_patterns=["*.safetensors*"]))
+    folder = place
+    if isinstance(place, str):
+        with explained("the weights of", place):
+            folder = Path(snapshot_download(place, allow_patterns=["*.safetensors*"]))
+    weights = Weights.of(folder)
+    if weights is None:
+        raise ModelError(
+            f"{folder} has no safetensors files, so its blocks cannot be read one by one; {WHOLE}"
         )
-    weights = Weights(folder, "")
+
+    def on_meta(_: nn.Module, __: str, value: nn.Parameter | None) -> nn.Parameter | None:
+        if value is None or value.is_meta:
+            return value
+        return nn.Parameter(value.to("meta"), requires_grad=False)
+
     kept = DTYPES.get(dtype) or config.dtype or weights.dtype()
-    with explained("a model from the configuration of", place), _born_hollow():
-        model = AutoModelForCausalLM.from_config(
-            config, dtype=kept, trust_remote_code=trust_remote_code
-        )
+    with explained("a model from the configuration of", place):
+        with register_module_parameter_registration_hook(on_meta):
+            model = AutoModelForCausalLM.from_config(
+                config, dtype=kept, trust_remote_code=trust_remote_code
+            )
     weights.prefix = model.base_model_prefix
     return model, weights
 
 
-@contextmanager
-def _born_hollow() -> Iterator[None]:
-    """Within the context new modules get their parameters on the meta device, and their buffers as ever."""
-
-    def place(_: nn.Module, __: str, value: nn.Parameter | None) -> nn.Parameter | None:
-        return (
-            value
-            if value is None or value.is_meta
-            else nn.Parameter(value.to("meta"), requires_grad=False)
-        )
-
-    handle = register_module_parameter_registration_hook(place)
-    try:
-        yield
-    finally:
-        handle.remove()
-
-
-def fill_rest(
-    model: PreTrainedModel, hollow: Sequence[str], weights: Weights, device: torch.device
-) -> None:
-    """Read every parameter but those named `hollow`, and the buffers that the checkpoint has, onto `device`."""
-    names = defaultdict(list)
-    for name, value in model.named_parameters(remove_duplicate=False):
-        names[id(value)].append((name, value.dtype))
-    for same in names.values():
-        if same[0][0] not in hollow:
-            found = next(
-                (name for name, _ in same if name in weights), same[0][0]
-            )  # tied: kept under one name
-            put(model, [name for name, _ in same], weights.read(found, same[0][1]).to(device))
-    for name, value in list(model.named_buffers()):
-        module, _, leaf = name.rpartition(".")
-        there = weights.read(name, value.dtype) if name in weights else value
-        model.get_submodule(module)._buffers[leaf] = there.to(device)
+def is_hollow(value: Tensor) -> bool:
+    """Whether a parameter has no storage of its own."""
+    return value.is_meta or (value.numel() > 1 and not any(value.stride()))
 
 
 def put(model: nn.Module, names: Sequence[str], value: Tensor) -> None:
@@ -169,31 +138,50 @@ def put(model: nn.Module, names: Sequence[str], value: Tensor) -> None:
         model.get_submodule(module)._parameters[leaf] = parameter
 
 
+def _names_by_parameter(model: nn.Module) -> list[list[str]]:
+    """The names of each parameter: several if it is tied."""
+    names = defaultdict(list)
+    for name, value in model.named_parameters(remove_duplicate=False):
+        names[id(value)].append(name)
+    return list(names.values())
+
+
+def fill_rest(
+    model: PreTrainedModel, hollow: Sequence[str], weights: Weights, device: torch.device
+) -> None:
+    """Read every parameter but those named `hollow`, and the checkpoint's buffers, onto `device`."""
+    for names in _names_by_parameter(model):
+        if names[0] not in hollow:
+            # A tied parameter is stored under one of its names.
+            stored = next((name for name in names if name in weights), names[0])
+            value = weights.read(stored, model.get_parameter(stored).dtype)
+            put(model, names, value.to(device))
+    for name, value in list(model.named_buffers()):
+        module, _, leaf = name.rpartition(".")
+        if name in weights:
+            value = weights.read(name, value.dtype)
+        model.get_submodule(module)._buffers[leaf] = value.to(device)
+
+
 def empty_out(model: PreTrainedModel, names: Sequence[str], device: torch.device) -> None:
     """Make these parameters hollow."""
-    embedding = {id(value) for value in model.get_input_embeddings().parameters()}
+    table = model.get_input_embeddings().weight
     for name in names:
         value = model.get_parameter(name)
         zero = torch.zeros((), dtype=value.dtype, device=device).expand(value.shape)
-        put(model, [name], zero if id(value) in embedding else value.to("meta"))
+        put(model, [name], zero if value is table else value.to("meta"))
 
 
 def trunk_names(model: PreTrainedModel, path: str, first: int) -> list[str]:
-    """The parameters that only the blocks below `first` of the list `path` use, or only the input embeddings."""
-    modules = {id(module): name for name, module in model.named_modules()}
-    below = (
-        *(f"{path}.{i}." for i in range(first)),
-        f"{modules[id(model.get_input_embeddings())]}.",
-    )
-    uses = defaultdict(list)
-    for name, value in model.named_parameters(remove_duplicate=False):
-        uses[id(value)].append(name)
-    return [
-        name
-        for names in uses.values()
-        if all(name.startswith(below) for name in names)
-        for name in names
-    ]
+    """The parameters that only the input embeddings, or blocks below `first` in list `path`, use."""
+    embedding = model.get_input_embeddings()
+    home = next(name for name, module in model.named_modules() if module is embedding)
+    below = (f"{home}.", *(f"{path}.{i}." for i in range(first)))
+    found = []
+    for names in _names_by_parameter(model):
+        if all(name.startswith(below) for name in names):
+            found += names
+    return found
 
 
 @contextmanager
@@ -201,26 +189,39 @@ def present(
     model: PreTrainedModel, names: Sequence[str], weights: Weights, device: torch.device
 ) -> Iterator[None]:
     """Within the context these hollow parameters have their values."""
-    hollow = {name: model.get_parameter(name) for name in names}
     with ExitStack() as stack:
-        for name, value in hollow.items():
-            stack.callback(put, model, [name], value.data)
-            put(model, [name], weights.read(name, value.dtype).to(device))
+        for name in names:
+            hollow = model.get_parameter(name)
+            stack.callback(put, model, [name], hollow.data)
+            put(model, [name], weights.read(name, hollow.dtype).to(device))
         yield
 
 
-# --------------------------------------------------------------------------------------------- some blocks only
+def guard(block: nn.Module, remedy: str) -> None:
+    """Make a block raise ModelError if it runs while it is hollow."""
+
+    def check(*_: Any) -> None:
+        if any(map(is_hollow, block.parameters())):
+            raise ModelError(
+                f"the weights below the lowest edited block are not in memory; {remedy}"
+            )
+
+    block.register_forward_pre_hook(check)
 
 
-class _Handover(nn.Module):
-    """Stands in for a block that does not run; with `states` it hands these on, else what it is given."""
+# ------------------------------------------------------------------------------------- some blocks
+
+
+class _StandIn(nn.Module):
+    """Takes the place of a block. It hands on `states` if given, else its input."""
 
     def __init__(self, block: nn.Module, states: Tensor | None, as_tuple: bool) -> None:
         super().__init__()
-        self._block = [block]  # a list: its parameters stay out of this module
+        self._block = [block]  # in a list, so that its parameters are not this module's
         self._states, self._as_tuple = states, as_tuple
 
     def __getattr__(self, name: str) -> Any:
+        # The decoder may ask a block for more, such as its kind of attention.
         try:
             return super().__getattr__(name)
         except AttributeError:
@@ -236,25 +237,23 @@ def standing_in(
     model: PreTrainedModel,
     path: str,
     as_tuple: bool,
-    /,
     *,
     first: int,
     last: int | None = None,
-    states: Any = None,
+    states: Tensor | None = None,
 ) -> Iterator[None]:
-    """Within the context only the blocks `first` to `last` (None: to the end) of the list `path` run.
+    """Within the context only the blocks `first` to `last` (None: to the end) of list `path` run.
 
     What enters `first` is `states` (n, t, d), if given, else what would enter block 0.
     """
     parent_name, _, name = path.rpartition(".")
     parent = model.get_submodule(parent_name)
     blocks = getattr(parent, name)
-    end = len(blocks) if last is None else last + 1
-    lower = [
-        _Handover(b, states if i == 0 else None, as_tuple) for i, b in enumerate(blocks[:first])
-    ]
-    upper = [_Handover(b, None, as_tuple) for b in blocks[end:]]
-    setattr(parent, name, nn.ModuleList([*lower, *blocks[first:end], *upper]))
+    swapped = list(blocks)
+    for i, block in enumerate(blocks):
+        if i < first or (last is not None and i > last):
+            swapped[i] = _StandIn(block, states if i == 0 else None, as_tuple)
+    setattr(parent, name, nn.ModuleList(swapped))
     try:
         yield
     finally:
@@ -262,7 +261,7 @@ def standing_in(
 
 
 def probe_hollow(model: PreTrainedModel, first: int, token: int) -> bool | None:
-    """As `probe_chain`, for a model whose blocks below `first` are hollow: stand-ins run in their place."""
+    """As `probe_chain`, for a model whose blocks below `first` are hollow: stand-ins run for them."""
     path, blocks = find_blocks(model)
     if first == 0:
         return probe_chain(model, blocks, token)
@@ -270,31 +269,8 @@ def probe_hollow(model: PreTrainedModel, first: int, token: int) -> bool | None:
         with standing_in(model, path, as_tuple, first=first):
             try:
                 found = probe_chain(model, model.get_submodule(path), token)
-            except (
-                AttributeError,
-                IndexError,
-                RuntimeError,
-                TypeError,
-                ValueError,
-            ):  # the other kind is expected
-                continue
+            except (AttributeError, IndexError, RuntimeError, TypeError, ValueError):
+                continue  # the decoder expects the other kind
         if found is as_tuple:
             return found
     return None
-
-
-def is_hollow(value: Tensor) -> bool:
-    """Whether a parameter has no storage of its own."""
-    return value.is_meta or (value.numel() > 1 and not any(value.stride()))
-
-
-def guard(block: nn.Module, remedy: str) -> torch.utils.hooks.RemovableHandle:
-    """Make a block raise ModelError if it runs while it is hollow."""
-
-    def check(*_: Any) -> None:
-        if any(map(is_hollow, block.parameters())):
-            raise ModelError(
-                f"the weights below the lowest edited block are not in memory; {remedy}"
-            )
-
-    return block.register_forward_pre_hook(check)

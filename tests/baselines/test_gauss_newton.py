@@ -14,8 +14,8 @@ from mendkit.baselines.rome import key_moments
 from mendkit.data.examples import EditExample
 from mendkit.errors import HyperParamError, ModelError
 from mendkit.evaluation.evaluate import evaluate
-from mendkit.evaluation.prepare import EvaluationSet
 from mendkit.evaluation.many import in_sequence, together
+from mendkit.evaluation.prepare import EvaluationSet
 from mendkit.mend.batches import edit_tokens
 from mendkit.mend.scoring import forced
 from mendkit.mend.updates import side_branches

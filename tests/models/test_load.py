@@ -31,7 +31,7 @@ def test_decoding_is_greedy(family, request):
     base = request.getfixturevalue(family)
     for prompt in PROMPTS[:4]:
         ids = base.tokenizer(prompt)["input_ids"]
-        got = base.generate_ids(*base.left_pad([ids]), max_new_tokens=12, stop=False)
+        got = base.write([base.tokenize(prompt)], max_new_tokens=12, stop=False)
         assert got == [naive_greedy(base, ids, 12)]
 
 
@@ -49,15 +49,15 @@ def test_batched_and_single_generation_agree(family, stop, request):
 def test_rows_keep_their_order_and_stop_by_themselves(family, request):
     """Oracle: the rows that nothing stopped, cut by hand. Full stops and newlines are made likely for it."""
     base = request.getfixturevalue(family)
-    rows = [base.tokenizer(prompt)["input_ids"] for prompt in PROMPTS]
+    rows = [base.tokenize(prompt) for prompt in PROMPTS]
     stops = [token for end in ".\n" for token in base.tokenizer(end)["input_ids"]]
     bonus = torch.zeros(len(base.tokenizer))
     bonus[stops] = 1.0
     head = base.model.get_output_embeddings()
     handle = head.register_forward_hook(lambda _, args, logits: logits + bonus)
     try:
-        free = base.generate_ids(*base.left_pad(rows), max_new_tokens=24, stop=False)
-        stopped = base.generate_ids(*base.left_pad(rows), max_new_tokens=24, stop=True)
+        free = base.write(rows, max_new_tokens=24, stop=False)
+        stopped = base.write(rows, max_new_tokens=24, stop=True)
         singles = [base.generate(prompt, max_new_tokens=24) for prompt in PROMPTS]
         together = base.generate_batch(PROMPTS, max_new_tokens=24)
     finally:
@@ -92,10 +92,10 @@ def test_the_checkpoints_generation_settings_have_no_say():
 
 def test_every_declared_end_of_text_ends_a_row():
     base = tiny_llama()
-    ids = base.tokenizer(PROMPTS[0])["input_ids"]
-    row = base.generate_ids(*base.left_pad([ids]), max_new_tokens=8, stop=False)[0]
+    prompt = [base.tokenize(PROMPTS[0])]
+    row = base.write(prompt, max_new_tokens=8, stop=False)[0]
     base.model.generation_config.eos_token_id = [base.eos_id, row[2], 10**6]
-    cut = base.generate_ids(*base.left_pad([ids]), max_new_tokens=8, stop=False)[0]
+    cut = base.write(prompt, max_new_tokens=8, stop=False)[0]
     assert cut == row[: row.index(row[2])]
 
 
@@ -120,13 +120,6 @@ def test_new_text_keeps_the_leading_space_and_drops_special_tokens(llama):
 def test_misuse_of_generation_is_explained(llama, call, error, words):
     with pytest.raises(error, match=words):
         call(llama)
-
-
-def test_right_padding_is_refused(llama):
-    ids, mask = llama.left_pad([[5, 6], [7]])
-    assert mask.tolist() == [[1, 1], [0, 1]] and ids[1, 0] == llama.pad_id
-    with pytest.raises(DataError, match="on the left"):
-        llama.generate_ids(ids.flip(1), mask.flip(1), max_new_tokens=2, stop=False)
 
 
 def test_the_fingerprint_tells_sites_trunk_and_tokenizer_apart(tmp_path):
