@@ -36,8 +36,9 @@ from typing import Any, Protocol, runtime_checkable
 import psutil
 
 from ..errors import MendkitError
-from ..hparams import read_yaml, to_bytes
+from ..hparams import to_bytes
 from ..runs import clock, provenance, write_json
+from ..strict_yaml import read_yaml
 from .notebook import Failure, run_notebook
 from .report import Plan, data_of, default_notebooks, draft_report, export
 
