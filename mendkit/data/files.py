@@ -278,12 +278,13 @@ def _records(path: Path) -> Iterator[tuple[str, Any]]:
     if isinstance(whole, list):
         for number, record in enumerate(whole):
             yield f"{path}: record {number}", record
-    elif content.lstrip().startswith("["):
-        raise DataError(f"{path}: {whole}")
-    else:
-        for number, line in enumerate(content.split("\n"), 1):
-            if line.strip():
-                yield f"{path}:{number}", _from_json(line)
+        return
+    first = content.lstrip().partition("\n")[0]
+    if first.startswith("[") and isinstance(_from_json(first), DataError):
+        raise DataError(f"{path}: {whole}")  # an array, not lines
+    for number, line in enumerate(content.split("\n"), 1):
+        if line.strip():
+            yield f"{path}:{number}", _from_json(line)
 
 
 def _from_json(text: str) -> Any:
