@@ -24,7 +24,7 @@ from ..data.files import read_examples
 from ..mend.batches import edit_tokens
 from ..mend.editor import MENDEditor
 from ..mend.hypernetwork import MEND
-from ..mend.training import make_optimiser
+from ..mend.steps import make_optimiser
 from ..mend.updates import attach, select, side_branches
 from ..models.base import BaseModel
 from ..models.checkpoints import silence_transformers

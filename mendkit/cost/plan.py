@@ -354,9 +354,10 @@ def check_memory(
     settings, other = fitting(
         hparams, train, validation, budget=free + found.idle, keep_trunk=keep_trunk
     )
-    advice = f"with {in_words(settings)} it fits"
+    words = in_words(settings) or "all savings"
+    advice = f"with {words} it fits"
     if other.largest.peak > free:
-        advice = f"even with {in_words(settings)} it does not fit"
+        advice = f"even with {words} it does not fit"
     raise MendkitError(
         f"training is planned to need {need / 1e9:.2f} GB ({found.largest.name}), "
         f"{free / 1e9:.2f} GB are free; {advice} ({other.largest.peak / 1e9:.2f} GB); "

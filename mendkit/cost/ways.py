@@ -21,7 +21,7 @@ from ..hparams import MENDHyperParams
 from ..mend.batches import prepare_texts
 from ..mend.factors import FactorCache
 from ..mend.hypernetwork import MEND, group_name, stats_name
-from ..mend.objective import batch_losses, total_loss
+from ..mend.steps import batch_losses, total_loss
 from ..models.base import BaseModel
 from ..models.bundled import bundled_model
 from ..models.checkpoints import BUNDLED

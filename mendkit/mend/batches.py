@@ -1,8 +1,10 @@
-"""The texts of an edit example as tokens: what training, validation, editing and scoring read."""
+"""The texts of edit examples as tokens, and the batches that training draws of them."""
 
 import logging
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+
+import torch
 
 from ..data.examples import EditExample, Probe, join
 from ..data.files import Examples, Skipped, hard_negatives
@@ -56,9 +58,8 @@ class ExampleTexts:
 
     def all(self) -> tuple[Tokens, ...]:
         """Every text."""
-        targets = (self.edit, *self.paraphrases)
-        preserved = (*self.neighbours, *self.unrelated, *self.hard)
-        return (*targets, *preserved, *self.rivals.values())
+        kept = (*self.neighbours, *self.unrelated, *self.hard)
+        return (self.edit, *self.paraphrases, *kept, *self.rivals.values())
 
 
 def edit_tokens(
@@ -74,8 +75,8 @@ def edit_tokens(
     )
     if len(tokens.targets) > hparams.max_target_tokens:
         raise LimitError(
-            f"target_new {example.target_new[:60]!r} has {len(tokens.targets)} tokens, the limit is "
-            f"{hparams.max_target_tokens}; shorten it or raise `max_target_tokens`"
+            f"target_new {example.target_new[:60]!r} has {len(tokens.targets)} tokens, the limit "
+            f"is {hparams.max_target_tokens}; shorten it or raise `max_target_tokens`"
         )
     return tokens
 
@@ -160,3 +161,134 @@ def _rivals(
     known = [probe for probe in probes if probe.answer not in (None, example.target_new)]
     rivals = _probes(base, h, known, example.target_new)
     return dict(zip(_probes(base, h, known), rivals, strict=True))
+
+
+MOST_TRIES = 10
+"""Draws after which no text is borrowed for want of a fitting one."""
+
+Rows = list[list[tuple[str, Tokens]]]
+"""For each edit the same number of (role, text), the edit first; the role "" only fills up."""
+
+
+@dataclass(frozen=True)
+class Batch:
+    """The edits of a step, with their texts."""
+
+    rows: Rows
+    at_once: int  # so many edits in a row share one update
+    earlier: list[Tokens]  # edits made before these (`train_on: sequence`)
+
+
+class Sampler:
+    """Draws batches from one generator; every example comes once an epoch, in a new order.
+
+    `borrow` is the share of neighbours and unrelated prompts that are other examples' texts: of the
+    same relation for neighbours, of another for unrelated prompts. They never name the subject.
+    `hard_negatives` is the share of neighbours that are hard. `swap` is the share of edits made
+    with any wording of an example; the others are then its paraphrases.
+    """
+
+    def __init__(self, examples: Sequence[ExampleTexts], hparams: MENDHyperParams) -> None:
+        self.examples, self.hparams = examples, hparams
+        self.generator = torch.Generator().manual_seed(hparams.seed)
+        self.order: list[int] = []  # what is left of the epoch
+        # What other examples may borrow: prompt, relation (None: unrelated prompts) and text.
+        self.lent: list[tuple[str, str | None, Tokens]] = []
+        for texts in examples:
+            e = texts.example
+            kin = (e.prompt, *e.paraphrases[: len(texts.paraphrases)], *_prompts(e.neighbours))
+            read = (texts.edit, *texts.paraphrases, *texts.neighbours)
+            self.lent += zip(kin, [e.relation] * len(read), read, strict=False)
+            unrelated = zip(_prompts(e.unrelated), texts.unrelated, strict=False)
+            self.lent += [(prompt, None, text) for prompt, text in unrelated]
+        self.by_relation: dict[str | None, list[tuple[str, str | None, Tokens]]] = {}
+        for lent in self.lent:
+            self.by_relation.setdefault(lent[1], []).append(lent)
+
+    def draw(self) -> Batch:
+        """The next batch."""
+        h, at_once = self.hparams, 1
+        if h.train_on == "batch":
+            at_once = self._count(min(h.most_edits, len(self.examples)))
+        size = max(min(h.batch_size, len(self.examples)) // at_once, 1) * at_once
+        while len(self.order) < size:
+            self.order += self._permutation(len(self.examples))
+        index, self.order = self.order[:size], self.order[size:]
+        return Batch(self.texts(index), at_once, self._earlier())
+
+    def texts(self, index: Sequence[int]) -> Rows:
+        """The texts drawn for the examples of these numbers."""
+        rows = [self._texts_of(self.examples[i]) for i in index]
+        most = max(map(len, rows))
+        return [drawn + [("", drawn[0][1])] * (most - len(drawn)) for drawn in rows]
+
+    def _texts_of(self, example: ExampleTexts) -> list[tuple[str, Tokens]]:
+        h = self.hparams
+        wordings, number = [example.edit, *example.paraphrases], 0
+        if h.swap and self._chance() < h.swap:
+            number = int(self._chance() * len(wordings))
+        drawn = [("edit", wordings.pop(number))]
+        for text in self._some(wordings, h.paraphrases_per_edit):
+            drawn.append(("paraphrases", text))
+        for text in self._neighbours(example):
+            drawn.append(("neighbours", text))
+            if text in example.rivals:  # right behind it: `batch_losses` compares the two
+                drawn.append((RIVALS, example.rivals[text]))
+        for text in self._preserved(example, "unrelated", h.unrelated_per_edit):
+            drawn.append(("unrelated", text))
+        return drawn
+
+    def _neighbours(self, example: ExampleTexts) -> list[Tokens]:
+        h = self.hparams
+        chosen = self._preserved(example, "neighbours", h.neighbours_per_edit)
+        if not h.hard_negatives:
+            return chosen
+        hits = sum(self._chance() < h.hard_negatives for _ in range(h.neighbours_per_edit))
+        hard = self._some(example.hard, hits)
+        return [*hard, *chosen][: h.neighbours_per_edit]
+
+    def _preserved(self, example: ExampleTexts, role: str, count: int) -> list[Tokens]:
+        """So many texts of a role, a share of them borrowed."""
+        chosen, borrowed = self._some(getattr(example, role), count), []
+        for _ in range(count if self.hparams.borrow else 0):
+            if self._chance() < self.hparams.borrow:
+                borrowed.append(self._borrowed(example, role))
+        found = [text for text in borrowed if text is not None]
+        return [*found, *chosen][:count]
+
+    def _borrowed(self, texts: ExampleTexts, role: str) -> Tokens | None:
+        """Another example's text; None where no draw found one that fits."""
+        example, same = texts.example, role == "neighbours"
+        if example.subject is None or (same and example.relation is None):
+            return None
+        pool = self.by_relation[example.relation] if same else self.lent
+        for _ in range(MOST_TRIES):
+            prompt, relation, text = pool[int(self._chance() * len(pool))]
+            fits = same or relation is None or relation != example.relation
+            if fits and example.subject not in prompt:
+                return text
+        return None
+
+    def _earlier(self) -> list[Tokens]:
+        """With `train_on: sequence` up to `most_edits` less one edits made before."""
+        if self.hparams.train_on != "sequence":
+            return []
+        count = self._count(min(self.hparams.most_edits, len(self.examples))) - 1
+        return [self.examples[i].edit for i in self._permutation(len(self.examples))[:count]]
+
+    def _count(self, most: int) -> int:
+        """A number from 1 to `most`, its logarithm uniform."""
+        return min(int((most + 1) ** self._chance()), most)
+
+    def _some(self, texts: Sequence[Tokens], count: int) -> list[Tokens]:
+        return [texts[i] for i in self._permutation(len(texts))[:count]]
+
+    def _permutation(self, count: int) -> list[int]:
+        return torch.randperm(count, generator=self.generator).tolist()
+
+    def _chance(self) -> float:
+        return float(torch.rand((), generator=self.generator))
+
+
+def _prompts(probes: Iterable[Probe]) -> list[str]:
+    return [probe.prompt for probe in probes]

@@ -2,15 +2,14 @@
 
 For y = W x a token t adds delta_t u_tᵀ to dL/dW, with u_t = x_t and delta_t = dL/dy_t. Hooks on the
 layer read both, so the orientation of its weight does not matter. Tokens are chosen by position,
-never by comparing floats with zero (CORRECTNESS row 11). In a causal model or a decoder a token
-counts up to the last scored position of its text. In an encoder or a classifier every token counts.
-In the last block's MLP only scored positions receive a gradient (`Site.scored_only`).
+never by comparing floats with zero (CORRECTNESS row 11).
 Axes: e edits, n tokens of all edits (packed), t tokens padded, i layer input, o layer output.
 """
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
+from functools import partial
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -37,10 +36,10 @@ Report = Callable[[int, int], None]
 
 @dataclass(frozen=True)
 class GradientFactors:
-    """Rank-one factors of a linear layer's gradient (MEND, section 3.1) for one or several edits, packed.
+    """Factors of one or several edits at a layer, packed; `rows[k]` is the edit of token k.
 
-    `rows[k]` is the edit of token k. Each edit's loss is a mean over its target tokens, so its
-    factors have the scale of a single edit whatever the batch (CORRECTNESS row 12).
+    Each edit's loss is a mean over its target tokens, so its factors have the scale of a single
+    edit whatever the batch (CORRECTNESS row 12).
     """
 
     u: Float[Tensor, "n i"]  # layer inputs
@@ -62,15 +61,12 @@ Inputs = dict[str, Tensor]
 def capture_factors(
     trunk: FrozenTrunk, texts: Sequence[Tokens], *, tokens: str = "all", reduction: str = "edit"
 ) -> Factors:
-    """Factors of the edit loss of each text, packed in text order.
+    """Factors of the edit loss of each text, packed in text order: one pass through the suffix.
 
     `tokens`: "all" that contribute (MEND), or only the "scored" ones, which predict the answer.
-    `reduction`: a text's loss is the "sum" of its NLL over the target tokens, else the mean.
-    Raises HyperParamError if a site has no "scored" tokens: in an encoder, or under a head that
-    reads several.
-
-    One pass through the suffix and one backward pass to the lowest site. The model's parameters,
-    their `.grad` and its hooks are left as they were (CORRECTNESS rows 13, 14).
+    `reduction`: a text's loss is the "sum" of its NLL over the target tokens, else the mean. The
+    model is left as it was (CORRECTNESS rows 13, 14). Raises HyperParamError where a site has no
+    "scored" tokens: in an encoder, or under a head that reads several.
     """
     return factors_and_losses(trunk, texts, tokens=tokens, reduction=reduction)[0]
 
@@ -78,7 +74,7 @@ def capture_factors(
 def factors_and_losses(
     trunk: FrozenTrunk, texts: Sequence[Tokens], *, tokens: str = "all", reduction: str = "edit"
 ) -> tuple[Factors, Float[Tensor, " e"]]:
-    """What `capture_factors` gives, and the loss of each text (nats)."""
+    """What `capture_factors` gives, and each text's loss (nats)."""
     base = trunk.base
     batch = collate(texts, base.pad_id, base.device)
     losses = torch.empty(0)
@@ -101,10 +97,7 @@ def factors_and_losses(
 
 @torch.no_grad()
 def capture_inputs(trunk: FrozenTrunk, texts: Sequence[Tokens]) -> Inputs:
-    """Inputs u of every site at the scored positions of `texts`, packed in text order: one suffix pass.
-
-    Raises HyperParamError as `capture_factors` does for "scored" tokens.
-    """
+    """Inputs u of every site at the scored positions of `texts`, packed; raises as above."""
     batch = collate(texts, trunk.base.pad_id, trunk.base.device)
     with _record(trunk.base) as record:
         trunk.suffix(texts, batch)
@@ -118,10 +111,10 @@ def capture_inputs(trunk: FrozenTrunk, texts: Sequence[Tokens]) -> Inputs:
 def record_factors(
     base: BaseModel, loss: Callable[[], Float[Tensor, ""]]
 ) -> dict[str, tuple[Float[Tensor, "*n i"], Float[Tensor, "*n o"]]]:
-    """(u, delta) of every site and every position for the scalar that `loss()` computes with the model.
+    """(u, delta) of every site and position for the scalar that `loss()` computes.
 
-    Both are (e, t, …), or (e · t, …) where a layer sees rows and positions as one axis. Raises
-    ModelError naming the sites that the scalar does not depend on: edits there change nothing.
+    Some layers see rows and positions as one axis. Raises ModelError naming the sites that the
+    scalar does not depend on: edits there change nothing.
     """
     with torch.enable_grad(), _record(base) as record:
         scalar = loss()
@@ -150,38 +143,19 @@ def as_one_loss(factors: Factors, texts: Sequence[Tokens]) -> Factors:
 def chosen_tokens(
     base: BaseModel, site: Site, batch: TextBatch, tokens: str
 ) -> Bool[Tensor, "e t"]:
-    """The tokens whose terms are kept, of those that the site sees (`tokens`: `capture_factors`)."""
+    """The tokens, of those that the site sees, whose terms are kept (`capture_factors`)."""
     if tokens == "scored":
         _check_scored(base, site)
+    if tokens == "scored" or site.scored_only:
         return batch.scored
-    if site.scored_only:
-        return batch.scored
-    if _reads_all(base, site):
+    if base.family == CLASSIFIER or base.sees_encoder(site):
         return batch.attention_mask.bool()
-    # A causal token contributes if a scored position of its text is at it or after it.
+    # A token of a causal model counts if a scored position of its text is at it or after it.
     return batch.scored.flip(1).cumsum(1).flip(1) > 0
 
 
-def factor_bytes(base: BaseModel, text: Tokens, tokens: str) -> int:
-    """Bytes that the factors of one text take, from its length alone."""
-    size = 0
-    for site in base.sites:
-        if tokens == "scored" or site.scored_only:
-            count = len(text.scored)
-        elif _reads_all(base, site):
-            count = len(text.ids)
-        else:
-            count = max(text.scored) + 1
-        size += count * (site.d_in + site.d_out)
-    return size * torch.promote_types(base.dtype, torch.float32).itemsize
-
-
 class FactorCache:
-    """Factors by text: kept in memory within `cache_bytes`, recomputed from the trunk beyond it.
-
-    They are not kept on disk: they take many times the room of the trunk states from which one
-    suffix pass gives them.
-    """
+    """Factors by text: kept in memory within `cache_bytes`, recomputed from the trunk beyond it."""
 
     def __init__(self, trunk: FrozenTrunk, hparams: MENDHyperParams) -> None:
         self.trunk, self.budget = trunk, hparams.cache_bytes
@@ -191,18 +165,16 @@ class FactorCache:
 
     def fill(self, texts: Sequence[Tokens], report: Report | None = None) -> None:
         """Compute and keep factors, shortest texts first, until the budget is spent."""
-        chosen: list[Tokens] = []
-        for text in sorted(set(texts), key=lambda text: (len(text.ids), text.key)):
-            size = factor_bytes(self.trunk.base, text, self.how["tokens"])
-            if self.bytes + size > self.budget:
-                break
-            self.bytes += size
-            chosen.append(text)
-        for at in range(0, len(chosen), FACTOR_BATCH):
-            batch = chosen[at : at + FACTOR_BATCH]
-            self.kept.update(self._compute(batch))
+        order = sorted(set(texts), key=lambda text: (len(text.ids), text.key))
+        for at in range(0, len(order) if self.budget else 0, FACTOR_BATCH):
+            for text, parts in self._compute(order[at : at + FACTOR_BATCH]).items():
+                size = sum(u.nbytes + delta.nbytes for u, delta in parts.values())
+                if self.bytes + size > self.budget:
+                    return
+                self.kept[text] = parts
+                self.bytes += size
             if report is not None:
-                report(at + len(batch), len(chosen))
+                report(min(at + FACTOR_BATCH, len(order)), len(order))
 
     def get(self, texts: Sequence[Tokens]) -> Factors:
         """Factors of some texts, packed: edit k of the result is `texts[k]`."""
@@ -211,12 +183,11 @@ class FactorCache:
         found = [self.kept.get(text) or fresh[text] for text in texts]
         factors: Factors = {}
         for site in self.trunk.base.sites:
-            u, delta = (
-                torch.cat(parts) for parts in zip(*(f[site.name] for f in found), strict=True)
-            )
-            counts = torch.tensor([len(f[site.name][0]) for f in found], device=u.device)
-            edits = torch.arange(len(texts), device=u.device)
-            factors[site.name] = GradientFactors(u, delta, edits.repeat_interleave(counts))
+            parts = [known[site.name] for known in found]
+            counts = torch.tensor([len(u) for u, _ in parts])
+            rows = torch.arange(len(parts)).repeat_interleave(counts)
+            u, delta = map(torch.cat, zip(*parts, strict=True))
+            factors[site.name] = GradientFactors(u, delta, rows.to(u.device))
         return factors
 
     def _compute(self, texts: Sequence[Tokens]) -> dict[Tokens, SiteTensors]:
@@ -235,10 +206,6 @@ def _pick(values: Tensor, chosen: Bool[Tensor, "e t"]) -> Float[Tensor, "n d"]:
     return wide(values.to(chosen.device).reshape(*chosen.shape, -1)[chosen])
 
 
-def _reads_all(base: BaseModel, site: Site) -> bool:
-    return base.family == CLASSIFIER or base.sees_encoder(site)
-
-
 def _check_scored(base: BaseModel, site: Site) -> None:
     """Raise HyperParamError if a site has no scored tokens."""
     if base.head is not None and base.head.position is None:
@@ -255,31 +222,25 @@ def _check_scored(base: BaseModel, site: Site) -> None:
 
 @contextmanager
 def _record(base: BaseModel) -> Iterator[dict[str, tuple[Tensor, Tensor]]]:
-    """Within the context every site's (input, output) is recorded.
+    """Within the context every site's (input, output) is recorded, the graph starting at outputs.
 
-    The graph starts at the lowest site's output. Raises ModelError for a layer that runs twice, as ALBERT's do.
+    Raises ModelError for a layer that runs twice, as ALBERT's do.
     """
     seen: dict[str, tuple[Tensor, Tensor]] = {}
-    handles = []
 
-    def hook_for(name: str) -> Callable[[nn.Module, tuple[Tensor, ...], Tensor], Tensor]:
-        def hook(_: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> Tensor:
-            if name in seen:
-                raise ModelError(
-                    f"{name} is used more than once in a pass: its factors are not one layer's; "
-                    "edit another"
-                )
-            if not output.requires_grad:
-                output = output.detach().requires_grad_()
-            seen[name] = (args[0], output)
-            return output
+    def hook(name: str, _: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> Tensor:
+        if name in seen:
+            raise ModelError(
+                f"{name} is used more than once in a pass: its factors are not one layer's; "
+                "edit another"
+            )
+        if not output.requires_grad:
+            output = output.detach().requires_grad_()
+        seen[name] = (args[0], output)
+        return output
 
-        return hook
-
-    try:
+    with ExitStack() as stack:
         for site in base.sites:
-            handles.append(base.site_module(site).register_forward_hook(hook_for(site.name)))
+            module = base.site_module(site)
+            stack.callback(module.register_forward_hook(partial(hook, site.name)).remove)
         yield seen
-    finally:
-        for handle in handles:
-            handle.remove()

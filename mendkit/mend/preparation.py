@@ -1,19 +1,27 @@
-"""The hypernetwork before the first step: an archive's, or a new one with its statistics."""
+"""What training needs before its first step: texts, caches, and the hypernetwork.
+
+The hypernetwork is the checkpoint's, an archive's, or a new one with its statistics.
+"""
 
 import logging
-from collections.abc import Iterator, Sequence
+import time
+from collections.abc import Iterator, Mapping, Sequence
 
 import torch
+from torch import Tensor
 
+from ..data.examples import EditExample
+from ..errors import HyperParamError
 from ..hparams import MENDHyperParams
 from ..models.base import BaseModel
+from ..models.load import release_trunk
 from ..models.tokens import Tokens
-from ..models.trunk import FrozenTrunk
+from ..models.trunk import FrozenTrunk, trunk_cache
 from ..runs import Progress, return_memory
 from .archive import load_archive
-from .batches import ExampleTexts
+from .batches import ExampleTexts, prepare_texts, training_texts
 from .distributed import Team
-from .factors import FACTOR_BATCH, Factors, capture_factors, capture_inputs
+from .factors import FACTOR_BATCH, FactorCache, Factors, capture_factors, capture_inputs
 from .hypernetwork import MEND, Wordings
 
 logger = logging.getLogger(__name__)
@@ -22,139 +30,173 @@ FEW_PAIRED = 300
 """Examples below which statistics with `whiten_pairs` are poor."""
 
 STRUCTURE = (
-    "add_eos",
-    "aggregate",
-    "combine",
-    "delta_only",
-    "edit_tokens",
-    "init",
-    "loss_reduction",
-    "n_hidden",
-    "norm",
-    "norm_stats",
-    "one_sided",
-    "rank",
-    "shared",
-    "std_eps",
-    "std_floor",
-    "unit_response",
-    "update_sign",
-    "whiten",
-    "whiten_pairs",
-    "x_only",
-    "z_clip",
+    *("add_eos", "aggregate", "combine", "delta_only", "edit_tokens", "init", "loss_reduction"),
+    *("n_hidden", "norm", "norm_stats", "one_sided", "rank", "shared", "std_eps", "std_floor"),
+    *("unit_response", "update_sign", "whiten", "whiten_pairs", "x_only", "z_clip"),
 )
 """Hyperparameters that an archive decides when training goes on from it."""
 
 
-def continued(
-    base: BaseModel, hparams: MENDHyperParams
-) -> tuple[BaseModel, MENDHyperParams, MEND | None]:
-    """Model, settings and hypernetwork that training starts with: an archive's, or None.
+class Preparation:
+    """The texts, caches and hypernetwork of one training run.
 
-    An archive keeps its sites and shape; `aggregate: least_squares` may be added to it.
+    `loaded` is an archive's hypernetwork to go on from: it keeps its sites and shape, and
+    `aggregate: least_squares` may be added to it.
     """
-    if hparams.archive is None:
-        return base, hparams, None
-    archive = load_archive(hparams.archive, base=base)
-    kept = {key: getattr(archive.mend.hparams, key) for key in STRUCTURE}
-    if hparams.aggregate == "least_squares":
-        kept["aggregate"] = hparams.aggregate
-    logger.warning(
-        "archive: going on training from %s, whose shape and sites are kept", archive.path
-    )
-    return archive.base, hparams.replace(**kept), archive.mend
 
+    def __init__(
+        self,
+        base: BaseModel,
+        hparams: MENDHyperParams,
+        train: Sequence[EditExample],
+        validation: Sequence[EditExample],
+        *,
+        team: Team,
+        done_with_base: bool = False,
+    ) -> None:
+        self.team, self.loaded = team, None
+        self.progress = Progress("MEND", silent=team.rank > 0)
+        if hparams.archive is not None:
+            archive = load_archive(hparams.archive, base=base)
+            kept = {key: getattr(archive.mend.hparams, key) for key in STRUCTURE}
+            if hparams.aggregate == "least_squares":
+                kept["aggregate"] = hparams.aggregate
+            base, self.loaded, hparams = archive.base, archive.mend, hparams.replace(**kept)
+            logger.warning(
+                "archive: going on training from %s; its shape and sites are kept", archive.path
+            )
+        self.base, self.hparams = base, hparams
+        texts = training_texts(base, hparams, train)
+        held_out = min(hparams.stats_examples, len(texts) // 2) if hparams.stats_held_out else 0
+        self.train = texts[: len(texts) - held_out]
+        self.held_out = texts[len(texts) - held_out :]  # of training, for statistics
+        self.validation = prepare_texts(base, hparams, validation[: hparams.val_steps])
+        self._check_team()
+        disk = trunk_cache(base, hparams.cache_dir, limit=hparams.disk_cache_bytes)
+        self.trunk = FrozenTrunk(base, cache=disk)
+        self.factors = FactorCache(self.trunk, hparams)
+        self.release = hparams.release_trunk is True
+        if hparams.release_trunk == "auto":
+            self.release = done_with_base and self.trunk.split and not base.is_spread
 
-def statistics_examples(examples: Sequence[ExampleTexts], h: MENDHyperParams) -> list[ExampleTexts]:
-    """Examples drawn at random for the normaliser, the shortest edits first."""
-    generator = torch.Generator().manual_seed(h.seed)
-    order = torch.randperm(len(examples), generator=generator)[: h.stats_examples]
-    return sorted((examples[i] for i in order.tolist()), key=lambda texts: len(texts.edit.ids))
+    def _check_team(self) -> None:
+        """Raise HyperParamError if several processes cannot share the batches."""
+        h, count, size = self.hparams, len(self.train), self.team.size
+        if h.train_on != "single" and size > 1:
+            raise HyperParamError(
+                f"train_on: {h.train_on} works in one process only; set `train_on: single`"
+            )
+        if min(h.batch_size, count) < size:
+            raise HyperParamError(
+                f"batch_size: {h.batch_size} of {count} training examples cannot be shared by "
+                f"{size} processes; raise `batch_size`, give more examples, or fewer processes"
+            )
 
+    def statistics_examples(self) -> list[ExampleTexts]:
+        """Examples drawn at random for the statistics, shortest edits first; none if not needed."""
+        h, texts = self.hparams, self.held_out or self.train
+        if self.loaded is not None and self.loaded.hparams.aggregate == h.aggregate:
+            return []
+        generator = torch.Generator().manual_seed(h.seed)
+        order = torch.randperm(len(texts), generator=generator)[: h.stats_examples].tolist()
+        return sorted((texts[i] for i in order), key=lambda example: len(example.edit.ids))
 
-def statistics_texts(
-    example: ExampleTexts, h: MENDHyperParams
-) -> tuple[list[Tokens], list[Tokens]]:
-    """Texts that differ in the prompt's wording only, and others (`whiten_pairs`)."""
-    if not _reads_wordings(h):
-        return [example.edit], []
-    alike = [text for text in example.paraphrases if text.targets == example.edit.targets]
-    return [example.edit, *alike], [*example.neighbours, *example.unrelated, *example.hard]
+    def make(self, saved: Mapping[str, Tensor]) -> tuple[MEND, dict[str, float]]:
+        """The hypernetwork, and seconds and bytes of the caches, which are filled first.
 
+        `saved`: what a checkpoint holds of the hypernetwork, else empty.
+        """
+        start, chosen = time.perf_counter(), self.statistics_examples()
+        self.statistics = chosen
+        self._fill_trunk(self.team.share(chosen))
+        filled = time.perf_counter()
+        self.factors.fill([texts.edit for texts in self.train], self.progress.phase("factors"))
+        return_memory()
+        captured, h = time.perf_counter(), self.hparams.replace(archive=None)
+        if saved:
+            mend = MEND(self.base.sites, h).to(self.base.device)
+            mend.load_state_dict(saved)
+        else:
+            mend = self._with_statistics(chosen, h) if chosen else self.loaded
+            mend.hparams = h
+        cache = {"trunk_seconds": filled - start, "factor_seconds": captured - filled}
+        cache |= {"factor_bytes": self.factors.bytes, "factor_examples": len(self.factors.kept)}
+        return mend, cache | {"statistics_seconds": time.perf_counter() - captured}
 
-def with_statistics(
-    trunk: FrozenTrunk,
-    h: MENDHyperParams,
-    chosen: Sequence[ExampleTexts],
-    *,
-    loaded: MEND | None = None,
-    team: Team,
-    progress: Progress,
-) -> MEND:
-    """A new hypernetwork with the statistics of the `chosen` examples.
+    def _fill_trunk(self, chosen: Sequence[ExampleTexts]) -> None:
+        """Compute the trunk states of all texts; then the trunk may be released."""
+        training = [text for texts in self.train for text in texts.all()]
+        validation = [text for texts in self.validation for text in texts.all()]
+        statistics: list[Tokens] = []
+        for texts in chosen:
+            alike, others = self.wordings(texts)
+            statistics += [*alike, *others]
+        parts = [training, validation, statistics]
+        if self.base.released:  # the weights are read once for all of them
+            parts = [training + validation + statistics]
+        for part in parts:
+            self.trunk.fill(part, self.progress.phase("trunk"))
+        if self.release:
+            release_trunk(self.base)
+        return_memory()
 
-    `loaded`: that one instead, with the statistics of least squares added. Each process of the team
-    gathers its share.
-    """
-    if h.whiten_pairs and len(chosen) < FEW_PAIRED:
-        logger.warning(
-            "whiten_pairs: statistics of %d examples are poor (it was tuned with 700, and 48 fail)"
-            "; give more training examples and `stats_examples`, or set `whiten_pairs: false`",
-            len(chosen),
-        )
-    share = team.share(chosen)
-    wordings = wording_inputs(trunk, h, share, progress) if _reads_wordings(h) else ()
-    if loaded is None:
-        mend = MEND(trunk.base.sites, h).to(trunk.base.device)
-        total = team.total if team.size > 1 else None
-        mend.warm_up(_edit_factors(trunk, h, share, progress), wordings, total=total)
-    else:
-        inputs = (inputs for inputs, *_ in wordings)
-        mend = loaded.with_least_squares(inputs, ridge=h.ridge, ridge_shared=h.ridge_shared)
-    team.align(mend)
-    return_memory()
-    return mend
+    def _with_statistics(self, chosen: Sequence[ExampleTexts], h: MENDHyperParams) -> MEND:
+        """A new hypernetwork, or the archive's with least squares; each process gathers a share."""
+        if h.whiten_pairs and len(chosen) < FEW_PAIRED:
+            logger.warning(
+                "whiten_pairs: statistics of %d examples are poor (700 are good, 48 fail); give "
+                "more training examples and `stats_examples`, or set `whiten_pairs: false`",
+                len(chosen),
+            )
+        share = self.team.share(chosen)
+        wordings = self.wording_inputs(share) if self.reads_wordings else ()
+        if self.loaded is None:
+            mend = MEND(self.base.sites, h).to(self.base.device)
+            total = self.team.total if self.team.size > 1 else None
+            mend.warm_up(self._edit_factors(share), wordings, total=total)
+        else:
+            keys, ridges = (inputs for inputs, *_ in wordings), (h.ridge, h.ridge_shared)
+            mend = self.loaded.with_least_squares(keys, ridge=ridges[0], ridge_shared=ridges[1])
+        self.team.align(mend)
+        return_memory()
+        return mend
 
+    @property
+    def reads_wordings(self) -> bool:
+        """Whether statistics are gathered over all texts of an example."""
+        return self.hparams.whiten_pairs or self.hparams.aggregate == "least_squares"
 
-def _edit_factors(
-    trunk: FrozenTrunk, h: MENDHyperParams, examples: Sequence[ExampleTexts], progress: Progress
-) -> Iterator[Factors]:
-    """Factors of the examples' edits, batch by batch."""
-    report = progress.phase("statistics")
-    for at in range(0, len(examples), FACTOR_BATCH):
-        texts = [example.edit for example in examples[at : at + FACTOR_BATCH]]
-        yield capture_factors(trunk, texts, tokens=h.edit_tokens, reduction=h.loss_reduction)
-        report(at + len(texts), len(examples))
+    def wordings(self, example: ExampleTexts) -> tuple[list[Tokens], list[Tokens]]:
+        """Texts for statistics: those that differ in the prompt's wording only, and others."""
+        if not self.reads_wordings:
+            return [example.edit], []
+        alike = [text for text in example.paraphrases if text.targets == example.edit.targets]
+        return [example.edit, *alike], [*example.neighbours, *example.unrelated, *example.hard]
 
+    def _edit_factors(self, examples: Sequence[ExampleTexts]) -> Iterator[Factors]:
+        """Factors of the examples' edits, batch by batch."""
+        report = self.progress.phase("statistics")
+        for at in range(0, len(examples), FACTOR_BATCH):
+            texts = [example.edit for example in examples[at : at + FACTOR_BATCH]]
+            yield capture_factors(self.trunk, texts, **self.factors.how)
+            report(at + len(texts), len(examples))
 
-def wording_inputs(
-    trunk: FrozenTrunk, h: MENDHyperParams, examples: Sequence[ExampleTexts], progress: Progress
-) -> Iterator[Wordings]:
-    """Inputs at the scored positions of all texts of the examples, batch by batch.
+    def wording_inputs(self, examples: Sequence[ExampleTexts]) -> Iterator[Wordings]:
+        """Inputs at the scored positions of all texts of the examples, batch by batch.
 
-    A group is one answer token of one example in all wordings of its prompt; −1 is no group.
-    """
-    report = progress.phase("statistics of wordings")
-    for at in range(0, len(examples), FACTOR_BATCH):
-        texts: list[Tokens] = []
-        groups: list[int] = []
-        first: list[bool] = []
-        start = 0
-        batch = examples[at : at + FACTOR_BATCH]
-        for example in batch:
-            alike, others = statistics_texts(example, h)
-            answer = range(start, start + len(alike[0].scored))
-            texts += [*alike, *others]
-            groups += [*answer] * len(alike)
-            groups += [-1] * sum(len(text.scored) for text in others)
-            start = answer.stop
-        for text in texts:
-            first += [True] + [False] * (len(text.scored) - 1)
-        yield capture_inputs(trunk, texts), torch.tensor(groups), torch.tensor(first)
-        report(at + len(batch), len(examples))
-
-
-def _reads_wordings(h: MENDHyperParams) -> bool:
-    """Whether statistics are gathered over all texts of an example."""
-    return h.whiten_pairs or h.aggregate == "least_squares"
+        A group is one answer token of one example in all wordings of its prompt; −1 is no group.
+        """
+        report = self.progress.phase("statistics of wordings")
+        for at in range(0, len(examples), FACTOR_BATCH):
+            texts: list[Tokens] = []
+            groups: list[int] = []
+            start, batch = 0, examples[at : at + FACTOR_BATCH]
+            for alike, others in map(self.wordings, batch):
+                answer = range(start, start + len(alike[0].scored))
+                groups += [*answer] * len(alike)
+                groups += [-1] * sum(len(text.scored) for text in others)
+                texts += [*alike, *others]
+                start = answer.stop
+            first = [position == 0 for text in texts for position in range(len(text.scored))]
+            yield capture_inputs(self.trunk, texts), torch.tensor(groups), torch.tensor(first)
+            report(at + len(batch), len(examples))

@@ -10,7 +10,7 @@ from mendkit.cost import bench, textbook, ways
 from mendkit.cost.ways import KIT, TEXTBOOK, WAYS, Settings, Way
 from mendkit.errors import MendkitError
 from mendkit.mend.hypernetwork import group_name
-from mendkit.mend.training import make_optimiser
+from mendkit.mend.steps import make_optimiser
 from tests.oracles.claims import EXAMPLES
 
 TINY = {"batch": 4, "rank": 8, "repeats": 2}

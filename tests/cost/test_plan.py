@@ -11,9 +11,10 @@ from mendkit.errors import MendkitError
 from mendkit.hparams import MENDHyperParams
 from mendkit.mend.archive import load_archive
 from mendkit.mend.batches import prepare_texts
-from mendkit.mend.factors import factor_bytes
+from mendkit.mend.factors import FactorCache
 from mendkit.mend.hypernetwork import MEND
 from mendkit.mend.training import train
+from mendkit.models.trunk import FrozenTrunk
 from tests.oracles.claims import EXAMPLES, hparams
 from tests.oracles.tiny import save_tiny, tiny_llama
 from tests.test_configs import CONFIGS
@@ -83,8 +84,9 @@ def test_lengths_and_factors_are_those_of_the_tokenised_texts(folder):
     assert found.tokens == pytest.approx(tokens, rel=0.1)
     states = held(found, "step")["trunk states"]
     assert states == pytest.approx(4 * 32 * (tokens + positions), rel=0.15)
-    sizes = sum(factor_bytes(base, example.edit, "all") for example in texts)
-    assert held(found, "step")["factors"] == pytest.approx(sizes, rel=0.1)
+    cache = FactorCache(FrozenTrunk(base), hparams())
+    cache.fill([example.edit for example in texts])
+    assert held(found, "step")["factors"] == pytest.approx(cache.bytes, rel=0.1)
     assert held(planned(folder, cache_bytes=100), "step")["factors"] == 100
 
 

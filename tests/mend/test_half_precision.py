@@ -3,12 +3,10 @@
 import pytest
 import torch
 
-from mendkit.mend.batches import prepare_texts
+from mendkit.mend.batches import Sampler, prepare_texts
 from mendkit.mend.factors import capture_factors
 from mendkit.mend.hypernetwork import MEND
-from mendkit.mend.objective import batch_losses, total_loss
-from mendkit.mend.sampler import Sampler
-from mendkit.mend.training import make_optimiser
+from mendkit.mend.steps import batch_losses, make_optimiser, total_loss
 from mendkit.models.trunk import FrozenTrunk
 from tests.oracles.claims import EXAMPLES, hparams, scrambled, with_statistics
 from tests.oracles.tiny import tiny_gpt2, tiny_llama

@@ -1,19 +1,18 @@
 """Many edits in one weight change: the least squares of least_squares.py against plain algebra in float64."""
 
-
 import pytest
 import torch
 from torch import Tensor
 
 from mendkit.evaluation.many import one_after_another, together
 from mendkit.mend.archive import load_archive, save_archive
-from mendkit.mend.batches import prepare_texts
+from mendkit.mend.batches import Sampler, prepare_texts
+from mendkit.mend.distributed import Team
 from mendkit.mend.factors import FactorCache, capture_factors, capture_inputs
 from mendkit.mend.least_squares import OtherKeys, remember, solve
 from mendkit.mend.losses import edit_nll
-from mendkit.mend.objective import batch_losses
-from mendkit.mend.sampler import Sampler
-from mendkit.mend.training import Trainer, train
+from mendkit.mend.steps import Learner, batch_losses
+from mendkit.mend.training import train
 from mendkit.mend.updates import padded, side_branches
 from mendkit.mend.validation import validate
 from mendkit.models.tokens import collate
@@ -249,12 +248,12 @@ def test_training_on_many_edits_lowers_their_loss(llama, tmp_path, aggregate, tr
 def test_a_sequence_is_trained_on_the_edited_model(llama64):
     """Losses after earlier edits: with their branch in place, factors of the edited model, and an earlier edit each."""
     editor = editor_for(llama64, edit_tokens="scored", train_on="sequence")
-    trainer = Trainer.__new__(Trainer)
-    trainer.base, trainer.mend, trainer.hparams = llama64, editor.mend, editor.hparams
-    trainer.trunk = FrozenTrunk(llama64)
-    trainer.factors = FactorCache(trainer.trunk, editor.hparams)
+    trunk = FrozenTrunk(llama64)
+    factors = FactorCache(trunk, editor.hparams)
+    sampler = Sampler([], editor.hparams)
+    learner = Learner(editor.mend, factors, sampler, h=editor.hparams, team=Team())
     first, second = (editor.tokens(example) for example in EXAMPLES[:2])
-    found = trainer._losses([[("edit", second)]], 1, [first])
+    found = learner.losses([[("edit", second)]], 1, [first])
     losses = []
     with torch.no_grad(), side_branches(llama64, editor.updates([first], at_once=True)):
         made = editor.updates([second], at_once=True)
@@ -262,7 +261,7 @@ def test_a_sequence_is_trained_on_the_edited_model(llama64):
             for text in (second, first):
                 batch = collate([text], llama64.pad_id, llama64.device)
                 losses.append(
-                    edit_nll(trainer.trunk.suffix([text], batch), batch.targets, batch.rows, 1)[0]
+                    edit_nll(trunk.suffix([text], batch), batch.targets, batch.rows, 1)[0]
                 )
     torch.testing.assert_close(
         found["edit"].detach(), torch.stack(losses).mean(), rtol=1e-9, atol=1e-11

@@ -1,0 +1,218 @@
+"""One step of training (MEND, Algorithm 1) with a batch of independent edits.
+
+The loss is, with a mean over the batch's texts in each term (equations 4 and 5, locality split),
+
+    c_edit NLL(edit) + c_para NLL(paraphrases) + c_neigh KL(neighbours) + c_loc KL(unrelated)
+
+and c_margin times the shortfall of neighbours: what their own answer lacks of being `margin` nats a
+token more likely than the edit's. Adam descends it with two learning rates: `lr` for the
+transforms, `lr_lr` for the log step sizes (CORRECTNESS row 2).
+"""
+
+import math
+from collections import Counter
+from collections.abc import Mapping, Sequence
+
+import torch
+from torch import Tensor
+
+from ..data.examples import HEADLINE_ROLES
+from ..errors import MendkitError
+from ..hparams import MENDHyperParams
+from ..models.tokens import Tokens, collate
+from ..models.trunk import FrozenTrunk
+from .batches import RIVALS, Batch, Rows, Sampler, role_weights
+from .distributed import Team
+from .factors import FactorCache, Factors, capture_factors
+from .hypernetwork import MEND
+from .least_squares import Memory
+from .losses import edit_nll, locality_kl, margin_shortfall
+from .updates import Updates, side_branches
+
+IGNORED = -100
+"""A target that cross entropy leaves out, at less cost than choosing rows of logits."""
+
+
+def batch_losses(
+    trunk: FrozenTrunk,
+    mend: MEND,
+    factors: Factors,
+    rows: Rows,
+    *,
+    at_once: int = 1,
+    before: Updates | None = None,
+    memory: Memory | None = None,
+) -> dict[str, Tensor]:
+    """The mean loss of each role, each text read under its own edit's update.
+
+    The edits are independent, or `at_once` in a row are made as one. They come on top of the edits
+    `before`, which `memory` holds (least squares).
+    """
+    places: dict[str, list[int]] = {role: [] for role in (*HEADLINE_ROLES, RIVALS, "")}
+    texts: list[Tokens] = []
+    for drawn in rows:
+        for role, text in drawn:
+            places[role].append(len(texts))
+            texts.append(text)
+
+    # 1. The hypernetwork turns the factors into updates.
+    if before and memory is not None:
+        memory.held = {name: update.dense() for name, update in before.items()}
+    updates = mend(factors, len(rows), at_once=at_once, memory=memory)
+
+    # 2. One suffix pass reads every text with its edit's update as a side branch.
+    batch = collate(texts, trunk.base.pad_id, trunk.base.device)
+    with side_branches(trunk.base, before or {}), side_branches(trunk.base, updates):
+        logits = trunk.suffix(texts, batch)
+
+    # 3. NLL of the answers. Of what is to be kept only a text right before its rival needs one.
+    keep = torch.zeros(len(texts), dtype=torch.bool, device=logits.device)
+    keep[places["neighbours"] + places["unrelated"]] = True
+    silent = keep.clone()
+    beside = [place - 1 for place in places[RIVALS]]
+    silent[beside] = False
+    targets = batch.targets.masked_fill(silent[batch.rows], IGNORED)
+    nll = edit_nll(logits, targets, batch.rows, len(texts))
+    values = {"edit": nll, "paraphrases": nll}
+
+    # 4. KL from the unedited model, of what is to be kept.
+    kept = [texts[place] for place in keep.nonzero()[:, 0].tolist()]
+    if kept:
+        unedited = trunk.before(kept, collate(kept, trunk.base.pad_id, trunk.base.device))
+        at = keep[batch.rows]
+        kl = locality_kl(unedited, logits[at], batch.rows[at], len(texts))
+        values |= {"neighbours": kl, "unrelated": kl}
+
+    losses = {role: value[places[role]].mean() for role, value in values.items() if places[role]}
+    if beside:
+        shortfall = margin_shortfall(nll[beside], nll[places[RIVALS]], margin=mend.hparams.margin)
+        losses[RIVALS] = shortfall.mean()
+    return losses
+
+
+def total_loss(losses: Mapping[str, Tensor], h: MENDHyperParams) -> Tensor:
+    """The weighted sum of the role losses."""
+    weights = role_weights(h)
+    return sum((weights[role] * loss for role, loss in losses.items()), torch.zeros(()))
+
+
+def learning_rate_factor(step: int, h: MENDHyperParams, steps: int) -> float:
+    """Linear warm-up, then constant or a cosine to a tenth; `step` counts from 0."""
+    warm = min(1.0, (step + 1) / max(h.warmup_iters, 1))
+    if h.schedule == "constant":
+        return warm
+    return warm * (0.1 + 0.9 * 0.5 * (1 + math.cos(math.pi * min(step / steps, 1.0))))
+
+
+def make_optimiser(mend: MEND, h: MENDHyperParams) -> torch.optim.Optimizer:
+    """One optimiser, two groups: transforms (`lr`) and logarithms, as of step sizes (`lr_lr`)."""
+    transforms, logarithms = [], []
+    for name, parameter in mend.named_parameters():
+        (logarithms if name.startswith("log_") else transforms).append(parameter)
+    groups = [
+        {"params": transforms, "lr": h.lr, "base": h.lr},
+        {"params": logarithms, "lr": h.lr_lr, "base": h.lr_lr},
+    ]
+    return getattr(torch.optim, h.opt)(groups, fused=True)
+
+
+class Learner:
+    """The hypernetwork while it learns, with its optimiser and its draws."""
+
+    def __init__(
+        self, mend: MEND, factors: FactorCache, sampler: Sampler, *, h: MENDHyperParams, team: Team
+    ) -> None:
+        self.mend, self.factors, self.trunk = mend, factors, factors.trunk
+        self.sampler, self.h, self.team = sampler, h, team
+        self.optimiser = make_optimiser(mend, h)
+
+    def step(self, number: int, steps: int) -> dict[str, float] | None:
+        """Make step `number` (from 1) of `steps`; the mean losses and the gradient norm.
+
+        None if one of them is not finite: then nothing has changed. Raises MendkitError in the
+        first step if the loss does not depend on the step size of a site.
+        """
+        sums: Counter[str] = Counter()
+        for _ in range(self.h.accumulate_bs):
+            # 1. Draw edits, and of each the texts that judge it.
+            batch = self.sampler.draw()
+            # 2. Make the edits, read the texts under them, and add up the loss's gradient.
+            for name, loss in self._backward(batch).items():
+                sums[name] += loss / self.h.accumulate_bs
+        # 3. Add up what the processes have of gradients and losses.
+        parameters = list(self.mend.parameters())
+        self.team.sum_gradients(parameters)
+        values = self.team.total(torch.tensor([*sums.values()], dtype=torch.float64))
+        row = dict(zip(sums, values.tolist(), strict=True))
+        # 4. Clip the gradient and descend.
+        row["grad_norm"] = float(torch.nn.utils.clip_grad_norm_(parameters, self.h.grad_clip))
+        finite = all(map(math.isfinite, row.values()))
+        if finite:
+            if not self.optimiser.state:
+                self._check_sites()
+            factor = learning_rate_factor(number - 1, self.h, steps)
+            for group in self.optimiser.param_groups:
+                group["lr"] = group["base"] * factor
+            self.optimiser.step()
+        self.optimiser.zero_grad(set_to_none=True)
+        return row if finite else None
+
+    def _backward(self, batch: Batch) -> dict[str, float]:
+        """Add the gradient of a batch's loss; this process's part of the mean losses."""
+        rows = self.team.share(batch.rows)
+        whole, here = (Counter(role for r in some for role, _ in r) for some in (batch.rows, rows))
+        losses = self.losses(rows, batch.at_once, batch.earlier)
+        losses = {role: loss * (here[role] / whole[role]) for role, loss in losses.items()}
+        total = total_loss(losses, self.h)
+        (total / self.h.accumulate_bs).backward()
+        told = {role: 0.0 for role in (*HEADLINE_ROLES, RIVALS) if whole[role]}
+        told |= {role: float(loss.detach()) for role, loss in losses.items()}
+        return {"loss": float(total.detach()), **told}
+
+    def losses(self, rows: Rows, at_once: int, earlier: Sequence[Tokens]) -> dict[str, Tensor]:
+        """Losses of a batch. After `earlier` edits each edit has one of these to keep."""
+        edits = [drawn[0][1] for drawn in rows]
+        if not earlier:
+            factors = self.factors.get(edits)
+            return batch_losses(self.trunk, self.mend, factors, rows, at_once=at_once)
+        memory = Memory() if self.h.aggregate == "least_squares" else None
+        with torch.no_grad():
+            known = self.factors.get(earlier)
+            before = self.mend(known, len(earlier), at_once=len(earlier), memory=memory)
+        if memory is not None:  # least squares takes the gradients of the unedited model
+            factors = self.factors.get(edits)
+        else:
+            with side_branches(self.trunk.base, before):
+                factors = capture_factors(self.trunk, edits, **self.factors.how)
+        rows = [[*r, ("edit", earlier[i % len(earlier)])] for i, r in enumerate(rows)]
+        return batch_losses(self.trunk, self.mend, factors, rows, before=before, memory=memory)
+
+    def _check_sites(self) -> None:
+        gradients = self.mend.log_edit_lr.grad.tolist()
+        by_site = zip(self.mend.sites, gradients, strict=True)
+        idle = ", ".join(site.name for site, gradient in by_site if gradient == 0)
+        if idle:
+            raise MendkitError(
+                f"the gradient is exactly zero at {idle}: edits there change nothing that the loss "
+                "sees; leave it out of `inner_params`, or give texts and weights (`cedit`, …) that "
+                "see it"
+            )
+
+    def tensors(self) -> dict[str, Tensor]:
+        """All that the next steps depend on."""
+        found = {f"mend/{name}": value for name, value in self.mend.state_dict().items()}
+        for index, state in self.optimiser.state_dict()["state"].items():
+            found |= {f"optimiser/{index}/{name}": value for name, value in state.items()}
+        found["generator"] = self.sampler.generator.get_state()
+        return found | {"order": torch.tensor(self.sampler.order).long()}
+
+    def restore(self, saved: Mapping[str, Tensor]) -> None:
+        """Take up the optimiser's state and the draws as `tensors` gave them."""
+        state: dict[int, dict[str, Tensor]] = {}
+        for name, value in saved.items():
+            if name.startswith("optimiser/"):
+                _, index, key = name.split("/")
+                state.setdefault(int(index), {})[key] = value
+        self.optimiser.load_state_dict(self.optimiser.state_dict() | {"state": state})
+        self.sampler.generator.set_state(saved["generator"])
+        self.sampler.order = saved["order"].tolist()
