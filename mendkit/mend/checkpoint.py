@@ -113,7 +113,10 @@ class Checkpoint:
 
     def unfinished(self) -> Course | None:
         """As `read`; None if that run has ended."""
-        if self.path.exists() and read_metadata(CHECKPOINT, self.path)["course"]["stopped"] is not None:
+        if (
+            self.path.exists()
+            and read_metadata(CHECKPOINT, self.path)["course"]["stopped"] is not None
+        ):
             return None
         return self.read()
 
