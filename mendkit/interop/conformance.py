@@ -1,21 +1,24 @@
-"""Conformance: the published algorithm's numbers, recorded in folders of reference vectors, against ours.
+"""Conformance: the published algorithm's numbers, recorded in folders, against ours.
 
-A folder holds a tiny base model (`config.json`, `base_model.safetensors`), an archive as published code writes it, and
-`vectors.safetensors` with `meta.json`: batches, factors, updates, logits, scalars, and the losses of training from
-`init/*`. Everything is read from the folder (layers, structure, number of edits); the code under test is the kit's own
-import, factor capture, hypernetwork, side branches and losses. Where a text has no offsets to tell which tokens
-contribute, the recorded rule selects them: a token counts if neither its u nor its delta is exactly zero.
-Axes: n texts, t padded tokens, v vocabulary (or one logit), s scored positions.
+A folder holds a tiny base model (`config.json`, `base_model.safetensors`), an archive as published
+code writes it, and `vectors.safetensors` with `meta.json`: batches, factors, updates, logits,
+scores, and the losses of training from `init/*`. Layers, structure and number of edits are read
+from it. Under test are the kit's import, factors, hypernetwork, side branches and losses.
+
+Texts have no offsets to tell which tokens contribute, so the recorded rule does: a token counts if
+neither its u nor its delta is exactly zero. Axes: n texts, t padded tokens, s scored positions,
+v vocabulary (or one logit).
 """
 
 import json
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Float, Int
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
@@ -41,10 +44,14 @@ from .foreign import from_foreign, read_foreign
 
 TOLERANCE, LOSS_TOLERANCE = 1e-5, 1e-4
 MISS, ROUNDING = "MISS", "rounding"
-ROUNDING_ALLOWED, ROUNDING_LIMIT, ROUNDING_SAMPLES = 4.0, 1e-3, 3
-"""A record in float32 is itself as far from the truth as rounding takes it. Where a tiny model amplifies that beyond
-the tolerance, an error counts as rounding up to so many times our own, and never beyond the limit."""
 FILES = ("config.json", "base_model.safetensors", "meta.json", "vectors.safetensors", "archive.pt")
+
+# A record in float32 is itself off by rounding. Where a tiny model amplifies that beyond the
+# tolerance, an error counts as rounding up to so many times our own, and never beyond the limit.
+ROUNDING_ALLOWED, ROUNDING_LIMIT, ROUNDING_SAMPLES = 4.0, 1e-3, 3
+
+Values = dict[str, dict[str, Tensor]]
+"""By comparison: our numbers under the names that the record has for them."""
 
 
 @dataclass(frozen=True)
@@ -54,7 +61,7 @@ class Check:
     name: str
     error: float
     tolerance: float
-    rounding: float  # how far the record's precision may take our own numbers, by the same measure
+    rounding: float  # how far the record's precision may take our numbers, by the same measure
     n: int  # numbers compared
 
     @property
@@ -62,16 +69,16 @@ class Check:
         """Empty if within the tolerance, else a word; NaN is a miss."""
         if self.error <= self.tolerance:
             return ""
-        return (
-            ROUNDING
-            if self.error <= min(ROUNDING_ALLOWED * self.rounding, ROUNDING_LIMIT)
-            else MISS
-        )
+        allowed = min(ROUNDING_ALLOWED * self.rounding, ROUNDING_LIMIT)
+        return ROUNDING if self.error <= allowed else MISS
 
     @property
     def passed(self) -> bool:
         """Whether the numbers agree as far as the record's precision allows."""
         return self.verdict != MISS
+
+
+# ------------------------------------------------------------------------------------- what is read
 
 
 @dataclass(frozen=True)
@@ -81,6 +88,43 @@ class Batch:
     input_ids: Int[Tensor, "n t"]
     attention_mask: Int[Tensor, "n t"]
     labels: Tensor  # (n, t) aligned with input_ids, (n, t') of a decoder, or (n, 1) classes
+
+
+@dataclass(frozen=True)
+class Record:
+    """What a folder holds: tensors and scalars by name, and the hyperparameters."""
+
+    hparams: MENDHyperParams
+    tensors: Mapping[str, Tensor]  # scalars are `eval_pre/…`, `eval_post/…`, `kl`, `losses/<i>/…`
+    first_step: int  # the micro-batch after which the optimiser first stepped
+
+    @classmethod
+    def read(cls, folder: Path) -> "Record":
+        """Raises KeyError or a reader's error for another layout."""
+        meta = json.loads((folder / "meta.json").read_text(encoding="utf-8"))
+        known = MENDHyperParams.model_fields
+        settings = {key: value for key, value in meta["hparams"].items() if key in known}
+        settings |= {"model_name": folder.name, "inner_params": tuple(meta["inner_params"])}
+        rows = {f"losses/{i}": row for i, row in enumerate(meta["losses"])}
+        rows |= {name: meta[name] for name in ("eval_pre", "eval_post")}
+        tensors = load_file(folder / "vectors.safetensors")
+        tensors["kl"] = torch.tensor(meta["eval_kl_loc"], dtype=torch.float64)
+        for name, row in rows.items():
+            for key, value in row.items():
+                tensors[f"{name}/{key}"] = torch.tensor(value, dtype=torch.float64)
+        hparams = MENDHyperParams(**settings)
+        steps = meta.get("optimizer_steps_after") or [[hparams.accumulate_bs]]
+        return cls(hparams, tensors, min(steps[0][0], len(meta["losses"]) - 1))
+
+    def state(self, when: str) -> dict[str, Tensor]:
+        """The hypernetwork's state, `init` or `final`."""
+        names = [name for name in self.tensors if name.startswith(f"{when}/")]
+        return {name.removeprefix(f"{when}/"): self.tensors[name] for name in names}
+
+    def batch(self, role: str) -> Batch:
+        """The texts of a role."""
+        names = ("input_ids", "attention_mask", "labels")
+        return Batch(*(self.tensors[f"{role}/{name}"] for name in names))
 
 
 class OneLogitClassifier(PreTrainedModel):
@@ -106,7 +150,10 @@ class OneLogitClassifier(PreTrainedModel):
 
 
 class ReferenceModel(BaseModel):
-    """A base model whose texts come as ready batches: it has no tokenizer, and nothing below its edits is cached."""
+    """A base model whose texts come as ready batches.
+
+    It has no tokenizer, which a base model cannot be made without, and caches nothing.
+    """
 
     def __init__(self, model: PreTrainedModel, inner_params: tuple[str, ...], *, name: str) -> None:
         self.model, self.name = model.eval().requires_grad_(False), name
@@ -114,26 +161,20 @@ class ReferenceModel(BaseModel):
         self.seq2seq = bool(model.config.is_encoder_decoder)
 
     def logits(self, batch: Batch) -> Tensor:
-        """(n, t, v), (n, t', v) of a decoder, or (n, 1)."""
+        """(n, t, v), (n, t', v) of a decoder, or (n, 2) classes."""
         inputs = {"input_ids": batch.input_ids, "attention_mask": batch.attention_mask}
         if self.seq2seq:
-            inputs["decoder_input_ids"] = self.model.prepare_decoder_input_ids_from_labels(
-                labels=batch.labels
-            )
+            shifted = self.model.prepare_decoder_input_ids_from_labels(labels=batch.labels)
+            inputs["decoder_input_ids"] = shifted
         return self.model(**inputs, use_cache=False).logits
 
     def scored(
         self, logits: Tensor, batch: Batch
-    ) -> tuple[Float[Tensor, "s v"], Int[Tensor, " s"], Tensor]:
+    ) -> tuple[Float[Tensor, "s v"], Int[Tensor, " s"], Int[Tensor, " s"]]:
         """Logits that predict labels, these labels, and each one's text."""
-        if logits.dim() == 2:  # classes
-            rows = torch.arange(len(logits))
-            return (
-                (two_classes(logits) if logits.shape[1] == 1 else logits),
-                batch.labels.flatten(),
-                rows,
-            )
         labels = batch.labels
+        if logits.dim() == 2:
+            return as_classes(logits), labels.flatten(), torch.arange(len(logits))
         if not self.seq2seq:  # a causal model's position predicts the next token
             logits, labels = logits[:, :-1], labels[:, 1:]
         mask = labels != -100
@@ -147,48 +188,51 @@ class ReferenceModel(BaseModel):
     def kl(self, before: Tensor, after: Tensor, batch: Batch) -> Float[Tensor, ""]:
         """The recorded locality loss: one mean over all positions that its mask keeps."""
         if before.dim() == 2:
-            before, after = (two_classes(x) if x.shape[1] == 1 else x for x in (before, after))
+            before, after = as_classes(before), as_classes(after)
         else:
-            mask: Bool[Tensor, "n t"] = (
-                batch.labels != -100 if self.seq2seq else batch.attention_mask.bool()
-            )
+            mask = batch.labels != -100 if self.seq2seq else batch.attention_mask.bool()
             before, after = before[mask], after[mask]
         return locality_kl(before, after, torch.zeros(len(before), dtype=torch.long), 1)[0]
 
-    def scalars(self, logits: Tensor, batch: Batch) -> dict[str, Tensor]:
+    def scores(self, logits: Tensor, batch: Batch) -> dict[str, Tensor]:
         """The recorded scores: accuracy counts texts whose every scored token is right."""
         chosen, targets, rows = self.scored(logits, batch)
         log_prob = chosen.log_softmax(-1).gather(1, targets[:, None])[:, 0]
-        right = torch.bincount(rows[chosen.argmax(-1) != targets], minlength=len(logits)) == 0
-        values = {
-            "acc": right.double().mean(),
+        wrong = torch.bincount(rows[chosen.argmax(-1) != targets], minlength=len(logits))
+        return {
+            "acc": (wrong == 0).double().mean(),
             "log_prob": log_prob.mean(),
             "nll": -log_prob.mean(),
-        }
-        return values | {
             "prob": log_prob.exp().mean(),
             "n_tokens": torch.tensor(float(len(targets))),
         }
 
-    def dense(self, updates: Updates) -> dict[str, Tensor]:
-        """What the updates add, in each parameter's own orientation."""
-        transposed = {site.name: site.transposed for site in self.sites}
-        return {n: (u.dense().T if transposed[n] else u.dense()) for n, u in updates.items()}
-
     def factors(self, batch: Batch) -> tuple[dict[str, tuple[Tensor, Tensor]], Factors]:
-        """u and delta of the edit loss at every position, and packed as one edit from the positions that count."""
-        whole = record_factors(self, lambda: self.nll(self.logits(batch), batch))
+        """u and delta of the edit loss at every position, and as one edit where they count."""
+        everywhere = record_factors(self, lambda: self.nll(self.logits(batch), batch))
         packed: Factors = {}
-        for name, (u, delta) in whole.items():
+        for name, (u, delta) in everywhere.items():
             keep = (u != 0).any(-1) & (delta != 0).any(-1)
-            packed[name] = GradientFactors(
-                u[keep], delta[keep], torch.zeros(int(keep.sum()), dtype=torch.long)
-            )
-        return whole, packed
+            edit = torch.zeros(int(keep.sum()), dtype=torch.long)
+            packed[name] = GradientFactors(u[keep], delta[keep], edit)
+        return everywhere, packed
+
+    def dense(self, updates: Updates, name: str) -> dict[str, Tensor]:
+        """What updates add to each parameter, as it lies in the model, by `<name>/<layer>`."""
+        found = {}
+        for site in self.sites:
+            change = updates[site.name].dense()
+            found[f"{name}/{site.name}"] = change.T if site.transposed else change
+        return found
+
+
+def as_classes(logits: Tensor) -> Float[Tensor, "n 2"]:
+    """The logits of both classes, also of a classifier with one logit."""
+    return two_classes(logits) if logits.shape[1] == 1 else logits
 
 
 def load_reference_model(folder: Path, inner_params: tuple[str, ...]) -> ReferenceModel:
-    """The folder's base model. Raises ModelError if the weights are not those of its configuration."""
+    """The folder's base model. Raises ModelError if the weights are not of its configuration."""
     weights = load_file(folder / "base_model.safetensors")
     config = AutoConfig.from_pretrained(folder)
     if config.is_encoder_decoder:
@@ -201,19 +245,19 @@ def load_reference_model(folder: Path, inner_params: tuple[str, ...]) -> Referen
     try:
         missing, unexpected = model.load_state_dict(weights, strict=False)
     except RuntimeError as error:
-        raise ModelError(
-            f"{folder}: base_model.safetensors does not fit config.json: {error}"
-        ) from None
-    own = dict(model.named_parameters(remove_duplicate=False))
-    stored = {value.data_ptr() for name, value in own.items() if name in weights}
-    absent = [
-        name for name in missing if name in own and own[name].data_ptr() not in stored
-    ]  # not tied to another
-    if absent or unexpected:
-        raise ModelError(
-            f"{folder}: base_model.safetensors does not fit config.json: {[*absent, *unexpected][:3]}"
-        )
+        raise ModelError(f"{folder}: its weights do not fit config.json: {error}") from None
+    parameters = dict(model.named_parameters(remove_duplicate=False))
+    stored = {value.data_ptr() for name, value in parameters.items() if name in weights}
+    odd = list(unexpected)
+    for name in missing:
+        if name in parameters and parameters[name].data_ptr() not in stored:  # tied to no other
+            odd.append(name)
+    if odd:
+        raise ModelError(f"{folder}: its weights do not fit config.json: {odd[:3]}")
     return ReferenceModel(model, inner_params, name=folder.name)
+
+
+# --------------------------------------------------------------------------------------- comparing
 
 
 def reference_folders(path: Path) -> list[Path]:
@@ -223,7 +267,7 @@ def reference_folders(path: Path) -> list[Path]:
 
 
 def conformance(folder: str | Path) -> tuple[Check, ...]:
-    """Compare everything that a folder records. Raises DataError if it is no folder of reference vectors."""
+    """Compare everything that a folder records. Raises DataError for another kind of folder."""
     folder = Path(folder)
     absent = [name for name in FILES if not (folder / name).is_file()]
     if absent:
@@ -231,209 +275,128 @@ def conformance(folder: str | Path) -> tuple[Check, ...]:
     try:
         record = Record.read(folder)
         base = load_reference_model(folder, record.hparams.inner_params)
-        archive = read_foreign(folder / "archive.pt").state
-        imported = float(set(archive) != set(record.state("final")))
-        imported += sum(
-            not torch.equal(v, archive[k]) for k, v in record.state("final").items() if k in archive
-        )
-        checks = [Check("archive", imported, 0.0, 0.0, len(archive))]
+        archive, final = read_foreign(folder / "archive.pt").state, record.state("final")
+        wrong = len(set(archive) ^ set(final))
+        wrong += sum(not torch.equal(archive[k], final[k]) for k in set(archive) & set(final))
+        checks = [Check("archive", float(wrong), 0.0, 0.0, len(archive))]
         values = recorded_values(base, record, archive)
         spread = rounding(base, record, archive, values)
-        checks += [_compare(name, values[name], spread[name], record) for name in values]
+        for name, ours in values.items():
+            checks.append(_compare(name, ours, spread[name], record))
     except (KeyError, TypeError, json.JSONDecodeError, SafetensorError, HyperParamError) as error:
         raise DataError(f"{folder}: not the layout of reference vectors: {error!r}") from None
     return tuple(checks)
 
 
-@dataclass(frozen=True)
-class Record:
-    """What a folder holds: tensors and scalars by name, and the hyperparameters."""
-
-    hparams: MENDHyperParams
-    tensors: Mapping[
-        str, Tensor
-    ]  # vectors.safetensors, and `eval_pre/…`, `eval_post/…`, `kl`, `losses/…` as scalars
-    first_step: int  # the micro-batch after which the optimiser first stepped
-
-    @classmethod
-    def read(cls, folder: Path) -> "Record":
-        """Raises KeyError or a reader's own error for another layout."""
-        meta = json.loads((folder / "meta.json").read_text(encoding="utf-8"))
-        known = set(MENDHyperParams.__dataclass_fields__)
-        settings = {key: value for key, value in meta["hparams"].items() if key in known}
-        h = MENDHyperParams(
-            model_name=folder.name, inner_params=tuple(meta["inner_params"]), **settings
-        )
-        scalars = {
-            f"{when}/{k}": v for when in ("eval_pre", "eval_post") for k, v in meta[when].items()
-        }
-        scalars |= {
-            f"losses/{i}/{k}": v for i, row in enumerate(meta["losses"]) for k, v in row.items()
-        }
-        scalars |= {"kl": meta["eval_kl_loc"]}
-        tensors = load_file(folder / "vectors.safetensors")
-        tensors |= {
-            name: torch.tensor(value, dtype=torch.float64) for name, value in scalars.items()
-        }
-        steps = meta.get("optimizer_steps_after") or [
-            [h.accumulate_bs]
-        ]  # published code: one micro-batch late
-        return cls(h, tensors, min(steps[0][0], len(meta["losses"]) - 1))
-
-    def state(self, when: str) -> dict[str, Tensor]:
-        """The hypernetwork's state, `init` or `final`."""
-        return {
-            name.removeprefix(f"{when}/"): v
-            for name, v in self.tensors.items()
-            if name.startswith(f"{when}/")
-        }
-
-    def batch(self, role: str) -> Batch:
-        """A batch."""
-        return Batch(
-            *(self.tensors[f"{role}/{name}"] for name in ("input_ids", "attention_mask", "labels"))
-        )
+def _compare(name: str, ours: Mapping[str, Tensor], spread: float, record: Record) -> Check:
+    known = [key for key in ours if key in record.tensors or not name.startswith("scalars")]
+    error = max(relative_error(ours[key], record.tensors[key]) for key in known)
+    tolerance = LOSS_TOLERANCE if name.startswith("training") else TOLERANCE
+    return Check(name, error, tolerance, spread, sum(ours[key].numel() for key in known))
 
 
-Values = dict[str, dict[str, Tensor]]
-"""By comparison: our numbers under the names that the record has for them."""
+def relative_error(ours: Tensor, theirs: Tensor) -> float:
+    """Largest absolute difference over the largest of `theirs`; infinite for another shape."""
+    if ours.shape != theirs.shape:
+        return float("inf")
+    largest = theirs.double().abs().max().clamp(min=torch.finfo(torch.float32).tiny)
+    return float((ours.double() - theirs.double()).abs().max() / largest)
 
 
+@torch.no_grad()
 def recorded_values(base: ReferenceModel, record: Record, archive: Mapping[str, Tensor]) -> Values:
     """All that a folder records, computed by us in the base model's dtype."""
     init = {name: value.to(base.dtype) for name, value in record.state("init").items()}
-    trained, fresh = (from_foreign(state, base.sites, record.hparams) for state in (archive, init))
-    with torch.no_grad():
-        return _evaluation(base, trained, record) | _training(base, fresh, record)
-
-
-def rounding(
-    base: ReferenceModel, record: Record, archive: Mapping[str, Tensor], values: Values
-) -> dict[str, float]:
-    """By comparison: how far float32 may take our own numbers. Turns the base model to float64.
-
-    The largest distance from the float64 numbers of those in float32, `values`, and of float64 ones whose base weights
-    are off by float32's half unit, at random.
-    """
-    if base.dtype == torch.float64:
-        return dict.fromkeys(values, 0.0)
-    archive, weights = (
-        {name: value.double() for name, value in archive.items()},
-        list(base.model.double().parameters()),
-    )
-    exact, samples, generator = (
-        recorded_values(base, record, archive),
-        [values],
-        torch.Generator().manual_seed(0),
-    )
-    kept = [weight.clone() for weight in weights]
-    for _ in range(ROUNDING_SAMPLES):
-        for weight, value in zip(weights, kept, strict=True):
-            weight.copy_(
-                value
-                * (1 + 2**-24 * torch.randn(value.shape, generator=generator, dtype=value.dtype))
-            )
-        samples.append(recorded_values(base, record, archive))
-    return {
-        name: max(
-            relative_error(own[name][key], value)
-            for own in samples
-            for key, value in exact[name].items()
-        )
-        for name in values
-    }
+    trained = from_foreign(archive, base.sites, record.hparams)
+    fresh = from_foreign(init, base.sites, record.hparams)
+    return _evaluation(base, trained, record) | _training(base, fresh, record)
 
 
 def _evaluation(base: ReferenceModel, mend: MEND, record: Record) -> Values:
-    """Factors, updates, logits and scalars of the trained hypernetwork."""
+    """Factors, updates, logits and scores of the trained hypernetwork."""
     outer, loc = record.batch("eval/outer"), record.batch("eval/loc")
-    whole, factors = base.factors(record.batch("eval/inner"))
+    everywhere, factors = base.factors(record.batch("eval/inner"))
     updates = mend(factors, 1)
-    values = {
-        "factors x": {f"eval/factors/{name}/x": u for name, (u, _) in whole.items()},
-        "factors delta": {
-            f"eval/factors/{name}/delta": delta for name, (_, delta) in whole.items()
-        },
-        "updates": {f"eval/update/{name}": value for name, value in base.dense(updates).items()},
+    values: Values = {
+        "factors x": {f"eval/factors/{name}/x": u for name, (u, _) in everywhere.items()},
+        "factors delta": {f"eval/factors/{name}/delta": d for name, (_, d) in everywhere.items()},
+        "updates": base.dense(updates, "eval/update"),
     }
-    logits = {}
-    for when, edited in (("pre", {}), ("post", updates)):
-        with side_branches(base, edited):
-            logits[when] = {"outer": base.logits(outer), "loc": base.logits(loc)}
-        values |= {
-            f"{when} logits {role}": {f"eval/{when}_logits_{role}": x}
-            for role, x in logits[when].items()
-        }
+    before = {"outer": base.logits(outer), "loc": base.logits(loc)}
     with side_branches(base, updates):
+        after = {"outer": base.logits(outer), "loc": base.logits(loc)}
         second = mend(base.factors(record.batch("eval/inner_second"))[1], 1)
-    values["second updates"] = {
-        f"eval/update_second/{name}": value for name, value in base.dense(second).items()
-    }
-    for when in ("pre", "post"):
-        scalars = base.scalars(logits[when]["outer"], outer)
-        values[f"scalars {when}"] = {
-            f"eval_{when}/{name}": value for name, value in scalars.items()
-        }
-    return values | {
-        "locality KL": {"kl": base.kl(logits["pre"]["loc"], logits["post"]["loc"], loc)}
-    }
+    for when, logits in {"pre": before, "post": after}.items():
+        for role, value in logits.items():
+            values[f"{when} logits {role}"] = {f"eval/{when}_logits_{role}": value}
+    values["second updates"] = base.dense(second, "eval/update_second")
+    for when, logits in {"pre": before, "post": after}.items():
+        scores = base.scores(logits["outer"], outer)
+        values[f"scalars {when}"] = {f"eval_{when}/{name}": x for name, x in scores.items()}
+    values["locality KL"] = {"kl": base.kl(before["loc"], after["loc"], loc)}
+    return values
 
 
 def _training(base: ReferenceModel, mend: MEND, record: Record) -> Values:
     """Losses of the micro-batches before the first optimiser step, the statistics running."""
-    h, values = record.hparams, {f"training {name}": {} for name in ("edit", "loc", "total")}
+    h = record.hparams
+    values: Values = {"training edit": {}, "training loc": {}, "training total": {}}
     for step in range(record.first_step + 1):
-        inner, outer, loc = (
-            record.batch(f"train/{step}/{role}") for role in ("inner", "outer", "loc")
-        )
+        roles = ("inner", "outer", "loc")
+        inner, outer, loc = (record.batch(f"train/{step}/{role}") for role in roles)
         updates = mend(base.factors(inner)[1], 1, gather=h.inner_params)
         before = base.logits(loc)
         with side_branches(base, updates):
-            edit, kl = base.nll(base.logits(outer), outer), base.kl(before, base.logits(loc), loc)
-        for name, value in {"edit": edit, "loc": kl, "total": h.cedit * edit + h.cloc * kl}.items():
+            edit = base.nll(base.logits(outer), outer)
+            kl = base.kl(before, base.logits(loc), loc)
+        losses = {"edit": edit, "loc": kl, "total": h.cedit * edit + h.cloc * kl}
+        for name, value in losses.items():
             values[f"training {name}"][f"losses/{step}/{name}"] = value
     return values
 
 
-def _compare(name: str, ours: Mapping[str, Tensor], spread: float, record: Record) -> Check:
-    known = [key for key in ours if key in record.tensors or not name.startswith("scalars")]
-    return Check(
-        name,
-        max(relative_error(ours[key], record.tensors[key]) for key in known),
-        LOSS_TOLERANCE if name.startswith("training") else TOLERANCE,
-        spread,
-        sum(ours[key].numel() for key in known),
-    )
+@torch.no_grad()
+def rounding(
+    base: ReferenceModel, record: Record, archive: Mapping[str, Tensor], values: Values
+) -> dict[str, float]:
+    """By comparison: how far float32 may take our numbers. Turns the base model to float64.
 
-
-def relative_error(ours: Tensor, theirs: Tensor) -> float:
-    """Largest absolute difference over the largest entry of `theirs`; infinite for another shape."""
-    if ours.shape != theirs.shape:
-        return float("inf")
-    difference = (ours.double() - theirs.double()).abs().max()
-    return float(
-        difference / theirs.double().abs().max().clamp(min=torch.finfo(torch.float32).tiny)
-    )
+    It is the largest distance from the float64 numbers of `values` in float32, and of float64
+    numbers whose base weights are off by float32's half unit, at random.
+    """
+    if base.dtype == torch.float64:
+        return dict.fromkeys(values, 0.0)
+    archive = {name: value.double() for name, value in archive.items()}
+    weights = list(base.model.double().parameters())
+    kept = [weight.clone() for weight in weights]
+    exact, samples = recorded_values(base, record, archive), [values]
+    generator = torch.Generator().manual_seed(0)
+    for _ in range(ROUNDING_SAMPLES):
+        for weight, value in zip(weights, kept, strict=True):
+            noise = torch.randn(value.shape, generator=generator, dtype=value.dtype)
+            weight.copy_(value * (1 + 2**-24 * noise))
+        samples.append(recorded_values(base, record, archive))
+    spread = dict.fromkeys(values, 0.0)
+    for sample in samples:
+        for name in values:
+            for key, value in exact[name].items():
+                spread[name] = max(spread[name], relative_error(sample[name][key], value))
+    return spread
 
 
 def conformance_table(results: Mapping[str, Sequence[Check]]) -> str:
     """Every comparison of every folder as text."""
-    lines = [
-        f"{'folder':20}{'comparison':20}{'max rel. error':>15}{'tolerance':>11}{'float32':>10}{'numbers':>9}"
-    ]
+    heads = ("folder", "comparison", "max rel. error", "tolerance", "float32", "numbers")
+    lines = ["{:20}{:20}{:>15}{:>11}{:>10}{:>9}".format(*heads)]
+    count: Counter[str] = Counter()
     for folder, checks in results.items():
         for check in checks:
-            row = (
-                f"{check.error:>15.1e}{check.tolerance:>11.0e}{check.rounding:>10.1e}{check.n:>9,}"
-            )
-            lines.append(f"{folder:20}{check.name:20}{row}  {check.verdict}".rstrip())
-    every = [check for checks in results.values() for check in checks]
-    count = {word: sum(check.verdict == word for check in every) for word in ("", ROUNDING, MISS)}
-    lines.append(
-        f"{len(every)} comparisons: {count['']} within the tolerance, {count[MISS]} missed"
-    )
+            count[check.verdict] += 1
+            line = f"{folder:20}{check.name:20}{check.error:>15.1e}{check.tolerance:>11.0e}"
+            line += f"{check.rounding:>10.1e}{check.n:>9,}  {check.verdict}"
+            lines.append(line.rstrip())
+    total = f"{count.total()} comparisons: {count['']} within the tolerance, {count[MISS]} missed"
     if count[ROUNDING]:
-        lines[-1] += (
-            f", {count[ROUNDING]} beyond it by rounding alone (float32: how far it takes our own numbers)"
-        )
-    return "\n".join(lines)
+        total += f", {count[ROUNDING]} beyond it by rounding alone"
+        total += " (float32: how far it takes our own numbers)"
+    return "\n".join([*lines, total])

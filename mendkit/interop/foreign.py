@@ -1,23 +1,24 @@
-"""Archives of published code: the pickles of the authors' MEND and of EasyEdit, read without running anything in them.
+"""Archives of published code: the pickles of the authors' MEND and of EasyEdit.
 
-Such a file holds `model` (per transform `mend.<(d_in, d_out) or weight's name, # for .>.`: the normaliser's `u_mean`,
-`u_s`, `u_std`, `k` and v's, blocks `mlp` or `mlp1`, `mlp2`; `edit_lrs`; a live configuration object) and optimisers.
-Its conventions become settings of the native archive (reference README of the recorded vectors): the update is added,
-so a step size changes its sign; statistics are shared as the transforms are, with 1e-7 added to the std, no floor, no
-clip; the loss is one mean over all edits made at once. What tensors do not show (`norm`, `init`, and the order of
-`inner_params`, which numbers the layers) is read from the configuration.
+They are read without running anything in them. Such a file holds `model` and optimisers. `model`
+has `edit_lrs` (one per layer of `inner_params`), a live configuration object, and per transform
+`mend.<(d_in, d_out), or the weight's name with # for .>.`: the normaliser's `u_mean`, `u_s`,
+`u_std`, the same of v, `k`, and blocks `mlp` or `mlp1`, `mlp2`.
+
+Conventions of published code become settings of the native archive. The update is added, so a step
+size changes its sign. Layers that share a transform share its statistics. 1e-7 is added to the
+std; there is no floor and no clip. The loss is one mean over all edits made at once.
 """
 
 import re
 from collections import OrderedDict
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 from zipfile import ZIP_STORED, ZipFile
 
 import torch
-from jaxtyping import Float
 from torch import Tensor
 from torch.serialization import get_unsafe_globals_in_checkpoint, safe_globals
 
@@ -35,26 +36,17 @@ from ..runs import DAMAGE, atomically
 EPS = 1e-7  # published code adds it to every standard deviation
 CONVENTIONS = {"update_sign": -1, "std_floor": 0.0, "std_eps": EPS, "z_clip": None, "whiten": None}
 CONVENTIONS |= {"edit_tokens": "all", "loss_reduction": "batch"}
-_CONFIG = re.compile(r"transformers\.([A-Za-z0-9_]+\.)*[A-Za-z0-9_]+Config")
-_SIZE = re.compile(
-    r"layer|head|embd|hidden|intermediate|vocab|position|^d_|ffn_dim"
-)  # of an architecture
-_AS_DICT = (
-    "collections.defaultdict",
-    "builtins.list",
-    "builtins.dict",
-    "builtins.int",
-    "builtins.float",
-)
-"""A default dictionary becomes a plain one; the others are what it calls for a missing key, and are not called."""
-_STACKS = {"": "mlp", PARTS[0]: "mlp1", PARTS[1]: "mlp2"}
-_BLOCK = {
-    "U": "u",
-    "V": "v",
-    "bias": "bias",
-    "scale": "mode_scale.weight",
-    "shift": "mode_shift.weight",
-}
+CONFIG_CLASS = re.compile(r"transformers\.([A-Za-z0-9_]+\.)*[A-Za-z0-9_]+Config")
+ARCHITECTURE_SIZE = re.compile(r"layer|head|embd|hidden|intermediate|vocab|position|^d_|ffn_dim")
+
+# A default dictionary becomes a plain one. The others are what it would call for a missing key.
+AS_DICT = tuple(f"builtins.{name}" for name in ("list", "dict", "int", "float"))
+AS_DICT += ("collections.defaultdict",)
+
+STACKS = {"": "mlp", PARTS[0]: "mlp1", PARTS[1]: "mlp2"}
+BLOCK_TENSORS = {"U": "u", "V": "v", "bias": "bias"}
+BLOCK_TENSORS |= {"shift": "mode_shift.weight", "scale": "mode_scale.weight"}
+FACTOR_LETTERS = {"u": "u", "delta": "v"}
 
 
 @dataclass(frozen=True)
@@ -68,7 +60,7 @@ class ForeignArchive:
     step: int | None
 
 
-class _Config:
+class InertConfig:
     """Stands in for a live configuration: takes its attributes and does nothing."""
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -82,121 +74,150 @@ def _plain_dict(*_: Any) -> dict[Any, Any]:
 def read_foreign(path: str | Path) -> ForeignArchive:
     """Read a pickled archive; nothing in it is run.
 
-    Raises ArchiveError if the file is missing or damaged, holds no MEND hypernetwork, or names any object besides
-    tensors, plain containers and `transformers` configurations.
+    Raises ArchiveError if the file is missing or damaged, holds no MEND hypernetwork, or names any
+    object besides tensors, plain containers and `transformers` configurations.
     """
     path = Path(path)
     if not path.is_file():
         raise ArchiveError(
-            f"{path}: no such file; give the archive that the original MEND or EasyEdit wrote"
+            f"{path}: no such file; give an archive of the original MEND or EasyEdit"
         )
     try:
         _check_zip(path)
         names = get_unsafe_globals_in_checkpoint(path)
-        configs = [name for name in names if _CONFIG.fullmatch(name)]
-        odd = sorted(set(names) - {*configs, *_AS_DICT})
-        with safe_globals(
-            [(_Config, name) for name in configs] + [(_plain_dict, name) for name in _AS_DICT]
-        ):
-            content = None if odd else torch.load(path, map_location="cpu", weights_only=True)
+        configs = [name for name in names if CONFIG_CLASS.fullmatch(name)]
+        odd = sorted(set(names) - {*configs, *AS_DICT})
+        allowed: list[Any] = [(InertConfig, name) for name in configs]
+        allowed += [(_plain_dict, name) for name in AS_DICT]
+        content = None
+        if not odd:
+            with safe_globals(allowed):
+                content = torch.load(path, map_location="cpu", weights_only=True)
     except DAMAGE as error:
-        first = str(error).splitlines()[0] if str(error) else type(error).__name__
+        first = (str(error) or type(error).__name__).splitlines()[0]
         raise ArchiveError(
             f"{path}: not a readable archive of MEND ({first}); is it a whole .pt file?"
         ) from None
     if odd:
         raise ArchiveError(
-            f"{path}: refused, and nothing of it was run: its pickle names {', '.join(odd)}; an archive of MEND "
-            "needs only tensors, plain containers and a transformers configuration"
+            f"{path}: refused, and nothing of it was run: its pickle names {', '.join(odd)}; "
+            "an archive of MEND needs only tensors, plain containers and a configuration"
         )
-    return _content(path, content, configs)
+    return _useful_content(path, content, configs)
 
 
 def _check_zip(path: Path) -> None:
-    """Raises ValueError or BadZipFile if a checksum is wrong, or more is declared than the file holds."""
+    """Raises ValueError or BadZipFile if a checksum is wrong, or more is declared than is held."""
     with ZipFile(path) as file:
         entries = file.infolist()
-        held = sum(entry.file_size for entry in entries)
-        if held > path.stat().st_size or any(
-            entry.compress_type != ZIP_STORED for entry in entries
-        ):
+        compressed = any(entry.compress_type != ZIP_STORED for entry in entries)
+        if compressed or sum(entry.file_size for entry in entries) > path.stat().st_size:
             raise ValueError("its entries are compressed, or larger than the file")
-        if len(set(file.namelist())) < len(entries) or file.testzip() is not None:
-            raise ValueError(
-                f"{file.testzip() or 'an entry that is there twice'} does not match its checksum"
-            )
+        if len(set(file.namelist())) < len(entries):
+            raise ValueError("an entry is there twice")
+        if file.testzip() is not None:
+            raise ValueError(f"{file.testzip()} does not match its checksum")
 
 
-def _content(path: Path, content: Any, configs: Sequence[str]) -> ForeignArchive:
+def _useful_content(path: Path, content: Any, configs: Sequence[str]) -> ForeignArchive:
     model = content.get("model") if isinstance(content, dict) else None
     if not isinstance(model, dict) or not isinstance(model.get("edit_lrs"), Tensor):
         raise ArchiveError(f"{path}: no archive of MEND: it lacks `model` with `edit_lrs`")
-    tensors = {
-        k: v.detach()
-        for k, v in model.items()
-        if isinstance(v, Tensor) and k.startswith(("mend.", "edit_lrs"))
-    }
+    state = {}
+    for name, value in model.items():
+        if isinstance(value, Tensor) and name.startswith(("mend.", "edit_lrs")):
+            state[name] = value.detach()
+    config_class = configs[0].rpartition(".")[2] if len(configs) == 1 else None
     config = getattr(model.get("model_config"), "__dict__", {})
     step = content.get("step")
-    name = configs[0].rpartition(".")[2] if len(configs) == 1 else None
-    return ForeignArchive(path, tensors, name, config, step if isinstance(step, int) else None)
+    return ForeignArchive(path, state, config_class, config, step if type(step) is int else None)
 
 
-# ------------------------------------------------------------------------------------------------------- reading
+# ------------------------------------------------------------------------------------ what it says
 
 
 def foreign_hparams(
-    state: Mapping[str, Tensor], sites: Sequence[Site], h: MENDHyperParams, /
+    state: Mapping[str, Tensor], sites: Sequence[Site], h: MENDHyperParams
 ) -> MENDHyperParams:
     """`h` with the structure that the tensors show and the conventions of published code.
 
-    Raises ArchiveError if the transforms are none of MEND's.
+    What tensors do not show (`norm`, `init`, the order of `inner_params`) stays as in `h`. Raises
+    ArchiveError if the transforms are none of MEND's.
     """
     names = [name.split(".") for name in state if name.startswith("mend.") and ".layers." in name]
     if not names or any(len(name) < 6 or not name[4].isdecimal() for name in names):
         raise ArchiveError(
             "the archive holds no transforms of MEND (mend.<shape or name>.mlp.layers.<i>.…)"
         )
-    shared = all(name[1].startswith("(") for name in names)
-    stacks = {name[2] for name in names}
-    rank = max(
-        len(value) for name, value in state.items() if ".layers." in name and name.endswith(".v")
+    transforms = {(name[1], name[2]) for name in names}
+    shared = all(key.startswith("(") for key, _ in transforms)
+    ranks = [len(state[".".join(name)]) for name in names if name[5:] == ["v"]]
+    shown = h.replace(
+        shared=shared,
+        norm_stats="shape" if shared else "layer",
+        combine=("mlp" in {stack for _, stack in transforms}),
+        one_sided=False,
+        x_only=False,
+        delta_only=False,
+        rank=max(ranks),
+        n_hidden=max(int(name[4]) for name in names),
+        **CONVENTIONS,
     )
-    values = {
-        "shared": shared,
-        "norm_stats": "shape" if shared else "layer",
-        "combine": "mlp" in stacks,
-        "rank": rank,
-    }
-    values |= {"n_hidden": max(int(name[4]) for name in names), **CONVENTIONS}
-    options = [{}, {"one_sided": True}, {"x_only": True}, {"delta_only": True}]
-    one_way = [key for key in ("one_sided", "x_only", "delta_only") if getattr(h, key)]
-    options.sort(key=lambda option: list(option) != one_way)  # the configuration's word first
-    base = h.replace(one_sided=False, x_only=False, delta_only=False).replace(**values)
-    for option in [{}] if base.combine else options:
-        candidate = base.replace(**option)
-        wanted = {
-            (_key(s, shared), _STACKS[part]) for s in sites for part in transformed(s, candidate)
-        }
-        if wanted == {(name[1], name[2]) for name in names}:
+    # Several options may give the same transforms: the configuration's word comes first.
+    options = ["", "one_sided", "x_only", "delta_only"]
+    options.sort(key=lambda option: not (option and getattr(h, option)))
+    for option in [""] if shown.combine else options:
+        candidate = shown.replace(**{option: True}) if option else shown
+        wanted = set()
+        for site in sites:
+            for part in transformed(site, candidate):
+                wanted.add((transform_key(site, shared), STACKS[part]))
+        if wanted == transforms:
             return candidate
-    found = ", ".join(sorted({name[1] for name in names})[:3])
+    found = ", ".join(sorted({key for key, _ in transforms})[:3])
     raise ArchiveError(
-        f"the archive's transforms ({found}, …) are not those of the {len(sites)} layers in `inner_params`; "
-        "list the layers it was trained for, in that order"
+        f"the archive's transforms ({found}, …) are not those of the {len(sites)} layers in "
+        "`inner_params`; list the layers it was trained for, in that order"
     )
 
 
-def _key(site: Site, shared: bool) -> str:
+def transform_key(site: Site, shared: bool) -> str:
+    """The published name of a layer's transform."""
     return str((site.d_in, site.d_out)) if shared else site.name.replace(".", "#")
 
 
-def from_foreign(state: Mapping[str, Tensor], sites: Sequence[Site], h: MENDHyperParams, /) -> MEND:
-    """The hypernetwork of a foreign archive's tensors; `h.inner_params` lists the sites in its order.
+def _block_names(
+    mend: MEND, site: Site, order: Sequence[str]
+) -> Iterator[tuple[str, str, Tensor | None]]:
+    """Every tensor of a layer's transform: its published name, ours, and its rows' order.
 
-    Raises ArchiveError naming what is missing or has another shape.
+    A tensor with a row for each layer holds them in published code in the order of `inner_params`
+    (`order`): theirs = ours[rows].
     """
-    if not isinstance(h.inner_params, tuple) or {s.name for s in sites} != set(h.inner_params):
+    h = mend.hparams
+    group = group_name(site, h.shared)
+    layers = mend.groups[group]
+    rows = torch.tensor([layers.index(name) for name in order if name in layers])
+    for part in transformed(site, h):
+        for i, block in enumerate(mend.blocks[group + part]):
+            known = dict(block.named_parameters())
+            for name, published in BLOCK_TENSORS.items():
+                if name in known:
+                    theirs = f"mend.{transform_key(site, h.shared)}.{STACKS[part]}.layers.{i}"
+                    by_layer = rows if name in ("shift", "scale") else None
+                    yield f"{theirs}.{published}", f"blocks.{group + part}.{i}.{name}", by_layer
+
+
+# ----------------------------------------------------------------------------------------- reading
+
+
+def from_foreign(state: Mapping[str, Tensor], sites: Sequence[Site], h: MENDHyperParams) -> MEND:
+    """The hypernetwork of a foreign archive's tensors; `h.inner_params` lists the sites in order.
+
+    Raises ArchiveError naming what is missing, has another shape or is not finite.
+    """
+    order = h.inner_params
+    if not isinstance(order, tuple) or {site.name for site in sites} != set(order):
         raise ArchiveError(
             "`inner_params` must list the archive's layers in its order; `auto` does not tell it"
         )
@@ -207,29 +228,17 @@ def from_foreign(state: Mapping[str, Tensor], sites: Sequence[Site], h: MENDHype
         )
     with torch.device("meta"):  # nothing is allocated before the archive has shown what it holds
         mend = MEND(sites, h)
-    order = [h.inner_params.index(site.name) for site in sites]
-    values = {
-        "log_edit_lr": torch.zeros(len(sites)),
-        "edit_lr_unit": -_take(state, "edit_lrs", len(sites))[order],
-    }
+    places = [order.index(site.name) for site in sites]
+    values = {"log_edit_lr": torch.zeros(len(sites))}
+    values["edit_lr_unit"] = -_take(state, "edit_lrs", len(sites))[places]
     for site in sites:
-        key, group = _key(site, h.shared), group_name(site, h.shared)
-        members = [n for n in h.inner_params if n in mend.groups[group]]
-        rows = [
-            members.index(n) for n in mend.groups[group]
-        ]  # a layer's s and o lie at its place in inner_params
-        for part in transformed(site, h):
-            for i, block in enumerate(mend.blocks[group + part]):
-                for name, own in block.named_parameters():
-                    tensor = _take(
-                        state, f"mend.{key}.{_STACKS[part]}.layers.{i}.{_BLOCK[name]}", *own.shape
-                    )
-                    values[f"blocks.{group + part}.{i}.{name}"] = (
-                        tensor[rows] if name in ("scale", "shift") else tensor
-                    )
-        for kind, letter, width in (("u", "u", site.d_in), ("delta", "v", site.d_out)):
-            moments = _moments(state, f"mend.{key}.", letter, width)
-            values |= {f"moments.{stats_name(site, h)}.{kind}.{n}": v for n, v in moments.items()}
+        for theirs, ours, rows in _block_names(mend, site, order):
+            tensor = _take(state, theirs, *mend.get_parameter(ours).shape)
+            values[ours] = tensor if rows is None else tensor[rows.argsort()]
+        for kind, width in (("u", site.d_in), ("delta", site.d_out)):
+            moments = _native_moments(state, transform_key(site, h.shared), kind, width)
+            for name, value in moments.items():
+                values[f"moments.{stats_name(site, h)}.{kind}.{name}"] = value
     odd = [name for name, value in values.items() if not is_finite(value)]
     if odd:
         raise ArchiveError(
@@ -243,37 +252,39 @@ def from_foreign(state: Mapping[str, Tensor], sites: Sequence[Site], h: MENDHype
 
 
 def _take(state: Mapping[str, Tensor], name: str, *shape: int) -> Tensor:
-    if name not in state or tuple(state[name].shape) != shape:
-        found = f"has shape {tuple(state[name].shape)}" if name in state else "is missing"
-        raise ArchiveError(
-            f"the archive's {name} {found}, expected {shape}; is `inner_params` its list of layers?"
-        )
-    if not state[name].is_floating_point():
-        raise ArchiveError(f"the archive's {name} is {state[name].dtype}, expected real numbers")
-    return state[name].detach()
-
-
-def _moments(
-    state: Mapping[str, Tensor], prefix: str, letter: str, width: int
-) -> dict[str, Tensor]:
-    """The buffers of `StoredMoments`; NaN means empty there."""
-    k = _take(state, f"{prefix}k", 1).double()[0]
-    mean, m2, std = (
-        _take(state, f"{prefix}{letter}_{kind}", width).double() for kind in ("mean", "s", "std")
+    if name not in state:
+        found = "is missing"
+    elif tuple(state[name].shape) != shape:
+        found = f"has shape {tuple(state[name].shape)}"
+    elif not state[name].is_floating_point():
+        found = f"is {state[name].dtype}"
+    else:
+        return state[name]
+    raise ArchiveError(
+        f"the archive's {name} {found}, expected real numbers of shape {shape}; "
+        "is `inner_params` its list of layers?"
     )
-    values = {"mean": mean, "m2": m2, "stored_std": std}
-    if not bool(k > 0):
-        values = {name: torch.zeros(width) for name in values}
-    return {"count": k.nan_to_num().long(), **values}
+
+
+def _native_moments(
+    state: Mapping[str, Tensor], key: str, kind: str, width: int
+) -> dict[str, Tensor]:
+    """The buffers of `StoredMoments`; published code has NaN while there was no factor yet."""
+    count = _take(state, f"mend.{key}.k", 1).double()[0]
+    values = {"count": count.nan_to_num().long()}
+    for ours, theirs in {"mean": "mean", "m2": "s", "stored_std": "std"}.items():
+        stored = _take(state, f"mend.{key}.{FACTOR_LETTERS[kind]}_{theirs}", width).double()
+        values[ours] = stored if count > 0 else torch.zeros(width)
+    return values
 
 
 def import_archive(
-    path: str | Path, hparams: MENDHyperParams, /, *, out: str | Path, base: BaseModel | None = None
+    path: str | Path, hparams: MENDHyperParams, *, out: str | Path, base: BaseModel | None = None
 ) -> Path:
-    """Turn an archive of the original MEND or of EasyEdit into a native one at `out`; returns its path.
+    """Turn an archive of the original MEND or of EasyEdit into a native one at `out`.
 
-    `hparams` is its configuration, with `inner_params` in its order. Raises ArchiveError as `read_foreign` and
-    `from_foreign`, and if the base model is another one than its configuration object describes.
+    `hparams` is its configuration, with `inner_params` in its order. Raises ArchiveError as
+    `read_foreign` and `from_foreign`, and if the base model is another one than was recorded.
     """
     foreign = read_foreign(path)
     base = (base or load_model(hparams)).with_sites(hparams.inner_params)
@@ -283,59 +294,57 @@ def import_archive(
             mend = from_foreign(foreign.state, base.sites, hparams)
         except ArchiveError as error:
             raise ArchiveError(f"{path}: {error}") from None
-    training = {
-        "imported_from": str(path),
-        "best": {} if foreign.step is None else {"step": foreign.step},
-    }
+    training: dict[str, Any] = {"imported_from": str(path), "best": {}}
+    if foreign.step is not None:
+        training["best"] = {"step": foreign.step}
     return save_archive(out, base, mend.to(base.device), training=training)
 
 
 def _check_base(foreign: ForeignArchive, base: BaseModel) -> None:
-    config = base.model.config
-    ours = type(config).__name__
-    if foreign.config_class not in (None, ours):
-        differs = f"{foreign.config_class}, here {ours}"
-    else:
-        sizes = {k: v for k, v in foreign.config.items() if type(v) is int and _SIZE.search(k)}
-        pairs = [(k, v, getattr(config, k, v)) for k, v in sizes.items()]
-        differs = ", ".join(f"{k} {v}, here {w}" for k, v, w in pairs if type(w) is int and v != w)
+    config, differs = base.model.config, []
+    if foreign.config_class not in (None, type(config).__name__):
+        differs.append(f"{foreign.config_class}, here {type(config).__name__}")
+    elif foreign.config_class is not None:
+        for name, size in foreign.config.items():
+            ours = getattr(config, name, size)
+            if ARCHITECTURE_SIZE.search(name) and type(size) is type(ours) is int and size != ours:
+                differs.append(f"{name} {size}, here {ours}")
     if differs:
-        raise ArchiveError(f"{foreign.path}: trained for another model than {base.name}: {differs}")
+        raise ArchiveError(
+            f"{foreign.path}: trained for another model than {base.name}: {', '.join(differs)}"
+        )
 
 
-# ------------------------------------------------------------------------------------------------------- writing
+# ----------------------------------------------------------------------------------------- writing
 
 
 def to_foreign(mend: MEND) -> "OrderedDict[str, Tensor]":
-    """The tensors of published code, in its order; `from_foreign` gives the same updates back, bit for bit.
+    """The tensors of published code, in its order.
 
-    Raises ArchiveError for what that format cannot say.
+    `from_foreign` gives the same updates back, bit for bit. Raises ArchiveError for what that
+    format cannot say.
     """
     _check_expressible(mend)
-    h, by_name = mend.hparams, {site.name: site for site in mend.sites}
-    listed = isinstance(h.inner_params, tuple) and set(h.inner_params) == set(by_name)
-    order = list(h.inner_params) if listed else list(by_name)
-    steps = dict(zip(by_name, h.update_sign * mend.steps().detach(), strict=True))
+    h, sites = mend.hparams, {site.name: site for site in mend.sites}
+    listed = isinstance(h.inner_params, tuple) and set(h.inner_params) == set(sites)
+    order = list(h.inner_params) if listed else list(sites)
+    steps = dict(zip(sites, h.update_sign * mend.steps().detach(), strict=True))
+    ours = mend.state_dict()
     state = OrderedDict(edit_lrs=torch.stack([steps[name] for name in order]))
-    for site in (by_name[name] for name in order):
-        prefix, group = f"mend.{_key(site, h.shared)}.", group_name(site, h.shared)
-        if f"{prefix}k" in state:
+    for name in order:
+        site = sites[name]
+        prefix = f"mend.{transform_key(site, h.shared)}."
+        if f"{prefix}k" in state:  # the transform of an earlier layer, too
             continue
         moments = mend.moments[stats_name(site, h)]
-        values = {
-            letter: _published(moments[kind], mend) for kind, letter in (("u", "u"), ("delta", "v"))
-        }
-        for kind in ("mean", "std", "s"):
-            state |= {f"{prefix}{letter}_{kind}": values[letter][kind] for letter in values}
-        state[f"{prefix}k"] = values["u"]["k"]
-        rows = [mend.groups[group].index(name) for name in order if name in mend.groups[group]]
-        for part in transformed(site, h):
-            for i, block in enumerate(mend.blocks[group + part]):
-                own = dict(block.named_parameters())
-                for name in (name for name in ("U", "V", "bias", "shift", "scale") if name in own):
-                    tensor = own[name].detach()
-                    key = f"{prefix}{_STACKS[part]}.layers.{i}.{_BLOCK[name]}"
-                    state[key] = (tensor[rows] if name in ("scale", "shift") else tensor).clone()
+        stored = {kind: _published_moments(moments[kind], h) for kind in FACTOR_LETTERS}
+        for what in ("mean", "std", "s"):
+            for kind, letter in FACTOR_LETTERS.items():
+                state[f"{prefix}{letter}_{what}"] = stored[kind][what]
+        state[f"{prefix}k"] = stored["u"]["k"]
+        for theirs, native, rows in _block_names(mend, site, order):
+            tensor = ours[native] if rows is None else ours[native][rows]
+            state[theirs] = tensor.detach().clone()
     return OrderedDict((name, value.cpu()) for name, value in state.items())
 
 
@@ -345,42 +354,40 @@ def _check_expressible(mend: MEND) -> None:
     cannot = {
         "whiten": h.norm and h.whiten is not None,
         "z_clip": h.norm and h.z_clip is not None,
-        "norm_stats: layer (its shared transforms share their statistics)": h.shared and several and h.norm
-        and h.norm_stats == "layer",
+        "norm_stats: layer": h.norm and h.shared and several and h.norm_stats == "layer",
         "edit_tokens: scored": h.edit_tokens == "scored",
         "loss_reduction: sum": h.loss_reduction == "sum",
-    }  # fmt: skip
+    }
     named = [name for name, is_so in cannot.items() if is_so]
     if named:
         raise ArchiveError(
-            f"EasyEdit's format cannot say {', '.join(named)}; train with `norm_stats: shape`, `z_clip: null`, "
-            "`whiten: null`, `edit_tokens: all`, `loss_reduction: edit` to export"
+            f"EasyEdit's format cannot say {', '.join(named)}; train with `norm_stats: shape`, "
+            "`z_clip: null`, `whiten: null`, `edit_tokens: all`, `loss_reduction: edit` to export"
         )
 
 
-def _published(moments: RunningMoments, mend: MEND) -> dict[str, Tensor]:
-    """Mean, std, s and k as published code keeps them: NaN while empty, float64 only where float32 loses bits."""
-    h, width = mend.hparams, len(moments.mean)
-    if int(moments.count) == 0:
-        empty = torch.full((width,), float("nan"))
-        return {"mean": empty, "std": empty.clone(), "s": empty.clone(), "k": empty[:1].clone()}
-    k, mean = _narrow(moments.count.double()[None]), _narrow(moments.mean)
+def _published_moments(moments: RunningMoments, h: MENDHyperParams) -> dict[str, Tensor]:
+    """Mean, std, sum of squares (`s`) and count (`k`) as published code keeps them.
+
+    NaN while there was no factor yet; float64 only where float32 would lose bits.
+    """
+    count, width = moments.count.double()[None], len(moments.mean)
+    if count == 0:
+        empty = {name: torch.full((width,), torch.nan) for name in ("mean", "std", "s")}
+        return {**empty, "k": torch.full((1,), torch.nan)}
     if (h.std_floor, h.std_eps) == (0.0, EPS):
-        return {"mean": mean, "std": _narrow(moments.plain_std()), "s": _narrow(moments.m2), "k": k}
-    std = moments.std(h.std_floor) - EPS
-    return {
-        "mean": mean,
-        "std": _narrow(std),
-        "s": _narrow(std**2 * (int(moments.count) - 1)),
-        "k": k,
-    }
+        std, s = moments.plain_std(), moments.m2
+    else:  # published code adds EPS
+        std = moments.std(h.std_floor) - EPS
+        s = std**2 * (count - 1)
+    values = {"mean": moments.mean, "std": std, "s": s, "k": count}
+    for name, value in values.items():
+        narrow = value.float()
+        values[name] = narrow if torch.equal(narrow.double(), value) else value.clone()
+    return values
 
 
-def _narrow(x: Float[Tensor, " d"]) -> Float[Tensor, " d"]:
-    return x.float() if torch.equal(x.float().double(), x) else x.clone()
-
-
-def export_archive(archive: str | Path, out: str | Path, /, *, base: BaseModel) -> Path:
+def export_archive(archive: str | Path, out: str | Path, *, base: BaseModel) -> Path:
     """Write a native archive as the pickle that EasyEdit reads; returns its path.
 
     Raises ArchiveError as `load_archive`, and for settings that the format cannot say.
@@ -391,16 +398,13 @@ def export_archive(archive: str | Path, out: str | Path, /, *, base: BaseModel) 
     except ArchiveError as error:
         raise ArchiveError(f"{archive}: {error}") from None
     h = loaded.mend.hparams
-    parameters = [torch.nn.Parameter(v) for k, v in state.items() if ".layers." in k]
-    edit_lrs = torch.nn.Parameter(state["edit_lrs"].clone())
     optimiser = getattr(torch.optim, h.opt)
-    content = {
+    parameters = [torch.nn.Parameter(v) for name, v in state.items() if ".layers." in name]
+    edit_lrs = torch.nn.Parameter(state["edit_lrs"].clone())
+    content: dict[str, Any] = {
         "model": OrderedDict(state, model_config=loaded.base.model.config),
         "opt": optimiser([*parameters, edit_lrs], lr=h.lr).state_dict(),
         "lr_opt": optimiser([edit_lrs], lr=h.lr_lr).state_dict(),
-        "val_stats": {},
-        "start_time": "",
-        "elapsed_time": 0.0,
-        "step": 0,
     }
+    content |= {"val_stats": {}, "start_time": "", "elapsed_time": 0.0, "step": 0}
     return atomically(Path(out), lambda temporary: torch.save(content, temporary))

@@ -35,8 +35,8 @@ PARTS = (":u", ":delta")
 Wordings = tuple[Inputs, Int[Tensor, " n"], Bool[Tensor, " n"]]
 """Layer inputs, the group of each (−1: none), and whether it predicts an answer's first token."""
 
-Pairs = dict[str, tuple[Float[Tensor, "n i"], Float[Tensor, "n o"]]]
-"""By site name what has become of u and delta."""
+Pairs = dict[str, tuple[Tensor, Tensor]]
+"""By site name what has become of u (n, i) and delta (n, o)."""
 
 
 class LowRankResidual(nn.Module):

@@ -1,11 +1,10 @@
-"""The published algorithm in plain loops, one token at a time, and folders of vectors recorded from it.
+"""The published algorithm in plain loops, one token at a time, and folders recorded from it.
 
-Written from the description of the recorded conventions (the update is added, statistics run while it trains and are
-shared as the transforms are, 1e-7 beside the std, one loss mean over the whole batch), in float64, with nothing of the
-package in it: an oracle for import, conformance and the hypernetwork's options.
+Written from the description of the recorded conventions: the update is added, statistics run while
+it trains and are shared as the transforms are, 1e-7 stands beside the std, the loss is one mean
+over the whole batch. In float64, with nothing of the package in it.
 """
 
-import itertools
 import json
 from collections import OrderedDict
 from pathlib import Path
@@ -15,34 +14,38 @@ from safetensors.torch import save_file
 from torch.nn import functional as F
 from transformers.pytorch_utils import Conv1D
 
-OPTIONS = {
-    "shared": (True, False),
-    "way": ("combine", "apart", "one_sided", "x_only", "delta_only"),
-    "norm": (True, False),
-    "n_hidden": (0, 1, 2),
-    "init": ("id", "xavier"),
-    "rank": (3, None),
-}
+WAYS = ("combine", "apart", "one_sided", "x_only", "delta_only")
+
+
+def options_of(way: str, **others) -> dict:
+    """Settings of the published code; `way` is how u and delta are put together."""
+    return others | {key: key == way for key in WAYS if key != "apart"}
 
 
 def every_option():
-    """Settings of the published code for all combinations."""
-    for values in itertools.product(*OPTIONS.values()):
-        chosen = dict(zip(OPTIONS, values, strict=True))
-        way = chosen.pop("way")
-        yield chosen | {key: key == way for key in ("combine", "one_sided", "x_only", "delta_only")}
+    """Fifteen settings of the published code, in which every pair of values occurs."""
+    for w, way in enumerate(WAYS):
+        for n in range(3):
+            yield options_of(
+                way,
+                n_hidden=n,
+                shared=bool((w + n) % 2),
+                norm=bool((w + n // 2 + w // 2) % 2),
+                init=("id", "xavier")[(n + w * (w - 1) // 2) % 2],
+                rank=(3, None)[(w * n + w // 2 + n // 2) % 2],
+            )
 
 
 def label(options) -> str:
     """A short name for a combination, for test reports."""
-    way = next((k for k in ("combine", "one_sided", "x_only", "delta_only") if options[k]), "apart")
-    shared = "shared" if options["shared"] else "each"
-    norm = "norm" if options["norm"] else "raw"
-    return f"{shared}-{way}-{norm}-{options['n_hidden']}-{options['init']}-{options['rank']}"
+    return "-".join(f"{key}={value}" for key, value in options.items() if value is not False)
 
 
 class Textbook:
-    """A hypernetwork for layers `shapes`: name -> (d_in, d_out), in the order of inner_params; all weights random."""
+    """A hypernetwork for layers `shapes`: name -> (d_in, d_out), in the order of inner_params.
+
+    All its weights are random.
+    """
 
     def __init__(self, shapes: dict[str, tuple[int, int]], options: dict, seed: int = 0) -> None:
         self.shapes, self.options = shapes, options
@@ -52,29 +55,29 @@ class Textbook:
             return scale * torch.randn(*size, generator=generator, dtype=torch.float64)
 
         self.state = OrderedDict(edit_lrs=random(len(shapes), scale=0.05))  # of either sign
-        for name, (d_in, d_out) in shapes.items():
+        for name, shape in shapes.items():
             prefix = self.prefix(name)
             if f"{prefix}k" in self.state:
                 continue
-            for letter, width in (("u", d_in), ("v", d_out)):
+            for letter, width in zip("uv", shape, strict=True):
                 for kind in ("mean", "std", "s"):
-                    self.state[f"{prefix}{letter}_{kind}"] = torch.full(
-                        (width,), float("nan"), dtype=torch.float64
-                    )
-            self.state[f"{prefix}k"] = torch.full((1,), float("nan"), dtype=torch.float64)
+                    self.state[f"{prefix}{letter}_{kind}"] = empty(width)
+            self.state[f"{prefix}k"] = empty(1)
             for stack, width in self.stacks(name).items():
                 rank = min(options["rank"] or width, width)
                 for i in range(options["n_hidden"] + 1):
                     layer = f"{prefix}{stack}.layers.{i}."
-                    self.state |= {
-                        f"{layer}u": random(width, rank),
-                        f"{layer}v": random(rank, width),
-                    }
+                    self.state[f"{layer}u"] = random(width, rank)
+                    self.state[f"{layer}v"] = random(rank, width)
                     self.state[f"{layer}bias"] = random(width)
                     if options["shared"]:
-                        modes = sum(shape == shapes[name] for shape in shapes.values())
+                        modes = len(self.alike(name))
                         self.state[f"{layer}mode_shift.weight"] = random(modes, width)
                         self.state[f"{layer}mode_scale.weight"] = 1 + random(modes, width)
+
+    def alike(self, name: str) -> list[str]:
+        """The layers of the same shape."""
+        return [other for other in self.shapes if self.shapes[other] == self.shapes[name]]
 
     def prefix(self, name: str) -> str:
         """What the names of a layer's tensors begin with."""
@@ -97,13 +100,13 @@ class Textbook:
         """One token through a stack."""
         if stack not in self.stacks(name):
             return z
-        same = [n for n in self.shapes if self.shapes[n] == self.shapes[name]]
         for i in range(self.options["n_hidden"] + 1):
-            get = lambda kind: self.state[f"{self.prefix(name)}{stack}.layers.{i}.{kind}"]  # noqa: B023, E731
-            h = get("u") @ (get("v") @ z) + get("bias")
+            layer = f"{self.prefix(name)}{stack}.layers.{i}."
+            h = self.state[f"{layer}u"] @ (self.state[f"{layer}v"] @ z) + self.state[f"{layer}bias"]
             if self.options["shared"]:
-                mode = same.index(name)
-                h = h * get("mode_scale.weight")[mode] + get("mode_shift.weight")[mode]
+                mode = self.alike(name).index(name)
+                h = h * self.state[f"{layer}mode_scale.weight"][mode]
+                h = h + self.state[f"{layer}mode_shift.weight"][mode]
             h = torch.stack([value if value > 0 else 0 * value for value in h])
             z = z + h if self.options["init"] == "id" else h
         return z
@@ -115,85 +118,102 @@ class Textbook:
             first = bool(s[f"{prefix}k"].isnan())
             s[f"{prefix}k"] = torch.ones(1, dtype=torch.float64) if first else s[f"{prefix}k"] + 1
             for letter, x in zip("uv", pair, strict=True):
-                mean, total = (s[f"{prefix}{letter}_{kind}"] for kind in ("mean", "s"))
-                new = x.clone() if first else mean + (x - mean) / s[f"{prefix}k"]
-                s[f"{prefix}{letter}_s"] = (
-                    torch.zeros_like(x) if first else total + (x - mean) * (x - new)
-                )
+                if first:
+                    s[f"{prefix}{letter}_mean"] = x.clone()
+                    s[f"{prefix}{letter}_s"] = torch.zeros_like(x)
+                    continue
+                old = s[f"{prefix}{letter}_mean"]
+                new = old + (x - old) / s[f"{prefix}k"]
                 s[f"{prefix}{letter}_mean"] = new
+                s[f"{prefix}{letter}_s"] = s[f"{prefix}{letter}_s"] + (x - old) * (x - new)
         for letter in "uv":
             s[f"{prefix}{letter}_std"] = (s[f"{prefix}{letter}_s"] / (s[f"{prefix}k"] - 1)).sqrt()
 
     def normalised(self, name: str, letter: str, x):
         """One row of u or delta ("v" in the published names)."""
-        mean, std = (self.state[f"{self.prefix(name)}{letter}_{kind}"] for kind in ("mean", "std"))
-        return (x - mean) / (std + 1e-7)
+        prefix = f"{self.prefix(name)}{letter}"
+        return (x - self.state[f"{prefix}_mean"]) / (self.state[f"{prefix}_std"] + 1e-7)
 
     def update(self, factors: dict, *, training: bool = False) -> dict:
-        """(d_out, d_in) changes that are added to the weights, from (u, delta) rows; zero rows do not count."""
+        """(d_out, d_in) changes that are added to the weights; rows that are zero do not count.
+
+        `factors`: by layer u, (rows, d_in), and delta, (rows, d_out).
+        """
         out = {}
-        for i, (name, (d_in, d_out)) in enumerate(self.shapes.items()):
-            rows = [
-                (u, d)
-                for u, d in zip(*factors[name], strict=True)
-                if u.abs().sum() > 0 and d.abs().sum() > 0
-            ]
+        for lr, (name, (d_in, d_out)) in zip(
+            self.state["edit_lrs"], self.shapes.items(), strict=True
+        ):
+            rows = [(u, d) for u, d in zip(*factors[name], strict=True) if u.any() and d.any()]
             if training:
                 self.observe(name, rows)
             change = torch.zeros(d_out, d_in, dtype=torch.float64)
-            for pair in rows:
+            for u, d in rows:
                 if self.options["norm"]:
-                    pair = [
-                        self.normalised(name, letter, x)
-                        for letter, x in zip("uv", pair, strict=True)
-                    ]
+                    u, d = self.normalised(name, "u", u), self.normalised(name, "v", d)
                 if self.options["combine"]:
-                    z = self.blocks(name, "mlp", torch.cat(list(pair)))
-                    pair = z[:d_in], z[d_in:]
+                    z = self.blocks(name, "mlp", torch.cat([u, d]))
+                    u, d = z[:d_in], z[d_in:]
                 else:
-                    pair = self.blocks(name, "mlp1", pair[0]), self.blocks(name, "mlp2", pair[1])
-                change += torch.outer(pair[1], pair[0])
-            out[name] = self.state["edit_lrs"][i] * change
+                    u, d = self.blocks(name, "mlp1", u), self.blocks(name, "mlp2", d)
+                change += torch.outer(d, u)
+            out[name] = lr * change
         return out
 
 
-# ------------------------------------------------------------------------------------------------- a causal model
+def empty(width: int):
+    """What published code keeps before it has seen a factor."""
+    return torch.full((width,), torch.nan, dtype=torch.float64)
+
+
+# ---------------------------------------------------------------------------------- a causal model
 
 
 class Editor:
     """A causal language model and a Textbook, with dense weights and full passes."""
 
     def __init__(self, model, names, options, seed: int = 0) -> None:
-        self.model, self.weights = (
-            model,
-            {name: model.get_parameter(name).detach() for name in names},
-        )
-        self.transposed = {
-            n: isinstance(model.get_submodule(n.rpartition(".")[0]), Conv1D) for n in names
-        }
-        flip = {
-            n: tuple(w.shape) if self.transposed[n] else tuple(w.shape[::-1])
-            for n, w in self.weights.items()
-        }
-        self.book = Textbook(flip, options, seed)
+        self.model = model
+        self.layers = {name: model.get_submodule(name.rpartition(".")[0]) for name in names}
+        self.weights = {name: model.get_parameter(name).detach() for name in names}
+        shapes = {name: tuple(self.plain(name, w).shape[::-1]) for name, w in self.weights.items()}
+        self.book = Textbook(shapes, options, seed)
+
+    def plain(self, name: str, weight):
+        """A weight as (d_out, d_in), or back as it lies in the model."""
+        return weight.T if isinstance(self.layers[name], Conv1D) else weight
 
     def logits(self, batch, weights):
         inputs = {k: batch[k] for k in ("input_ids", "attention_mask")}
         return torch.func.functional_call(self.model, weights, (), inputs).logits
 
+    def scored(self, batch):
+        """(text, where a label is predicted, the label) of every label."""
+        for row, labels in enumerate(batch["labels"].tolist()):
+            for t in range(1, len(labels)):
+                if labels[t] != -100:
+                    yield row, t - 1, labels[t]
+
+    def log_probs(self, logits, batch):
+        """Of every label of the batch."""
+        scored = self.scored(batch)
+        return torch.stack([logits[row, at].log_softmax(0)[token] for row, at, token in scored])
+
     def nll(self, logits, batch):
         """Mean over all labels of the batch."""
-        values = []
-        for row, pairs in enumerate(self.scored(batch)):
-            values += [-logits[row, at].log_softmax(0)[batch["labels"][row, t]] for at, t in pairs]
-        return torch.stack(values).mean()
+        return -self.log_probs(logits, batch).mean()
 
-    def scored(self, batch):
-        """Per text: where a label is predicted, and where it stands."""
-        return [
-            [(t - 1, t) for t in range(1, row.shape[0]) if row[t] != -100]
-            for row in batch["labels"]
-        ]
+    def kl(self, before, after, batch):
+        """Mean over the positions of the attention mask."""
+        keep = batch["attention_mask"].bool()
+        p, q = before[keep].log_softmax(-1), after[keep].log_softmax(-1)
+        return F.kl_div(q, p, log_target=True, reduction="batchmean")
+
+    def scores(self, logits, batch):
+        """Accuracy counts texts whose every label is right."""
+        right = [True] * len(logits)
+        for row, at, token in self.scored(batch):
+            right[row] = right[row] and int(logits[row, at].argmax()) == token
+        return sum(right) / len(right), self.log_probs(logits, batch)
 
     def batch(self, n: int, generator) -> dict:
         """Right-padded random texts of 5 to 8 tokens whose last 1 to 3 are scored."""
@@ -205,76 +225,46 @@ class Editor:
             labels[row, first:length], mask[row, :length] = ids[row, first:length], 1
         return {"input_ids": ids, "attention_mask": mask, "labels": labels}
 
-    def kl(self, before, after, batch):
-        """Mean over the positions of the attention mask."""
-        keep = batch["attention_mask"].bool()
-        return F.kl_div(
-            after[keep].log_softmax(-1),
-            before[keep].log_softmax(-1),
-            log_target=True,
-            reduction="batchmean",
-        )
-
     def factors(self, batch, weights):
         """(u, delta) of every position."""
         seen, handles = {}, []
-        for name in self.weights:
+        for name, layer in self.layers.items():
             keep = lambda _, args, output, name=name: seen.__setitem__(name, (args[0], output))  # noqa: E731
-            handles.append(
-                self.model.get_submodule(name.rpartition(".")[0]).register_forward_hook(keep)
-            )
+            handles.append(layer.register_forward_hook(keep))
         leaves = {name: w.clone().requires_grad_() for name, w in weights.items()}
         loss = self.nll(self.logits(batch, leaves), batch)
         deltas = torch.autograd.grad(loss, [seen[name][1] for name in weights])
         for handle in handles:
             handle.remove()
-        return {
-            name: (seen[name][0].detach(), delta)
-            for name, delta in zip(weights, deltas, strict=True)
-        }
+        pairs = zip(weights, deltas, strict=True)
+        return {name: (seen[name][0].detach(), delta) for name, delta in pairs}
 
+    @torch.enable_grad()
     def edit(self, batch, weights=None, *, training: bool = False):
-        """Factors, the update in each weight's own orientation, and the edited weights."""
+        """Factors, the update in each weight's orientation, and the edited weights."""
         weights = weights or self.weights
         whole = self.factors(batch, weights)
-        flat = {name: (u.flatten(0, 1), delta.flatten(0, 1)) for name, (u, delta) in whole.items()}
-        update = self.book.update(flat, training=training)
-        update = {
-            name: (u.T if self.transposed[name] else u).contiguous() for name, u in update.items()
-        }
+        flat = {name: [x.flatten(0, 1) for x in pair] for name, pair in whole.items()}
+        update = {}
+        for name, change in self.book.update(flat, training=training).items():
+            update[name] = self.plain(name, change).contiguous()
         return whole, update, {name: weights[name] + update[name] for name in weights}
-
-    def scalars(self, logits, batch):
-        right, log_probs = [], []
-        for row, pairs in enumerate(self.scored(batch)):
-            right.append(
-                all(
-                    int(logits[row, at].argmax()) == int(batch["labels"][row, t]) for at, t in pairs
-                )
-            )
-            log_probs += [
-                float(logits[row, at].log_softmax(0)[batch["labels"][row, t]]) for at, t in pairs
-            ]
-        log_probs = torch.tensor(log_probs, dtype=torch.float64)
-        log_prob, prob = log_probs.mean(), log_probs.exp().mean()
-        values = {"acc": sum(right) / len(right), "log_prob": float(log_prob), "prob": float(prob)}
-        return values | {"nll": -float(log_prob), "n_tokens": float(len(log_probs))}
 
 
 class Seq2Seq(Editor):
-    """An encoder and a decoder: labels stand at the positions that predict them, and mask the locality KL."""
+    """An encoder and a decoder: labels stand where they are predicted, and mask the locality KL."""
 
     def logits(self, batch, weights):
         start = torch.full((len(batch["labels"]), 1), self.model.config.decoder_start_token_id)
         shifted = torch.cat([start, batch["labels"][:, :-1]], 1)
         shifted[shifted == -100] = self.model.config.pad_token_id
-        inputs = {"input_ids": batch["input_ids"], "attention_mask": batch["attention_mask"]}
-        return torch.func.functional_call(
-            self.model, weights, (), inputs | {"decoder_input_ids": shifted}
-        ).logits
+        inputs = {k: batch[k] for k in ("input_ids", "attention_mask")}
+        inputs["decoder_input_ids"] = shifted
+        return torch.func.functional_call(self.model, weights, (), inputs).logits
 
     def scored(self, batch):
-        return [[(t, t) for t in range(row.shape[0]) if row[t] != -100] for row in batch["labels"]]
+        for row, at in (batch["labels"] != -100).nonzero().tolist():
+            yield row, at, int(batch["labels"][row, at])
 
     def kl(self, before, after, batch):
         return super().kl(before, after, {"attention_mask": batch["labels"] != -100})
@@ -290,116 +280,99 @@ class Seq2Seq(Editor):
 class Classifier(Editor):
     """One logit and labels 0 or 1 of shape (n, 1)."""
 
-    def nll(self, logits, batch):
+    def log_probs(self, logits, batch):
         p = 1 / (1 + (-logits).exp())
-        return -torch.where(batch["labels"] == 1, p, 1 - p).log().mean()
+        return torch.where(batch["labels"] == 1, p, 1 - p).log().flatten()
 
     def kl(self, before, after, batch):
         p, q = before.sigmoid(), after.sigmoid()
         return (p * (p / q).log() + (1 - p) * ((1 - p) / (1 - q)).log()).mean()
 
-    def scalars(self, logits, batch):
-        p = logits.sigmoid()
-        p = torch.where(batch["labels"] == 1, p, 1 - p)
-        log_prob = float(p.log().mean())
-        values = {
-            "acc": float((p > 0.5).double().mean()),
-            "log_prob": log_prob,
-            "prob": float(p.mean()),
-        }
-        return values | {"nll": -log_prob, "n_tokens": float(len(p))}
+    def scores(self, logits, batch):
+        log_probs = self.log_probs(logits, batch)
+        return float((log_probs.exp() > 0.5).double().mean()), log_probs
 
     def batch(self, n, generator):
-        return super().batch(n, generator) | {
-            "labels": torch.randint(0, 2, (n, 1), generator=generator)
-        }
+        labels = torch.randint(0, 2, (n, 1), generator=generator)
+        return super().batch(n, generator) | {"labels": labels}
+
+
+# --------------------------------------------------------------------------------- what is recorded
 
 
 @torch.no_grad()
 def record(folder: Path, editor: Editor, *, n_edits: int = 2, seed: int = 0) -> Path:
-    """A folder in the layout of the reference vectors; the archive is a pickle with a live configuration."""
+    """A folder in the layout of the reference vectors, with two edits or as many as given."""
     folder.mkdir(parents=True, exist_ok=True)
     generator = torch.Generator().manual_seed(seed)
-    model, names, options, vectors = editor.model, list(editor.weights), editor.book.options, {}
+    state, vectors = editor.book.state, {}
 
     def batch(role, n):
         values = editor.batch(n, generator)
         vectors.update({f"{role}/{name}": value for name, value in values.items()})
         return values
 
-    vectors |= {f"init/{name}": value.clone() for name, value in editor.book.state.items()}
-    losses, accumulate, h = [], 2, {"cedit": 0.1, "cloc": 1.0}
-    for step in range(accumulate + 1):
-        inner, outer, loc = (
-            batch(f"train/{step}/{r}", n)
-            for r, n in (("inner", n_edits), ("outer", n_edits), ("loc", 3))
-        )
-        with torch.enable_grad():
-            _, _, edited = editor.edit(inner, training=True)
+    vectors |= {f"init/{name}": value.clone() for name, value in state.items()}
+    h = {"cedit": 0.1, "cloc": 1.0, "edit_lr": 0.01, "lr": 1e-3}
+    meta = {"inner_params": list(editor.weights), "hparams": editor.book.options | h}
+    meta |= {"losses": [], "n_edits": n_edits, "optimizer_steps_after": [[2, 1.0]]}
+    for step in range(3):
+        inner, outer = (batch(f"train/{step}/{role}", n_edits) for role in ("inner", "outer"))
+        loc = batch(f"train/{step}/loc", 3)
+        _, _, edited = editor.edit(inner, training=True)
         edit = float(editor.nll(editor.logits(outer, edited), outer))
         kl = float(editor.kl(editor.logits(loc, editor.weights), editor.logits(loc, edited), loc))
-        losses.append({"edit": edit, "loc": kl, "total": h["cedit"] * edit + h["cloc"] * kl})
-    for name, value in editor.book.state.items():  # what training would have changed
+        total = h["cedit"] * edit + h["cloc"] * kl
+        meta["losses"].append({"edit": edit, "loc": kl, "total": total})
+    for name, value in state.items():  # what training would have changed
         if ".layers." in name or name == "edit_lrs":
             value.mul_(1 + 0.1 * torch.randn(value.shape, generator=generator, dtype=torch.float64))
-    vectors |= {f"final/{name}": value.clone() for name, value in editor.book.state.items()}
+    vectors |= {f"final/{name}": value.clone() for name, value in state.items()}
+
     inner, second = batch("eval/inner", n_edits), batch("eval/inner_second", 1)
     outer, loc = batch("eval/outer", n_edits), batch("eval/loc", 3)
-    with torch.enable_grad():
-        whole, update, edited = editor.edit(inner)
-        _, again, _ = editor.edit(second, edited)
-    vectors |= {f"eval/factors/{n}/x": u.contiguous() for n, (u, _) in whole.items()}
-    vectors |= {f"eval/factors/{n}/delta": delta.contiguous() for n, (_, delta) in whole.items()}
-    vectors |= {f"eval/update/{n}": u for n, u in update.items()} | {
-        f"eval/update_second/{n}": u for n, u in again.items()
-    }
-    logits = {
-        when: [editor.logits(b, w) for b in (outer, loc)]
-        for when, w in (("pre", editor.weights), ("post", edited))
-    }
-    for when, pair in logits.items():
-        vectors |= {
-            f"eval/{when}_logits_{role}": x for role, x in zip(("outer", "loc"), pair, strict=True)
-        }
-    meta = {
-        "inner_params": names,
-        "hparams": options | h | {"edit_lr": 0.01, "lr": 1e-3},
-        "losses": losses,
-    }
-    meta |= {f"eval_{when}": editor.scalars(pair[0], outer) for when, pair in logits.items()}
-    meta |= {"eval_kl_loc": float(editor.kl(logits["pre"][1], logits["post"][1], loc))}
-    meta |= {"n_edits": n_edits, "optimizer_steps_after": [[accumulate, 1.0]]}
+    whole, update, edited = editor.edit(inner)
+    _, again, _ = editor.edit(second, edited)
+    for name, (u, delta) in whole.items():
+        vectors |= {f"eval/factors/{name}/x": u, f"eval/factors/{name}/delta": delta}
+        vectors |= {f"eval/update/{name}": update[name], f"eval/update_second/{name}": again[name]}
+    for when, weights in {"pre": editor.weights, "post": edited}.items():
+        logits = editor.logits(outer, weights)
+        vectors[f"eval/{when}_logits_outer"] = logits
+        vectors[f"eval/{when}_logits_loc"] = editor.logits(loc, weights)
+        accuracy, log_probs = editor.scores(logits, outer)
+        mean = float(log_probs.mean())
+        scores = {"acc": accuracy, "log_prob": mean, "nll": -mean}
+        scores |= {"prob": float(log_probs.exp().mean()), "n_tokens": float(len(log_probs))}
+        meta[f"eval_{when}"] = scores
+    logits = [vectors[f"eval/{when}_logits_loc"] for when in ("pre", "post")]
+    meta["eval_kl_loc"] = float(editor.kl(*logits, loc))
+
     (folder / "meta.json").write_text(json.dumps(meta), encoding="utf-8")
-    save_file(
-        {name: value.clone().contiguous() for name, value in vectors.items()},
-        folder / "vectors.safetensors",
-    )
-    model.config.save_pretrained(folder)
-    own = dict(model.named_parameters())
-    save_file(
-        {name: value.clone() for name, value in own.items()}, folder / "base_model.safetensors"
-    )
-    save_published(folder / "archive.pt", editor.book.state, model.config)
+    own = dict(editor.model.named_parameters())
+    for file, tensors in {"vectors": vectors, "base_model": own}.items():
+        save_file(
+            {name: value.clone().contiguous() for name, value in tensors.items()},
+            folder / f"{file}.safetensors",
+        )
+    editor.model.config.save_pretrained(folder)
+    save_published(folder / "archive.pt", state, editor.model.config)
     return folder
 
 
 def as_float32(state) -> OrderedDict:
     """The state as a float32 run holds it: each std follows from its sum."""
     state = OrderedDict((name, value.float()) for name, value in state.items())
-    for name in [name for name in state if name.endswith("_std")]:
-        k = state[f"{name.rpartition('.')[0]}.k"]
-        state[name] = (state[f"{name.removesuffix('std')}s"] / (k - 1)) ** 0.5
+    for name in state:
+        if name.endswith("_std"):
+            k = state[f"{name.rpartition('.')[0]}.k"]
+            state[name] = (state[f"{name.removesuffix('std')}s"] / (k - 1)) ** 0.5
     return state
 
 
 def save_published(path: Path, state, config) -> Path:
-    """An archive as published code writes it."""
-    content = {
-        "model": OrderedDict(state, model_config=config),
-        "opt": {},
-        "lr_opt": {},
-        "val_stats": {},
-        "step": 12,
-    }
-    torch.save(content | {"start_time": "", "elapsed_time": 1.0}, path)
+    """An archive as published code writes it: a pickle with a live configuration."""
+    content = {"model": OrderedDict(state, model_config=config), "opt": {}, "lr_opt": {}}
+    content |= {"val_stats": {}, "step": 12, "start_time": "", "elapsed_time": 1.0}
+    torch.save(content, path)
     return path
