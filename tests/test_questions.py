@@ -58,9 +58,6 @@ def test_every_block_runs(tmp_path, monkeypatch, capsys):
                 run_line(line, monkeypatch, capsys)
         else:
             Path("sweep.yaml").write_text(block, encoding="utf-8")
-            monkeypatch.setattr(
-                "mendkit.reporting.report.default_notebooks", lambda: ROOT / "notebooks"
-            )
             runs = plan_sweep(read_sweep("sweep.yaml"), CONFIG, [], out=Path("runs/sweep"))
             assert [run.values for run in runs] == [
                 {"rank": r, "seed": s} for r in (64, 256) for s in (1, 2)

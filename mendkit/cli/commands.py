@@ -45,11 +45,10 @@ from ..models.base import BaseModel
 from ..models.checkpoints import choose_device, silence_transformers
 from ..models.listing import list_layers, table
 from ..models.load import load_for_training, load_model
-from ..reporting.compare import read_runs, sweep_results
 from ..reporting.notebook import Failure
-from ..reporting.report import ARCHIVE, default_config, plan_report, run_report
-from ..reporting.sweep import plan_sweep, read_sweep, run_sweep, summarise_sweep
-from ..runs import free_memory, locked, open_run, peak_memory_gb, write_json, write_text
+from ..reporting.report import ARCHIVE, default_config
+from ..reporting.sweep import plan_sweep, read_runs, read_sweep, run_sweep, sweep_results
+from ..runs import free_memory, open_run, peak_memory_gb, write_json, write_text
 from .edit_command import before_and_after, in_full, read_stream, shown, write_files, write_report
 
 logger = logging.getLogger("mendkit")
@@ -502,11 +501,19 @@ def do_report(args: argparse.Namespace) -> int:
     """Run the notebooks, or a sweep of such runs."""
     config, settings = _config(args.words)
     out = args.out or Path("runs/sweep" if args.sweep else "runs/report")
-    with locked(out):
-        if args.sweep:
-            return _sweep(args, config, settings, out)
-        plan = plan_report(config, settings, out=out, ignore_memory=args.ignore_memory)
-        report = run_report(plan, command=args.command, cell_seconds=args.cell_timeout)
+    if args.sweep:
+        return _sweep(args, config, settings, out)
+    from ..cost.plan import check_memory
+    from ..reporting.report import check_report, plan_report, run_report
+
+    plan = plan_report(config, settings, out=out)
+    data = check_report(plan)
+    check_logger(plan.hparams.logger)
+    if plan.hparams.archive is not None:
+        inspect_archive(plan.hparams.archive)
+    elif not args.ignore_memory:
+        check_memory(plan.hparams, *data[:2], keep_trunk=True)
+    report = run_report(plan, command=args.command, cell_seconds=args.cell_timeout)
     _say(json.dumps(dict(report.results), indent=1) if args.json else str(report.index))
     return _failed(report.failure, out)
 
@@ -516,11 +523,10 @@ def _sweep(args: argparse.Namespace, config: Path, settings: Sequence[str], out:
     options = ["--ignore-memory"] if args.ignore_memory else []
     options += ["--cell-timeout", str(args.cell_timeout)] if args.cell_timeout else []
     runs = plan_sweep(sweep, config, settings, out=out, options=options)
-    run_sweep(sweep, runs, out=out, command=args.command)
-    index, failure = summarise_sweep(out)
+    index, failure = run_sweep(sweep, runs, out=out, command=args.command)
     _say(json.dumps(sweep_results(read_runs(out)), indent=1) if args.json else str(index))
     for run in (run for run in runs if run.status == "failed"):
-        sys.stderr.write(f"error: {run.name}: {run.error}\n")
+        sys.stderr.write(f"error: {run.folder.name}: {run.error}\n")
     return _failed(failure, out) or int(any(run.status == "failed" for run in runs))
 
 

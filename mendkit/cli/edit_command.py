@@ -8,13 +8,15 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
+from pandas.io.formats.style import Styler
+
 from ..data.examples import EditExample
 from ..data.files import Examples, read_examples
 from ..errors import DataError
 from ..evaluation.results import normalise
 from ..mend.edit import Edit
 from ..mend.editor import MENDEditor
-from ..reporting.page import Html, tag, whole_page
+from ..reporting.page import render
 from ..reporting.tables import before_after as table_of
 from ..reporting.tables import prompts_of
 from ..runs import write_text
@@ -83,8 +85,8 @@ def shown(row: dict[str, Any]) -> str:
 
 def in_full(
     editor: MENDEditor, edit: Edit, examples: Sequence[EditExample], /, *, max_new_tokens: int
-) -> list[Html]:
-    """For each example a table of what the model writes before and after, for its prompt and other texts."""
+) -> list[tuple[str, Styler]]:
+    """For each example a heading and a table of what the model writes before and after, for its prompt and other texts."""
     tables = []
     for example in examples:
         asked = prompts_of(example)
@@ -92,21 +94,18 @@ def in_full(
         before = editor.base.generate_batch(prompts, max_new_tokens=max_new_tokens)
         with edit.applied():
             after = editor.base.generate_batch(prompts, max_new_tokens=max_new_tokens)
-        heading = tag("h2", f"{example.prompt} → {example.target_new}")
-        tables.append(
-            Html(heading + tag("div", Html(table_of(asked, before, after).to_html()), class_="scroll"))
-        )
+        heading = f"{example.prompt} → {example.target_new}"
+        tables.append((heading, table_of(asked, before, after)))
     return tables
 
 
 def write_report(
-    path: Path, tables: Sequence[Html], rows: Sequence[dict[str, Any]], /, *, command: str
+    path: Path, tables: Sequence[tuple[str, Styler]], rows: Sequence[dict[str, Any]], /, *, command: str
 ) -> None:
     """An HTML page over the tables of `in_full`."""
     told = sum(row["success"] for row in rows)
-    how = tag("p", tag("code", command), class_="soft")
-    text = whole_page(f"{told} of {len(rows)} new answers are written as told", [how, *tables])
-    write_text(path, text)
+    title = f"{told} of {len(rows)} new answers are written as told"
+    write_text(path, render("edits.html.j2", title=title, command=command, tables=tables))
     logger.info("report: %s", path)
 
 

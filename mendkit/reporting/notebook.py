@@ -1,144 +1,107 @@
-"""One notebook: its parameters, its run in a kernel of its own, its export.
+"""One notebook: its parameters, its run in a kernel of its own, its page in HTML.
 
-papermill runs it; around that stands what papermill leaves open. Parameters are read from the syntax tree
-of the cell tagged `parameters` (papermill's inspector does not see `int | None`) and typed by it, so that a
-wrong name or value is refused before a kernel starts. The kernel is the interpreter that runs this process,
-whatever kernels are registered. The notebook's live line, a display that is updated, is passed on to the
-terminal. A failing cell, a dead kernel, a time-out and an interrupt are told apart from success.
+papermill inspects and runs it. The kernel is the Python that runs this process: jupyter_client
+puts it in the place of `python` in the kernel's command.
 """
 
 from __future__ import annotations
 
 import ast
-import json
-import math
-import os
 import re
-import sys
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from html import escape
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from ..errors import MendkitError
+from pydantic import FiniteFloat, NonNegativeInt, PositiveInt, TypeAdapter, ValidationError
 
-CHECKOUT = Path(__file__).resolve().parents[2]
-IOPUB_SECONDS = 60  # a busy machine may be late with a cell's last output
+from ..errors import MendkitError
+from .page import TEMPLATES
+
 START_SECONDS = 120
-_ANSI = re.compile(r"\x1b\[[0-9;]*[A-Za-z]")
+IOPUB_SECONDS = 60  # a busy machine may be late with a cell's last output
 _INSTALL = 'notebooks need more packages: pip install -c constraints.txt -e ".[notebooks]"'
+_ANSI = re.compile(r"\x1b\[[0-9;]*[A-Za-z]")
+
+
+# how a value of each kind is read from JSON, and what is expected in words
+_KINDS: dict[str, tuple[Any, str]] = {
+    "bool": (bool, "true or false"),
+    "int": (PositiveInt, "an integer of at least 1"),
+    "limit": (NonNegativeInt, "an integer of at least 0"),  # 0: no limit
+    "float": (FiniteFloat, "a finite number"),
+    "list": (list, "a JSON list"),
+    "str": (str, "non-empty text"),  # taken as it is; blank text is no JSON
+}
 
 
 @dataclass(frozen=True)
 class Parameter:
-    """A name assigned in the cell tagged `parameters`; `kinds` are its types' names, "None" for null."""
+    """A name that a notebook's cell tagged `parameters` assigns, with its annotation."""
 
     name: str
-    kinds: frozenset[str]
+    kind: str  # bool, int, float, list or str
+    optional: bool  # may be null
     default: Any
 
     def parse(self, text: str) -> Any:
-        """The value that `text` means; integers are counts. Raises MendkitError for text that is none."""
-        least = 0 if self.name.endswith("_limit") else 1  # 0: no limit
-        if "None" in self.kinds and text in ("null", "None", "~", ""):
+        """The value that `text` means. Integers count something: from 1, a `…_limit` from 0.
+
+        Raises MendkitError for text that means none.
+        """
+        if self.optional and text in ("null", "None", "~", ""):
             return None
-        for kind in ("bool", "int", "float", "list", "str"):
-            if kind in self.kinds:
-                try:
-                    value = _READ[kind](text)
-                    if kind == "int" and value < least:
-                        raise ValueError
-                    return value
-                except ValueError:
-                    continue
-        expected = " or ".join(_WORDS[kind].format(least) for kind in _WORDS if kind in self.kinds)
-        raise MendkitError(f"{self.name} must be {expected}, got {text!r}")
-
-
-def _float(text: str) -> float:
-    if not math.isfinite(value := float(text)):
-        raise ValueError
-    return value
-
-
-def _list(text: str) -> list[Any]:
-    if not isinstance(value := json.loads(text), list):
-        raise ValueError
-    return value
-
-
-def _bool(text: str) -> bool:
-    return bool(("false", "true").index(text))  # a ValueError for all other text
-
-
-def _filled(text: str) -> str:
-    if not text.strip():
-        raise ValueError
-    return text
-
-
-_READ: dict[str, Callable[[str], Any]] = {
-    "bool": _bool, "int": int, "float": _float, "list": _list, "str": _filled,
-}  # fmt: skip
-_WORDS = {
-    "bool": "true or false", "int": "an integer of at least {}", "float": "a finite number",
-    "list": "a JSON list", "str": "non-empty text", "None": "null",
-}  # fmt: skip
+        if self.kind == "str" and text.strip():
+            return text
+        counted = self.kind == "int" and self.name.endswith("_limit")
+        annotation, expected = _KINDS["limit" if counted else self.kind]
+        try:
+            return TypeAdapter(annotation).validate_json(text, strict=True)
+        except ValidationError:
+            null = " or null" if self.optional else ""
+            raise MendkitError(f"{self.name} must be {expected}{null}, got {text!r}") from None
 
 
 def read_parameters(path: str | Path) -> dict[str, Parameter]:
-    """The parameters of a notebook. Raises MendkitError if it is none, or has no cell tagged `parameters`."""
+    """The parameters of a notebook, by name.
+
+    Raises MendkitError if it is no notebook, or has no cell tagged `parameters`.
+    """
+    if not Path(path).is_file():
+        raise MendkitError(f"{path}: no such notebook; run in a checkout of mendkit")
     try:
-        notebook = json.loads(Path(path).read_text(encoding="utf-8"))
-        cells = [c for c in notebook["cells"] if "parameters" in c["metadata"].get("tags", ())]
-        body = ast.parse("".join(cells[0]["source"])).body if cells else []
-    except OSError as error:
-        raise MendkitError(
-            f"{path}: cannot be read ({error.strerror}); run in a checkout of mendkit"
-        ) from None
-    except (ValueError, KeyError, TypeError, SyntaxError) as error:
-        raise MendkitError(
-            f"{path}: not a notebook, or its parameters are not Python: {error!r}"
-        ) from None
-    found = {}
-    for node in body:
-        target = node.targets[0] if isinstance(node, ast.Assign) else getattr(node, "target", None)
-        if isinstance(target, ast.Name) and getattr(node, "value", None) is not None:
-            default = ast.literal_eval(node.value)
-            found[target.id] = Parameter(
-                target.id, _kinds(getattr(node, "annotation", None), default), default
-            )
+        import papermill
+    except ImportError as error:
+        raise MendkitError(f"{error}; {_INSTALL}") from None
+    try:
+        inspected = papermill.inspect_notebook(_braced(path))
+        found = {name: _parameter(**about) for name, about in inspected.items()}
+    except Exception as error:  # papermill has no error of its own for what is no notebook
+        raise MendkitError(f"{path}: not a notebook with Python parameters: {error!r}") from None
     if not found:
         raise MendkitError(f"{path}: no cell tagged `parameters` that assigns one")
     return found
 
 
-def _kinds(annotation: ast.expr | None, default: Any) -> frozenset[str]:
-    if annotation is None:
-        return frozenset({type(default).__name__.replace("NoneType", "None")})
-    if isinstance(annotation, ast.Subscript):  # list[str], Optional[int]
-        head = ast.unparse(annotation.value).split(".")[-1]
-        return (
-            _kinds(annotation.slice, None) | {"None"} if head == "Optional" else frozenset({head})
-        )
-    if isinstance(annotation, ast.BinOp):
-        return _kinds(annotation.left, None) | _kinds(annotation.right, None)
-    text = annotation.value if isinstance(annotation, ast.Constant) else None
-    if isinstance(text, str):
-        return _kinds(ast.parse(text, mode="eval").body, None)
-    return frozenset({ast.unparse(annotation)})
+def _parameter(*, name: str, inferred_type_name: str, default: str, help: str) -> Parameter:
+    """A parameter as papermill describes it; without annotation its default tells its kind."""
+    value = ast.literal_eval(default)
+    if inferred_type_name == "None":
+        return Parameter(name, type(value).__name__, False, value)
+    inside = re.fullmatch(r"Optional\[(.*)\]", inferred_type_name)
+    kind = inside[1] if inside else inferred_type_name
+    return Parameter(name, kind.partition("[")[0], inside is not None, value)
 
 
-# ---------------------------------------------------------------------------------------------------- running
+# ------------------------------------------------------------------------------------------ running
 
 
 @dataclass(frozen=True)
 class Failure:
-    """Why a notebook did not end well; `cell` counts its code cells from 1 as executed, None: in no cell."""
+    """Why a notebook did not end well; `cell` counts its code cells from 1 as executed."""
 
     notebook: str
-    cell: int | None
+    cell: int | None  # None: in no cell
     error: str
     source: str = ""  # of the cell
     interrupted: bool = False  # by the user
@@ -146,76 +109,111 @@ class Failure:
     @property
     def where(self) -> str:
         """Notebook and cell, for people."""
-        return (
-            f"{self.notebook}, code cell {self.cell}"
-            if self.cell
-            else f"{self.notebook}, outside of its cells"
-        )
-
-
-@dataclass
-class _Place:
-    """The cell that runs."""
-
-    number: int | None = None
-    of: int = 0
-    source: str = ""
+        place = f"code cell {self.cell}" if self.cell else "outside of its cells"
+        return f"{self.notebook}, {place}"
 
 
 def run_notebook(
     path: str | Path,
     executed: str | Path,
     parameters: Mapping[str, Any],
-    /,
     *,
     show: Callable[[str], None] = lambda line: None,
     cell_seconds: int | None = None,
 ) -> Failure | None:
     """Execute a notebook with `parameters` in a kernel of its own; None if it ran to its end.
 
-    Saves it as `executed` after every cell, so that a failure leaves what was done by then, and
-    what the kernel wrote past it in a `.log` beside it. It runs in the working directory. `show` gets
-    the live line; `cell_seconds` limits every cell. Raises MendkitError if papermill is not installed.
+    It is saved as `executed` after every cell, so a failure leaves what was done by then. What
+    the kernel wrote past the notebook is in a `.log` beside it. It runs in the working directory.
+    `show` gets the live line; `cell_seconds` limits every cell.
     """
-    papermill = _import_papermill()
-    place, name, log = _Place(), Path(path).stem, Path(executed).with_suffix(".log")
-    failure = None
+    import papermill
+
+    log = Path(executed).with_suffix(".log")
+    fault, interrupted = "", False
     try:
         with log.open("wb") as file:
-            papermill.engines.papermill_engines.register("mendkit", _engine(place, show, file))
-            _execute(papermill, path, executed, parameters, cell_seconds)
-        if (place.number or 0) < place.of:  # papermill takes `exit()` for an end
-            failure = Failure(name, place.number, "it exited before its last cell", place.source)
+            papermill.engines.papermill_engines.register("mendkit", _engine(show, file))
+            papermill.execute_notebook(
+                _braced(path),
+                _braced(executed),
+                parameters=dict(parameters),
+                engine_name="mendkit",
+                kernel_name="python3",
+                language="python",
+                progress_bar=False,
+                execution_timeout=cell_seconds,
+            )
     except KeyboardInterrupt:
-        failure = Failure(name, place.number, "interrupted", place.source, interrupted=True)
+        fault, interrupted = "interrupted", True
     except Exception as error:  # whatever it is, the report must be finished and say so
-        failure = Failure(name, place.number, _message(error), place.source)
-    if failure is None or (log.is_file() and not log.stat().st_size):
+        fault = _last_words(error)
+    cell, source, ended = _reached(Path(executed))
+    if not fault and not ended:  # papermill takes `exit()` for an end
+        fault = "it exited before its last cell"
+    if not fault or not log.stat().st_size:
         log.unlink()
-    return failure
+    return Failure(Path(path).stem, cell, fault, source, interrupted) if fault else None
 
 
-def _execute(
-    papermill: Any,
-    path: str | Path,
-    executed: str | Path,
-    parameters: Mapping[str, Any],
-    cell_seconds: int | None,
-) -> None:
-    papermill.execute_notebook(
-        _braced(path), _braced(executed), parameters=dict(parameters), engine_name="mendkit",
-        kernel_name="python3", language="python", progress_bar=False, start_timeout=START_SECONDS,
-        execution_timeout=cell_seconds, iopub_timeout=IOPUB_SECONDS, coalesce_streams=True,
-    )  # fmt: skip
+def _engine(show: Callable[[str], None], log: BinaryIO) -> type:
+    """papermill's engine, which passes the live line on and keeps the kernel's last words."""
+    import zmq
+    from papermill.clientwrap import PapermillNotebookClient
+    from papermill.engines import Engine
+
+    class LiveClient(PapermillNotebookClient):
+        def execute_cell(self, cell: Any, cell_index: int, *args: Any, **options: Any) -> Any:
+            self.place = f"cell {cell_index + 1}/{len(self.nb.cells)}"
+            show(self.place)
+            return super().execute_cell(cell, cell_index, *args, **options)
+
+        def process_message(self, msg: Mapping[str, Any], *args: Any) -> Any:
+            # the live line is a display that is updated, so it has an id
+            content = msg["content"]
+            line = content.get("data", {}).get("text/markdown")
+            if line and content.get("transient", {}).get("display_id"):
+                show(f"{self.place}: {line.strip()}")
+            return super().process_message(msg, *args)
+
+    class LiveEngine(Engine):
+        @classmethod
+        def execute_managed_notebook(
+            cls, nb_man: Any, kernel_name: str, *, execution_timeout: int | None, **_: Any
+        ) -> Any:
+            client = LiveClient(
+                nb_man,
+                kernel_name=kernel_name,
+                timeout=execution_timeout,
+                startup_timeout=START_SECONDS,
+                iopub_timeout=IOPUB_SECONDS,
+                coalesce_streams=True,
+            )
+            encryption = "auto" if zmq.has("curve") else "disabled"
+            return client.execute(stdout=log, stderr=log, transport_encryption=encryption)
+
+    return LiveEngine
 
 
-def _import_papermill() -> Any:
-    try:
-        import papermill
-        import papermill.engines
-    except ImportError as error:
-        raise MendkitError(f"{error}; {_INSTALL}") from error
-    return papermill
+def _reached(executed: Path) -> tuple[int | None, str, bool]:
+    """The last code cell that began: its number, its source, and whether none is left."""
+    import nbformat
+
+    if not executed.is_file():
+        return None, "", False
+    cells = nbformat.read(executed, as_version=4).cells
+    code = [cell for cell in cells if cell.cell_type == "code"]
+    begun = [cell for cell in code if cell.metadata.papermill.start_time]
+    source = begun[-1].source if begun else ""
+    return len(begun) or None, source, len(begun) == len(code)
+
+
+def _last_words(error: Exception) -> str:
+    """Name and value of a cell's error; of another error its first line."""
+    if hasattr(error, "ename"):
+        return _ANSI.sub("", f"{error.ename}: {error.evalue}").strip()
+    lines = str(error).strip().splitlines() or [""]
+    return f"{type(error).__name__}: {lines[0]}"
 
 
 def _braced(path: str | Path) -> str:
@@ -223,96 +221,18 @@ def _braced(path: str | Path) -> str:
     return str(path).replace("{", "{{").replace("}", "}}")
 
 
-def _message(error: Exception) -> str:
-    """The last word of an error: name and value in a cell, else the first line."""
-    if hasattr(error, "ename"):
-        return _ANSI.sub("", f"{error.ename}: {error.evalue}").strip()
-    lines = str(error).strip().splitlines() or [""]
-    return f"{type(error).__name__}: {lines[0]}"
+def export_html(executed: Path, html: Path) -> None:
+    """Write an executed notebook as one HTML file: text and outputs, no code.
 
+    A picture's text becomes its alternative text. Raises whatever nbconvert raises.
+    """
+    from nbconvert import HTMLExporter
 
-def _engine(place: _Place, show: Callable[[str], None], log: BinaryIO) -> type:
-    """papermill's engine with the kernel of this interpreter, and a client that tells place and live line."""
-    from papermill.clientwrap import PapermillNotebookClient
-    from papermill.engines import Engine
-
-    class Client(PapermillNotebookClient):
-        def execute_cell(self, cell: Any, cell_index: int, *args: Any, **kwargs: Any) -> Any:
-            if cell.cell_type == "code":
-                place.number = sum(c.cell_type == "code" for c in self.nb.cells[: cell_index + 1])
-                place.of = sum(c.cell_type == "code" for c in self.nb.cells)
-                place.source = cell.source
-                show(f"cell {place.number}/{place.of}")
-            return super().execute_cell(cell, cell_index, *args, **kwargs)
-
-        def process_message(self, msg: Mapping[str, Any], *args: Any) -> Any:
-            content = msg["content"]
-            if content.get("transient", {}).get("display_id") and "text/markdown" in content.get(
-                "data", {}
-            ):
-                show(f"cell {place.number}/{place.of}: {content['data']['text/markdown'].strip()}")
-            return super().process_message(msg, *args)
-
-    class LiveEngine(Engine):
-        @classmethod
-        def execute_managed_notebook(
-            cls, nb_man: Any, kernel_name: str, *, start_timeout: int, execution_timeout: int | None,
-            iopub_timeout: int, coalesce_streams: bool, **_: Any,
-        ) -> Any:  # fmt: skip
-            """Run the notebook; papermill calls it so."""
-            client = Client(
-                nb_man, kernel_name=kernel_name, startup_timeout=start_timeout, timeout=execution_timeout,
-                iopub_timeout=iopub_timeout, coalesce_streams=coalesce_streams,
-                kernel_manager_class=_kernel_manager(),
-            )  # fmt: skip
-            return client.execute(stdout=log, stderr=log)
-
-    return LiveEngine
-
-
-def _kernel_manager() -> type:
-    """A manager of kernels of this interpreter that import this very package; encrypted where possible."""
-    import zmq
-    from ipykernel.kernelspec import get_kernel_dict
-    from jupyter_client.kernelspec import KernelSpec
-    from jupyter_client.manager import AsyncKernelManager
-    from traitlets import default
-
-    spec = KernelSpec(**get_kernel_dict())
-    spec.argv[0] = sys.executable
-    if (CHECKOUT / "pyproject.toml").is_file():
-        paths = [str(CHECKOUT), os.environ.get("PYTHONPATH", "")]
-        spec.env = {**spec.env, "PYTHONPATH": os.pathsep.join(filter(None, paths))}
-
-    class ThisPython(AsyncKernelManager):
-        @property
-        def kernel_spec(self) -> KernelSpec:
-            return spec
-
-        @default("transport_encryption")
-        def _encryption(self) -> str:
-            return "auto" if zmq.has("curve") else "disabled"
-
-    return ThisPython
-
-
-def export_html(executed: str | Path, html: str | Path, /) -> Path:
-    """An executed notebook as one HTML file: text and outputs, no code; a picture's text becomes its alt."""
-    try:
-        import nbformat
-        from nbconvert import HTMLExporter
-    except ImportError as error:
-        raise MendkitError(f"{error}; {_INSTALL}") from error
-    notebook = nbformat.read(executed, as_version=4)
-    for output in (o for cell in notebook.cells for o in cell.get("outputs", ())):
-        if "image/png" in output.get("data", {}):
-            width = output.metadata.get("image/png", {}).get("width", "")
-            source = f"data:image/png;base64,{''.join(output.data['image/png'].split())}"
-            alt = escape(output.data.get("text/plain", "figure"))
-            output.data = {"text/html": f'<img alt="{alt}" width="{width}" src="{source}">'}
     exporter = HTMLExporter(
-        exclude_input=True, exclude_input_prompt=True, exclude_output_prompt=True
+        template_file=str(TEMPLATES / "notebook.html.j2"),
+        exclude_input=True,
+        exclude_input_prompt=True,
+        exclude_output_prompt=True,
     )
-    text, _ = exporter.from_notebook_node(notebook, {"metadata": {"name": Path(executed).stem}})
-    Path(html).write_text(text, encoding="utf-8")
-    return Path(html)
+    text, _ = exporter.from_filename(str(executed))
+    html.write_text(text, encoding="utf-8")

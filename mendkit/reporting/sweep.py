@@ -1,21 +1,19 @@
-"""Sweeps: a grid of settings, in which every run is the ordinary report in a folder of its own.
+"""Sweeps: a grid of settings, in which every run is the ordinary report, and what they came to.
 
-    grid:                      every combination is a run; a list of such mappings gives several grids
+    grid:                      every combination is a run; a list of such mappings is several grids
       config: [configs/gpt2.yaml, configs/smollm2-135m.yaml]
-      rank: [64, 256]          whatever `report` takes as key=value: hyperparameters and notebook parameters
-    executor: local            or slurm (submitit), or the address of a Dask scheduler, tcp://host:8786
-    workers: 4                 runs at once, at most; what runs here is also bounded by cores and free memory
+      rank: [64, 256]          whatever `report` takes as key=value
+    executor: local            or slurm (submitit), or a Dask scheduler's address, tcp://host:8786
+    workers: 4                 runs at once, at most; here also bounded by cores and free memory
     cores: 2                   of one run
     memory: 4GB                of one run
     slurm: {timeout_min: 240}  further parameters, as submitit names them
 
-A run is a process, `python -m mendkit report …`, so nothing that happens in it can stop the others; what it said is in
-`<run>.log`. Its folder's name ends in a key over all that decides its numbers (settings, package, notebooks, data,
-archive, model, versions): where that folder holds a finished report, the run is not repeated. Other machines must see
-the same files under the same paths.
+A run is a process of its own, so nothing that happens in it can stop others. Its folder's name
+ends in a key over all that decides its numbers. A finished run is not repeated. Other machines
+must see the same files under the same paths.
 """
 
-import hashlib
 import itertools
 import json
 import logging
@@ -25,411 +23,413 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import asdict, dataclass
-from functools import cache, partial
+from functools import cache
+from os.path import relpath
 from pathlib import Path
-from typing import Any, Protocol, runtime_checkable
+from typing import Annotated, Any
+from urllib.parse import quote
 
+import pandas as pd
 import psutil
+from pandas.io.formats.style import Styler
+from pydantic import BaseModel, Field, PositiveInt, ValidationError
 
-from ..errors import MendkitError
-from ..hparams import to_bytes
-from ..runs import clock, provenance, write_json
-from ..strict_yaml import read_yaml
+from ..data.examples import headline_mean
+from ..errors import MendkitError, shown
+from ..evaluation.results import HEADLINE, Summary
+from ..hparams import Bytes, read_yaml
+from ..runs import file_sha256, locked, provenance, sha256, write_json
+from . import findings, tables
 from .notebook import Failure, run_notebook
-from .report import Plan, data_of, default_notebooks, draft_report, export
+from .report import TRAIN, ReportPlan, default_notebook, export_page, plan_report, read_json
 
 logger = logging.getLogger(__name__)
 
 SWEEP, COMPARE = "sweep.json", "08_compare_runs"
-ELSEWHERE = ("cache_dir", "disk_cache_bytes", "cache_bytes", "results_dir", "logger")
-"""Hyperparameters that change no result."""
 POLL_SECONDS, ANSWER_SECONDS = 0.2, 10  # between looks at runs; for a scheduler to answer
 CLUSTER = "slurm"  # submitit's name of it
 
+# hyperparameters that change no result
+ELSEWHERE = ("cache_dir", "disk_cache_bytes", "cache_bytes", "results_dir", "logger")
 
-@dataclass(frozen=True)
-class Sweep:
-    """What a sweep's file says; `memory` in bytes."""
-
-    grid: tuple[Mapping[str, Any], ...]  # the settings of every run
-    executor: str = "local"
-    workers: int | None = None
-    cores: int = 2
-    memory: int = 4_000_000_000
-    slurm: Mapping[str, Any] | None = None
+Values = Annotated[list[Any], Field(min_length=1)]
+Grid = Annotated[dict[str, Values], Field(min_length=1)]
 
 
-@dataclass
-class Run:
-    """One run of a sweep, before and after."""
+class Sweep(BaseModel, frozen=True, extra="forbid", strict=True):
+    """What a sweep's file says. An error tells a key's description as what was expected."""
 
-    name: str  # of its folder in the sweep's
-    values: dict[str, Any]  # the grid's settings
-    command: list[str]
+    grid: Grid | Annotated[list[Grid], Field(min_length=1)] = Field(
+        description="a mapping of settings to lists of values, or a list of such mappings"
+    )
+    executor: str = Field(
+        "local",
+        pattern="^(local|slurm|.+://.+)$",
+        description="local, slurm, or the address of a Dask scheduler such as tcp://host:8786",
+    )
+    workers: PositiveInt | None = Field(None, description="an integer of at least 1")
+    cores: PositiveInt = Field(2, description="an integer of at least 1")
+    memory: Bytes = Field(4_000_000_000, description="bytes, or text such as 4GB")
+    slurm: dict[str, Any] = Field({}, description="a mapping of submitit's parameters")
+
+    def combinations(self) -> Iterator[dict[str, Any]]:
+        """The settings of every run."""
+        for grid in self.grid if isinstance(self.grid, list) else [self.grid]:
+            for values in itertools.product(*grid.values()):
+                yield dict(zip(grid, values, strict=True))
+
+
+@dataclass(eq=False)
+class SweepRun:
+    """A run of a sweep: what was varied, how it ended, and its results if it ended well."""
+
+    number: int  # from 1
+    folder: Path
+    values: Mapping[str, Any]  # the grid's settings
+    command: Sequence[str]
     status: str = "waiting"  # done, failed
     error: str = ""
 
+    @property
+    def results(self) -> dict[str, Any]:
+        """Its flat results; empty if it did not end well."""
+        return read_json(self.folder / "results.json") if self.status == "done" else {}
 
-@runtime_checkable
-class Future(Protocol):
-    """What executors promise; `result()` is the exit status of a command, or raises."""
+    @property
+    def summary(self) -> Summary:
+        """Means of the trained editor with their intervals."""
+        return Summary.from_dict(self.results, "single.")
 
-    def done(self) -> bool: ...
-    def result(self) -> Any: ...
+    @property
+    def history(self) -> list[dict[str, float]]:
+        """The rows of its training; none if it edited with an archive."""
+        path = self.folder / TRAIN / "history.jsonl"
+        lines = path.read_text(encoding="utf-8").splitlines() if path.is_file() else []
+        return [json.loads(line) for line in lines]
+
+    @property
+    def score(self) -> float | None:
+        """Harmonic mean of the four headline shares."""
+        summary = self.summary
+        means = [summary[name].mean for name in HEADLINE.values() if name in summary]
+        return headline_mean(means) if len(means) == len(HEADLINE) else None
+
+    @property
+    def title(self) -> str:
+        """Its number and what was varied, in words."""
+        varied = [f"{key} {_short(value)}" for key, value in self.values.items()]
+        return f"Run {self.number} ({', '.join(varied)})"
 
 
-Start = Callable[[Sequence[Sequence[str]]], Sequence[Future]]
+def _setting(value: Any) -> str:
+    """A value as the command line takes it."""
+    return value if isinstance(value, str) else json.dumps(value)
 
 
-# ---------------------------------------------------------------------------------------------------- checking
+def _short(value: Any) -> str:
+    """A value, cut in the middle where it is long."""
+    text = _setting(value)
+    return text if len(text) <= 40 else f"{text[:18]} … {text[-18:]}"
 
 
-def read_sweep(path: str | Path, /) -> Sweep:
-    """Read a sweep's file. Raises MendkitError naming file and key, HyperParamError for what is not YAML."""
+# ----------------------------------------------------------------------------------------- planning
+
+
+def read_sweep(path: str | Path) -> Sweep:
+    """Read a sweep's file. Raises MendkitError naming file and key."""
     given, _ = read_yaml(Path(path))
-    checks: dict[str, tuple[Callable[[Any], Any], str]] = {
-        "grid": (
-            _combinations,
-            "a mapping of settings to lists of values, or a list of such mappings",
-        ),
-        "executor": (
-            _executor_name,
-            "local, slurm, or the address of a Dask scheduler such as tcp://host:8786",
-        ),
-        **dict.fromkeys(("workers", "cores"), (_count, "an integer of at least 1")),
-        "memory": (to_bytes, "bytes, or text such as 4GB"),
-        "slurm": (dict, "a mapping of submitit's parameters, such as {slurm_partition: gpu}"),
-    }
-    values = {}
-    for key, value in given.items():
-        if key not in checks:
-            raise MendkitError(f"{path}: unknown key {key!r}; expected {', '.join(checks)}")
-        check, expected = checks[key]
-        try:
-            values[key] = check(value)
-        except (AttributeError, LookupError, TypeError, ValueError):
-            raise MendkitError(f"{path}: {key} must be {expected}, got {value!r}") from None
-    if "grid" not in values:
-        raise MendkitError(
-            f"{path}: grid is missing; add `grid: {{rank: [64, 256]}}` with the settings to vary"
-        )
-    return Sweep(**values)
-
-
-def _combinations(grid: Any) -> tuple[dict[str, Any], ...]:
-    """Every combination of the values of each grid."""
-    grids = grid if isinstance(grid, list) else [grid]
-    for key, values in (item for own in grids for item in own.items()):
-        if not isinstance(key, str) or not isinstance(values, list) or not values:
-            raise ValueError
-    if not grids or not all(grids):
-        raise ValueError
-    return tuple(
-        dict(zip(own, values, strict=True))
-        for own in grids
-        for values in itertools.product(*own.values())
-    )
-
-
-def _executor_name(name: str) -> str:
-    if name not in ("local", "slurm") and "://" not in name:
-        raise ValueError
-    return name
-
-
-def _count(value: Any) -> int:
-    if type(value) is not int or value < 1:
-        raise ValueError
-    return value
+    known = Sweep.model_fields
+    for key in given:
+        if key not in known:
+            raise MendkitError(f"{path}: unknown key {key!r}; expected {', '.join(known)}")
+    try:
+        return Sweep(**given)
+    except ValidationError as error:
+        key = str(error.errors()[0]["loc"][0])
+    expected = f"{key} must be {known[key].description}"
+    raise MendkitError(f"{path}: {expected}, got {shown(given.get(key))}")
 
 
 def plan_sweep(
     sweep: Sweep,
     config: str | Path,
     settings: Sequence[str],
-    /,
     *,
     out: Path,
     options: Sequence[str] = (),
-) -> list[Run]:
-    """The runs of a sweep in `out`, those done already marked so. Nothing is written, no model is loaded.
-    `options` are further ones of the `report` command.
+) -> list[SweepRun]:
+    """The runs of a sweep in `out`, those done already marked so; nothing is written.
 
-    Raises the kit's errors for unknown settings, mistyped values, runs that are alike, and a folder of something else.
+    `options` are further ones of the `report` command. Raises the kit's errors for unknown
+    settings, mistyped values, runs that are alike, and a folder of something else.
     """
     if out.exists() and (not out.is_dir() or (any(out.iterdir()) and not (out / SWEEP).is_file())):
-        raise MendkitError(
-            f"{out} is there and holds no sweep; nothing was touched: give --out a new or empty folder"
-        )
-    runs: dict[str, Run] = {}
-    twice = {text.partition("=")[0].strip() for text in settings} & {
-        key for values in sweep.grid for key in values
-    }
-    if twice:
-        raise MendkitError(
-            f"{', '.join(sorted(twice))}: given for all runs, but the sweep's grid varies it; drop one"
-        )
-    for values in sweep.grid:
-        own = [
-            *settings,
-            *(f"{key}={_text(value)}" for key, value in values.items() if key != "config"),
-        ]
-        plan = draft_report(values.get("config", config), own, out=out)
-        words = "_".join(f"{key}-{_text(value)}" for key, value in values.items())
-        name = f"{re.sub(r'[^A-Za-z0-9.+_-]+', '-', words)[:60]}-{_key(plan)[:10]}"
-        if name in runs:
+        raise MendkitError(f"{out} holds no sweep; nothing was touched: give --out a new folder")
+    runs: dict[Path, SweepRun] = {}
+    fixed = {text.partition("=")[0].strip() for text in settings}
+    for values in sweep.combinations():
+        varied = {key: _setting(value) for key, value in values.items()}
+        for key in fixed & set(varied):
+            raise MendkitError(f"{key}: given for all runs, but the sweep's grid varies it")
+        words = re.sub(r"[^A-Za-z0-9.+_-]+", "-", "_".join(map("-".join, varied.items())))
+        file = varied.pop("config", str(config))
+        given = [*settings, *map("=".join, varied.items())]
+        folder = out / f"{words[:60]}-{_report_key(plan_report(file, given, out=out))[:10]}"
+        if folder in runs:
             raise MendkitError(
-                f"two runs of the sweep are the same: {values} and {runs[name].values}; drop one"
+                f"two runs of the sweep are the same: {values} and {runs[folder].values}; drop one"
             )
-        report = [
-            sys.executable,
-            "-m",
-            "mendkit",
-            "report",
-            str(plan.config),
-            *own,
-            "--out",
-            str(out / name),
-            *options,
-        ]
-        threads, say = (
-            f"OMP_NUM_THREADS={sweep.cores}",
-            ["sh", "-c", 'exec "$@" >"$0" 2>&1', str(out / f"{name}.log")],
-        )
-        runs[name] = Run(name, dict(values), ["env", threads, *say, *report])
-        if _finished(out / name):
-            runs[name].status = "done"
-    return [*runs.values()]
+        command = ["report", file, *given, "--out", str(folder), *options]
+        runs[folder] = SweepRun(len(runs) + 1, folder, values, command)
+        if _is_finished(folder):
+            runs[folder].status = "done"
+    return list(runs.values())
 
 
-def _text(value: Any) -> str:
-    """A value as a setting has it."""
-    return value if isinstance(value, str) else json.dumps(value)
-
-
-def _key(plan: Plan) -> str:
+def _report_key(plan: ReportPlan) -> str:
     """SHA-256 over all that decides a report's numbers."""
-    archive = [plan.hparams.archive] if plan.hparams.archive else []
-    names = [plan.hparams.model_name, plan.hparams.tokenizer_name or ""]
-    content = {
-        "hparams": {
-            key: value for key, value in plan.hparams.to_dict().items() if key not in ELSEWHERE
-        },
-        "given": dict(plan.given),
-        "files": [
-            _sha256(Path(path))
-            for path in (*plan.notebooks.values(), *(s for s, _ in data_of(plan)), *archive)
-        ],
-        "models": [_listing(Path(name)) for name in names],
-        "code": _code_sha256(),
-        "versions": provenance()["versions"],
-    }
-    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+    hparams = plan.hparams.to_dict()
+    files = [default_notebook(stem) for stem in plan.notebooks]
+    files += [Path(source) for source, _ in plan.data()]
+    files.append(Path(plan.hparams.archive or ""))
+    content = [
+        {key: value for key, value in hparams.items() if key not in ELSEWHERE},
+        dict(plan.given),
+        [file_sha256(path) for path in files if path.is_file()],
+        [_model_files(Path(hparams[key] or "none")) for key in ("model_name", "tokenizer_name")],
+        _package_sha256(),
+        provenance()["versions"],
+    ]
+    return sha256(json.dumps(content, sort_keys=True))
 
 
-def _sha256(path: Path) -> str | None:
-    """Of a file's content; None for what is none, such as facts:train, which belongs to the package."""
-    return hashlib.sha256(path.read_bytes()).hexdigest() if path.is_file() else None
-
-
-def _listing(path: Path) -> list[tuple[str, int, int]]:
+def _model_files(path: Path) -> list[tuple[str, int, int]]:
     """Name, size and time of a model's files: weights are too large to read for a key."""
-    files = [path] if path.is_file() else sorted(path.glob("*")) if str(path) != "." else []
+    files = sorted(path.iterdir()) if path.is_dir() else []
     return [(file.name, file.stat().st_size, file.stat().st_mtime_ns) for file in files]
 
 
 @cache
-def _code_sha256() -> str:
-    """Of the package: its modules and facts."""
-    files = sorted(
-        path
-        for kind in ("*.py", "data/facts/*.jsonl")
-        for path in Path(__file__).parents[1].rglob(kind)
-    )
-    return hashlib.sha256(
-        "".join(f"{path.name} {_sha256(path)}\n" for path in files).encode()
-    ).hexdigest()
+def _package_sha256() -> str:
+    """Of the package's modules and facts."""
+    package = Path(__file__).parents[1]
+    files = [*package.rglob("*.py"), *package.rglob("*.jsonl")]
+    return sha256(*map(file_sha256, sorted(files)))
 
 
-def _finished(folder: Path) -> bool:
-    try:
-        run = json.loads((folder / "run.json").read_text(encoding="utf-8"))
-        return run["kind"] == "report" and run["status"] == "done"
-    except (OSError, ValueError, KeyError, TypeError):
-        return False
+def _is_finished(folder: Path) -> bool:
+    run = read_json(folder / "run.json")
+    return run.get("kind") == "report" and run.get("status") == "done"
 
 
-# ----------------------------------------------------------------------------------------------------- running
+# ------------------------------------------------------------------------------------------ running
 
 
-def run_sweep(sweep: Sweep, runs: Sequence[Run], /, *, out: Path, command: str) -> None:
-    """Run what is not done yet, and note in `out`/sweep.json how each run ended. A failed one stops no other.
+def run_sweep(
+    sweep: Sweep, runs: Sequence[SweepRun], *, out: Path, command: str
+) -> tuple[Path, Failure | None]:
+    """Run what waits, then the notebook that compares; its page, and why it failed if it did.
 
-    Raises MendkitError if the executor cannot be had, or the folder not be written to.
+    `out`/sweep.json says how each run ended; a failed one stops no other. Raises MendkitError if
+    the executor cannot be had, or the folder is in use.
     """
-    todo = [run for run in runs if run.status != "done"]
-    logger.info("sweep: %d runs, %d of them done already", len(runs), len(runs) - len(todo))
-    began, content = (
-        time.monotonic(),
-        {"kind": "sweep", "command": command, **asdict(sweep), **provenance()},
-    )
+    waiting = [run for run in runs if run.status != "done"]
+    about = {"kind": "sweep", "command": command, **sweep.model_dump(), **provenance()}
 
     def note() -> None:
-        write_json(out / SWEEP, content | {"runs": [asdict(run) for run in runs]})
+        rows = [asdict(run) | {"folder": run.folder.name} for run in runs]
+        write_json(out / SWEEP, about | {"runs": rows})
 
-    with _executor(sweep, out) if todo else nullcontext() as start:
-        try:
+    with _executor(sweep, out) if waiting else nullcontext() as executor:
+        out.mkdir(parents=True, exist_ok=True)
+        with locked(out):
             note()
-        except OSError as error:
-            raise MendkitError(
-                f"cannot write the sweep to {out}: {error}; name another folder with --out"
-            ) from None
-        pending = (
-            list(zip(start([run.command for run in todo]), todo, strict=True)) if start else []
-        )
-        while pending:
-            for future, run in [pair for pair in pending if pair[0].done()]:
-                pending.remove((future, run))
-                _judge(run, future, out)
+            for run in _as_they_end(executor, waiting, sweep.cores):
                 note()
-                head = f"[{len(todo) - len(pending)}/{len(todo)}] {run.name}: {run.status}"
-                took = clock(time.monotonic() - began)
-                logger.info("%s at %s%s", head, took, f"; {run.error}" if run.error else "")
-            time.sleep(POLL_SECONDS)
+                logger.info("%s: %s %s", run.title, run.status, run.error)
+            executed, page = out / f"{COMPARE}.ipynb", out / "index.html"
+            given = {"sweep": str(out), "out": str(out / COMPARE)}
+            failure = run_notebook(default_notebook(COMPARE), executed, given)
+            return page, export_page(executed, page, failure)
 
 
-def summarise_sweep(out: Path, /) -> tuple[Path, Failure | None]:
-    """Run the notebook that compares the runs; its page, and why it failed if it did."""
-    executed, page = out / f"{COMPARE}.ipynb", out / "index.html"
-    given = {"sweep": str(out), "out": str(out / COMPARE)}
-    failure = run_notebook(default_notebooks() / f"{COMPARE}.ipynb", executed, given)
-    return page, export(executed, page, failure)
-
-
-def _judge(run: Run, future: Future, out: Path) -> None:
-    """Whether a run that ended is done; else what it said last."""
+def _as_they_end(executor: Any, runs: Sequence[SweepRun], cores: int) -> Iterator[SweepRun]:
+    """Start runs; yield each one when it has ended. An interrupt cancels what waits."""
+    # submitit makes one array of jobs of a batch
+    pending = {}
+    with getattr(executor, "batch", nullcontext)():
+        for run in runs:
+            pending[run] = executor.submit(run_row, run.command, run.folder, cores, os.getcwd())
     try:
-        code = future.result()
-    except Exception as error:  # the executor's: a worker that died, a job that was cancelled
-        run.status, run.error = "failed", f"{type(error).__name__}: {error}"
-        return
-    if code == 0 and _finished(out / run.name):
-        run.status, run.error = "done", ""
-        return
-    log = out / f"{run.name}.log"
-    lines = log.read_text(encoding="utf-8", errors="replace").splitlines() if log.is_file() else []
-    said = [line for line in lines if line.startswith("error: ")] or [
-        line for line in lines if line.strip()
-    ]
-    run.status, run.error = (
-        "failed",
-        said[-1].removeprefix("error: ") if said else "it said nothing",
-    )
-    if code < 0:
-        memory = (
-            "; if the machine ran out of memory, raise `memory` or lower `workers`"
-            if code == -9
-            else ""
-        )
-        run.error = f"ended by signal {-code}{memory}; last: {run.error}"
+        while pending:
+            for run in [run for run, future in pending.items() if future.done()]:
+                run.status, run.error = _row_of(pending.pop(run))
+                yield run
+            time.sleep(POLL_SECONDS)
+    finally:
+        for future in pending.values():
+            future.cancel()
 
 
-def _executor(sweep: Sweep, out: Path) -> AbstractContextManager[Start]:
-    if sweep.executor == "local":
-        return _local(local_workers(sweep))
-    return _slurm(sweep, out) if sweep.executor == "slurm" else _dask(sweep.executor)
+def _row_of(future: Any) -> tuple[str, str]:
+    """The row of a run that has ended; of a call that was lost, why."""
+    try:
+        return future.result()
+    except Exception as error:  # a worker that died, a job that was cancelled
+        return "failed", f"{type(error).__name__}: {error}"
 
 
-def local_workers(sweep: Sweep, /) -> int:
-    """How many runs this machine takes at once: bounded by its cores, free memory and `workers`; at least one."""
-    cores = (
-        len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    )
-    memory = psutil.virtual_memory().available
-    count = max(1, min(sweep.workers or cores, cores // sweep.cores, memory // sweep.memory))
-    logger.info("at once: %d, with %d cores and %.1f GB of memory free", count, cores, memory / 1e9)
-    return count
+def run_row(command: Sequence[str], folder: Path, cores: int, cwd: str) -> tuple[str, str]:
+    """Run a report as a process of its own: its status, and its error if it failed.
+
+    What it says is in a log beside its folder.
+    """
+    log = folder.with_name(f"{folder.name}.log")
+    with log.open("wb") as file:
+        code = subprocess.run(
+            [sys.executable, "-m", "mendkit", *command],
+            stdout=file,
+            stderr=file,
+            cwd=cwd,
+            env=os.environ | {"OMP_NUM_THREADS": str(cores)},
+            start_new_session=True,  # an interrupt reaches it once, from `_executor`
+        ).returncode
+    if code == 0 and _is_finished(folder):
+        return "done", ""
+    said = log.read_text(encoding="utf-8", errors="replace").strip() or "it said nothing"
+    errors = re.findall("^error: (.*)", said, re.MULTILINE) or [said.splitlines()[-1]]
+    if code >= 0:
+        return "failed", errors[-1]
+    hint = "; if memory ran out, raise `memory` or lower `workers`" if code == -9 else ""
+    return "failed", f"ended by signal {-code}{hint}; last: {errors[-1]}"
 
 
 @contextmanager
-def _local(workers: int) -> Iterator[Start]:
-    """Processes of this machine. An interrupt is passed on to each once, and all are waited for."""
-    children: set[subprocess.Popen] = set()
-
-    def call(command: Sequence[str]) -> int:
-        with subprocess.Popen(command, start_new_session=True) as child:
-            children.add(child)
-            return child.wait()
-
-    with ThreadPoolExecutor(workers) as pool:
+def _executor(sweep: Sweep, out: Path) -> Iterator[Any]:
+    """Something with `submit` that gives futures: threads here, Slurm, or Dask."""
+    with ExitStack() as stack:
         try:
-            yield lambda commands: [pool.submit(call, command) for command in commands]
+            if sweep.executor == "local":  # a thread waits for a process
+                executor: Any = stack.enter_context(ThreadPoolExecutor(local_workers(sweep)))
+            elif sweep.executor == "slurm":
+                executor = _slurm(sweep, out / "slurm")
+            else:
+                from distributed import Client
+
+                client = stack.enter_context(Client(sweep.executor, timeout=ANSWER_SECONDS))
+                executor = client.get_executor(pure=False)
+        except ImportError as error:
+            extra = "slurm" if sweep.executor == "slurm" else "dask"
+            command = f"pip install -c constraints.txt -e '.[{extra}]'"
+            raise MendkitError(f"{error}; run `{command}`") from None
+        except Exception as error:  # no Slurm here, a wrong parameter, nobody answers
+            raise MendkitError(f"executor: {sweep.executor} cannot be used: {error}") from None
+        try:
+            yield executor
         except BaseException:
-            pool.shutdown(wait=False, cancel_futures=True)
-            for child in children:
+            for child in psutil.Process().children() if sweep.executor == "local" else ():
                 child.send_signal(signal.SIGINT)
             raise
 
 
-def _elsewhere() -> Callable[[Sequence[str]], int]:
-    """What a worker on another machine calls; it needs nothing but Python to do so."""
-    return partial(subprocess.call, cwd=str(Path.cwd()))
+def _slurm(sweep: Sweep, logs: Path) -> Any:
+    import submitit
+
+    executor = submitit.AutoExecutor(folder=logs, cluster=CLUSTER)
+    executor.update_parameters(
+        name="mendkit",
+        cpus_per_task=sweep.cores,
+        mem_gb=sweep.memory / 1e9,
+        slurm_array_parallelism=sweep.workers or 1000,
+        **sweep.slurm,
+    )
+    return executor
 
 
-@contextmanager
-def _slurm(sweep: Sweep, out: Path) -> Iterator[Start]:
-    """One array of Slurm jobs; an interrupt cancels them."""
-    jobs: list[Any] = []
-    try:
-        import submitit
-
-        executor = submitit.AutoExecutor(folder=out / "slurm", cluster=CLUSTER)
-        executor.update_parameters(
-            name="mendkit", cpus_per_task=sweep.cores, mem_gb=sweep.memory / 1e9,
-            slurm_array_parallelism=sweep.workers or len(sweep.grid), **(sweep.slurm or {}),
-        )  # fmt: skip
-    except ImportError as error:
-        raise MendkitError(
-            f"{error}; slurm needs `pip install -c constraints.txt -e '.[slurm]'`"
-        ) from None
-    except (
-        RuntimeError,
-        NameError,
-        TypeError,
-        ValueError,
-    ) as error:  # submitit's: no Slurm here, a wrong parameter
-        raise MendkitError(f"executor: slurm cannot be used: {error}") from None
-
-    def start(commands: Sequence[Sequence[str]]) -> Sequence[Future]:
-        jobs.extend(executor.map_array(_elsewhere(), commands))
-        return jobs
-
-    try:
-        yield start
-    except BaseException:
-        for job in jobs:
-            job.cancel()
-        raise
+def local_workers(sweep: Sweep) -> int:
+    """How many runs this machine takes at once, by cores, free memory and `workers`; at least 1."""
+    cores, memory = _cores_here(), psutil.virtual_memory().available
+    return max(1, min(sweep.workers or cores, cores // sweep.cores, memory // sweep.memory))
 
 
-@contextmanager
-def _dask(address: str) -> Iterator[Start]:
-    """A Dask cluster that runs already: a run for every thread of its workers. An interrupt drops what waits there."""
-    try:
-        from distributed import Client
+def _cores_here() -> int:
+    return len(psutil.Process().cpu_affinity()) if psutil.LINUX else psutil.cpu_count()
 
-        client = Client(address, timeout=ANSWER_SECONDS)
-    except ImportError as error:
-        raise MendkitError(
-            f"{error}; Dask needs `pip install -c constraints.txt -e '.[dask]'`"
-        ) from None
-    except (OSError, ValueError) as error:
-        raise MendkitError(
-            f"executor: no Dask scheduler answers at {address} ({error}); start one"
-        ) from None
-    with client:
-        yield lambda commands: client.map(_elsewhere(), commands, pure=False)
+
+# ---------------------------------------------------------------------------------------- comparing
+
+
+def read_runs(folder: str | Path) -> list[SweepRun]:
+    """The runs of the sweep in a folder. Raises MendkitError if it holds none."""
+    path = Path(folder) / SWEEP
+    rows = read_json(path).get("runs")
+    if rows is None:
+        raise MendkitError(f"{path}: no sweep; run `mendkit report CONFIG --sweep FILE`")
+    return [SweepRun(**row | {"folder": path.parent / row["folder"]}) for row in rows]
+
+
+def runs_frame(runs: Sequence[SweepRun]) -> pd.DataFrame:
+    """A row a run: its settings, status, error, headline shares with intervals, score and cost."""
+    records = []
+    for run in runs:
+        results, summary = run.results, run.summary
+        record = {"run": run.number} | {key: _short(value) for key, value in run.values.items()}
+        record |= {"status": run.status, "error": run.error}
+        record |= {role: summary.get(name) for role, name in HEADLINE.items()}
+        record |= {"score": run.score, "seconds": results.get("report.seconds")}
+        record["training seconds"] = results.get("train.seconds")
+        record["peak memory in GB"] = results.get("report.peak_memory_gb")
+        records.append(record)
+    return pd.DataFrame(records).set_index("run")
+
+
+def runs_table(runs: Sequence[SweepRun], *, out: Path) -> Styler:
+    """`runs_frame` with a link to each run's page, else its log, as seen from the folder `out`."""
+    links = []
+    for run in runs:
+        page = run.folder / "index.html"
+        target = page if page.is_file() else run.folder.with_name(f"{run.folder.name}.log")
+        links.append(f'<a href="{quote(relpath(target, out))}">{target.suffix[1:]}</a>')
+    return tables.table(runs_frame(runs).assign(page=links), {"page": "{}"})
+
+
+def scores_by_setting(runs: Sequence[SweepRun]) -> dict[str, dict[str, list[float]]]:
+    """The scores of all runs by each setting that has several values, and by its value."""
+    frame = runs_frame(runs).dropna(subset="score")
+    found = {}
+    for key in dict.fromkeys(key for run in runs for key in run.values):
+        by_value = frame.groupby(key, sort=False)["score"].apply(list).to_dict()
+        if len(by_value) > 1:
+            found[key] = by_value
+    return found
+
+
+def sweep_conclusion(runs: Sequence[SweepRun]) -> str:
+    """What the sweep came to: findings computed from it, as a Markdown list."""
+    scores = {run.title: run.score for run in runs if run.score is not None}
+    sentences = [findings.runs(scores), findings.settings(scores_by_setting(runs))]
+    failed = [run for run in runs if run.status == "failed"]
+    sentences += [f"{run.title} failed: {tables.escape(run.error)}" for run in failed]
+    return tables.bullets(sentences)
+
+
+def sweep_results(runs: Sequence[SweepRun]) -> dict[str, Any]:
+    """Flat numbers of the comparison, for results.json."""
+    results: dict[str, Any] = {}
+    for status in ("done", "failed", "waiting"):
+        results[f"sweep.{status}"] = sum(run.status == status for run in runs)
+    for run in runs:
+        values = {"settings": run.values, "status": run.status}
+        values |= {name: interval.mean for name, interval in run.summary.items()}
+        values |= {"score": run.score, "error": run.error or None}
+        for name, value in values.items():
+            if value is not None:
+                results[f"sweep.run_{run.number}.{name}"] = value
+    scored = [run for run in runs if run.score is not None]
+    if scored:
+        results["sweep.best"] = max(scored, key=lambda run: run.score).number
+    return results

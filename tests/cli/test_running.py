@@ -17,7 +17,7 @@ from mendkit.mend.training import train
 from mendkit.runs import locked
 from tests.cli.test_cli import DATA, here, trained
 from tests.oracles.claims import EXAMPLES, hparams
-from tests.reporting.test_report import write_notebooks
+from tests.oracles.notebooks import write_notebooks
 
 __all__ = ["here", "trained"]  # fixtures
 

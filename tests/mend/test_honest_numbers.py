@@ -15,7 +15,6 @@ from mendkit.mend.editor import MENDEditor
 from mendkit.mend.hypernetwork import MEND
 from mendkit.mend.preparation import Preparation
 from mendkit.mend.training import MOST_SKIPPED, Trainer, train
-from mendkit.reporting.compare import RunResult
 from tests.oracles.claims import EXAMPLES, hparams, scrambled, with_statistics
 from tests.oracles.tiny import tiny_llama
 
@@ -185,12 +184,3 @@ def test_an_impossible_score_raises(name, value):
     assert summarise(
         [EditRow(0, None, None, "p", "t", None, {"locality.kl_nats": 3.0, "log_p.new": -2.0})]
     )
-
-
-def test_a_mean_without_its_count_raises(tmp_path):
-    results = {"single.x": 0.5, "single.x.low": 0.4, "single.x.high": 0.6, "single.x.n": 9}
-    run = RunResult(1, tmp_path, {}, "done", "", results)
-    assert [value.n for value in run.summary.values()] == [9]
-    del results["single.x.n"]
-    with pytest.raises(MendkitError, match=r"single.x has no count"):
-        _ = run.summary

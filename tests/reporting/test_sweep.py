@@ -1,6 +1,6 @@
-"""Sweeps: which runs there are, that each is the ordinary report, and that a failure stays its own.
+"""Sweeps: which runs there are, that each is the ordinary report, that a failure stays its own.
 
-Runs are real processes, on stub notebooks as in test_report.py; the notebook that compares them is the real one.
+Runs are real processes on stub notebooks; the notebook that compares them is the real one.
 """
 
 import json
@@ -10,47 +10,44 @@ import shutil
 import time
 from pathlib import Path
 
-import nbformat
 import pytest
 
 import mendkit.reporting.sweep as module
 from mendkit.__main__ import main
 from mendkit.errors import MendkitError
-from mendkit.reporting.compare import read_runs
-from mendkit.reporting.findings import HEADLINE
-from mendkit.reporting.report import EDIT
+from mendkit.evaluation.results import HEADLINE
 from mendkit.reporting.sweep import (
     COMPARE,
-    SWEEP,
-    Run,
     Sweep,
+    SweepRun,
     local_workers,
     plan_sweep,
+    read_runs,
     read_sweep,
+    run_row,
     run_sweep,
+    runs_frame,
+    scores_by_setting,
+    sweep_results,
 )
-from tests.reporting.test_report import archive, here, model_folder, read, write_notebooks
-
-__all__ = ["archive", "here", "model_folder"]  # fixtures
+from tests.oracles.notebooks import write_notebooks
 
 ROOT = Path(__file__).parents[2]
-SHARES = "four = dict.fromkeys({names}, 0.5) | {{'single.locality.argmax_agreement': 1 / shown}}"
-WRITE = """parts = {n + p: v for n, m in four.items() for p, v in (('', m), ('.low', m), ('.high', m), ('.n', 8))}
-(folder / 'results.json').write_text(json.dumps(parts))"""
+NAMES = [f"single.{name}" for name in HEADLINE.values()]
 FAIL = "if shown == 2 and not Path('mended').exists(): raise ValueError('<b>no</b> such thing')"
+WRITE = f"""shares = dict.fromkeys({NAMES}, 0.5) | {{'single.locality.argmax_agreement': 1 / shown}}
+parts = {{n + p: m for n, m in shares.items() for p in ('', '.low', '.high')}}
+parts |= {{n + '.n': 8 for n in shares}}
+(folder / 'results.json').write_text(json.dumps(parts))"""
 
 
 @pytest.fixture
-def grid(here, archive, monkeypatch) -> Path:
-    """`here` with an archive, the comparing notebook, an editing one that fails where shown=2, and a sweep of both."""
+def grid(here, monkeypatch) -> Path:
+    """`here` with the comparing notebook, an editing one that fails where shown=2, and a sweep."""
     monkeypatch.setenv("PYTHONPATH", str(ROOT), prepend=os.pathsep)
-    shares = SHARES.format(names=[f"single.{name}" for name in HEADLINE])
-    path = write_notebooks(here / "notebooks", edit=f"{FAIL}\n{shares}") / f"{EDIT}.ipynb"
-    notebook = nbformat.read(path, as_version=4)
-    notebook.cells[-1].source = WRITE
-    nbformat.write(notebook, path)
+    write_notebooks(here / "notebooks", edit=FAIL, last=WRITE)
     shutil.copy(ROOT / "notebooks" / f"{COMPARE}.ipynb", here / "notebooks")
-    return write(f"grid: {{shown: [2, 4], archive: [{archive}]}}\ncores: 1\nmemory: 1MB\n")
+    return write("grid: {shown: [2, 4]}\ncores: 1\nmemory: 1MB\n")
 
 
 def write(text: str) -> Path:
@@ -59,52 +56,28 @@ def write(text: str) -> Path:
     return path
 
 
-def plan(*settings: str, config: str = "tiny.yaml", out: str = "runs") -> list[Run]:
-    return plan_sweep(read_sweep("sweep.yaml"), config, settings, out=Path(out))
+def plan(*settings: str, **options) -> list[SweepRun]:
+    return plan_sweep(read_sweep("sweep.yaml"), "tiny.yaml", settings, out=Path("runs"), **options)
 
 
-# ------------------------------------------------------------------------------------------------- which runs
+# --------------------------------------------------------------------------------------- which runs
 
 
 def test_every_combination_of_every_grid_is_a_run(here):
     shutil.copy("tiny.yaml", "other.yaml")
     write(
-        "grid:\n- {rank: [2, null], shown: [1, 3]}\n- {config: [other.yaml], inner_params: [[a.w, b.w]]}\n"
+        "grid:\n- {rank: [2, null], shown: [1, 3]}\n"
+        "- {config: [other.yaml], inner_params: [[a.w, b.w]]}\n"
     )
-    runs = plan("lr=1e-3")
-    assert [run.values for run in runs] == [
-        {"rank": 2, "shown": 1}, {"rank": 2, "shown": 3}, {"rank": None, "shown": 1}, {"rank": None, "shown": 3},
-        {"config": "other.yaml", "inner_params": ["a.w", "b.w"]},
-    ]  # fmt: skip
-    folders = [f"runs/{run.name}" for run in runs]
-    tails = [run.command[run.command.index("-m") :] for run in runs]
-    report = ["-m", "mendkit", "report"]
-    assert tails[2] == [
-        *report,
-        "tiny.yaml",
-        "lr=1e-3",
-        "rank=null",
-        "shown=1",
-        "--out",
-        folders[2],
-    ]
-    assert tails[4] == [
-        *report,
-        "other.yaml",
-        "lr=1e-3",
-        'inner_params=["a.w", "b.w"]',
-        "--out",
-        folders[4],
-    ]
-    (run, *_) = plan_sweep(
-        read_sweep("sweep.yaml"), "tiny.yaml", [], out=Path("runs"), options=["--ignore-memory"]
-    )
-    assert run.command[-1] == "--ignore-memory" and run.name == plan()[0].name
-    assert (
-        runs[0].name.startswith("rank-2_shown-1-")
-        and len(set(folders)) == 5
-        and not Path("runs").exists()
-    )
+    runs = plan("lr=1e-3", options=["--ignore-memory"])
+    pairs = [{"rank": rank, "shown": shown} for rank in (2, None) for shown in (1, 3)]
+    other = {"config": "other.yaml", "inner_params": ["a.w", "b.w"]}
+    assert [run.values for run in runs] == [*pairs, other]
+    end = ["--out", str(runs[2].folder), "--ignore-memory"]
+    assert runs[2].command == ["report", "tiny.yaml", "lr=1e-3", "rank=null", "shown=1", *end]
+    assert runs[4].command[1:4] == ["other.yaml", "lr=1e-3", 'inner_params=["a.w", "b.w"]']
+    assert runs[0].folder.name.startswith("rank-2_shown-1-")
+    assert len({run.folder for run in runs}) == 5 and not Path("runs").exists()
 
 
 def test_the_key_follows_all_that_decides_the_numbers_and_nothing_else(
@@ -115,7 +88,7 @@ def test_the_key_follows_all_that_decides_the_numbers_and_nothing_else(
     write("grid: {test_data: [data.jsonl], model_name: [model]}")
 
     def name(*settings: str) -> str:
-        return plan(*settings)[0].name
+        return plan(*settings)[0].folder.name
 
     names = [name(), name("lr=2e-3"), name("max_new_tokens=7")]
     assert name("cache_dir=elsewhere", "cache_bytes=1GB", "results_dir=r") == names[0] == name()
@@ -125,14 +98,14 @@ def test_the_key_follows_all_that_decides_the_numbers_and_nothing_else(
     names.append(name())
     os.utime("model/model.safetensors", (1, 1))
     names.append(name())
-    monkeypatch.setattr(module, "_code_sha256", lambda: "other code")
+    monkeypatch.setattr(module, "_package_sha256", lambda: "other code")
     names.append(name())
     assert len(set(names)) == len(names)
 
 
 MISTAKES = {
     "rank: [1]": r"sweep.yaml: unknown key 'rank'; expected grid, executor",
-    "cores: 1": "grid is missing",
+    "cores: 1": "grid must be",
     "grid: {rank: 4}": "grid must be a mapping of settings to lists",
     "grid: {rank: []}": "grid must be",
     "grid: []": "grid must be",
@@ -144,8 +117,8 @@ MISTAKES = {
     "grid: {rank: [1, many]}": "rank must be an integer",
     "grid: {rank: [1, 1]}": "two runs of the sweep are the same",
     "grid: {lr: [1e-3]}": "lr: given for all runs, but the sweep's grid varies it",
-    "grid: {rank: [1]}\nexecutor: tcp://127.0.0.1:9": "no Dask scheduler answers at tcp|needs `pip",
-}  # fmt: skip
+    "grid: {rank: [1]}\nexecutor: tcp://127.0.0.1:9": "tcp.*cannot be used|run `pip",
+}
 
 
 @pytest.mark.parametrize("text", MISTAKES)
@@ -158,144 +131,145 @@ def test_a_mistake_is_found_before_anything_is_written(here, capsys, monkeypatch
     assert sorted(here.rglob("*")) == before
 
 
-def test_a_folder_of_something_else_is_refused(here, capsys):
+def test_a_folder_of_something_else_is_refused(here):
     write("grid: {rank: [1]}")
     Path("runs").mkdir()
     Path("runs/theirs").write_text("precious")
-    with pytest.raises(MendkitError, match=r"runs is there and holds no sweep.*--out"):
+    with pytest.raises(MendkitError, match=r"runs holds no sweep.*--out"):
         plan()
 
 
 def test_workers_are_bounded_by_cores_memory_and_the_number_given(monkeypatch):
     free = type("Memory", (), {"available": 10_000_000_000})()
     monkeypatch.setattr("psutil.virtual_memory", lambda: free)
-    monkeypatch.setattr("os.sched_getaffinity", lambda pid: range(12), raising=False)
-    GB = 10**9
-    cases = {
-        (None, 1, GB): 10,
-        (None, 2, GB): 6,
-        (None, 1, 3 * GB): 3,
-        (2, 1, GB): 2,
-        (None, 24, 99 * GB): 1,
-    }
-    for (workers, cores, memory), expected in cases.items():
-        assert local_workers(Sweep((), workers=workers, cores=cores, memory=memory)) == expected
+    monkeypatch.setattr(module, "_cores_here", lambda: 12)
+    cases = {(None, 1, 1): 10, (None, 2, 1): 6, (None, 1, 3): 3, (2, 1, 1): 2, (None, 24, 99): 1}
+    for (workers, cores, gigabytes), expected in cases.items():
+        sweep = Sweep(grid={"rank": [1]}, workers=workers, cores=cores, memory=gigabytes * 10**9)
+        assert local_workers(sweep) == expected
 
 
-# -------------------------------------------------------------------------------------------------- running
+# ------------------------------------------------------------------------------------------ running
 
 
 @pytest.mark.slow
 def test_a_failed_run_stops_no_other_and_what_is_done_is_not_repeated(grid, capsys):
-    command = ["report", "tiny.yaml", "--sweep", str(grid), "--out", "runs"]
-    assert main(command) == 1
+    command = ["report", "tiny.yaml", "--ignore-memory"]
+    options = ["--sweep", str(grid), "--out", "runs"]
+    assert main([*command, *options]) == 1
     said, err = capsys.readouterr()
     assert said == "runs/index.html\n" and "code cell 5: ValueError: <b>no</b> such thing" in err
     failed, done = read_runs("runs")
-    assert (failed.status, done.status) == (
-        "failed",
-        "done",
-    ) and "<b>no</b> such thing" in failed.error
-    assert (
-        read(failed.folder / "run.json")["status"] == "failed"
-    )  # an ordinary report, with its page
-    assert done.results["single.locality.argmax_agreement"] == 0.25 and done.score == pytest.approx(
-        0.4
-    )
+    assert (failed.status, done.status) == ("failed", "done")
+    assert "<b>no</b> such thing" in failed.error
+    # a failed run is an ordinary report, too, with its page
+    assert json.loads((failed.folder / "run.json").read_text())["status"] == "failed"
+    assert done.summary["locality.argmax_agreement"].mean == 0.25
+    assert done.score == pytest.approx(0.4)
     page = Path("runs/index.html").read_text(encoding="utf-8")
-    assert (
-        f'href="{done.folder.name}/index.html"' in page
-        and f'href="{failed.folder.name}.log"' in page
-    )
-    assert "&lt;b&gt;no" in page and "<b>no</b>" not in page
-    assert "0.25 <small>[0.25, 0.25], n = 8</small>" in page
-    assert (done.folder / "index.html").is_file()
+    for run in (done, failed):
+        assert f'href="{run.folder.name}/index.html"' in page
+    assert "&lt;b&gt;no" in page and "<b>no</b>" not in page and "0.25 [0.25, 0.25]" in page
     figures = {path.name for path in Path("runs", COMPARE, "figures").iterdir()}
     names = ("success_against_locality", "scores_by_setting", "curves_of_runs")
     assert figures == {f"{name}.{kind}" for name in names for kind in ("png", "csv")}
 
     before = (done.folder / "run.json").stat().st_mtime_ns
     Path("mended").touch()
-    assert main([*command, "--json"]) == 0
+    assert main([*command, *options, "--json"]) == 0
     results = json.loads(capsys.readouterr().out)
     assert results["sweep.done"] == 2 and results["sweep.best"] == 1
     assert (done.folder / "run.json").stat().st_mtime_ns == before
     assert "error" not in {key.split(".")[-1] for key in results}
 
 
-@pytest.mark.slow
-def test_runs_go_to_a_dask_cluster(grid, archive):
-    distributed = pytest.importorskip(
-        "distributed", reason='needs Dask: pip install -c constraints.txt -e ".[dask]"'
-    )
+def stub_of_run_row(command, folder, cores, cwd):
+    """In a worker of Dask or submitit: what reached it, as a row."""
+    if folder.name.startswith("shown-3"):
+        raise FileNotFoundError("no such program")
+    return "done", f"{command[-1]} {cores} {cwd == os.getcwd()}"
+
+
+def test_runs_go_to_a_dask_cluster(grid, monkeypatch):
+    distributed = pytest.importorskip("distributed", reason="needs `pip install -e '.[dask]'`")
+    monkeypatch.setattr(module, "run_row", stub_of_run_row)
+    monkeypatch.setattr(module, "run_notebook", lambda *_: None)
     with distributed.LocalCluster(
-        n_workers=2, threads_per_worker=1, dashboard_address=None
+        n_workers=1, threads_per_worker=1, processes=False, dashboard_address=None
     ) as cluster:
-        write(
-            f"grid: {{shown: [4], archive: [{archive}]}}\nexecutor: {cluster.scheduler_address}\n"
-        )
-        run_sweep(read_sweep(grid), plan(), out=Path("runs"), command="")
-        with module._dask(cluster.scheduler_address) as start, pytest.raises(FileNotFoundError):
-            start([["no-such-program"]])[0].result()  # what goes wrong in a worker comes back
+        write(f"grid: {{shown: [3, 4]}}\nexecutor: {cluster.scheduler_address}\n")
+        run_sweep(read_sweep(grid), plan(options=["last"]), out=Path("runs"), command="")
+    lost, done = read_runs("runs")  # what goes wrong in a worker comes back
+    assert (lost.status, lost.error) == ("failed", "FileNotFoundError: no such program")
+    assert (done.status, done.error) == ("done", "last 2 True")
+
+
+def test_runs_go_through_submitit(grid, monkeypatch):
+    pytest.importorskip("submitit", reason="needs `pip install -e '.[slurm]'`")
+    monkeypatch.setattr(module, "CLUSTER", "debug")
+    monkeypatch.setattr(module, "run_row", stub_of_run_row)
+    monkeypatch.setattr(module, "run_notebook", lambda *_: None)
+    write("grid: {shown: [4]}\nexecutor: slurm\nslurm: {timeout_min: 5, slurm_partition: x}\n")
+    run_sweep(read_sweep(grid), plan(options=["last"]), out=Path("runs"), command="")
     (done,) = read_runs("runs")
-    assert done.status == "done" and done.score == pytest.approx(0.4)
-    assert read(done.folder / "run.json")["kind"] == "report"
-    assert read(f"runs/{SWEEP}")["executor"].startswith("tcp://")
+    assert (done.status, done.error) == ("done", "last 2 True")
+    write("grid: {shown: [3, 5]}\nexecutor: slurm\nslurm: {slurm_partitoin: x}\n")
+    with pytest.raises(MendkitError, match=r"slurm cannot be used.*partitoin"):
+        run_sweep(read_sweep(grid), plan(), out=Path("runs"), command="")
 
 
-def test_commands_go_through_submitit(here, monkeypatch):
-    pytest.importorskip(
-        "submitit", reason='needs submitit: pip install -c constraints.txt -e ".[slurm]"'
-    )
-    monkeypatch.setattr(module, "CLUSTER", "local")
-    sweep = Sweep(
-        (), executor="slurm", cores=1, workers=1, slurm={"timeout_min": 5, "slurm_partition": "x"}
-    )
-    with module._executor(sweep, Path("out")) as start:
-        jobs = start([["sh", "-c", "pwd > seen; exit 3"], ["true"]])
-        assert [job.result() for job in jobs] == [3, 0]
-    assert Path("seen").read_text().strip() == str(here)
-    wrong = Sweep((), executor="slurm", slurm={"slurm_partitoin": "x"})
-    with (
-        pytest.raises(MendkitError, match=r"slurm cannot be used.*partitoin"),
-        module._executor(wrong, Path("out")),
-    ):
-        pass
-
-
-def test_a_run_that_is_killed_or_never_ran_says_so(here):
-    class Ended:
-        def __init__(self, code):
-            self.code = code
-
-        def done(self):
-            return True
-
-        def result(self):
-            if isinstance(self.code, Exception):
-                raise self.code
-            return self.code
-
-    Path("r.log").write_text("step 3\nstep 4\n\n")
-    for code, error in {
-        -9: "ended by signal 9; if the machine ran out of memory, raise `memory` or lower `workers`; last: step 4",
-        1: "step 4",
-        0: "step 4",  # it left no finished report
-        KeyError("lost"): "KeyError: 'lost'",
-    }.items():
-        run = Run("r", {}, [])
-        module._judge(run, Ended(code), Path())
-        assert (run.status, run.error) == ("failed", error)
+def test_a_run_that_is_killed_or_says_nothing_is_a_row(here, monkeypatch):
+    ways = {
+        "import os; print('step 4'); os.kill(os.getpid(), 9)": "ended by signal 9; if memory ran "
+        "out, raise `memory` or lower `workers`; last: step 4",
+        "import sys; sys.exit('error: no such model\\nbye')": "no such model",
+        "pass": "it said nothing",  # and left no finished report
+    }
+    for code, error in ways.items():
+        Path("mendkit.py").write_text(code.replace("'step 4'", "'step 4', flush=True"))
+        row = run_row([], Path("run"), 1, str(here))
+        assert row == ("failed", error)
 
 
 def test_an_interrupt_is_passed_on_once_and_what_waits_does_not_start(here):
-    note = 'trap "echo ended >> seen; exit 130" INT; echo started >> seen; for i in $(seq 100); do sleep 0.1; done'
-    with pytest.raises(KeyboardInterrupt), module._local(1) as start:
-        futures = start([["sh", "-c", note]] * 3)
-        deadline = time.monotonic() + 60
-        while not Path("seen").is_file():
-            assert time.monotonic() < deadline
-            time.sleep(0.05)
-        raise KeyboardInterrupt
+    Path("mendkit.py").write_text(
+        "import time, sys, signal\n"
+        "signal.signal(signal.SIGINT, signal.default_int_handler)\n"
+        "open('seen', 'a').write('started\\n')\n"
+        "try: time.sleep(60)\n"
+        "except KeyboardInterrupt: open('seen', 'a').write('ended\\n'); time.sleep(0.5)\n"
+    )
+    sweep = Sweep(grid={"shown": [1, 2, 3]}, workers=1, memory=1)
+    runs = [SweepRun(n, Path(f"run{n}"), {}, []) for n in (1, 2, 3)]
+
+    def interrupted(seconds: float) -> None:
+        if Path("seen").is_file():
+            raise KeyboardInterrupt
+
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(module.time, "sleep", interrupted)
+        run_sweep(sweep, runs, out=Path(), command="")
     assert Path("seen").read_text().split() == ["started", "ended"]
-    assert futures[0].result() == 130 and futures[1].cancelled() and futures[2].cancelled()
+    assert [run.status for run in runs] == ["waiting"] * 3
+
+
+def test_runs_are_compared_by_what_was_varied(tmp_path):
+    runs = []
+    for number, (rank, share) in enumerate([(2, 0.4), (8, 0.8), (8, 0.6)], 1):
+        folder = tmp_path / str(number)
+        folder.mkdir()
+        shares = {name: share for name in NAMES}
+        parts = {f"{n}{p}": v for n, v in shares.items() for p in ("", ".low", ".high")}
+        results = parts | {f"{name}.n": 8 for name in NAMES} | {"report.seconds": 60.0}
+        (folder / "results.json").write_text(json.dumps(results))
+        runs.append(SweepRun(number, folder, {"rank": rank, "seed": 1}, [], "done"))
+    runs.append(SweepRun(4, tmp_path / "4", {"rank": 8, "seed": 1}, [], "failed", "why"))
+    by_setting = scores_by_setting(runs)
+    assert list(by_setting) == ["rank"]  # the seed was the same everywhere
+    assert by_setting["rank"] == {"2": pytest.approx([0.4]), "8": pytest.approx([0.8, 0.6])}
+    frame = runs_frame(runs)
+    assert frame.loc[2, "score"] == pytest.approx(0.8) and frame.loc[4, "error"] == "why"
+    results = sweep_results(runs)
+    assert results["sweep.best"] == 2 and results["sweep.failed"] == 1
+    assert results["sweep.run_3.edit_success.free_exact"] == 0.6
+    assert results["sweep.run_4.error"] == "why" and "sweep.run_4.score" not in results

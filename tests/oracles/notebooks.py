@@ -1,0 +1,72 @@
+"""Stub notebooks with the parameters of the real ones, which compute nothing."""
+
+from pathlib import Path
+
+import nbformat
+from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook
+from PIL import Image
+from PIL.PngImagePlugin import PngInfo
+
+from mendkit.reporting.report import ARCHIVE, EDIT, TRAIN
+
+PARAMETERS = {
+    TRAIN: """config: str = "c.yaml"  # a file
+overrides: list = []
+train_data: str = "facts:train"
+validation_data: str = "facts:validation"
+train_limit: int = 0  # 0 takes all
+validation_limit: int = 0
+out: str = "runs/1" """,
+    EDIT: """config: str = "c.yaml"
+overrides: list = []
+archive: "Optional[str]" = None
+test_data: str = "facts:test"
+test_limit: int = 0
+validation_limit: int = 100
+max_new_tokens: int = 50
+shown: int = 4
+out: str = "runs/2" """,
+}
+IMPORTS = """import json, os, shutil, sys, time
+from pathlib import Path
+folder = Path(out)
+secret_code = 1"""
+SAID = "print('said before the end')"
+WRITE = {
+    TRAIN: f"""(folder / '{ARCHIVE}').write_bytes(b'trained now')
+values = {{'train.seconds': 1.5, 'train.peak_memory_gb': 3.0, 'identity.edit_lr': 1}}
+(folder / 'results.json').write_text(json.dumps(values))""",
+    EDIT: """names = 'config overrides archive test_limit max_new_tokens shown out'.split()
+seen = {n: globals()[n] for n in names} | {'python': sys.executable, 'cwd': os.getcwd()}
+(folder / 'seen.json').write_text(json.dumps(seen))
+(folder / 'figures').mkdir()
+shutil.copy('notebooks/drawn.png', folder / 'figures' / 'a b.png')
+(folder / 'figures' / 'a b.csv').write_text('x')
+name = 'single.edit_success.free_exact'
+values = {name: 0.75, name + '.n': 8, name + '.low': 0.5, name + '.high': 1.0}
+values |= {'identity.edit_lr': 2, 'peak_memory_gb': 2.0}
+(folder / 'results.json').write_text(json.dumps(values))""",
+}
+
+
+def write_notebooks(folder: Path, *, last: str | None = None, **cells: str) -> Path:
+    """Stub notebooks; `train=` and `edit=` put a cell before the last one of that notebook.
+
+    `last` replaces the last cell of the editing one. Beside them lies a figure that says what it
+    shows.
+    """
+    folder.mkdir(exist_ok=True)
+    for stem, extra in ((TRAIN, cells.get("train")), (EDIT, cells.get("edit"))):
+        kernel = {"name": "python3", "display_name": "Python 3", "language": "python"}
+        notebook = new_notebook(metadata={"kernelspec": kernel})
+        notebook.cells = [new_markdown_cell(f"# {stem}"), new_code_cell(PARAMETERS[stem])]
+        notebook.cells[1].metadata["tags"] = ["parameters"]
+        end = last if last and stem == EDIT else WRITE[stem]
+        for text in (IMPORTS, SAID, extra, end):
+            if text:
+                notebook.cells.append(new_code_cell(text))
+        nbformat.write(notebook, folder / f"{stem}.ipynb")
+    about = PngInfo()
+    about.add_text("Title", "It <works>")
+    Image.new("RGB", (2, 2)).save(folder / "drawn.png", pnginfo=about)
+    return folder
