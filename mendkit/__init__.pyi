@@ -1,14 +1,14 @@
 """The names of `mendkit` for type checkers; `__init__.py` imports them lazily."""
 
-from .baselines.base import FineTuning as FineTuning
-from .baselines.base import LocalisedFineTuning as LocalisedFineTuning
-from .baselines.base import best_of as best_of
 from .baselines.base import fact_in_context as fact_in_context
 from .baselines.base import identity_editor as identity_editor
 from .baselines.base import tune_identity as tune_identity
+from .baselines.fine_tuning import FineTuning as FineTuning
+from .baselines.fine_tuning import LocalisedFineTuning as LocalisedFineTuning
 from .baselines.gauss_newton import GaussNewton as GaussNewton
 from .baselines.rome import ROME as ROME
 from .baselines.tuning import KINDS as KINDS
+from .baselines.tuning import best_of as best_of
 from .baselines.tuning import running_text as running_text
 from .baselines.tuning import tune as tune
 from .data.examples import EditExample as EditExample

@@ -89,8 +89,8 @@ class _Run:
     def single(self) -> EvaluationReport:
         """Each edit on a fresh model."""
         rows = []
-        size = min(EDIT_BATCH, getattr(self.editor, "most_together", EDIT_BATCH))
-        for index in _chunks(self.on.to_edit, size):
+
+        for index in _chunks(self.on.to_edit, EDIT_BATCH):
             updates, seconds = self._edit(index, at_once=False)
             scores = self.on.score(updates, index)
             norms = torch.stack(list(relative_norms(self.editor.base, updates).values()))

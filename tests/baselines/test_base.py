@@ -1,33 +1,37 @@
-"""Controls against doing them by hand: gradient descent on copies of the weights, prompts with the fact before them."""
+"""Controls against doing them by hand: descent on copies of weights, the fact before prompts."""
 
 import copy
 
 import pytest
 import torch
 
-from mendkit.baselines.base import FineTuning, best_of, fact_in_context
-from mendkit.errors import HyperParamError, LimitError
+from mendkit.baselines.base import down_projections, fact_in_context
+from mendkit.baselines.fine_tuning import FineTuning, LocalisedFineTuning
+from mendkit.baselines.gauss_newton import GaussNewton
+from mendkit.baselines.rome import ROME
+from mendkit.baselines.tuning import BUDGET, KINDS, best_of, running_text, tune
+from mendkit.errors import HyperParamError, LimitError, MendkitError
 from mendkit.evaluation.evaluate import evaluate
 from mendkit.evaluation.prepare import EvaluationSet
 from mendkit.evaluation.results import normalise
-from mendkit.mend.batches import edit_tokens
 from mendkit.models.trunk import FrozenTrunk
 from tests.oracles.claims import EXAMPLES, hparams, logits
 
 
-def descend(base, texts, *, lr: float, steps: int, cap: float | None = None) -> torch.Tensor:
+def answer_loss(model, text) -> torch.Tensor:
+    """Mean NLL of a text's answer, by the whole model."""
+    logp = model(input_ids=torch.tensor([text.ids])).logits[0].log_softmax(-1)
+    return -logp[list(text.scored), list(text.targets)].mean()
+
+
+def descended(base, texts, *, lr: float, steps: int, cap: float | None) -> torch.Tensor:
     """Logits after plain gradient descent on the mean loss of `texts`, on a copy of the model."""
     model = copy.deepcopy(base.model)
     weights = [model.get_submodule(site.module).weight.requires_grad_() for site in base.sites]
     start = [w.detach().clone() for w in weights]
     for _ in range(steps):
-        loss = torch.zeros((), dtype=weights[0].dtype)
-        for text in texts:
-            logp = model(input_ids=torch.tensor([text.ids])).logits[0].log_softmax(-1)
-            loss = loss - sum(
-                logp[p, t] for p, t in zip(text.scored, text.targets, strict=True)
-            ) / len(text.targets)
-        gradients = torch.autograd.grad(loss / len(texts), weights)
+        loss = torch.stack([answer_loss(model, text) for text in texts]).mean()
+        gradients = torch.autograd.grad(loss, weights)
         with torch.no_grad():
             for w, w0, g in zip(weights, start, gradients, strict=True):
                 w -= lr * g
@@ -38,42 +42,60 @@ def descend(base, texts, *, lr: float, steps: int, cap: float | None = None) -> 
         return model(input_ids=ids).logits
 
 
-@pytest.mark.parametrize("family", ["llama64", "gpt264"])
-@pytest.mark.parametrize(("n", "cap"), [(1, None), (1, 1e-2), (3, None), (3, 1e-2)])
-def test_fine_tuning_is_gradient_descent_on_the_weights(family, n, cap, request):
+@pytest.mark.parametrize(
+    ("family", "n", "cap"), [("llama64", 1, 1e-2), ("gpt264", 3, None), ("llama64", 3, 1e-2)]
+)
+def test_fine_tuning_is_gradient_descent_on_the_weights(family, n, cap, tokens, request):
     base, settings = request.getfixturevalue(family), {"lr": 0.05, "steps": 4, "cap": cap}
-    tuning = FineTuning(base, hparams(), **settings)
-    expected = descend(base, [edit_tokens(base, hparams(), e) for e in EXAMPLES[:n]], **settings)
-    edit = tuning.edit(EXAMPLES[:n])
+    expected = descended(base, tokens(base, n), **settings)
+    edit = FineTuning(base, hparams(), **settings).edit(EXAMPLES[:n])
     with edit.applied():
-        torch.testing.assert_close(
-            logits(base), expected, rtol=1e-5, atol=1e-6
-        )  # norms are float32 in the model
+        # Norms are float32 in the model.
+        torch.testing.assert_close(logits(base), expected, rtol=1e-5, atol=1e-6)
     assert float((logits(base) - expected).abs().max()) > 1e-4
     if cap is not None:
         assert max(edit.relative_norm().values()) == pytest.approx(cap)
 
 
-def test_independent_edits_are_each_tuned_alone(llama64):
-    tuning = FineTuning(llama64, hparams(), lr=0.05, steps=3, cap=0.02)
-    texts = [edit_tokens(llama64, hparams(), e) for e in EXAMPLES[:3]]
-    several = tuning.updates(texts, trunk=FrozenTrunk(llama64))
-    for k, example in enumerate(EXAMPLES[:3]):
-        for name, change in tuning.edit(example).updates.items():
-            torch.testing.assert_close(several[name].select([k]).dense(), change.dense())
+def test_independent_edits_are_each_tuned_alone(llama64, tokens):
+    site = down_projections(llama64)[2]
+    for editor in (
+        FineTuning(llama64, hparams(), lr=0.05, steps=3, cap=0.02),
+        LocalisedFineTuning(llama64, hparams(), site=site, lr=2e-2, epochs=12, stop=4.5),
+    ):
+        several = editor.updates(tokens(llama64, 3), trunk=FrozenTrunk(editor.base))
+        for k, example in enumerate(EXAMPLES[:3]):
+            for name, change in editor.edit(example).updates.items():
+                torch.testing.assert_close(several[name].select([k]).dense(), change.dense())
 
 
-def test_the_best_of_several_editors_is_chosen_and_all_modes_take_them(llama):
-    on = EvaluationSet(llama, hparams(), EXAMPLES[:3], max_new_tokens=4)
-    editors = [FineTuning(llama, hparams(), lr=lr) for lr in (1e-6, 0.3)]
-    best, reports = best_of(editors, on)
-    success = [r.summary["edit_success.tf_token"].mean for r in reports]
-    assert success[1] > success[0] + 0.2 and best.name == "fine-tuning" and len(reports) == 2
-    assert evaluate(editors[1], on, mode="batch", k=3).mode == "batch_3"
-    assert evaluate(editors[1], on, mode="sequential").summary["retention.all"].n == 3
-    for wrong in ({"lr": 0.0}, {"lr": 1.0, "steps": 0}, {"lr": 1.0, "cap": 0.0}):
-        with pytest.raises(HyperParamError, match="must be positive"):
-            FineTuning(llama, hparams(), **wrong)
+@pytest.mark.parametrize("family", ["llama64", "gpt264"])
+def test_localised_fine_tuning_is_adam_over_mini_batches_on_one_weight(family, tokens, request):
+    base = request.getfixturevalue(family)
+    name, texts = down_projections(base)[2], tokens(base, 3)
+    editor = LocalisedFineTuning(base, hparams(), site=name, lr=2e-3, epochs=3, batch_size=2)
+    change = editor.edit(EXAMPLES[:3]).dense()
+    model = copy.deepcopy(base.model)
+    weight = model.get_parameter(name).requires_grad_()
+    start = weight.detach().clone()
+    optimiser = torch.optim.Adam([weight], lr=2e-3)
+    generator = torch.Generator().manual_seed(hparams().seed)
+    for _ in range(3):
+        for index in torch.randperm(3, generator=generator).split(2):
+            optimiser.zero_grad()
+            torch.stack([answer_loss(model, texts[k]) for k in index.tolist()]).mean().backward()
+            optimiser.step()
+    assert list(change) == [name] and float(change[name].norm()) > 1e-3
+    torch.testing.assert_close(change[name], weight.detach() - start, rtol=1e-4, atol=1e-6)
+
+
+def test_localised_fine_tuning_stops_by_itself(llama64, tokens):
+    options = {"site": down_projections(llama64)[2], "lr": 2e-2, "stop": 4.5}
+    shorter, longer = (
+        LocalisedFineTuning(llama64, hparams(), epochs=n, **options).updates(tokens(llama64, 2))
+        for n in (12, 24)
+    )
+    torch.testing.assert_close(longer[options["site"]].u, shorter[options["site"]].u)
 
 
 def test_the_fact_in_context_is_read_before_every_prompt(llama):
@@ -81,33 +103,85 @@ def test_the_fact_in_context_is_read_before_every_prompt(llama):
     report = fact_in_context(on)
     for row, example in zip(report.rows, EXAMPLES, strict=False):
         fact = f"{example.prompt} {example.target_new}.\n"
-        written = llama.generate(fact + example.prompt, max_new_tokens=8)
-        assert (
-            normalise(row.outputs[0]["after"]) == normalise(written)
-            and row.outputs[0]["prompt"] == example.prompt
-        )
-        assert row.values["edit_success.free_exact"] == float(
-            normalise(written) == normalise(example.target_new)
-        )
+        written = normalise(llama.generate(fact + example.prompt, max_new_tokens=8))
+        output = row.outputs[0]
+        assert normalise(output["after"]) == written and output["prompt"] == example.prompt
+        assert row.values["edit_success.free_exact"] == (written == normalise(example.target_new))
         same = []
         for probe in example.neighbours:
-            answer = llama.tokenizer(f" {probe.answer}")["input_ids"]
             best = []
             for before in ("", fact):
-                ids = torch.tensor(
-                    [llama.tokenizer(f"{before}{probe.prompt} {probe.answer}")["input_ids"]]
-                )
+                text = llama.tokenize(before + probe.prompt, probe.answer)
                 with torch.no_grad():
-                    best.append(
-                        llama.model(input_ids=ids).logits[0, -len(answer) - 1 : -1].argmax(-1)
-                    )
+                    found = llama.model(input_ids=torch.tensor([text.ids])).logits[0]
+                best.append(found[list(text.scored)].argmax(-1))
             same.append(float((best[0] == best[1]).double().mean()))
         assert row.values["neighbourhood.argmax_agreement"] == pytest.approx(sum(same) / len(same))
-        assert (
-            row.values["before.log_p.new"]
-            == on.before[row.index].values["log_p.new"]
-            != row.values["log_p.new"]
-        )
+        before = on.before[row.index].values["log_p.new"]
+        assert row.values["before.log_p.new"] == before != row.values["log_p.new"]
     short = EvaluationSet(llama, hparams(max_length=80), EXAMPLES[:2], max_new_tokens=4)
     with pytest.raises(LimitError, match=r"with the fact before it: .* raise `max_length`"):
         fact_in_context(short)
+
+
+# ------------------------------------------------------------------------------------------ tuning
+
+
+def test_every_kind_has_the_same_budget_and_keeps_the_best(llama, text, monkeypatch):
+    on = EvaluationSet(llama, hparams(), EXAMPLES[:2], max_new_tokens=2)
+    for kind in ("finetune", "finetune_capped", "localised", "rome", "gauss_newton"):
+        assert len(KINDS[kind](on, text, None)) == BUDGET
+    two = [FineTuning(llama, hparams(), lr=lr, steps=1) for lr in (1e-6, 0.5)]
+    monkeypatch.setitem(KINDS, "two", lambda *_: [(editor, editor.settings) for editor in two])
+    scores = [report.harmonic["score.headline"] for report in best_of(two, on)[1]]
+    tuned = tune("two", on, text=text)
+    assert [row["settings"] for row in tuned.rows] == ["lr 1e-06, steps 1", "lr 0.5, steps 1"]
+    assert [row["score"] for row in tuned.rows] == scores
+    best = scores.index(max(scores))
+    assert tuned.editor is two[best] and tuned.rows[best]["chosen"]
+    assert tuned.to_dict("x.")["x.tuning.kept"] == tuned.rows[best]["settings"]
+    assert tuned.to_dict()["tuning.tried"] == 2
+    with pytest.raises(MendkitError, match="set `archive`"):
+        tune("identity", on, text=text)
+    with pytest.raises(MendkitError, match="expected one of identity"):
+        tune("best", on, text=text)
+    france, kingdom = running_text(EXAMPLES[:2]).splitlines()
+    assert france == "The capital of France is Paris." and kingdom.endswith("London.")
+
+
+def test_a_set_serves_editors_of_other_sites(llama64):
+    """Scores do not depend on which sites the set was prepared with, below or above."""
+    names, options = down_projections(llama64), {"max_new_tokens": 3, "text": "Rome is in Italy."}
+    editor = LocalisedFineTuning(llama64, hparams(), site=names[2], lr=5e-3, epochs=3)
+    expected = evaluate(editor, EvaluationSet(editor.base, hparams(), EXAMPLES[:2], **options))
+    for block in (1, 3):
+        base = llama64.with_sites([names[block]])
+        report = evaluate(editor, EvaluationSet(base, hparams(), EXAMPLES[:2], **options))
+        for name, value in expected.summary.items():
+            if name != "edit.seconds":
+                found = report.summary[name].mean
+                assert found == pytest.approx(value.mean, abs=1e-9), name
+
+
+def test_every_baseline_undoes_to_the_same_bits(llama, text):
+    before, site = logits(llama), down_projections(llama)[1]
+    for editor in (
+        ROME(llama, hparams(), text, site=site, steps=3),
+        LocalisedFineTuning(llama, hparams(), site=site, epochs=2),
+        FineTuning(llama, hparams(), lr=0.1, cap=0.01),
+        GaussNewton(llama, hparams(), text, keep=EXAMPLES[2:], epochs=2),
+    ):
+        edit = editor.edit(EXAMPLES[:2])
+        assert torch.equal(logits(llama), before)
+        with edit.applied():
+            assert not torch.equal(logits(llama), before)
+        assert torch.equal(logits(llama), before)
+
+
+def test_numbers_out_of_range_are_told(llama):
+    site = down_projections(llama)[0]
+    for wrong in ({"lr": 0.0}, {"lr": 1.0, "steps": 0}, {"lr": 1.0, "cap": 0.0}):
+        with pytest.raises(HyperParamError, match="must be positive"):
+            FineTuning(llama, hparams(), **wrong)
+    with pytest.raises(HyperParamError, match="at least 1"):
+        LocalisedFineTuning(llama, hparams(), site=site, epochs=0)

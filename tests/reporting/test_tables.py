@@ -7,7 +7,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from mendkit.baselines.base import FineTuning
+from mendkit.baselines.fine_tuning import FineTuning
 from mendkit.baselines.tuning import Tuned
 from mendkit.data.examples import EditExample, Probe
 from mendkit.evaluation.results import EditRow, EvaluationReport, Interval
