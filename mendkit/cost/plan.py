@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from itertools import chain
 from pathlib import Path
@@ -39,7 +39,7 @@ from ..models.checkpoints import (
     silence_transformers,
 )
 from ..models.load import locate, skeleton
-from ..models.sites import Site, find_stacks, resolve_sites
+from ..models.sites import find_stacks, resolve_sites
 from ..models.streaming import trunk_names
 from ..models.trunk import TOKENS_PER_PASS
 from ..runs import free_memory
@@ -97,21 +97,6 @@ class Plan:
         return asdict(self) | {"needed": self.needed, "largest": self.largest.name}
 
 
-@dataclass(frozen=True)
-class Shapes:
-    """What a plan needs of a model: its sites, and bytes and widths."""
-
-    sites: tuple[Site, ...]
-    number: int  # bytes of a number
-    parameters: int
-    below: int  # parameters that only the trunk pass needs
-    block: int  # parameters of the first block
-    features: int  # outputs of the linear layers of a block
-    suffix: int  # blocks from the lowest edited one on
-    width: int  # of the hidden states
-    vocabulary: int  # of the output, or 2 classes
-
-
 def plan(
     hparams: MENDHyperParams, train: Sequence[EditExample], validation: Sequence[EditExample]
 ) -> Plan:
@@ -128,23 +113,17 @@ def plan(
         model = published(h.model_name)
         model = model or skeleton(source, trust_remote_code=h.trust_remote_code)
         tokenizer = read_tokenizer(folder) if folder.is_dir() else None
-    shapes = _shapes(h, model)
-    lengths = TextLengths(tokenizer, h, train, validation)
-    stream = h.stream_trunk
-    if stream == "auto":
-        stream = shapes.parameters * shapes.number > free_memory(choose_device(h.device))
-    streamed = bool(stream) and shapes.below > 0
-    released = streamed or (shapes.below > 0 and h.release_trunk is not False)
-    phases = _phases(h, shapes, lengths, streamed=streamed, released=released)
+    texts = _Texts(tokenizer, h, train, validation)
+    needs = _Needs(h, model, texts)
     return Plan(
         model=h.model_name,
-        parameters=shapes.parameters,
-        streamed=streamed,
-        released=released,
-        texts=lengths.texts,
-        tokens=lengths.tokens,
+        parameters=needs.parameters,
+        streamed=needs.streamed,
+        released=needs.released,
+        texts=len(texts.lengths),
+        tokens=sum(tokens for tokens, _ in texts.lengths.values()),
         idle=psutil.Process().memory_info().rss,
-        phases=tuple(phases),
+        phases=(*needs.before_training(), *needs.while_training()),
     )
 
 
@@ -160,30 +139,8 @@ def _own_settings(h: MENDHyperParams) -> MENDHyperParams:
     return h.replace(archive=None, inner_params=sites, **kept)
 
 
-def _shapes(h: MENDHyperParams, model: PreTrainedModel) -> Shapes:
-    sites, stacks = resolve_sites(model, h.inner_params), find_stacks(model)
-    path, output = next(iter(stacks), ""), model.get_output_embeddings()
-    chained = len(stacks) == 1 and all(site.block is not None for site in sites)
-    first = min(site.block for site in sites) if chained else 0
-    counts = {name: value.numel() for name, value in model.named_parameters()}
-    below = trunk_names(model, path, first) if first else []
-    blocks = [block for stack in stacks.values() for block in stack] or [model]
-    outputs = [getattr(m, "out_features", getattr(m, "nf", 0)) for m in blocks[-1].modules()]
-    return Shapes(
-        sites=sites,
-        number=(DTYPES.get(h.dtype) or model.config.dtype or torch.float32).itemsize,
-        parameters=sum(counts.values()),
-        below=sum(counts.get(name, 0) for name in below),
-        block=sum(weight.numel() for weight in blocks[0].parameters()),
-        features=sum(outputs),
-        suffix=len(blocks) - first,
-        width=model.get_input_embeddings().weight.shape[1],
-        vocabulary=len(output.weight) if output is not None else 2,
-    )
-
-
-class TextLengths:
-    """How long the texts are: in tokens, and in scored positions (those of the answer)."""
+class _Texts:
+    """How long the texts are: tokens, and scored positions (those of the answer)."""
 
     def __init__(
         self,
@@ -202,92 +159,116 @@ class TextLengths:
         for example in validation[: h.val_steps]:
             roles = example.roles()
             validated.append([probe for role in HEADLINE_ROLES for probe in roles[role]])
-
         probes = list(dict.fromkeys(chain(*by_role.values(), *validated)))
-        whole = _token_counts(tokenizer, [join(p.prompt, p.answer or "") for p in probes])
-        prompts = _token_counts(tokenizer, [p.prompt for p in probes])
+        whole = self._count(tokenizer, [join(p.prompt, p.answer or "") for p in probes])
+        prompts = self._count(tokenizer, [p.prompt for p in probes])
         self.lengths: dict[Probe, tuple[int, int]] = {}
         for probe, long, short in zip(probes, whole, prompts, strict=True):
             self.lengths[probe] = long + h.add_eos, max(long - short, 1) + h.add_eos
-        self.texts, self.tokens = len(probes), sum(long for long, _ in self.lengths.values())
-        self.longest = max(long for long, _ in self.lengths.values())
-        self.scored = sum(scored for _, scored in self.lengths.values())
+        self.longest = max(tokens for tokens, _ in self.lengths.values())
         self.edits = [self.lengths[probe] for probe in by_role["edit"]]
         self.per_example = sum(map(len, by_role.values())) / len(train)
         self.validated = sum(map(self.positions, validated[: h.val_batch_size]))
         # The mean number of scored positions of a text, by role.
         self.answers = {r: self.positions(ps) / max(len(ps), 1) for r, ps in by_role.items()}
 
-    def positions(self, probes: Sequence[Probe]) -> int:
+    def positions(self, probes: Iterable[Probe]) -> int:
         """How many scored positions the texts have."""
         return sum(self.lengths[probe][1] for probe in probes)
 
+    def _count(self, tokenizer: Any, texts: list[str]) -> list[int]:
+        if tokenizer is None:
+            return [len(text) // 4 + 1 for text in texts]
+        return [len(ids) for ids in tokenizer(texts)["input_ids"]]
 
-def _token_counts(tokenizer: Any, texts: list[str]) -> list[int]:
-    if tokenizer is None:
-        return [len(text) // 4 + 1 for text in texts]
-    return [len(ids) for ids in tokenizer(texts)["input_ids"]]
 
+class _Needs:
+    """What each phase holds and works with, from the shapes of a model and the lengths of texts."""
 
-def _phases(
-    h: MENDHyperParams, shapes: Shapes, texts: TextLengths, *, streamed: bool, released: bool
-) -> list[Phase]:
-    """The phases one after another, each with what is held by then."""
-    number, whole, below = shapes.number, shapes.parameters, shapes.below
-    held = {"weights": (whole - below * streamed) * number}
-    phases = [Phase("loading", dict(held))]
+    def __init__(self, h: MENDHyperParams, model: PreTrainedModel, texts: _Texts) -> None:
+        self.h, self.texts, self.sites = h, texts, resolve_sites(model, h.inner_params)
+        self.number = (DTYPES.get(h.dtype) or model.config.dtype or torch.float32).itemsize
+        self.width = model.get_input_embeddings().weight.shape[1]
+        output = model.get_output_embeddings()
+        self.vocabulary = len(output.weight) if output is not None else 2  # classes
+        stacks = find_stacks(model)
+        blocks = [block for stack in stacks.values() for block in stack] or [model]
+        chained = len(stacks) == 1 and all(site.block is not None for site in self.sites)
+        first = min(site.block for site in self.sites) if chained else 0
+        counts = {name: value.numel() for name, value in model.named_parameters()}
+        below = trunk_names(model, next(iter(stacks)), first) if first else []
+        self.parameters, self.suffix = sum(counts.values()), len(blocks) - first
+        self.below = sum(counts.get(name, 0) for name in below)  # only the trunk pass needs them
+        self.block = sum(weight.numel() for weight in blocks[0].parameters())
+        layers = [getattr(m, "out_features", getattr(m, "nf", 0)) for m in blocks[-1].modules()]
+        self.features = sum(layers)  # of the linear layers of a block, per token
+        stream = h.stream_trunk
+        if stream == "auto":
+            stream = self.parameters * self.number > free_memory(choose_device(h.device))
+        self.streamed = bool(stream) and self.below > 0
+        self.released = self.streamed or (self.below > 0 and h.release_trunk is not False)
+        self.held: dict[str, int] = {}
 
-    def add(name: str, working: float, **more: float) -> None:
-        held.update({key: int(value) for key, value in more.items()})
-        phases.append(Phase(name, {**held, "working memory": int(working)}))
+    def _phase(self, name: str, working: float) -> Phase:
+        return Phase(name, self.held | {"working memory": int(working)})
 
-    def reading(rows: float, positions: float, copies: int) -> float:
-        """Working memory of a pass through the suffix: features of tokens, and logits."""
-        features = rows * texts.longest * shapes.features * shapes.suffix * number * SAVED
-        return features + positions * shapes.vocabulary * 4 * copies
+    def _reading(self, rows: float, positions: float) -> float:
+        """Working memory of a pass through the suffix with gradients: features, and logits."""
+        tokens = rows * self.texts.longest
+        features = tokens * self.features * self.suffix * self.number * SAVED
+        return features + positions * self.vocabulary * 4 * READ
 
-    # The trunk pass, chunk by chunk; states on disk are pages that the system takes back.
-    states = (texts.tokens + texts.scored) * shapes.width * number
-    in_memory = states > h.disk_cache_bytes
-    chunk = TOKENS_PER_PASS * shapes.features * number * SAVED
-    shards = 2 * shapes.block * number if streamed else 2 * SHARD_BYTES
-    add("trunk pass", chunk + shards, **{"trunk states": states * in_memory})
-    held["weights"] = (whole - below * released) * number
+    def before_training(self) -> Iterator[Phase]:
+        """Loading, trunk pass, factors and statistics."""
+        h, texts, number = self.h, self.texts, self.number
+        self.held["weights"] = (self.parameters - self.below * self.streamed) * number
+        yield self._phase("loading", 0)
 
-    # Factors, in float32 at least: kept within the budget.
-    scored = h.edit_tokens == "scored"
-    size = 0
-    for site in shapes.sites:
-        counted = sum(pair[scored or site.scored_only] for pair in texts.edits)
-        size += counted * (site.d_in + site.d_out) * max(number, 4)
-    capturing = reading(FACTOR_BATCH, FACTOR_BATCH * texts.answers["edit"], READ)
-    add("factors", capturing, factors=min(size, h.cache_bytes))
+        # States on disk are pages that the system takes back.
+        chunk = TOKENS_PER_PASS * self.features * number * SAVED
+        states = sum(sum(lengths) for lengths in texts.lengths.values()) * self.width * number
+        self.held["trunk states"] = states if states > h.disk_cache_bytes else 0
+        portion = 2 * self.block * number if self.streamed else 2 * SHARD_BYTES
+        yield self._phase("trunk pass", chunk + portion)
+        self.held["weights"] = (self.parameters - self.below * self.released) * number
 
-    # Statistics: second moments in float64 while they are gathered, and their inverses.
-    with torch.device("meta"):
-        mend = MEND(shapes.sites, h)
-    gathered = (0 if h.whiten is None else 1) + 2 * h.whiten_pairs
-    gathered += h.aggregate == "least_squares"
-    squares = [site.d_in**2 * 8 for site in shapes.sites]
-    moments = gathered * sum(squares) + 5 * max(squares) * (gathered > 0)
-    rows = FACTOR_BATCH * texts.per_example if h.whiten_pairs else FACTOR_BATCH
-    wordings = rows * sum(texts.answers.values()) / 4 * shapes.vocabulary * number * 2
-    hypernetwork = sum(value.nbytes for value in mend.state_dict().values())
-    add("statistics", moments + max(capturing, wordings), hypernetwork=hypernetwork)
+        scored = h.edit_tokens == "scored"
+        self.factors = 0
+        for site in self.sites:
+            tokens = sum(lengths[scored or site.scored_only] for lengths in texts.edits)
+            self.factors += tokens * (site.d_in + site.d_out) * max(number, 4)
+        self.held["factors"] = min(self.factors, h.cache_bytes)
+        capturing = self._reading(FACTOR_BATCH, FACTOR_BATCH * texts.answers["edit"])
+        yield self._phase("factors", capturing)
 
-    # A step: Adam's two moments and the gradients beside the parameters.
-    learned = sum(value.nbytes for value in mend.parameters())
-    counts = (1, h.paraphrases_per_edit, h.neighbours_per_edit, h.unrelated_per_edit)
-    by_role = zip(counts, texts.answers.values(), strict=True)
-    positions = h.batch_size * sum(count * length for count, length in by_role)
-    factors = h.batch_size * size / len(texts.edits) * (h.n_hidden + 1) * TRANSFORMED
-    step = reading(h.batch_size * sum(counts), positions, READ) + factors
-    add("step", step, gradients=learned, moments=2 * learned)
-    # From now on the allocator keeps most of what a step freed.
-    validating = reading(0, min(POSITIONS_PER_PASS, texts.validated), READ)
-    add("validation", max(validating, RETAINED * step))
-    add("archive", max(hypernetwork + 2 * learned, RETAINED * step))
-    return phases
+        # Second moments are gathered and inverted in float64.
+        gathered = (h.whiten is not None) + 2 * h.whiten_pairs + (h.aggregate == "least_squares")
+        squares = [site.d_in**2 * 8 for site in self.sites]
+        moments = gathered * sum(squares) + 5 * max(squares) * (gathered > 0)
+        rows = FACTOR_BATCH * (texts.per_example if h.whiten_pairs else 1)
+        logits = rows * sum(texts.answers.values()) / 4 * self.vocabulary * number * 2
+        with torch.device("meta"):
+            self.mend = MEND(self.sites, h)
+        self.held["hypernetwork"] = sum(value.nbytes for value in self.mend.state_dict().values())
+        yield self._phase("statistics", moments + max(capturing, logits))
+
+    def while_training(self) -> Iterator[Phase]:
+        """Steps, validation and archives."""
+        h, texts = self.h, self.texts
+        learned = sum(value.nbytes for value in self.mend.parameters())
+        self.held |= {"gradients": learned, "moments": 2 * learned}
+        counts = (1, h.paraphrases_per_edit, h.neighbours_per_edit, h.unrelated_per_edit)
+        by_role = zip(counts, texts.answers.values(), strict=True)
+        positions = h.batch_size * sum(count * length for count, length in by_role)
+        factors = h.batch_size * self.factors / len(texts.edits)
+        step = self._reading(h.batch_size * sum(counts), positions)
+        step += factors * (h.n_hidden + 1) * TRANSFORMED
+        yield self._phase("step", step)
+        # From now on the allocator keeps most of what a step freed.
+        validating = self._reading(0, min(POSITIONS_PER_PASS, texts.validated))
+        yield self._phase("validation", max(validating, RETAINED * step))
+        content = self.held["hypernetwork"] + 2 * learned  # of the file, before it is written
+        yield self._phase("archive", max(content, RETAINED * step))
 
 
 def fitting(
