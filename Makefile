@@ -35,6 +35,7 @@ test: lint
 
 soak: .venv/.installed-test
 	MENDKIT_CYCLES=10000 MENDKIT_EDITS=2000 $(BIN)/python -m pytest -q tests/mend/test_soak.py -o log_cli=true -o log_cli_level=INFO
+	MENDKIT_KILLS=20 $(BIN)/python -m pytest -q tests/mend/test_checkpoint.py -k random_moments
 
 test-browser: .venv/.installed-browser
 	$(BIN)/python -m pytest -q tests/playground/test_browser.py
