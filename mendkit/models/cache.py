@@ -1,12 +1,9 @@
-"""Values of texts on disk, shared by all runs.
+"""Values of texts on disk, shared by all runs: <folder>/trunk/<space>/trunk-<texts>.safetensors.
 
-    <folder>/trunk/<space>/trunk-<texts>.safetensors
-
-A *space* is what the values depend on besides the text: weights, configuration, versions. A *shard*
-holds the tensors of some texts, one after the other, with a key and the lengths of each. A shard gets
-its name in one rename and never changes. A killed process leaves at most a temporary file that nobody
-reads, and processes that write at once need no lock. When the limit is reached, the shards that were
-not used for longest go.
+A *space* is what the values depend on besides the text: weights, configuration, versions. A *shard* holds
+the tensors of some texts. It gets its name in one rename and never changes, so processes need no lock,
+and a killed one leaves at most a temporary file that nobody reads. When the limit is reached, the least
+recently used shards go.
 """
 
 import hashlib
@@ -55,8 +52,8 @@ def default_folder() -> Path:
 class TextCache:
     """Tensors of texts by key, in one space. `folder` None is `default_folder()`; `limit` is in bytes.
 
-    The limit holds for all spaces of a folder together. Nothing raises. A shard that cannot be read is
-    dropped with a warning. Where nothing can be written, one warning says so, and values are not kept.
+    The limit holds for all spaces of a folder. Nothing raises: a shard that cannot be read is dropped
+    with a warning, and where nothing can be written, one warning says so.
     """
 
     def __init__(self, folder: str | Path | None, space: Mapping[str, Any], *, limit: int) -> None:
@@ -96,8 +93,8 @@ class TextCache:
         except (OSError, SafetensorError) as error:
             self.writable = False
             logger.warning(
-                "cache: cannot write to %s (%s); going on without keeping these values: free some "
-                "space, set `cache_dir` or MENDKIT_CACHE to another folder, or `disk_cache_bytes: 0`",
+                "cache: cannot write to %s (%s); values are not kept: free some space, set "
+                "`cache_dir` or MENDKIT_CACHE to another folder, or `disk_cache_bytes: 0`",
                 self.folder,
                 error,
             )

@@ -5,7 +5,8 @@
 - classifier: a head of a few logits instead of a vocabulary; an answer is the name of a class.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import Any
 
@@ -73,21 +74,14 @@ def probe_head(model: PreTrainedModel, ids: Int[Tensor, "1 t"]) -> Head:
         hidden.append(states.detach().requires_grad_())
         return (hidden[-1], *output[1:]) if isinstance(output, tuple) else hidden[-1]
 
-    handles = []
-    if stacks:
-        last_block = list(stacks.values())[-1][-1]
-        handles.append(last_block.register_forward_hook(restart_graph))
-    try:
-        with torch.enable_grad():
-            logits = model(input_ids=ids, attention_mask=torch.ones_like(ids)).logits
-            gradient = None
-            if hidden:
-                (gradient,) = torch.autograd.grad(logits[0, 0], hidden[-1:], allow_unused=True)
-    finally:
-        for handle in handles:
-            handle.remove()
-
-    length, position = ids.shape[1], None
+    gradient, length, position = None, ids.shape[1], None
+    with ExitStack() as stack, torch.enable_grad():
+        if stacks:
+            last_block = list(stacks.values())[-1][-1]
+            stack.enter_context(last_block.register_forward_hook(restart_graph))
+        logits = model(input_ids=ids, attention_mask=torch.ones_like(ids)).logits
+        if hidden:
+            (gradient,) = torch.autograd.grad(logits[0, 0], hidden[-1:], allow_unused=True)
     if gradient is not None and length > 1:
         used = gradient.reshape(length, -1).any(1).nonzero()[:, 0].tolist()
         position = {(0,): 0, (length - 1,): -1}.get(tuple(used))
@@ -133,29 +127,19 @@ def start_id(model: PreTrainedModel) -> int:
 def encoder_sites(model: PreTrainedModel, sites: Sequence[Site], token: int) -> frozenset[str]:
     """Names of the sites of a sequence-to-sequence model that see the encoder's positions.
 
-    These are the encoder's layers, and the decoder's keys and values of the encoder's output. Probed by
-    three tokens for the encoder and two for the decoder.
+    These are the encoder's layers, and the decoder's keys and values of its output. Probed with three
+    tokens for the encoder and two for the decoder.
     """
-    seen: set[str] = set()
+    tokens: dict[str, int] = {}
+    with ExitStack() as stack:
+        for site in sites:
 
-    def watch(site: Site) -> Callable[..., None]:
-        def hook(_: nn.Module, args: tuple[Tensor, ...]) -> None:
-            if args[0].numel() == 3 * site.d_in:
-                seen.add(site.name)
-            else:
-                seen.discard(site.name)
+            def count(_: nn.Module, args: tuple[Tensor, ...], site: Site = site) -> None:
+                tokens[site.name] = args[0].numel() // site.d_in
 
-        return hook
-
-    handles = []
-    for site in sites:
-        module = model.get_submodule(site.module)
-        handles.append(module.register_forward_pre_hook(watch(site)))
-    try:
+            module = model.get_submodule(site.module)
+            stack.enter_context(module.register_forward_pre_hook(count))
         ids = torch.full((1, 3), token, device=model.get_input_embeddings().weight.device)
         mask = torch.ones_like(ids)
         model(input_ids=ids, attention_mask=mask, decoder_input_ids=ids[:, :2], use_cache=False)
-    finally:
-        for handle in handles:
-            handle.remove()
-    return frozenset(seen)
+    return frozenset(name for name, seen in tokens.items() if seen == 3)

@@ -1,13 +1,8 @@
 """Edit sites: which linear layers of a model are edited, and where they lie in the module tree.
 
-What a module is for is read from the module tree, never from the model's class or name.
-
-- *Blocks* are the longest `nn.ModuleList` near the input embeddings. A list beside it whose blocks
-  attend twice where the other's attend once makes the two a decoder and an encoder.
-- `nn.Linear` stores (d_out, d_in), GPT-2's `Conv1D` stores (d_in, d_out) (CORRECTNESS row 10).
-- `inner_params: auto` means the MLPs of the last three blocks, or of the last two of encoder and
-  decoder, as in MEND's experiments. An MLP is what a block calls so, or else all its linear layers but
-  those of attention, of a convolutional mixer, of adapters and of a router.
+The module tree tells what a module is for, never the model's class or name. `nn.Linear` stores its weight
+as (d_out, d_in), GPT-2's `Conv1D` as (d_in, d_out) (CORRECTNESS row 10). `inner_params: auto` means the
+MLPs of the last three blocks, or of the last two of encoder and decoder, as in MEND's experiments.
 """
 
 import difflib
@@ -16,6 +11,7 @@ from collections import Counter
 from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
+from itertools import chain
 from typing import Any
 
 import torch
@@ -34,7 +30,6 @@ _QKV = (
     {"c_attn"},
     {"qkv"},
 )
-_MLP = re.compile(r"mlp|ffn|feed_?forward|^ff$")
 _BESIDE = ("adapter", "lora", "router")  # added to an MLP, or steering it
 
 
@@ -79,9 +74,9 @@ def find_stacks(model: PreTrainedModel) -> dict[str, nn.ModuleList]:
     # 1. The outermost lists that do not hold the embeddings. Parents come before children.
     lists: dict[str, nn.ModuleList] = {}
     for name, module in modules.items():
-        if isinstance(module, nn.ModuleList) and len(module) and not _inside(home, name):
-            if not any(_inside(name, outer) for outer in lists):
-                lists[name] = module
+        inside = _inside(home, name) or any(_inside(name, outer) for outer in lists)
+        if isinstance(module, nn.ModuleList) and len(module) and not inside:
+            lists[name] = module
 
     # 2. The longest in the smallest part of the tree that holds the embeddings and a list.
     part = home
@@ -94,11 +89,10 @@ def find_stacks(model: PreTrainedModel) -> dict[str, nn.ModuleList]:
 
     # 3. Its counterpart: a list of the same name in a sibling module, such as `encoder.block` and
     #    `decoder.block`, where the blocks of one have a second attention.
-    attentions = _attention_count(lists[main][-1])
-    for name, blocks in lists.items():
-        if _relatives(name) == _relatives(main):
-            if {attentions, _attention_count(blocks[-1])} == {1, 2}:
-                return {stack: lists[stack] for stack in lists if stack in (name, main)}
+    counts = {name: _attention_count(blocks[-1]) for name, blocks in lists.items()}
+    for name in lists:
+        if _relatives(name) == _relatives(main) and {counts[name], counts[main]} == {1, 2}:
+            return {stack: lists[stack] for stack in lists if stack in (name, main)}
     return {main: lists[main]}
 
 
@@ -146,8 +140,8 @@ def probe_chain(model: PreTrainedModel, blocks: nn.ModuleList, token: int) -> bo
 def resolve_sites(model: PreTrainedModel, inner_params: str | Sequence[str]) -> tuple[Site, ...]:
     """The edit sites that `inner_params` names ("auto" or weight parameters), in module order.
 
-    Raises ModelError for a name that the model does not have, that is not the weight of a Linear or
-    Conv1D, or that shares its weight with another layer, and if "auto" finds no layer.
+    Raises ModelError for an unknown name, one that is no weight of a Linear or Conv1D, a weight that
+    another layer shares, and if "auto" finds no layer.
     """
     parameters = dict(model.named_parameters(remove_duplicate=False))
     if inner_params == "auto":
@@ -182,33 +176,25 @@ def editable_names(model: PreTrainedModel) -> list[str]:
 
 
 def mlp_names(model: PreTrainedModel, *, everywhere: bool = False) -> list[str]:
-    """The weights of the MLPs that `auto` means or, if `everywhere`, of all blocks.
-
-    Blocks without such a layer are passed over, as are layers that share their weight.
-    """
+    """The weights of the MLPs that `auto` means or, if `everywhere`, of all blocks."""
     stacks, editable = find_stacks(model), set(editable_names(model))
     names = []
     for path, blocks in stacks.items():
-        found = []
+        by_block = []
         for index, block in enumerate(blocks):
-            weights = _mlp_of_block(f"{path}.{index}", block) & editable
-            if weights:
-                found.append(weights)
-        chosen = found if everywhere else found[-_LAST_BLOCKS[len(stacks)] :]
-        names += [name for name in editable if any(name in weights for weights in chosen)]
-    order = {name: position for position, name in enumerate(editable_names(model))}
-    return sorted(names, key=order.__getitem__)
+            weights = _mlp_of_block(f"{path}.{index}", block)
+            by_block.append([weight for weight in weights if weight in editable])
+        by_block = [weights for weights in by_block if weights]
+        first = 0 if everywhere else -_LAST_BLOCKS[len(stacks)]
+        names += chain.from_iterable(by_block[first:])
+    return names
 
 
-def _mlp_of_block(path: str, block: nn.Module) -> set[str]:
+def _mlp_of_block(path: str, block: nn.Module) -> list[str]:
     """The weights of what the block calls its MLP or, without such a name, of all that may be one."""
-    weights = {f"{name}.weight" for name in _mlp_layers(path, block)}
-    named = set()
-    for weight in weights:
-        child = weight.removeprefix(f"{path}.").partition(".")[0]
-        if _MLP.search(child.lower()):
-            named.add(weight)
-    return named or weights
+    weights = [f"{name}.weight" for name in _mlp_layers(path, block)]
+    called = re.compile(re.escape(path) + r"\.[^.]*(mlp|ffn|feed_?forward|\bff\b)", re.IGNORECASE)
+    return [weight for weight in weights if called.match(weight)] or weights
 
 
 def _mlp_layers(path: str, module: nn.Module) -> list[str]:
@@ -249,9 +235,7 @@ def _attention_count(module: nn.Module) -> int:
 def _check_site(model: PreTrainedModel, parameters: dict[str, nn.Parameter], name: str) -> None:
     if name not in parameters:
         near = difflib.get_close_matches(name, parameters, n=3, cutoff=0.5)
-        hint = f"nearest: {', '.join(near)}"
-        if not near:
-            hint = f"names look like {next(iter(parameters))}"
+        hint = f"nearest: {', '.join(near)}" if near else f"others: {next(iter(parameters))}, …"
         raise ModelError(
             f"inner_params: the model has no parameter {name!r}; {hint}; or use `inner_params: auto`"
         )
@@ -266,7 +250,7 @@ def _check_site(model: PreTrainedModel, parameters: dict[str, nn.Parameter], nam
     if shared:
         raise ModelError(
             f"inner_params: {name} shares its weight with {', '.join(shared)}, so an edit would "
-            "change both; choose a layer of its own"
+            "change both; choose another layer"
         )
 
 
@@ -295,9 +279,6 @@ def _position_wise(block: nn.Module, child: str) -> bool:
     children = dict(block.named_children())
     if child not in children:  # the block is itself the layer
         return False
-    attending = set()
-    for name, module in children.items():
-        if _is_attention(name, module) or _attention_count(module):
-            attending.add(name)
+    attends = {n: _is_attention(n, m) or _attention_count(m) > 0 for n, m in children.items()}
     convolves = any(isinstance(module, nn.Conv1d) for module in children[child].modules())
-    return bool(attending) and child not in attending and not convolves
+    return any(attends.values()) and not attends[child] and not convolves

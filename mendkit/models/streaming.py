@@ -1,8 +1,8 @@
-"""Models with some of their weights away: released after use, or read from the checkpoint block by block.
+"""Models with some of their weights away: released after use, or read from the checkpoint by blocks.
 
-A *hollow* parameter has shape and dtype but no storage. It lies on the meta device; the input embeddings,
-which the decoder's code still reads, become one expanded zero. `Weights` reads safetensors files tensor
-by tensor. `standing_in` lets a decoder run some of its blocks only, by its own code.
+A *hollow* parameter has shape and dtype but no storage. It lies on the meta device; the input
+embeddings, which a decoder's code still reads, become one expanded zero. `standing_in` lets a decoder
+run some of its blocks only, by its own code.
 """
 
 import json
@@ -21,10 +21,9 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from ..errors import ModelError
 from .checkpoints import DTYPES, explained, loader_of, read_config
-from .sites import find_blocks, probe_chain
+from .sites import Blocks, find_blocks, probe_chain
 
-INDEX = "model.safetensors.index.json"
-SINGLE = "model.safetensors"
+INDEX, SINGLE = "model.safetensors.index.json", "model.safetensors"
 WHOLE = "set `stream_trunk: false` to load the model whole"
 
 
@@ -53,7 +52,7 @@ class Weights:
     def __contains__(self, name: str) -> bool:
         return self._key(name) is not None
 
-    def read(self, name: str, dtype: torch.dtype) -> Tensor:
+    def read(self, name: str, dtype: torch.dtype | None) -> Tensor:
         """A copy of a parameter's tensor. Raises ModelError if it is not there."""
         key = self._key(name)
         if key is None:
@@ -72,13 +71,12 @@ class Weights:
     def bytes(self, dtype: torch.dtype | None) -> int:
         """Size of all tensors together, in `dtype` if given."""
         files = sum((self.folder / name).stat().st_size for name in set(self._files.values()))
-        return files if dtype is None else files * dtype.itemsize // self.dtype().itemsize
+        stored = self.dtype()
+        return files * (dtype or stored).itemsize // stored.itemsize
 
     def dtype(self) -> torch.dtype:
         """That of the first tensor."""
-        key, name = next(iter(self._files.items()))
-        with explained("the weights of", self.folder), safe_open(self.folder / name, "pt") as file:
-            return file.get_tensor(key).dtype
+        return self.read(next(iter(self._files)), None).dtype
 
     def _key(self, name: str) -> str | None:
         spellings = (name, name.removeprefix(f"{self.prefix}."), f"{self.prefix}.{name}")
@@ -91,15 +89,13 @@ class Weights:
 def hollow_model(
     place: str | Path, *, dtype: str, trust_remote_code: bool = False
 ) -> tuple[PreTrainedModel, Weights]:
-    """A causal model of a folder or hub id with hollow parameters and real buffers, and its weights.
+    """A causal model with hollow parameters and real buffers, and its weights.
 
-    Raises ModelError as `read_checkpoint` does, and for a checkpoint without safetensors files.
+    Raises ModelError for another model, and for a checkpoint without safetensors files.
     """
     config = read_config(place, trust_remote_code=trust_remote_code)
     if loader_of(config, place) is not AutoModelForCausalLM:
-        raise ModelError(
-            f"{place} is no causal language model, and only such ones can be streamed; {WHOLE}"
-        )
+        raise ModelError(f"{place} is no causal language model, so it cannot be streamed; {WHOLE}")
     folder = place
     if isinstance(place, str):
         with explained("the weights of", place):
@@ -111,16 +107,15 @@ def hollow_model(
         )
 
     def on_meta(_: nn.Module, __: str, value: nn.Parameter | None) -> nn.Parameter | None:
-        if value is None or value.is_meta:
+        if value is None or value.is_meta:  # a tied parameter stays the same one
             return value
         return nn.Parameter(value.to("meta"), requires_grad=False)
 
-    kept = DTYPES.get(dtype) or config.dtype or weights.dtype()
-    with explained("a model from the configuration of", place):
-        with register_module_parameter_registration_hook(on_meta):
-            model = AutoModelForCausalLM.from_config(
-                config, dtype=kept, trust_remote_code=trust_remote_code
-            )
+    options = {"dtype": DTYPES.get(dtype) or config.dtype or weights.dtype()}
+    options["trust_remote_code"] = trust_remote_code
+    hook = register_module_parameter_registration_hook(on_meta)
+    with explained("a model from the configuration of", place), hook:
+        model = AutoModelForCausalLM.from_config(config, **options)
     weights.prefix = model.base_model_prefix
     return model, weights
 
@@ -138,7 +133,7 @@ def put(model: nn.Module, names: Sequence[str], value: Tensor) -> None:
         model.get_submodule(module)._parameters[leaf] = parameter
 
 
-def _names_by_parameter(model: nn.Module) -> list[list[str]]:
+def _parameter_names(model: nn.Module) -> list[list[str]]:
     """The names of each parameter: several if it is tied."""
     names = defaultdict(list)
     for name, value in model.named_parameters(remove_duplicate=False):
@@ -150,7 +145,7 @@ def fill_rest(
     model: PreTrainedModel, hollow: Sequence[str], weights: Weights, device: torch.device
 ) -> None:
     """Read every parameter but those named `hollow`, and the checkpoint's buffers, onto `device`."""
-    for names in _names_by_parameter(model):
+    for names in _parameter_names(model):
         if names[0] not in hollow:
             # A tied parameter is stored under one of its names.
             stored = next((name for name in names if name in weights), names[0])
@@ -178,7 +173,7 @@ def trunk_names(model: PreTrainedModel, path: str, first: int) -> list[str]:
     home = next(name for name, module in model.named_modules() if module is embedding)
     below = (f"{home}.", *(f"{path}.{i}." for i in range(first)))
     found = []
-    for names in _names_by_parameter(model):
+    for names in _parameter_names(model):
         if all(name.startswith(below) for name in names):
             found += names
     return found
@@ -195,18 +190,6 @@ def present(
             stack.callback(put, model, [name], hollow.data)
             put(model, [name], weights.read(name, hollow.dtype).to(device))
         yield
-
-
-def guard(block: nn.Module, remedy: str) -> None:
-    """Make a block raise ModelError if it runs while it is hollow."""
-
-    def check(*_: Any) -> None:
-        if any(map(is_hollow, block.parameters())):
-            raise ModelError(
-                f"the weights below the lowest edited block are not in memory; {remedy}"
-            )
-
-    block.register_forward_pre_hook(check)
 
 
 # ------------------------------------------------------------------------------------- some blocks
@@ -235,38 +218,38 @@ class _StandIn(nn.Module):
 @contextmanager
 def standing_in(
     model: PreTrainedModel,
-    path: str,
-    as_tuple: bool,
+    blocks: Blocks,
     *,
     first: int,
     last: int | None = None,
     states: Tensor | None = None,
 ) -> Iterator[None]:
-    """Within the context only the blocks `first` to `last` (None: to the end) of list `path` run.
+    """Within the context only the blocks `first` to `last` (None: to the end) run.
 
     What enters `first` is `states` (n, t, d), if given, else what would enter block 0.
     """
-    parent_name, _, name = path.rpartition(".")
+    parent_name, _, name = blocks.path.rpartition(".")
     parent = model.get_submodule(parent_name)
-    blocks = getattr(parent, name)
-    swapped = list(blocks)
-    for i, block in enumerate(blocks):
+    modules = getattr(parent, name)
+    swapped = list(modules)
+    for i, module in enumerate(modules):
         if i < first or (last is not None and i > last):
-            swapped[i] = _StandIn(block, states if i == 0 else None, as_tuple)
+            swapped[i] = _StandIn(module, states if i == 0 else None, blocks.as_tuple)
     setattr(parent, name, nn.ModuleList(swapped))
     try:
         yield
     finally:
-        setattr(parent, name, blocks)
+        setattr(parent, name, modules)
 
 
 def probe_hollow(model: PreTrainedModel, first: int, token: int) -> bool | None:
     """As `probe_chain`, for a model whose blocks below `first` are hollow: stand-ins run for them."""
-    path, blocks = find_blocks(model)
+    path, modules = find_blocks(model)
     if first == 0:
-        return probe_chain(model, blocks, token)
+        return probe_chain(model, modules, token)
     for as_tuple in (False, True):
-        with standing_in(model, path, as_tuple, first=first):
+        blocks = Blocks(path, first, len(modules) - 1, as_tuple)
+        with standing_in(model, blocks, first=first):
             try:
                 found = probe_chain(model, model.get_submodule(path), token)
             except (AttributeError, IndexError, RuntimeError, TypeError, ValueError):

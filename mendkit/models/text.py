@@ -41,9 +41,9 @@ STOP = re.compile(r"[\n.]")
 class TextModel:
     """A model, frozen and in eval mode, with its family and its fast tokenizer.
 
-    The given model is changed: parameters no longer require gradients, a missing padding token becomes
-    the end-of-text token, a classifier's config gets the padding token. `name` is for people. Raises
-    ModelError for a tokenizer without offsets or end of text, a decoder without start, unnamed classes.
+    The given model and tokenizer are changed: parameters no longer require gradients, and a missing
+    padding token becomes the end-of-text token. Raises ModelError for a tokenizer without offsets or
+    end of text, a decoder without a start token, and classes without names.
     """
 
     def __init__(
@@ -107,10 +107,9 @@ class TextModel:
         max_length: int = 512,
         subject: str | None = None,
     ) -> Tokens:
-        """A prompt and its answer as this family reads them; a classifier's answer is a class's name.
+        """A prompt and its answer (of a classifier a class's name) as this family reads them.
 
-        Only a causal model's text tells where `subject` is. Raises DataError as `tokens.tokenize`
-        and `Labels.id`.
+        Raises DataError as `tokens.tokenize` and `Labels.id`.
         """
         if self.head is not None:
             label = None if answer is None else self.head.labels.id(answer)
@@ -173,10 +172,10 @@ class TextModel:
         stop: bool = True,
         batch_size: int = 64,
     ) -> list[str]:
-        """Greedy continuations (new text only) in the order of the prompts; a classifier's labels.
+        """Greedy continuations (new text only) of prompts; a classifier's labels.
 
         A row ends at the end-of-text token and, with `stop`, before the first newline or full stop.
-        Raises DataError for a prompt without tokens, or too long for the model's positions.
+        Raises DataError as `write`.
         """
         if isinstance(prompts, str) or batch_size < 1:
             raise HyperParamError(
@@ -201,9 +200,8 @@ class TextModel:
     ) -> list[list[int]]:
         """The new ids after each prompt (`prompt_of`), in one batch; of a classifier the class.
 
-        Without end of text and padding. With `stop` a row ends with the token that holds a newline or
-        full stop, which `new_text` cuts: "Inc." may be one token. Raises DataError for an empty
-        prompt, or one that is too long for the model's positions.
+        With `stop` a row ends with the token that holds a newline or full stop ("Inc." may be one
+        token). Raises DataError for a prompt without tokens, or too long for the model's positions.
         """
         # An encoder counts positions from the left.
         ids, mask = self._padded([prompt.ids for prompt in prompts], left=self.family == CAUSAL)

@@ -1,11 +1,9 @@
 """The frozen trunk: everything below the lowest edited block, run once per text.
 
-An edit changes only its sites. Two things are therefore constants of a frozen model: the *trunk states*
-that enter the lowest edited block, and the *reference*, the last block's output at the scored positions
-(of a classifier its logits). `FrozenTrunk` computes both in one pass per text. The *suffix* is the rest
-of the model; it runs from trunk states, by the model's code, while stand-ins take the place of lower
-blocks. A model without a chain of blocks, such as an encoder with a decoder, runs whole and gives the
-same numbers.
+An edit changes only its sites. So the *trunk states* that enter the lowest edited block are constants of
+a frozen model, and so is the *reference*: the last block's output at the scored positions, or a
+classifier's logits. The *suffix*, the rest of the model, runs from trunk states by the model's code,
+while stand-ins take the place of lower blocks. A model without a chain of blocks runs whole.
 
 Axes: n texts, t padded tokens, l padded tokens of a decoder (else t), d width, s scored positions,
 v vocabulary.
@@ -16,7 +14,7 @@ import hashlib
 import logging
 import random
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -39,11 +37,8 @@ TOKENS_PER_PASS = 2048
 
 @contextmanager
 def only_scored(base: BaseModel, scored: Bool[Tensor, "n l"]) -> Iterator[None]:
-    """Within the context the output layer sees only scored positions.
-
-    A classifier's head is left alone: it reads one position anyway.
-    """
-    if base.family == CLASSIFIER:
+    """Within the context the output layer sees only scored positions."""
+    if base.family == CLASSIFIER:  # its head reads one position anyway
         yield
         return
 
@@ -57,9 +52,8 @@ def only_scored(base: BaseModel, scored: Bool[Tensor, "n l"]) -> Iterator[None]:
 class FrozenTrunk:
     """Trunk states and references of texts, for one base model and its edit sites.
 
-    `fill(texts)` reads them from `cache` or computes them, and keeps them on the CPU in the model's
-    dtype. The last bits of a text's values depend on the texts that shared its pass. Blocks whose
-    weights are not in memory are read from the checkpoint one at a time.
+    `fill(texts)` reads them from `cache` or computes them. The last bits of a text's values depend on
+    the texts that shared its pass. Blocks whose weights are not in memory are read from the checkpoint.
     """
 
     def __init__(self, base: BaseModel, *, cache: TextCache | None = None) -> None:
@@ -68,7 +62,7 @@ class FrozenTrunk:
         self._values: dict[Any, tuple[Tensor, Tensor]] = {}  # states (t, d), reference (s, d)
 
     def at(self, base: BaseModel) -> "FrozenTrunk":
-        """A trunk for other sites of the same model, which shares the values if these allow it."""
+        """A trunk for other sites of the same model; it shares the values where the sites allow."""
         other = FrozenTrunk(base)
         if base.blocks and self.base.blocks and self.base.blocks.first <= base.blocks.first:
             other.base = copy.copy(base)
@@ -83,13 +77,13 @@ class FrozenTrunk:
     def states(self, texts: Sequence[Tokens], t: int) -> Float[Tensor, "n t d"]:
         """Trunk states of `texts`, right-padded with zeros to `t` tokens."""
         rows = [self._values[text.key][0] for text in texts]
-        out = torch.zeros((len(texts), t, rows[0].shape[1]), dtype=self.base.dtype)
+        out = torch.zeros((len(rows), t, rows[0].shape[1]), dtype=self.base.dtype)
         for padded, row in zip(out, rows, strict=True):
             padded[: len(row)] = row
         return out.to(self.base.device)
 
     def references(self, texts: Sequence[Tokens]) -> Float[Tensor, "s d"]:
-        """The unedited model's last hidden states at the scored positions, or a classifier's logits."""
+        """The unedited model's references at the scored positions of `texts`."""
         return torch.cat([self._values[text.key][1] for text in texts]).to(self.base.device)
 
     def suffix(self, texts: Sequence[Tokens], batch: TextBatch) -> Float[Tensor, "s v"]:
@@ -100,8 +94,10 @@ class FrozenTrunk:
         with ExitStack() as stack:
             stack.enter_context(only_scored(self.base, batch.scored))
             if self.split and self.holds(texts):
-                states = self.states(texts, batch.input_ids.shape[1])
-                stack.enter_context(self._blocks_from(self.base.blocks.first, states))
+                states, blocks = self.states(texts, batch.input_ids.shape[1]), self.base.blocks
+                stack.enter_context(
+                    standing_in(self.base.model, blocks, first=blocks.first, states=states)
+                )
             return self._forward(batch)
 
     @torch.no_grad()
@@ -112,12 +108,12 @@ class FrozenTrunk:
         """
         if not self.holds(texts):
             return self.suffix(texts, batch)
-        references = self.references(texts)
+        references, blocks = self.references(texts), self.base.blocks
         if self.base.family == CLASSIFIER:
             return references
         hidden = references[:, None]
         ids = torch.zeros(hidden.shape[:2], dtype=torch.long, device=self.base.device)
-        with self._blocks_from(self.base.blocks.last + 1, hidden):
+        with standing_in(self.base.model, blocks, first=blocks.last + 1, states=hidden):
             return self.base.model(input_ids=ids, use_cache=False).logits[:, 0]
 
     def fill(
@@ -125,31 +121,31 @@ class FrozenTrunk:
     ) -> int:
         """Read or compute the values of `texts`. Returns how many were not in memory.
 
-        `progress` is called with the number of texts (of a streamed model: blocks) done and in all.
+        `progress` gets the number of texts done and in all, of a streamed model also of blocks.
         """
         if self.base.blocks is None:
             return 0
         # 1. Texts that are not in memory, by length, so that a pass has little padding.
         missing = list({text.key: text for text in texts if text.key not in self._values}.values())
         missing.sort(key=lambda text: (len(text.ids), text.key))
-
         # 2. Those on disk are read.
         left = self._read(missing)
         if len(left) < len(missing):
             logger.info("trunk: %d texts read from %s", len(missing) - len(left), self.cache.folder)
-
-        # 3. The others are computed, one shard at a time. A streamed model takes all at once, since
-        #    it reads its checkpoint from the disk in every call.
-        portions = list(self._shards(left))
-        if self.base.released and left:
-            portions = [left]
+        # 3. The others are computed by shards. A streamed model takes all of them at once, because
+        #    each call reads its blocks from the disk.
+        portions = [left] if left and self.base.released else list(self._shards(left))
         if self.cache is not None:
             # Processes that fill the same texts at once share the work if their order differs.
             random.SystemRandom().shuffle(portions)
         done = 0
         for portion in portions:
-            self._compute(self._read(portion), progress, (done, len(left)))
+            todo = self._read(portion)
+            if todo:
+                self._compute(todo, progress)
             done += len(portion)
+            if progress is not None:
+                progress(done, len(left))
         return len(missing)
 
     # ------------------------------------------------------------------------ keeping and computing
@@ -169,8 +165,8 @@ class FrozenTrunk:
         width = self.base.model.get_input_embeddings().weight.shape[1]
         enough = SHARD_BYTES // (width * self.base.dtype.itemsize)
         shard: list[Tokens] = []
-        for texts_of_pass in passes(texts):
-            shard += texts_of_pass
+        for group in passes(texts):
+            shard += group
             if sum(len(text.ids) for text in shard) >= enough:
                 yield shard
                 shard = []
@@ -178,17 +174,11 @@ class FrozenTrunk:
             yield shard
 
     @torch.no_grad()
-    def _compute(
-        self,
-        texts: Sequence[Tokens],
-        progress: Callable[[int, int], None] | None,
-        counts: tuple[int, int],
-    ) -> None:
+    def _compute(self, texts: Sequence[Tokens], progress: Any) -> None:
         """Compute values and keep them: in memory or, if there is a cache, mapped from its files."""
         groups = list(passes(texts))
         batches = [collate(group, self.base.pad_id, self.base.device) for group in groups]
-        streamed = self._stream(batches, progress) if self.base.released and texts else None
-        done, total = counts
+        streamed = self._stream(batches, progress) if self.base.released else None
         for i, (group, batch) in enumerate(zip(groups, batches, strict=True)):
             keep = batch.attention_mask.bool()
             if streamed is None:
@@ -204,17 +194,12 @@ class FrozenTrunk:
             references = reference.cpu().split([len(text.scored) for text in group])
             for text, *values in zip(group, states, references, strict=True):
                 self._values[text.key] = tuple(values)
-            done += len(group)
-            if progress is not None and streamed is None:
-                progress(done, total)
         if self.cache is not None:
             for shard in self._shards(texts):
                 self.cache.add({_digest(text): self._values[text.key] for text in shard})
-                self._read(shard)  # from now on a map of the file, which frees the memory
+                self._read(shard)  # a map of the file takes their place and frees the memory
 
-    def _stream(
-        self, batches: Sequence[TextBatch], progress: Callable[[int, int], None] | None
-    ) -> list[Tensor]:
+    def _stream(self, batches: Sequence[TextBatch], progress: Any) -> list[Tensor]:
         """Packed states that enter the lowest edited block.
 
         Each block below is read from the checkpoint, run on all batches, and freed.
@@ -226,7 +211,7 @@ class FrozenTrunk:
                 "load the model again"
             )
         names = trunk_names(base.model, path, first)
-        states: list[Tensor] = []
+        states: list[Any] = [None] * len(batches)
         for block in range(first):
             here = [name for name in names if name.startswith(f"{path}.{block}.")]
             if block == 0:  # with the input embeddings
@@ -236,7 +221,7 @@ class FrozenTrunk:
                     keep = batch.attention_mask.bool()
                     given = _unpacked(states[i], keep) if block else None
                     _, leaving, _ = self._run(batch, states=given, alone=block)
-                    states[i : i + 1] = [leaving[keep].cpu()]
+                    states[i] = leaving[keep].cpu()
             if progress is not None:
                 progress(block + 1, first)
         return states
@@ -244,14 +229,13 @@ class FrozenTrunk:
     def _run(
         self, batch: TextBatch, *, states: Tensor | None = None, alone: int | None = None
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """States (n, t, d) entering the lowest edited block, leaving the last block, and logits.
+        """States (n, t, d) entering the lowest edited block and leaving the last, and logits.
 
-        With `states` (n, t, d) nothing runs below the lowest edited block. With `alone` this block takes
-        the place of both and is the only one to run. The output layer runs on no position.
+        With `states` nothing runs below the lowest edited block. If a block runs `alone`, it takes the
+        place of both. The output layer runs on no position.
         """
-        first, last = self.base.blocks.first, self.base.blocks.last
-        if alone is not None:
-            first = last = alone
+        blocks = self.base.blocks
+        first, last = (blocks.first, blocks.last) if alone is None else (alone, alone)
         seen: dict[str, Tensor] = {}
 
         def entering(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
@@ -260,12 +244,16 @@ class FrozenTrunk:
         def leaving(_: nn.Module, __: Any, output: Any) -> None:
             seen["out"] = output[0] if isinstance(output, tuple) else output
 
-        blocks = self.base.model.get_submodule(self.base.blocks.path)
+        modules = self.base.model.get_submodule(blocks.path)
         with ExitStack() as stack:
             if states is not None or alone is not None:
-                stack.enter_context(self._blocks_from(first, states, last=last))
-            stack.enter_context(blocks[first].register_forward_pre_hook(entering, with_kwargs=True))
-            stack.enter_context(blocks[last].register_forward_hook(leaving))
+                stack.enter_context(
+                    standing_in(self.base.model, blocks, first=first, last=last, states=states)
+                )
+            stack.enter_context(
+                modules[first].register_forward_pre_hook(entering, with_kwargs=True)
+            )
+            stack.enter_context(modules[last].register_forward_hook(leaving))
             stack.enter_context(only_scored(self.base, torch.zeros_like(batch.scored)))
             logits = self._forward(batch)
         return seen["in"], seen["out"], logits
@@ -273,21 +261,11 @@ class FrozenTrunk:
     def _forward(self, batch: TextBatch) -> Tensor:
         return self.base.forward(batch.input_ids, batch.attention_mask, batch.decoder_ids)
 
-    def _blocks_from(
-        self, first: int, states: Tensor | None, *, last: int | None = None
-    ) -> AbstractContextManager[None]:
-        """Within the context only the blocks `first` to `last` run, on `states` (n, t, d)."""
-        blocks = self.base.blocks
-        return standing_in(
-            self.base.model, blocks.path, blocks.as_tuple, first=first, last=last, states=states
-        )
-
 
 def trunk_cache(base: BaseModel, folder: str | Path | None, *, limit: int) -> TextCache | None:
     """The cache on disk of this model's trunk. None without a trunk, or with a limit of 0 bytes.
 
-    The values depend on the weights, on what the model does with them, and on the lowest edited block;
-    not on the edit sites.
+    Its space is the weights, what the model does with them, and the lowest edited block.
     """
     if base.blocks is None or limit == 0:
         return None

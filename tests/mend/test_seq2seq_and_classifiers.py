@@ -28,10 +28,9 @@ from mendkit.models.base import BaseModel
 from mendkit.models.checkpoints import loader_of
 from mendkit.models.tokens import collate, tokenize_pair
 from mendkit.models.trunk import FrozenTrunk
-from tests.models.test_tokens import ANSWERS, KIND, PROMPTS, spelling
 from tests.oracles.claims import EXAMPLES, LABELLED, hparams, plain_logits, scrambled
 from tests.oracles.families import KIND_OF, other_base
-from tests.oracles.kinds import BOS, EOS, UNK, tokenizer_of
+from tests.oracles.kinds import ANSWERS, BOS, EOS, KINDS, PROMPTS, UNK, spelling, tokenizer_of
 from tests.oracles.tiny import save_tiny, tiny_tokenizer
 
 CASE = pytest.mark.parametrize("case", KIND_OF)
@@ -51,7 +50,7 @@ def examples_of(base):
 # ------------------------------------------------------------------------------------------------- alignment
 
 
-@KIND
+@pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("add_eos", [False, True])
 def test_a_decoders_scored_positions_predict_exactly_the_answers_characters(kind, add_eos):
     tokenizer, start, count = tokenizer_of(kind), 77, 0
@@ -83,7 +82,7 @@ def test_a_decoders_scored_positions_predict_exactly_the_answers_characters(kind
     assert count >= 6
 
 
-@KIND
+@pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("case", ["t5", "bert"])
 def test_padding_on_either_side_does_not_change_the_loss(kind, case):
     base = other_base(case, kind)

@@ -1,43 +1,124 @@
-"""Claims about edit sites and blocks (CORRECTNESS rows 10 and 25)."""
+"""Edit sites and blocks are read from the module tree (CORRECTNESS rows 10 and 25)."""
 
 import pytest
 import torch
 from torch import nn
-from transformers import OPTConfig, OPTForCausalLM
+from transformers import MixtralConfig, MixtralForCausalLM, PreTrainedConfig, PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from mendkit.errors import ModelError
 from mendkit.models.base import BaseModel
-from mendkit.models.sites import find_blocks, resolve_sites
+from mendkit.models.sites import find_blocks, find_stacks, resolve_sites
+from tests.oracles.families import FAMILIES, D, linear_names
 from tests.oracles.tiny import tiny_gpt2, tiny_llama, tiny_tokenizer
 
-FAMILIES = pytest.mark.parametrize("family", ["llama", "gpt2"])
+
+def auto_names(model: nn.Module) -> list[str]:
+    return [site.name for site in resolve_sites(model, "auto")]
 
 
-def tiny_opt() -> nn.Module:
-    size = {"hidden_size": 32, "ffn_dim": 64, "word_embed_proj_dim": 32, "vocab_size": 400}
-    return OPTForCausalLM(OPTConfig(num_hidden_layers=4, num_attention_heads=2, **size)).eval()
+@pytest.mark.parametrize("name", FAMILIES)
+def test_auto_picks_exactly_the_mlp_layers_of_the_last_blocks(name):
+    family = FAMILIES[name]
+    model = family.build()
+    sites = resolve_sites(model, "auto")
+    assert [site.name for site in sites] == family.expected
+    # attention, and output layers, are left out
+    assert set(family.expected) < linear_names(model)
+    for site in sites:
+        shape = (site.d_in, site.d_out) if site.transposed else (site.d_out, site.d_in)
+        assert tuple(model.get_parameter(site.name).shape) == shape
+        assert f".{site.block}." in site.name
 
 
-def test_auto_is_the_mlp_of_the_last_three_blocks(llama, gpt2):
-    kinds = {"llama": ("gate_proj", "up_proj", "down_proj"), "gpt2": ("c_fc", "c_proj")}
-    for base, path, names in (
-        (llama, "model.layers", kinds["llama"]),
-        (gpt2, "transformer.h", kinds["gpt2"]),
-    ):
-        expected = [f"{path}.{block}.mlp.{name}.weight" for block in (1, 2, 3) for name in names]
-        assert [site.name for site in base.sites] == expected
-        assert (base.blocks.path, base.blocks.first, base.blocks.last) == (path, 1, 3)
+class Unheard(PreTrainedModel):
+    """A model of no known kind around another one."""
+
+    config_class = PreTrainedConfig
+
+    def __init__(self, inner: PreTrainedModel) -> None:
+        super().__init__(PreTrainedConfig())
+        self.inner = inner
+
+    def get_input_embeddings(self) -> nn.Module:
+        return self.inner.get_input_embeddings()
 
 
-def test_auto_finds_linear_layers_that_are_children_of_the_block():
-    names = [site.name for site in resolve_sites(tiny_opt(), "auto")]
-    assert names == [
-        f"model.decoder.layers.{b}.{fc}.weight" for b in (1, 2, 3) for fc in ("fc1", "fc2")
-    ]
+@pytest.mark.parametrize("name", FAMILIES)
+def test_neither_the_classes_nor_the_path_matter(name):
+    model = FAMILIES[name].build()
+    for module in model.modules():
+        module.__class__ = type("Thing", (type(module),), {})
+    assert auto_names(Unheard(model)) == [f"inner.{site}" for site in FAMILIES[name].expected]
 
 
-@FAMILIES
+def test_encoder_and_decoder_are_two_stacks_and_no_chain():
+    for name, paths in {
+        "t5": ["encoder.block", "decoder.block"],
+        "bart": ["model.encoder.layers", "model.decoder.layers"],
+    }.items():
+        model, family = FAMILIES[name].build(), FAMILIES[name]
+        assert list(find_stacks(model)) == paths and find_blocks(model) is None
+        last = [site.name for site in resolve_sites(model, "auto") if site.scored_only]
+        assert last == (family.expected[-2:] if name == "bart" else [])
+
+
+def test_a_list_elsewhere_is_not_the_blocks():
+    model = tiny_llama().model
+    model.model.layers[0].mlp.experts = nn.ModuleList(nn.Linear(2, 2) for _ in range(9))
+    model.vision = nn.ModuleList(nn.Linear(2, 2) for _ in range(9))  # far from the embeddings
+    assert find_blocks(model) == ("model.layers", model.model.layers)
+    # a second tower without cross-attention is no encoder
+    model = FAMILIES["llama"].build()
+    model.vision = FAMILIES["llama"].build().model
+    assert list(find_stacks(model)) == ["model.layers"]
+
+
+def test_adapters_routers_mixers_and_what_stands_beside_an_mlp_are_not_picked():
+    family = FAMILIES["llama"]
+    model = family.build()
+    block = model.model.layers[3]
+    block.mlp.adapter_down, block.mlp.adapter_up = nn.Linear(D, 4), nn.Linear(4, D)
+    block.laurel = nn.Sequential(nn.Linear(D, 4), nn.Linear(4, D))
+    mixer = block.mixer = nn.Module()
+    mixer.in_proj, mixer.conv = nn.Linear(D, D), nn.Conv1d(D, D, 3)
+    assert auto_names(model) == family.expected
+    wrapped = block.mlp.up_proj = nn.Module()
+    wrapped.base_layer, wrapped.lora_A = nn.Linear(D, 48), nn.ModuleDict({"x": nn.Linear(D, 2)})
+    up = "model.layers.3.mlp.up_proj"
+    expected = [name.replace(up, f"{up}.base_layer") for name in family.expected]
+    assert auto_names(model) == expected
+    block = model.model.layers[3] = family.build().model.layers[3]
+    block.mlp.experts, block.mlp.gate = nn.ModuleList([nn.Linear(D, D)]), nn.Linear(D, 2)
+    names = auto_names(model)
+    assert "model.layers.3.mlp.experts.0.weight" in names
+    assert "model.layers.3.mlp.gate.weight" not in names
+
+
+def test_blocks_without_an_mlp_are_passed_over():
+    model = FAMILIES["llama"].build()
+    blocks = model.model.layers
+    blocks[2].mlp = nn.Identity()
+    assert [site.block for site in resolve_sites(model, "auto")] == [0, 0, 0, 1, 1, 1, 3, 3, 3]
+    blocks[0].mlp = blocks[1].mlp  # one weight in two places
+    assert [site.block for site in resolve_sites(model, "auto")] == [3, 3, 3]
+
+
+def test_experts_that_are_no_linear_layers_are_said_not_to_be_found():
+    config = MixtralConfig(
+        hidden_size=16,
+        intermediate_size=24,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        num_local_experts=2,
+        vocab_size=40,
+    )
+    with pytest.raises(ModelError, match=r"no MLP of linear layers.*mendkit sites MODEL --all"):
+        resolve_sites(MixtralForCausalLM(config), "auto")
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2"])
 def test_orientation_is_that_of_the_module(family, request):
     base = request.getfixturevalue(family)
     for site in base.sites:
@@ -45,52 +126,44 @@ def test_orientation_is_that_of_the_module(family, request):
         weight = module.weight.T if site.transposed else module.weight
         bias = 0 if module.bias is None else module.bias
         torch.testing.assert_close(module(x), x @ weight.T + bias)
-        assert module(x).shape == (3, site.d_out)
-        assert f"{site.module}.weight" == site.name
 
 
 def test_orientation_is_decided_per_module_not_per_model():
     model = tiny_gpt2().model
-    block = model.transformer.h[3].mlp
-    block.c_proj = nn.Linear(128, 32)
-    sites = {s.name: s for s in resolve_sites(model, "auto")}
+    model.transformer.h[3].mlp.c_proj = nn.Linear(128, 32)
+    sites = {site.name: site for site in resolve_sites(model, "auto")}
     assert not sites["transformer.h.3.mlp.c_proj.weight"].transposed
     assert sites["transformer.h.3.mlp.c_fc.weight"].transposed
 
 
-@pytest.mark.parametrize("build", [lambda: tiny_llama().model, lambda: tiny_gpt2().model, tiny_opt])
-def test_scored_only_sites_receive_no_gradient_elsewhere(build):
+@pytest.mark.parametrize("family", ["llama", "gpt2", "opt"])
+def test_scored_only_sites_receive_no_gradient_elsewhere(family):
     """Oracle: the gradient of the last position's logits with respect to every site's output."""
-    model = build()
-    linear = [
-        n
-        for n, m in model.named_modules()
-        if isinstance(m, nn.Linear | Conv1D) and "lm_head" not in n
-    ]
-    sites = resolve_sites(model, [f"{name}.weight" for name in linear])
+    model = FAMILIES[family].build().requires_grad_(False)
+    linear = {n for n, m in model.named_modules() if isinstance(m, nn.Linear | Conv1D)}
+    sites = resolve_sites(
+        model, [f"{name}.weight" for name in linear if ".layers." in name or ".h." in name]
+    )
     outputs = {}
+
+    def keep(name):
+        def hook(_, args, y):
+            outputs[name] = y.requires_grad_() if y.is_leaf else y
+
+        return hook
+
     for site in sites:
-        model.get_submodule(site.module).register_forward_hook(
-            lambda _, args, y, name=site.name: outputs.setdefault(
-                name, y.requires_grad_() if y.is_leaf else y
-            )
-        )
-    ids = torch.arange(5, 11)[None]
-    model.requires_grad_(False).eval()
-    score = model(input_ids=ids).logits[0, -1].logsumexp(-1)
-    gradients = torch.autograd.grad(score, list(outputs.values()), allow_unused=True)
-    reach = {
-        name: gradient.flatten(0, -2)[:-1].abs().max()
-        for name, gradient in zip(outputs, gradients, strict=True)
-    }
+        model.get_submodule(site.module).register_forward_hook(keep(site.name))
+    score = model(input_ids=torch.arange(5, 11)[None]).logits[0, -1].logsumexp(-1)
+    gradients = torch.autograd.grad(score, [outputs[site.name] for site in sites])
     assert any(site.scored_only for site in sites)
-    for site in sites:
-        mlp = "attn" not in site.name
-        assert site.scored_only == (mlp and site.block == 3)
+    for site, gradient in zip(sites, gradients, strict=True):
+        elsewhere = gradient.reshape(6, -1)[:-1].abs().max()
+        assert site.scored_only == (site.block == 3 and "attn" not in site.name)
         if site.scored_only:
-            assert reach[site.name] == 0
+            assert elsewhere == 0
         elif site.block < 3 or "k_proj" in site.name:
-            assert reach[site.name] > 0
+            assert elsewhere > 0
 
 
 def test_a_convolution_or_a_block_without_attention_is_never_scored_only():
@@ -110,19 +183,15 @@ def test_explicit_sites_come_in_module_order_and_share_the_model(llama):
     assert [site.name for site in other.sites] == list(reversed(names))
     assert other.model is llama.model and other.tokenizer is llama.tokenizer
     assert other.blocks.first == 2 and llama.blocks.first == 1 and len(llama.sites) == 9
-
-
-def test_a_site_outside_the_blocks_leaves_no_block_to_start_at(llama):
-    other = llama.with_sites(["lm_head.weight", "model.layers.3.mlp.up_proj.weight"])
-    assert other.blocks is None
-    assert other.sites[1].block is None and not other.sites[1].scored_only
+    outside = llama.with_sites(["lm_head.weight", names[0]])
+    assert outside.blocks is None and outside.sites[1].block is None
 
 
 @pytest.mark.parametrize(
     ("name", "words"),
     [
         ("transformer.h.3.mlp.c_fx.weight", "nearest: transformer.h.3.mlp.c_fc.weight"),
-        ("zzz", "names look like transformer.wte.weight"),
+        ("zzz", "others: transformer.wte.weight"),
         ("transformer.h.3.mlp.c_fc.bias", "bias of a Conv1D"),
         ("transformer.h.3.ln_1.weight", "weight of a LayerNorm"),
         ("lm_head.weight", "shares its weight with transformer.wte.weight"),
@@ -133,37 +202,17 @@ def test_a_name_that_is_no_site_is_explained(gpt2, name, words):
         gpt2.with_sites([name])
 
 
-@pytest.mark.parametrize("given", ["model.layers.3.mlp.up_proj.weight", "", (), []])
+@pytest.mark.parametrize("given", ["model.layers.3.mlp.up_proj.weight", "", ()])
 def test_inner_params_must_be_auto_or_a_list(llama, given):
     with pytest.raises(ModelError, match="must be"):
         llama.with_sites(given)
 
 
-def test_a_layer_used_twice_is_no_site():
-    model = tiny_llama().model
-    model.model.layers[3].mlp.up_proj = model.model.layers[2].mlp.up_proj
-    with pytest.raises(
-        ModelError, match=r"shares its weight with model.layers.2.mlp.up_proj.weight"
-    ):
-        resolve_sites(model, ["model.layers.3.mlp.up_proj.weight"])
-
-
-def test_blocks_are_not_the_longest_list_inside_them():
-    model = tiny_llama().model
-    model.model.layers[0].mlp.experts = nn.ModuleList(nn.Linear(2, 2) for _ in range(9))
-    model.vision = nn.ModuleList(nn.Linear(2, 2) for _ in range(9))  # farther from the embeddings
-    assert find_blocks(model)[0] == "model.layers"
-    assert find_blocks(model)[1] is model.model.layers
-
-
 def test_blocks_that_are_no_chain_are_not_used_as_one():
     model, tokenizer = tiny_llama().model, tiny_tokenizer()
-    block = type(model.model.layers[1])
-    model.model.layers[1].forward = lambda x, **options: block.forward(
-        model.model.layers[1], x + 1, **options
-    )
-    assert (
-        BaseModel(model, tokenizer, name="x").blocks is not None
-    )  # what a block does inside is its own affair
-    model.model.layers[1].register_forward_pre_hook(lambda _, args: (args[0] + 1, *args[1:]))
+    layer = model.model.layers[1]
+    inside = layer.forward
+    layer.forward = lambda x, **options: inside(x + 1, **options)  # its affair
+    assert BaseModel(model, tokenizer, name="x").blocks is not None
+    layer.register_forward_pre_hook(lambda _, args: (args[0] + 1, *args[1:]))
     assert BaseModel(model, tokenizer, name="x").blocks is None

@@ -1,61 +1,87 @@
-"""The trunk gives the whole model's numbers, and leaves the model as it found it."""
+"""The trunk gives the whole model's numbers in every causal family, and leaves the model as it was."""
 
 import pytest
 import torch
 
+from mendkit.mend.batches import edit_tokens
+from mendkit.mend.factors import capture_factors
+from mendkit.mend.losses import edit_nll
+from mendkit.models.base import BaseModel
 from mendkit.models.tokens import collate
 from mendkit.models.trunk import FrozenTrunk
-from tests.oracles.claims import every_text
+from tests.oracles.claims import EXAMPLES, every_text, hparams
+from tests.oracles.families import CAUSAL
+from tests.oracles.tiny import tiny_llama
 
 
-def plain_logits(base, text):
+def alone(base: BaseModel, texts) -> torch.Tensor:
+    """Oracle: each text by itself through the whole model."""
+    rows = []
+    for text in texts:
+        ids = torch.tensor([text.ids])
+        with torch.no_grad():
+            rows.append(base.model(input_ids=ids, use_cache=False).logits[0, list(text.scored)])
+    return torch.cat(rows)
+
+
+@pytest.mark.parametrize("family", CAUSAL)
+def test_the_trunk_gives_the_whole_models_logits(family):
+    base = CAUSAL[family].base()
+    texts = every_text(base)[:12]
+    trunk, batch, expected = FrozenTrunk(base), collate(texts, base.pad_id), alone(base, texts)
+    assert trunk.split and base.blocks.first == 1
+    assert trunk.fill(texts) == len({text.key for text in texts})
+    close = {"rtol": 1e-4, "atol": 1e-4 * float(expected.abs().max())}
     with torch.no_grad():
-        return base.model(input_ids=torch.tensor([text.ids]), use_cache=False).logits[
-            0, list(text.scored)
-        ]
+        torch.testing.assert_close(trunk.suffix(texts, batch), expected, **close)
+        torch.testing.assert_close(trunk.before(texts, batch), expected, **close)
+        torch.testing.assert_close(FrozenTrunk(base).suffix(texts, batch), expected, **close)
 
 
-@pytest.mark.parametrize("family", ["llama", "gpt2"])
-def test_suffix_and_reference_are_the_whole_models_logits(family, request):
-    base = request.getfixturevalue(family)
-    texts = every_text(base)
-    trunk = FrozenTrunk(base)
-    assert trunk.split and trunk.fill(texts) == len({t.key for t in texts})
+@pytest.mark.parametrize("family", CAUSAL)  # OPT hands its MLP all tokens of a batch in one row
+def test_factors_rebuild_the_gradient_of_the_weights(family):
+    base = CAUSAL[family].base()
+    texts = [edit_tokens(base, hparams(), example) for example in EXAMPLES[:3]]
+    factors = capture_factors(FrozenTrunk(base), texts)
+    weights = [base.site_module(site).weight.requires_grad_() for site in base.sites]
     batch = collate(texts, base.pad_id)
-    expected = torch.cat([plain_logits(base, text) for text in texts])
+    logits = base.forward(batch.input_ids, batch.attention_mask)[batch.scored]
+    loss = edit_nll(logits, batch.targets, batch.rows, len(texts)).sum()
+    for site, gradient in zip(base.sites, torch.autograd.grad(loss, weights), strict=True):
+        expected = gradient.T if site.transposed else gradient
+        scale = float(expected.abs().max())
+        assert scale > 0
+        found = factors[site.name].weight_gradient()
+        torch.testing.assert_close(found, expected, rtol=1e-3, atol=1e-4 * scale)
+
+
+def test_a_model_that_is_no_chain_gives_the_same_numbers_without_a_cache():
+    base = tiny_llama()
+    halved = base.model.model.layers[1]
+    halved.register_forward_pre_hook(lambda _, args: (args[0] * 0.5, *args[1:]))
+    base = BaseModel(base.model, base.tokenizer, name="no chain")
+    texts = every_text(base)
+    trunk, batch = FrozenTrunk(base), collate(texts, base.pad_id)
+    assert base.blocks is None and not trunk.split and trunk.fill(texts) == 0
     with torch.no_grad():
-        torch.testing.assert_close(trunk.suffix(texts, batch), expected, rtol=1e-5, atol=1e-5)
-        torch.testing.assert_close(trunk.before(texts, batch), expected, rtol=1e-5, atol=1e-5)
-        uncached = FrozenTrunk(base)
-        torch.testing.assert_close(uncached.suffix(texts, batch), expected, rtol=1e-5, atol=1e-5)
-
-
-def test_the_suffix_runs_no_block_below_the_lowest_site(llama):
-    texts = every_text(llama)
-    trunk = FrozenTrunk(llama)
-    trunk.fill(texts)
-    ran = []
-    blocks = llama.model.get_submodule(llama.blocks.path)
-    handles = [
-        block.register_forward_hook(lambda *_, i=i: ran.append(i)) for i, block in enumerate(blocks)
-    ]
-    trunk.suffix(texts, collate(texts, llama.pad_id))
-    for handle in handles:
-        handle.remove()
-    assert ran == list(range(llama.blocks.first, len(blocks)))
+        for got in (trunk.suffix(texts, batch), trunk.before(texts, batch)):
+            torch.testing.assert_close(got, alone(base, texts), rtol=1e-4, atol=1e-5)
 
 
 def test_the_model_is_left_as_it_was(llama):
-    texts = every_text(llama)
-    before = {name: id(module) for name, module in llama.model.named_modules()}
+    texts, ran = every_text(llama), []
+    modules = {name: id(module) for name, module in llama.model.named_modules()}
     trunk = FrozenTrunk(llama)
     trunk.fill(texts)
+    for i, block in enumerate(llama.model.model.layers):
+        block.register_forward_hook(lambda *_, i=i: ran.append(i))
     trunk.suffix(texts, collate(texts, llama.pad_id))
-    with pytest.raises(RuntimeError):
-        trunk.suffix(
-            texts, collate(texts[:-1], llama.pad_id)
-        )  # states of another shape than the mask
-    assert {name: id(module) for name, module in llama.model.named_modules()} == before
+    assert ran == [1, 2, 3]
+    for block in llama.model.model.layers:
+        block._forward_hooks.clear()
+    with pytest.raises(RuntimeError):  # states of another shape than the mask
+        trunk.suffix(texts, collate(texts[:-1], llama.pad_id))
+    assert {name: id(module) for name, module in llama.model.named_modules()} == modules
     assert not any(m._forward_hooks or m._forward_pre_hooks for m in llama.model.modules())
 
 
@@ -63,8 +89,9 @@ def test_padding_does_not_change_a_text(llama):
     texts = every_text(llama)
     trunk = FrozenTrunk(llama)
     trunk.fill(texts)
-    longest = max(texts, key=lambda t: len(t.ids))
+    longest = max(texts, key=lambda text: len(text.ids))
     for text in texts[:4]:
-        alone = trunk.suffix([text], collate([text], llama.pad_id))
+        by_itself = trunk.suffix([text], collate([text], llama.pad_id))
         padded = trunk.suffix([longest, text], collate([longest, text], llama.pad_id))
-        torch.testing.assert_close(padded[len(longest.scored) :], alone, rtol=1e-5, atol=1e-5)
+        found = padded[len(longest.scored) :]
+        torch.testing.assert_close(found, by_itself, rtol=1e-5, atol=1e-5)

@@ -1,13 +1,13 @@
 """Tiny random models with a real tokenizer: small enough to check every number, shaped like the real ones.
 
 The tokenizer is a byte-level BPE trained here on sentences made of facts, so names split into several tokens
-and words carry their leading space, as in GPT-2, Llama 3 and SmolLM. Weights are drawn so wide that greedy
-decoding has no near ties.
+and words carry their leading space. Weights are drawn so wide that greedy decoding has no near ties.
 """
 
 from functools import cache
 from itertools import product
 from pathlib import Path
+from typing import Any
 
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
@@ -16,7 +16,6 @@ from transformers import (
     GPT2LMHeadModel,
     LlamaConfig,
     LlamaForCausalLM,
-    PreTrainedModel,
     PreTrainedTokenizerFast,
 )
 
@@ -24,21 +23,9 @@ from mendkit.models.base import BaseModel
 
 END, PAD = "<|end|>", "<|pad|>"
 POSITIONS = 256
-_SPREAD = 0.15
 
-_PLACES = (
-    "France",
-    "Spain",
-    "Japan",
-    "Italy",
-    "Norway",
-    "Peru",
-    "Chad",
-    "Fiji",
-    "Chile",
-    "the United Kingdom",
-)
-_CITIES = ("Paris", "Madrid", "Tokyo", "Rome", "Oslo", "Lima", "Bern", "Suva", "Santiago", "London")
+_PLACES = (*"France Spain Japan Italy Norway Peru Chad Fiji Chile".split(), "the United Kingdom")
+_CITIES = "Paris Madrid Tokyo Rome Oslo Lima Bern Suva Santiago London".split()
 _FORMS = (
     "The capital of {place} is {city}.",
     "{place} has its seat of government in {city}.",
@@ -69,69 +56,46 @@ def _trained() -> str:
 
 def tiny_tokenizer(*, pad: bool = True) -> PreTrainedTokenizerFast:
     """A fresh byte-level BPE tokenizer; without a padding token if `pad` is false."""
+    backend = Tokenizer.from_str(_trained())
     return PreTrainedTokenizerFast(
-        tokenizer_object=Tokenizer.from_str(_trained()),
-        eos_token=END,
-        pad_token=PAD if pad else None,
+        tokenizer_object=backend, eos_token=END, pad_token=PAD if pad else None
     )
 
 
-def _llama(tokenizer: PreTrainedTokenizerFast, layers: int, d: int) -> PreTrainedModel:
-    return LlamaForCausalLM(
-        LlamaConfig(
-            vocab_size=len(tokenizer),
-            hidden_size=d,
-            intermediate_size=2 * d,
-            num_hidden_layers=layers,
-            num_attention_heads=4,
-            num_key_value_heads=2,
-            max_position_embeddings=POSITIONS,
-            initializer_range=_SPREAD,
-            bos_token_id=None,
-            eos_token_id=tokenizer.eos_token_id,
-            pad_token_id=tokenizer.pad_token_id,
-            architectures=["LlamaForCausalLM"],
-        )
-    )
-
-
-def _gpt2(tokenizer: PreTrainedTokenizerFast, layers: int, d: int) -> PreTrainedModel:
-    return GPT2LMHeadModel(
-        GPT2Config(
-            vocab_size=len(tokenizer),
-            n_embd=d,
-            n_layer=layers,
-            n_head=4,
-            n_positions=POSITIONS,
-            initializer_range=_SPREAD,
-            bos_token_id=None,
-            eos_token_id=tokenizer.eos_token_id,
-            pad_token_id=tokenizer.pad_token_id,
-            architectures=["GPT2LMHeadModel"],
-        )
-    )
-
-
-def _base(build, name: str, *, dtype: torch.dtype, seed: int, layers: int, d: int) -> BaseModel:
+def _base(
+    model: type, config: type, sizes: dict[str, Any], dtype: torch.dtype, seed: int
+) -> BaseModel:
     tokenizer = tiny_tokenizer()
+    values = {
+        "vocab_size": len(tokenizer),
+        "initializer_range": 0.15,
+        "bos_token_id": None,
+        "eos_token_id": tokenizer.eos_token_id,
+        "pad_token_id": tokenizer.pad_token_id,
+        "architectures": [model.__name__],
+    }
     with torch.random.fork_rng():
         torch.manual_seed(seed)
-        model = build(tokenizer, layers, d)
-    return BaseModel(model.to(dtype), tokenizer, name=name)
+        built = model(config(**values, **sizes)).to(dtype)
+    return BaseModel(built, tokenizer, name=f"tiny-{built.config.model_type}")
 
 
 def tiny_llama(
     *, dtype: torch.dtype = torch.float32, seed: int = 0, layers: int = 4, d: int = 32
 ) -> BaseModel:
     """A random Llama with an output layer of its own, of `nn.Linear` layers: weights are (d_out, d_in)."""
-    return _base(_llama, "tiny-llama", dtype=dtype, seed=seed, layers=layers, d=d)
+    sizes = {"hidden_size": d, "intermediate_size": 2 * d, "num_hidden_layers": layers}
+    sizes |= {"num_attention_heads": 4, "num_key_value_heads": 2}
+    sizes["max_position_embeddings"] = POSITIONS
+    return _base(LlamaForCausalLM, LlamaConfig, sizes, dtype, seed)
 
 
 def tiny_gpt2(
     *, dtype: torch.dtype = torch.float32, seed: int = 0, layers: int = 4, d: int = 32
 ) -> BaseModel:
     """A random GPT-2 with tied embeddings, of `Conv1D` layers: weights are (d_in, d_out)."""
-    return _base(_gpt2, "tiny-gpt2", dtype=dtype, seed=seed, layers=layers, d=d)
+    sizes = {"n_embd": d, "n_layer": layers, "n_head": 4, "n_positions": POSITIONS}
+    return _base(GPT2LMHeadModel, GPT2Config, sizes, dtype, seed)
 
 
 def save_tiny(folder: str | Path, base: BaseModel | None = None) -> Path:

@@ -1,0 +1,109 @@
+"""Decoding is greedy, each row by itself, whatever the checkpoint's settings say."""
+
+import pytest
+import torch
+
+from mendkit.errors import DataError, HyperParamError
+from mendkit.models.base import BaseModel
+from tests.oracles.tiny import POSITIONS, sentences, tiny_llama
+
+FAMILIES = pytest.mark.parametrize("family", ["llama", "gpt2"])
+PROMPTS = tuple(s[: 8 + 3 * i] for i, s in enumerate(sentences()[::37]))
+
+
+def naive_greedy(base: BaseModel, ids: tuple[int, ...], steps: int) -> list[int]:
+    """One token after another by a full forward without cache."""
+    new: list[int] = []
+    for _ in range(steps):
+        with torch.no_grad():
+            logits = base.model(input_ids=torch.tensor([[*ids, *new]])).logits
+        new.append(int(logits[0, -1].argmax()))
+        if new[-1] == base.eos_id:
+            return new[:-1]
+    return new
+
+
+@FAMILIES
+def test_decoding_is_greedy(family, request):
+    base = request.getfixturevalue(family)
+    for prompt in PROMPTS[:4]:
+        text = base.tokenize(prompt)
+        got = base.write([text], max_new_tokens=12, stop=False)
+        assert got == [naive_greedy(base, text.ids, 12)]
+
+
+@FAMILIES
+@pytest.mark.parametrize("stop", [True, False])
+def test_batched_and_single_generation_agree(family, stop, request):
+    base = request.getfixturevalue(family)
+    singles = [base.generate(prompt, max_new_tokens=16, stop=stop) for prompt in PROMPTS]
+    for size in (64, 3):
+        together = base.generate_batch(PROMPTS, max_new_tokens=16, stop=stop, batch_size=size)
+        assert together == singles
+    assert len(set(singles)) > 3 and base.generate_batch([]) == []
+
+
+@FAMILIES
+def test_rows_keep_their_order_and_stop_by_themselves(family, request):
+    """Oracle: the rows that nothing stopped, cut by hand. Full stops and newlines are made likely."""
+    base = request.getfixturevalue(family)
+    rows = [base.tokenize(prompt) for prompt in PROMPTS]
+    stops = [token for end in ".\n" for token in base.tokenizer(end)["input_ids"]]
+    bonus = torch.zeros(len(base.tokenizer))
+    bonus[stops] = 1.0
+    head = base.model.get_output_embeddings()
+    with head.register_forward_hook(lambda _, args, logits: logits + bonus):
+        free = base.write(rows, max_new_tokens=24, stop=False)
+        stopped = base.write(rows, max_new_tokens=24, stop=True)
+        together = base.generate_batch(PROMPTS, max_new_tokens=24)
+    by_hand = []
+    for row in free:
+        spelt = [base.tokenizer.decode([token]) for token in row]
+        ends = [i for i, text in enumerate(spelt) if set(text) & set(".\n")]
+        by_hand.append(row[: ends[0] + 1] if ends else row)
+    assert stopped == by_hand and len({len(row) for row in stopped}) > 2
+    written = [base.tokenizer.decode(row, skip_special_tokens=True) for row in by_hand]
+    assert together == [text.split("\n")[0].split(".")[0] for text in written]
+    assert together == [base.new_text(a, b) for a, b in zip(rows, stopped, strict=True)]
+
+
+def test_the_checkpoints_generation_settings_have_no_say():
+    base, plain = tiny_llama(), tiny_llama()
+    settings = base.model.generation_config
+    settings.repetition_penalty, settings.num_beams, settings.do_sample = 5.0, 3, True
+    settings.max_length, settings.temperature, settings.no_repeat_ngram_size = 3, 9.0, 1
+    assert base.generate_batch(PROMPTS, stop=False) == plain.generate_batch(PROMPTS, stop=False)
+    assert base.model.generation_config is settings
+
+
+def test_every_declared_end_of_text_ends_a_row():
+    base = tiny_llama()
+    prompt = [base.tokenize(PROMPTS[0])]
+    (row,) = base.write(prompt, max_new_tokens=8, stop=False)
+    base.model.generation_config.eos_token_id = [base.eos_id, row[2], 10**6]
+    (cut,) = base.write(prompt, max_new_tokens=8, stop=False)
+    assert cut == row[: row.index(row[2])]
+
+
+def test_new_text_keeps_the_leading_space_and_drops_special_tokens(llama):
+    prompt = llama.tokenizer("The capital of France is")["input_ids"]
+    new = [*llama.tokenizer(" Paris")["input_ids"], llama.eos_id]
+    assert llama.new_text(prompt, new) == llama.new_text([], new) == " Paris"
+    longer = llama.tokenizer(" a.b\nc")["input_ids"]
+    assert llama.new_text(prompt, longer) == " a"
+    assert llama.new_text(prompt, longer, stop=False) == " a.b\nc"
+
+
+@pytest.mark.parametrize(
+    ("call", "error", "words"),
+    [
+        (lambda b: b.generate(""), DataError, "without tokens"),
+        (lambda b: b.generate("a", max_new_tokens=0), HyperParamError, "at least 1, got 0"),
+        (lambda b: b.generate("Paris" * 200), DataError, f"{POSITIONS} positions"),
+        (lambda b: b.generate_batch("Paris"), HyperParamError, "list of prompts"),
+        (lambda b: b.generate_batch(["a"], batch_size=0), HyperParamError, "batch_size >= 1"),
+    ],
+)
+def test_misuse_of_generation_is_explained(llama, call, error, words):
+    with pytest.raises(error, match=words):
+        call(llama)
