@@ -50,11 +50,11 @@ def evaluate(
 ) -> EvaluationReport:
     """Score an editor: each edit alone ("single"), `k` at once ("batch"), or all ("sequential").
 
-    Pass an `EvaluationSet` to score several editors of one model, whatever their sites, on the same
-    examples without preparing them again; `max_new_tokens`, `text` and `fluency` are then its own.
-    `strength` multiplies every update. The number of edits is part of the result's name: `batch_25`, and `sequential_1`,
-    `_10`, `_100`, `_1000` and the last. Raises HyperParamError for another mode, or a `k` that
-    does not go with it; DataError if there is nothing to score.
+    Pass an `EvaluationSet` to score several editors of one model on the same examples without
+    preparing them again; `max_new_tokens`, `text` and `fluency` are then its own. `strength`
+    multiplies every update. The number of edits is part of the result's name: `batch_25`, and
+    `sequential_1`, `_10`, `_100`, `_1000` and the last. Raises HyperParamError for another mode or
+    a `k` that does not go with it, DataError if there is nothing to score.
     """
     if mode not in MODES:
         raise HyperParamError(f"mode must be one of {', '.join(MODES)}, got {mode!r}")

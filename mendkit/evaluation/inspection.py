@@ -1,15 +1,16 @@
-"""Looking inside an edit: what each ingredient of MEND does to the update, and what training changed.
+"""Looking inside an edit: what each part of MEND does to the update, and what training changed.
 
-A gradient and an update are both low-rank, A = c Σ_t δ_t u_tᵀ, so no dense matrix is needed except in the check that
-this form is right (`rank_rows`; section 3.1 of the paper):
+A gradient and an update are both low-rank, A = c Σ_t δ_t u_tᵀ, so a dense matrix is needed only to
+check that this form is right (`rank_rows`; section 3.1 of the paper):
 
     cos = ⟨−ΔW, ∇L⟩ / (‖ΔW‖ ‖∇L‖), with ⟨A, B⟩ and ‖A‖ of `LowRankUpdate`,
     singular values of A = those of |c| R_δ R_uᵀ, with δᵀ = Q_δ R_δ and uᵀ = Q_u R_u.
 
-All in float64. Axes: b edits, t (s) tokens of an edit, i layer input, o layer output, k singular values.
+All in float64. Axes: b edits, t tokens, i layer input, o layer output, k singular values.
 """
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -36,11 +37,13 @@ _PLAIN = {"whiten": None, "whiten_pairs": False, "unit_response": False}
 
 
 def open_editor(
-    hparams: MENDHyperParams, examples: Sequence[EditExample], /, *, base: BaseModel | None = None
+    hparams: MENDHyperParams, examples: Sequence[EditExample], *, base: BaseModel | None = None
 ) -> MENDEditor:
-    """The archive's editor, named "trained"; where `archive` is null one at identity initialisation, named "untrained",
-    with the paper's per-feature statistics of `examples` (`whiten` needs more examples than that). Loads the base model
-    unless it is given."""
+    """The archive's editor, named "trained"; an "untrained" one where `archive` is null.
+
+    That one has identity initialisation and the paper's per-feature statistics of `examples`.
+    Loads the base model unless it is given.
+    """
     if hparams.archive is not None:
         editor = MENDEditor.from_hparams(hparams, base=base)
         return MENDEditor(editor.base, editor.mend, name="trained", archive=editor.archive)
@@ -79,15 +82,15 @@ def answer_tokens(base: BaseModel, example: EditExample) -> dict[str, str | None
     }
 
 
-def restarted(base: BaseModel, mend: MEND, /, *, init: str = "id_xavier") -> MEND:
+def restarted(base: BaseModel, mend: MEND, *, init: str = "id_xavier") -> MEND:
     """`mend` before training: its statistics, fresh blocks, one step size."""
     fresh = MEND(mend.sites, mend.hparams.replace(init=init, update_sign=-1)).to(base.device)
     fresh.moments.load_state_dict(mend.moments.state_dict())
     return fresh
 
 
-def stages(base: BaseModel, mend: MEND, texts: Sequence[Tokens], /) -> dict[str, MEND]:
-    """Untrained editors on the way from the plain gradient step to `mend`'s start, one difference at a time.
+def stages(base: BaseModel, mend: MEND, texts: Sequence[Tokens]) -> dict[str, MEND]:
+    """Untrained editors from the plain gradient step to `mend`'s start, one difference at a time.
 
     `texts` give the per-feature statistics where `mend` has others.
     """
@@ -96,152 +99,146 @@ def stages(base: BaseModel, mend: MEND, texts: Sequence[Tokens], /) -> dict[str,
     if h.edit_tokens == "scored":
         out[SCORED] = _fresh(base, h, texts, norm=False)
     if h.norm and h.whiten is None:
-        return out | {PER_FEATURE: restarted(base, mend)}
+        out[PER_FEATURE] = restarted(base, mend)
+        return out
     out[PER_FEATURE] = _fresh(base, h, texts, norm=True)
-    return out | ({WHITENED: restarted(base, mend)} if h.norm else {})
+    if h.norm:
+        out[WHITENED] = restarted(base, mend)
+    return out
 
 
-def _fresh(base: BaseModel, h: MENDHyperParams, texts: Sequence[Tokens], /, *, norm: bool) -> MEND:
-    """MEND at identity initialisation, without a normaliser or with per-feature statistics of `texts`."""
+def _fresh(base: BaseModel, h: MENDHyperParams, texts: Sequence[Tokens], *, norm: bool) -> MEND:
+    """MEND at identity initialisation, with per-feature statistics of `texts` or none."""
     h = h.replace(**_PLAIN, norm=norm, init="id_xavier", update_sign=-1, archive=None)
     mend = MEND(base.sites, h).to(base.device)
     if norm:
-        mend.warm_up(
-            [
-                capture_factors(
-                    FrozenTrunk(base), texts, tokens=h.edit_tokens, reduction=h.loss_reduction
-                )
-            ]
-        )
+        trunk, options = FrozenTrunk(base), {"tokens": h.edit_tokens}
+        mend.warm_up([capture_factors(trunk, texts, reduction=h.loss_reduction, **options)])
     return mend.eval()
 
 
 def weight_gradients(
-    base: BaseModel, text: Tokens, /, *, reduction: str = "edit"
+    base: BaseModel, text: Tokens, *, reduction: str = "edit"
 ) -> dict[str, Tensor]:
-    """autograd's dL/dW (o, i) of every site for one text: the dense matrices that MEND never forms."""
-    weights = {site.name: base.site_weight(site) for site in base.sites}
+    """autograd's dL/dW (o, i) of every site: the dense matrices that MEND never forms."""
+    weights = [base.site_weight(site) for site in base.sites]
     batch = collate([text], base.pad_id, base.device)
     try:
-        for weight in weights.values():
+        for weight in weights:
             weight.requires_grad_(True)
         with torch.enable_grad():
-            loss = edit_nll(
-                FrozenTrunk(base).suffix([text], batch), batch.targets, batch.rows, 1
-            ).sum()
-            loss = loss * len(text.targets) if reduction == "sum" else loss
-            gradients = torch.autograd.grad(loss, list(weights.values()))
+            logits = FrozenTrunk(base).suffix([text], batch)
+            loss = edit_nll(logits, batch.targets, batch.rows, 1).sum()
+            gradients = torch.autograd.grad(loss, weights)
     finally:
         base.model.requires_grad_(False)  # frozen, as it was
-    return {
-        s.name: (g.T if s.transposed else g) for s, g in zip(base.sites, gradients, strict=True)
-    }
+    scale = len(text.targets) if reduction == "sum" else 1
+    out = {}
+    for site, gradient in zip(base.sites, gradients, strict=True):
+        out[site.name] = scale * (gradient.T if site.transposed else gradient)
+    return out
 
 
 def rank_rows(
-    base: BaseModel, texts: Sequence[Tokens], /, *, reduction: str = "edit"
+    base: BaseModel, texts: Sequence[Tokens], *, reduction: str = "edit"
 ) -> list[dict[str, Any]]:
-    """For every text and site: ‖Σ_t δ_t u_tᵀ − ∇L‖_F / ‖∇L‖_F (`error`), the numerical rank of ∇L, the number of
-    tokens; `scored_error` is the error of the sum over the scored tokens only (`edit_tokens: scored`)."""
+    """A row for every text and site: is ∇L the sum of its rank-one terms?
+
+    `error` is ‖Σ_t δ_t u_tᵀ − ∇L‖_F / ‖∇L‖_F, `scored_error` that of the scored tokens alone;
+    besides the numerical `rank` of ∇L, the number of `tokens`, and the `full_rank`.
+    """
     rows, trunk = [], FrozenTrunk(base)
     for k, text in enumerate(texts):
-        every, scored = (
-            capture_factors(trunk, [text], tokens=t, reduction=reduction) for t in ("all", "scored")
-        )
+        every = capture_factors(trunk, [text], reduction=reduction)
+        scored = capture_factors(trunk, [text], tokens="scored", reduction=reduction)
         for site, dense in weight_gradients(base, text, reduction=reduction).items():
-            own = {"tokens": len(every[site].u), "full_rank": min(dense.shape)}
-            own["rank"] = int(torch.linalg.matrix_rank(dense.to(every[site].u.dtype)))
+            row = {"example": k, "site": site, "tokens": len(every[site].u)}
+            row["full_rank"] = min(dense.shape)
+            row["rank"] = int(torch.linalg.matrix_rank(dense.to(every[site].u.dtype)))
             for name, factors in (("error", every), ("scored_error", scored)):
-                terms = (
-                    factors[site].delta.double().T @ factors[site].u.double()
-                )  # not the product that autograd forms
-                own[name] = float((terms - dense).norm() / dense.norm())
-            rows.append({"example": k, "site": site, **own})
+                # In float64: not the product that autograd forms.
+                terms = factors[site].delta.double().T @ factors[site].u.double()
+                row[name] = float((terms - dense).norm() / dense.norm())
+            rows.append(row)
     return rows
 
 
-def cosines(a: LowRankUpdate, b: LowRankUpdate, /) -> Float[Tensor, " b"]:
+def cosines(a: LowRankUpdate, b: LowRankUpdate) -> Float[Tensor, " b"]:
     """cos(A, B) of every edit; 0 where one of them is 0."""
     size = a.norms() * b.norms()
     return torch.where(size > 0, a.inner(b) / size, 0.0)
 
 
-def singular_values(a: LowRankUpdate, /) -> Float[Tensor, "b k"]:
+def singular_values(a: LowRankUpdate) -> Float[Tensor, "b k"]:
     """Singular values of every edit's A, descending, k = min(t, i, o)."""
-    small_u, small_delta = (torch.linalg.qr(x.double().transpose(1, 2)).R for x in (a.u, a.delta))
-    return torch.linalg.svdvals(small_delta @ small_u.transpose(1, 2)) * abs(float(a.coefficient))
+    small_u, small_delta = (torch.linalg.qr(x.double().mT).R for x in (a.u, a.delta))
+    return torch.linalg.svdvals(small_delta @ small_u.mT) * abs(float(a.coefficient))
 
 
-def gradients(trunk: FrozenTrunk, texts: Sequence[Tokens], /, *, reduction: str) -> Updates:
+def gradients(trunk: FrozenTrunk, texts: Sequence[Tokens], *, reduction: str) -> Updates:
     """The true ∇L of every text and site, from all its tokens, as low-rank matrices."""
-    factors, n = capture_factors(trunk, texts, reduction=reduction), len(texts)
-    return {
-        name: LowRankUpdate(padded(f.u, f.rows, n), padded(f.delta, f.rows, n), 1.0)
-        for name, f in factors.items()
-    }
+    out, count = {}, len(texts)
+    for name, f in capture_factors(trunk, texts, reduction=reduction).items():
+        u, delta = padded(f.u, f.rows, count), padded(f.delta, f.rows, count)
+        out[name] = LowRankUpdate(u, delta, 1.0)
+    return out
 
 
 @torch.no_grad()
-def updates_of(trunk: FrozenTrunk, mend: MEND, texts: Sequence[Tokens], /) -> Updates:
+def updates_of(trunk: FrozenTrunk, mend: MEND, texts: Sequence[Tokens]) -> Updates:
     """`mend`'s updates of independent edits, one per text."""
-    h = mend.hparams
-    factors = capture_factors(trunk, texts, tokens=h.edit_tokens, reduction=h.loss_reduction)
-    return {
-        name: LowRankUpdate(u.u, u.delta, float(u.coefficient))
-        for name, u in mend(factors, len(texts)).items()
-    }
+    tokens, reduction = mend.hparams.edit_tokens, mend.hparams.loss_reduction
+    factors = capture_factors(trunk, texts, tokens=tokens, reduction=reduction)
+    made = mend(factors, len(texts))
+    return {name: replace(u, coefficient=float(u.coefficient)) for name, u in made.items()}
 
 
 def anatomy(
-    base: BaseModel, updates: Mapping[str, Updates], gradient: Updates, /
+    base: BaseModel, updates: Mapping[str, Updates], gradient: Updates
 ) -> list[dict[str, Any]]:
-    """A row per editor (`series`), site and edit: cosine of −ΔW with ∇L, ‖ΔW‖ / ‖∇L‖ (`step`), ‖ΔW‖ / ‖W‖ (`norm`)."""
+    """A row per editor (`series`), site and edit.
+
+    `cosine` of −ΔW with ∇L, `step` = ‖ΔW‖ / ‖∇L‖, `norm` = ‖ΔW‖ / ‖W‖.
+    """
     rows = []
-    for series, own in updates.items():
+    for series, by_site in updates.items():
         for site in base.sites:
-            update, true = own[site.name], gradient[site.name]
-            size, weight = update.norms(), float(base.site_weight(site).double().norm())
-            values = {
-                "cosine": -cosines(update, true),
-                "step": size / true.norms(),
-                "norm": size / weight,
-            }
+            update, true = by_site[site.name], gradient[site.name]
+            cosine, size, true_size = -cosines(update, true), update.norms(), true.norms()
+            weight = float(base.site_weight(site).double().norm())
             for k in range(len(size)):
-                numbers = {name: float(value[k]) for name, value in values.items()}
-                rows.append({"series": series, "site": site.name, "example": k, **numbers})
+                row = {"series": series, "site": site.name, "example": k}
+                row |= {"cosine": float(cosine[k]), "step": float(size[k] / true_size[k])}
+                rows.append(row | {"norm": float(size[k]) / weight})
     return rows
 
 
-def spectra(updates: Mapping[str, Updates], /, *, most: int = 8) -> list[dict[str, Any]]:
-    """Mean over edits and sites of the share of ‖ΔW‖² in the first k = 1 … `most` singular directions, per editor."""
+def spectra(updates: Mapping[str, Updates], *, most: int = 8) -> list[dict[str, Any]]:
+    """Share of ‖ΔW‖² in the first k = 1 … `most` singular directions, mean over edits and sites."""
     rows = []
-    for series, own in updates.items():
-        shares = [
-            torch.nn.functional.normalize(singular_values(update), dim=1) ** 2
-            for update in own.values()
-        ]
-        equal = torch.cat([torch.nn.functional.pad(share, (0, most))[:, :most] for share in shares])
-        means = equal.cumsum(1).mean(0)
-        rows += [
-            {"series": series, "directions": k + 1, "share": float(x)} for k, x in enumerate(means)
-        ]
+    for series, by_site in updates.items():
+        shares = []
+        for update in by_site.values():
+            share = torch.nn.functional.normalize(singular_values(update), dim=1) ** 2
+            shares.append(torch.nn.functional.pad(share, (0, most))[:, :most])
+        for k, mean in enumerate(torch.cat(shares).cumsum(1).mean(0).tolist()):
+            rows.append({"series": series, "directions": k + 1, "share": mean})
     return rows
 
 
 def sweep(
-    trunk: FrozenTrunk, mend: MEND, examples: Sequence[ExampleTexts], /, *, sizes: Sequence[float]
-) -> list[dict[str, Any]]:
-    """`validate` at step sizes that give an edit the mean relative norm ‖ΔW‖ / ‖W‖ (over all sites) of each of `sizes`.
+    trunk: FrozenTrunk, mend: MEND, examples: Sequence[ExampleTexts], *, sizes: Sequence[float]
+) -> list[dict[str, float]]:
+    """`validate` at step sizes that give an edit the mean relative norm ‖ΔW‖ / ‖W‖ of each `size`.
 
-    A negative size turns the update's sign round, 0 is the unedited model.
+    The norms are over all sites. A negative size turns the sign round; 0 is the unedited model.
     """
     updates = updates_of(trunk, mend, [example.edit for example in examples])
-    weight = (
-        sum(float(trunk.base.site_weight(site).double().norm()) ** 2 for site in mend.sites) ** 0.5
-    )
-    unit = float(sum(update.norms() ** 2 for update in updates.values()).sqrt().mean()) / weight
-    pairs, h = [(size, size / unit) for size in sizes], mend.hparams
-    return [
-        {"size": r, "strength": s, **validate(trunk, mend, examples, h, strength=s)}
-        for r, s in pairs
-    ]
+    weights = [trunk.base.site_weight(site).double().norm() for site in mend.sites]
+    norms = torch.stack([update.norms() for update in updates.values()])
+    unit = float(norms.norm(dim=0).mean() / torch.stack(weights).norm())
+    rows = []
+    for size in sizes:
+        found = validate(trunk, mend, examples, mend.hparams, strength=size / unit)
+        rows.append({"size": size, "strength": size / unit, **found})
+    return rows

@@ -73,8 +73,8 @@ def prompt_scores(
 ) -> dict[str, float]:
     """The scores of one prompt of an edit to `target`.
 
-    Its `score` is whether the right answer is written, or the share of the answer's tokens whose argmax
-    is f's. Without an edit nothing is compared with f.
+    Its `score` is whether the right answer is written, or the share of the answer's tokens whose
+    argmax is f's. Without an edit nothing is compared with f.
     """
     if prompt.probe is not None:
         right = float(answers_probe(read.written or "", prompt.probe))
