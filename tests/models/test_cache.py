@@ -1,4 +1,4 @@
-"""What is on disk is what would be computed: whoever wrote it, however they ended, whatever room there is."""
+"""What is on disk is what would be computed, whoever wrote it and however they ended."""
 
 import json
 import logging

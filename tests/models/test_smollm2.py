@@ -1,4 +1,4 @@
-"""On the bundled model: the whole report with reduced sizes, and facts that the model is known to hold."""
+"""On the bundled model: the whole report with reduced sizes, and the trunk."""
 
 import json
 import subprocess

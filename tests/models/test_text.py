@@ -45,7 +45,7 @@ def test_batched_and_single_generation_agree(family, stop, request):
 
 @FAMILIES
 def test_rows_keep_their_order_and_stop_by_themselves(family, request):
-    """Oracle: the rows that nothing stopped, cut by hand. Full stops and newlines are made likely."""
+    """Oracle: rows that nothing stopped, cut by hand. Full stops and newlines are made likely."""
     base = request.getfixturevalue(family)
     rows = [base.tokenize(prompt) for prompt in PROMPTS]
     stops = [token for end in ".\n" for token in base.tokenizer(end)["input_ids"]]

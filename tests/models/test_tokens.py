@@ -1,7 +1,7 @@
 """The scored positions are exactly those that predict the target's characters, for every tokenizer.
 
-Oracle: the text is put together again from the tokens' spelling, piece by piece, without any offsets; a token
-belongs to the target if it ends behind the prompt.
+Oracle: the text is put together again from the tokens' spelling, piece by piece, without offsets.
+A token belongs to the target if it ends behind the prompt.
 """
 
 import pytest

@@ -1,4 +1,4 @@
-"""The trunk gives the whole model's numbers in every causal family, and leaves the model as it was."""
+"""The trunk gives the whole model's numbers in every causal family, and leaves no trace."""
 
 import pytest
 import torch

@@ -60,7 +60,10 @@ def byte_level(*, prefix: bool, trim: bool, template: str = "") -> Tokenizer:
 def metaspace_bpe(
     *, normaliser: bool, prepend: bool = True, template: str = f"{BOS} $A"
 ) -> Tokenizer:
-    """SentencePiece's BPE with byte fallback: spaces by a normaliser (Llama 2, Gemma) or a pre-tokenizer (Mistral)."""
+    """SentencePiece's BPE with byte fallback.
+
+    Spaces are made by a normaliser (Llama 2, Gemma) or by a pre-tokenizer (Mistral).
+    """
     tokenizer = Tokenizer(models.BPE(unk_token=UNK, byte_fallback=True, fuse_unk=True))
     if normaliser:
         steps = [normalizers.Prepend("▁")] if prepend else []

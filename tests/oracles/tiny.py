@@ -1,7 +1,7 @@
-"""Tiny random models with a real tokenizer: small enough to check every number, shaped like the real ones.
+"""Tiny random models with a real tokenizer, shaped like the real ones.
 
-The tokenizer is a byte-level BPE trained here on sentences made of facts, so names split into several tokens
-and words carry their leading space. Weights are drawn so wide that greedy decoding has no near ties.
+The tokenizer is a byte-level BPE trained here on sentences made of facts, so names split into
+several tokens. Weights are drawn so wide that greedy decoding has no near ties.
 """
 
 from functools import cache
@@ -24,8 +24,11 @@ from mendkit.models.base import BaseModel
 END, PAD = "<|end|>", "<|pad|>"
 POSITIONS = 256
 
-_PLACES = (*"France Spain Japan Italy Norway Peru Chad Fiji Chile".split(), "the United Kingdom")
-_CITIES = "Paris Madrid Tokyo Rome Oslo Lima Bern Suva Santiago London".split()
+_PLACES = (
+    *["France", "Spain", "Japan", "Italy", "Norway", "Peru", "Chad", "Fiji", "Chile"],
+    "the United Kingdom",
+)
+_CITIES = ["Paris", "Madrid", "Tokyo", "Rome", "Oslo", "Lima", "Bern", "Suva", "Santiago", "London"]
 _FORMS = (
     "The capital of {place} is {city}.",
     "{place} has its seat of government in {city}.",
@@ -83,7 +86,7 @@ def _base(
 def tiny_llama(
     *, dtype: torch.dtype = torch.float32, seed: int = 0, layers: int = 4, d: int = 32
 ) -> BaseModel:
-    """A random Llama with an output layer of its own, of `nn.Linear` layers: weights are (d_out, d_in)."""
+    """A random Llama with a separate output layer, of `nn.Linear`: weights are (d_out, d_in)."""
     sizes = {"hidden_size": d, "intermediate_size": 2 * d, "num_hidden_layers": layers}
     sizes |= {"num_attention_heads": 4, "num_key_value_heads": 2}
     sizes["max_position_embeddings"] = POSITIONS
@@ -99,7 +102,7 @@ def tiny_gpt2(
 
 
 def save_tiny(folder: str | Path, base: BaseModel | None = None) -> Path:
-    """Save a tiny model (default: `tiny_llama()`) and its tokenizer as a model folder for `model_name`."""
+    """Save a tiny model (default: `tiny_llama()`) and its tokenizer as a model folder."""
     base = base or tiny_llama()
     base.model.save_pretrained(folder)
     base.tokenizer.save_pretrained(folder)
