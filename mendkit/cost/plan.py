@@ -47,8 +47,8 @@ from .architectures import published
 
 logger = logging.getLogger(__name__)
 
+# By how much predicted peaks may be off.
 TOLERANCE = 0.25
-"""By how much predicted peaks may be off."""
 
 SAVED = 3  # copies of each linear layer's output that a pass with gradients keeps
 READ = 6  # copies of logits while their loss and its gradient are computed

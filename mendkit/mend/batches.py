@@ -15,8 +15,8 @@ from ..models.tokens import Tokens
 
 logger = logging.getLogger(__name__)
 
+# The role of a neighbour with the edit's new answer in place of the neighbour's answer.
 RIVALS = "rivals"
-"""The role of a neighbour with the edit's new answer in place of the neighbour's answer."""
 
 
 def role_weights(h: MENDHyperParams) -> dict[str, float]:
@@ -163,11 +163,11 @@ def _rivals(
     return dict(zip(_probes(base, h, known), rivals, strict=True))
 
 
+# Draws after which no text is borrowed for want of a fitting one.
 MOST_TRIES = 10
-"""Draws after which no text is borrowed for want of a fitting one."""
 
+# For each edit the same number of (role, text), the edit first; the role "" only fills up.
 Rows = list[list[tuple[str, Tokens]]]
-"""For each edit the same number of (role, text), the edit first; the role "" only fills up."""
 
 
 @dataclass(frozen=True)

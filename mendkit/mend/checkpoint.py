@@ -30,6 +30,7 @@ CHECKPOINT = Kind(
     if_another_model="load the model of that run, or delete the file to start anew",
 )
 FILE = "checkpoint.safetensors"
+# Hyperparameters that no number depends on: they may differ when a run goes on.
 FREE = {
     "cache_dir",
     "disk_cache_bytes",
@@ -38,7 +39,6 @@ FREE = {
     "checkpoint_interval",
     "stream_trunk",
 }
-"""Hyperparameters that no number depends on: they may differ when a run goes on."""
 
 VERSIONS = ("mendkit", "torch", "transformers")
 

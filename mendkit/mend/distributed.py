@@ -22,8 +22,8 @@ from ..runs import locked
 
 T = TypeVar("T")
 
+# How long a process waits for the others: the first may validate or fetch a model meanwhile.
 TIMEOUT = timedelta(hours=1)
-"""How long a process waits for the others: the first may validate or fetch a model meanwhile."""
 
 
 def process_count() -> int:

@@ -24,14 +24,14 @@ from ..models.tokens import TextBatch, Tokens, collate
 from ..models.trunk import FrozenTrunk
 from .losses import edit_nll, wide
 
+# Texts of one pass that captures factors or layer inputs.
 FACTOR_BATCH = 32
-"""Texts of one pass that captures factors or layer inputs."""
 
+# u (n, i) and delta (n, o) of one text, by site name.
 SiteTensors = dict[str, tuple[Tensor, Tensor]]
-"""u (n, i) and delta (n, o) of one text, by site name."""
 
+# Is told of countable work how much is done, and of how much.
 Report = Callable[[int, int], None]
-"""Is told of countable work how much is done, and of how much."""
 
 
 @dataclass(frozen=True)
@@ -51,11 +51,11 @@ class GradientFactors:
         return torch.einsum("no,ni->oi", self.delta, self.u)
 
 
+# Factors by site name.
 Factors = dict[str, GradientFactors]
-"""Factors by site name."""
 
+# Layer inputs, (n, i), by site name.
 Inputs = dict[str, Tensor]
-"""Layer inputs, (n, i), by site name."""
 
 
 def capture_factors(

@@ -16,11 +16,11 @@ from pathlib import Path
 from ..errors import MendkitError
 from ..hparams import MENDHyperParams
 
+# Is told a row of the history, with its "step".
 Log = Callable[[Mapping[str, float]], None]
-"""Is told a row of the history, with its "step"."""
 
+# Log values at a step; close.
 Backend = tuple[Callable[[dict[str, float], int], object], Callable[[], object]]
-"""Log values at a step; close."""
 
 
 def check_logger(name: str | None) -> None:

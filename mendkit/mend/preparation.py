@@ -26,15 +26,15 @@ from .hypernetwork import MEND, Wordings
 
 logger = logging.getLogger(__name__)
 
+# Examples below which statistics with `whiten_pairs` are poor.
 FEW_PAIRED = 300
-"""Examples below which statistics with `whiten_pairs` are poor."""
 
+# Hyperparameters that an archive decides when training goes on from it.
 STRUCTURE = (
     *("add_eos", "aggregate", "combine", "delta_only", "edit_tokens", "init", "loss_reduction"),
     *("n_hidden", "norm", "norm_stats", "one_sided", "rank", "shared", "std_eps", "std_floor"),
     *("unit_response", "update_sign", "whiten", "whiten_pairs", "x_only", "z_clip"),
 )
-"""Hyperparameters that an archive decides when training goes on from it."""
 
 
 class Preparation:

@@ -29,8 +29,8 @@ from .least_squares import Memory
 from .losses import edit_nll, locality_kl, margin_shortfall
 from .updates import Updates, side_branches
 
+# A target that cross entropy leaves out, at less cost than choosing rows of logits.
 IGNORED = -100
-"""A target that cross entropy leaves out, at less cost than choosing rows of logits."""
 
 
 def batch_losses(
@@ -48,12 +48,7 @@ def batch_losses(
     The edits are independent, or `at_once` in a row are made as one. They come on top of the edits
     `before`, which `memory` holds (least squares).
     """
-    places: dict[str, list[int]] = {role: [] for role in (*HEADLINE_ROLES, RIVALS, "")}
-    texts: list[Tokens] = []
-    for drawn in rows:
-        for role, text in drawn:
-            places[role].append(len(texts))
-            texts.append(text)
+    texts, places = _in_a_row(rows)
 
     # 1. The hypernetwork turns the factors into updates.
     if before and memory is not None:
@@ -75,7 +70,7 @@ def batch_losses(
     nll = edit_nll(logits, targets, batch.rows, len(texts))
     values = {"edit": nll, "paraphrases": nll}
 
-    # 4. KL from the unedited model, of what is to be kept.
+    # 4. KL from the unedited model, of what is to be kept (equation 4).
     kept = [texts[place] for place in keep.nonzero()[:, 0].tolist()]
     if kept:
         unedited = trunk.before(kept, collate(kept, trunk.base.pad_id, trunk.base.device))
@@ -88,6 +83,17 @@ def batch_losses(
         shortfall = margin_shortfall(nll[beside], nll[places[RIVALS]], margin=mend.hparams.margin)
         losses[RIVALS] = shortfall.mean()
     return losses
+
+
+def _in_a_row(rows: Rows) -> tuple[list[Tokens], dict[str, list[int]]]:
+    """All texts of the edits, and the places of each role among them."""
+    places: dict[str, list[int]] = {role: [] for role in (*HEADLINE_ROLES, RIVALS, "")}
+    texts: list[Tokens] = []
+    for drawn in rows:
+        for role, text in drawn:
+            places[role].append(len(texts))
+            texts.append(text)
+    return texts, places
 
 
 def total_loss(losses: Mapping[str, Tensor], h: MENDHyperParams) -> Tensor:

@@ -31,14 +31,12 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
+# Files of a run folder, beside its checkpoint (checkpoint.py).
 ARCHIVE, HISTORY = "archive.safetensors", "history.jsonl"
-"""Files of a run folder, beside its checkpoint (checkpoint.py)."""
 
+# Steps in a row without a finite loss and gradient at which training stops. Were a text in every
+# second random batch at fault, ten in a row would come once in a thousand steps.
 MOST_SKIPPED = 10
-"""Steps in a row without a finite loss and gradient at which training stops.
-
-Were a text in every second random batch at fault, ten in a row would come once in a thousand steps.
-"""
 
 
 @dataclass(frozen=True, repr=False)

@@ -17,6 +17,7 @@ from .losses import margin_shortfall
 from .scoring import forced
 from .updates import Updates
 
+# The name of each role's share.
 SHARES = {
     "edit": "edit_success",
     "paraphrases": "paraphrase",
@@ -24,7 +25,6 @@ SHARES = {
     "unrelated": "locality",
     RIVALS: "ns",
 }
-"""The name of each role's share."""
 
 
 @torch.no_grad()
