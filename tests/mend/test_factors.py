@@ -18,26 +18,25 @@ def texts_of(base):
 @pytest.mark.parametrize("family", ["llama64", "gpt264"])
 def test_the_gradient_is_the_sum_of_rank_one_terms(family, request):
     base = request.getfixturevalue(family)
-    texts = texts_of(base)
-    factors = capture_factors(FrozenTrunk(base), texts)
+    texts, trunk = texts_of(base), FrozenTrunk(base)
+    factors, batch = capture_factors(trunk, texts), collate(texts, base.pad_id)
+    assert all(p.grad is None and not p.requires_grad for p in base.model.parameters())
+    assert not any(m._forward_hooks or m._forward_pre_hooks for m in base.model.modules())
     weights = [base.site_module(site).weight.requires_grad_() for site in base.sites]
     try:
-        trunk, batch = FrozenTrunk(base), collate(texts, base.pad_id)
         loss = edit_nll(trunk.suffix(texts, batch), batch.targets, batch.rows, len(texts)).sum()
         gradients = torch.autograd.grad(loss, weights)
     finally:
         base.model.requires_grad_(False)
     for site, gradient in zip(base.sites, gradients, strict=True):
         expected = gradient.T if site.transposed else gradient
-        torch.testing.assert_close(
-            factors[site.name].weight_gradient(), expected, rtol=1e-10, atol=1e-12
-        )
+        found = factors[site.name].weight_gradient()
+        torch.testing.assert_close(found, expected, rtol=1e-10, atol=1e-12)
 
 
 @pytest.mark.parametrize("cached", [True, False])
 def test_each_edit_has_the_scale_of_a_single_edit(llama64, cached):
-    texts = texts_of(llama64)
-    trunk = FrozenTrunk(llama64)
+    texts, trunk = texts_of(llama64), FrozenTrunk(llama64)
     if cached:
         trunk.fill(texts)
     together, cache = capture_factors(trunk, texts), FactorCache(trunk, hparams())
@@ -53,8 +52,7 @@ def test_each_edit_has_the_scale_of_a_single_edit(llama64, cached):
 
 
 def test_a_summed_loss_counts_every_token_alike(llama64):
-    texts = texts_of(llama64)
-    trunk = FrozenTrunk(llama64)
+    texts, trunk = texts_of(llama64), FrozenTrunk(llama64)
     means, sums = (capture_factors(trunk, texts, reduction=r) for r in ("edit", "sum"))
     counts = torch.tensor([len(text.targets) for text in texts])
     assert len(set(counts.tolist())) > 1
@@ -65,33 +63,19 @@ def test_a_summed_loss_counts_every_token_alike(llama64):
 
 
 def test_captured_inputs_are_those_of_the_scored_tokens_factors(llama):
-    texts = texts_of(llama)
-    trunk = FrozenTrunk(llama)
+    texts, trunk = texts_of(llama), FrozenTrunk(llama)
+    inputs = capture_inputs(trunk, texts)
     for name, f in capture_factors(trunk, texts, tokens="scored").items():
-        torch.testing.assert_close(capture_inputs(trunk, texts)[name], f.u)
+        torch.testing.assert_close(inputs[name], f.u)
 
 
 def test_tokens_left_out_are_those_that_cannot_receive_a_gradient(llama):
     text = texts_of(llama)[0]
-    for site in llama.sites:
-        tokens = len(capture_factors(FrozenTrunk(llama), [text])[site.name].u)
-        assert tokens == (len(text.scored) if site.scored_only else max(text.scored) + 1)
-    assert any(site.scored_only for site in llama.sites) and not all(
-        site.scored_only for site in llama.sites
-    )
-
-
-def test_the_model_is_left_as_it_was(llama):
-    capture_factors(FrozenTrunk(llama), texts_of(llama))
-    assert all(p.grad is None and not p.requires_grad for p in llama.model.parameters())
-    assert not any(m._forward_hooks or m._forward_pre_hooks for m in llama.model.modules())
-
-
-def test_a_single_token_target_works(llama):
-    example = EXAMPLES[0]
-    tokens = edit_tokens(llama, hparams(add_eos=False), example)
-    one = type(tokens)(tokens.ids[: tokens.scored[0] + 2], tokens.scored[:1], tokens.targets[:1])
-    factors = capture_factors(FrozenTrunk(llama), [one])
-    assert all(
-        torch.isfinite(f.u).all() and float(f.delta.abs().sum()) > 0 for f in factors.values()
-    )
+    one = type(text)(text.ids[: text.scored[0] + 2], text.scored[:1], text.targets[:1])
+    assert {site.scored_only for site in llama.sites} == {True, False}
+    for tokens in (text, one):  # a target of one token works, too
+        factors = capture_factors(FrozenTrunk(llama), [tokens])
+        for site in llama.sites:
+            count = len(tokens.scored) if site.scored_only else max(tokens.scored) + 1
+            assert len(factors[site.name].u) == count
+            assert float(factors[site.name].delta.abs().sum()) > 0
