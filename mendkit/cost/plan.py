@@ -10,9 +10,8 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
-from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -121,7 +120,7 @@ def plan(
         streamed=needs.streamed,
         released=needs.released,
         texts=len(texts.lengths),
-        tokens=sum(tokens for tokens, _ in texts.lengths.values()),
+        tokens=texts.tokens,
         idle=psutil.Process().memory_info().rss,
         phases=(*needs.before_training(), *needs.while_training()),
     )
@@ -150,36 +149,33 @@ class _Texts:
         validation: Sequence[EditExample],
     ) -> None:
         most = h.texts_per_role if isinstance(h.texts_per_role, tuple) else (h.texts_per_role,) * 3
-        by_role: dict[str, list[Probe]] = {role: [] for role in HEADLINE_ROLES}
-        for example in train:
+        examples = [*train, *validation[: h.val_steps]]
+        found: list[Probe] = []
+        for example in examples:
             roles = example.roles()
             for role, limit in zip(HEADLINE_ROLES, (1, *most), strict=True):
-                by_role[role] += roles[role][:limit]
-        validated: list[list[Probe]] = []
-        for example in validation[: h.val_steps]:
-            roles = example.roles()
-            validated.append([probe for role in HEADLINE_ROLES for probe in roles[role]])
-        probes = list(dict.fromkeys(chain(*by_role.values(), *validated)))
-        whole = self._count(tokenizer, [join(p.prompt, p.answer or "") for p in probes])
-        prompts = self._count(tokenizer, [p.prompt for p in probes])
-        self.lengths: dict[Probe, tuple[int, int]] = {}
-        for probe, long, short in zip(probes, whole, prompts, strict=True):
-            self.lengths[probe] = long + h.add_eos, max(long - short, 1) + h.add_eos
+                found += roles[role][:limit]
+        texts = [join(probe.prompt, probe.answer or "") for probe in found]
+        whole = _token_counts(tokenizer, texts)
+        prompts = _token_counts(tokenizer, [probe.prompt for probe in found])
+        self.lengths: dict[str, tuple[int, int]] = {}
+        for text, long, short in zip(texts, whole, prompts, strict=True):
+            self.lengths[text] = long + h.add_eos, max(long - short, 1) + h.add_eos
+        edits = [join(example.prompt, example.target_new) for example in train]
+        self.edits = [self.lengths[edit] for edit in edits]
+        self.tokens = sum(tokens for tokens, _ in self.lengths.values())
+        self.positions = sum(scored for _, scored in self.lengths.values())
         self.longest = max(tokens for tokens, _ in self.lengths.values())
-        self.edits = [self.lengths[probe] for probe in by_role["edit"]]
-        self.per_example = sum(map(len, by_role.values())) / len(train)
-        self.validated = sum(map(self.positions, validated[: h.val_batch_size]))
-        # The mean number of scored positions of a text, by role.
-        self.answers = {r: self.positions(ps) / max(len(ps), 1) for r, ps in by_role.items()}
+        self.answer = self.positions / len(self.lengths)  # scored positions of a text, the mean
+        self.per_example = len(found) / len(examples)
+        # Texts that are read at once in a validation.
+        self.validated = min(h.val_batch_size, len(examples) - len(train)) * self.per_example
 
-    def positions(self, probes: Iterable[Probe]) -> int:
-        """How many scored positions the texts have."""
-        return sum(self.lengths[probe][1] for probe in probes)
 
-    def _count(self, tokenizer: Any, texts: list[str]) -> list[int]:
-        if tokenizer is None:
-            return [len(text) // 4 + 1 for text in texts]
-        return [len(ids) for ids in tokenizer(texts)["input_ids"]]
+def _token_counts(tokenizer: Any, texts: list[str]) -> list[int]:
+    if tokenizer is None:
+        return [len(text) // 4 + 1 for text in texts]
+    return [len(ids) for ids in tokenizer(texts)["input_ids"]]
 
 
 class _Needs:
@@ -212,11 +208,11 @@ class _Needs:
     def _phase(self, name: str, working: float) -> Phase:
         return Phase(name, self.held | {"working memory": int(working)})
 
-    def _reading(self, rows: float, positions: float) -> float:
+    def _reading(self, rows: int) -> float:
         """Working memory of a pass through the suffix with gradients: features, and logits."""
         tokens = rows * self.texts.longest
         features = tokens * self.features * self.suffix * self.number * SAVED
-        return features + positions * self.vocabulary * 4 * READ
+        return features + rows * self.texts.answer * self.vocabulary * 4 * READ
 
     def before_training(self) -> Iterator[Phase]:
         """Loading, trunk pass, factors and statistics."""
@@ -226,7 +222,7 @@ class _Needs:
 
         # States on disk are pages that the system takes back.
         chunk = TOKENS_PER_PASS * self.features * number * SAVED
-        states = sum(sum(lengths) for lengths in texts.lengths.values()) * self.width * number
+        states = (texts.tokens + texts.positions) * self.width * number
         self.held["trunk states"] = states if states > h.disk_cache_bytes else 0
         portion = 2 * self.block * number if self.streamed else 2 * SHARD_BYTES
         yield self._phase("trunk pass", chunk + portion)
@@ -238,7 +234,7 @@ class _Needs:
             tokens = sum(lengths[scored or site.scored_only] for lengths in texts.edits)
             self.factors += tokens * (site.d_in + site.d_out) * max(number, 4)
         self.held["factors"] = min(self.factors, h.cache_bytes)
-        capturing = self._reading(FACTOR_BATCH, FACTOR_BATCH * texts.answers["edit"])
+        capturing = self._reading(FACTOR_BATCH)
         yield self._phase("factors", capturing)
 
         # Second moments are gathered and inverted in float64.
@@ -246,7 +242,7 @@ class _Needs:
         squares = [site.d_in**2 * 8 for site in self.sites]
         moments = gathered * sum(squares) + 5 * max(squares) * (gathered > 0)
         rows = FACTOR_BATCH * (texts.per_example if h.whiten_pairs else 1)
-        logits = rows * sum(texts.answers.values()) / 4 * self.vocabulary * number * 2
+        logits = rows * texts.answer * self.vocabulary * number * 2
         with torch.device("meta"):
             self.mend = MEND(self.sites, h)
         self.held["hypernetwork"] = sum(value.nbytes for value in self.mend.state_dict().values())
@@ -258,14 +254,13 @@ class _Needs:
         learned = sum(value.nbytes for value in self.mend.parameters())
         self.held |= {"gradients": learned, "moments": 2 * learned}
         counts = (1, h.paraphrases_per_edit, h.neighbours_per_edit, h.unrelated_per_edit)
-        by_role = zip(counts, texts.answers.values(), strict=True)
-        positions = h.batch_size * sum(count * length for count, length in by_role)
         factors = h.batch_size * self.factors / len(texts.edits)
-        step = self._reading(h.batch_size * sum(counts), positions)
+        step = self._reading(h.batch_size * sum(counts))
         step += factors * (h.n_hidden + 1) * TRANSFORMED
         yield self._phase("step", step)
         # From now on the allocator keeps most of what a step freed.
-        validating = self._reading(0, min(POSITIONS_PER_PASS, texts.validated))
+        positions = min(POSITIONS_PER_PASS, texts.validated * texts.answer)
+        validating = positions * self.vocabulary * 4 * READ
         yield self._phase("validation", max(validating, RETAINED * step))
         content = self.held["hypernetwork"] + 2 * learned  # of the file, before it is written
         yield self._phase("archive", max(content, RETAINED * step))
