@@ -1,13 +1,9 @@
 """Conformance: the published algorithm's numbers, recorded in folders, against ours.
 
-A folder holds a tiny base model (`config.json`, `base_model.safetensors`), an archive as published
-code writes it, and `vectors.safetensors` with `meta.json`: batches, factors, updates, logits,
-scores, and the losses of training from `init/*`. Layers, structure and number of edits are read
-from it. Under test are the kit's import, factors, hypernetwork, side branches and losses.
-
-Texts have no offsets to tell which tokens contribute, so the recorded rule does: a token counts if
-neither its u nor its delta is exactly zero. Axes: n texts, t padded tokens, s scored positions,
-v vocabulary (or one logit).
+A folder holds a tiny base model, an archive as published code writes it, and batches, factors,
+updates, logits, scores and the losses of training. Texts have no offsets to tell which tokens
+contribute, so the recorded rule does: those whose u and delta are not exactly zero. Axes: n texts,
+t padded tokens, s scored positions, v vocabulary (or one logit).
 """
 
 import json
@@ -122,7 +118,6 @@ class Record:
         return {name.removeprefix(f"{when}/"): self.tensors[name] for name in names}
 
     def batch(self, role: str) -> Batch:
-        """The texts of a role."""
         names = ("input_ids", "attention_mask", "labels")
         return Batch(*(self.tensors[f"{role}/{name}"] for name in names))
 
@@ -138,22 +133,17 @@ class OneLogitClassifier(PreTrainedModel):
         self.classifier = nn.Linear(config.hidden_size, 1)
 
     def get_input_embeddings(self) -> nn.Module:
-        """The encoder's."""
         return self.model.get_input_embeddings()
 
     def forward(
         self, input_ids: Tensor, attention_mask: Tensor, **_: Any
     ) -> SequenceClassifierOutput:
-        """One logit for each text."""
         pooled = self.model(input_ids=input_ids, attention_mask=attention_mask).pooler_output
         return SequenceClassifierOutput(logits=self.classifier(pooled))
 
 
 class ReferenceModel(BaseModel):
-    """A base model whose texts come as ready batches.
-
-    It has no tokenizer, which a base model cannot be made without, and caches nothing.
-    """
+    """A base model whose texts come as batches; without a tokenizer, and so made another way."""
 
     def __init__(self, model: PreTrainedModel, inner_params: tuple[str, ...], *, name: str) -> None:
         self.model, self.name = model.eval().requires_grad_(False), name
@@ -243,12 +233,11 @@ def load_reference_model(folder: Path, inner_params: tuple[str, ...]) -> Referen
         model = AutoModelForCausalLM.from_config(config)
     model.to(next(value.dtype for value in weights.values() if value.is_floating_point()))
     try:
-        missing, unexpected = model.load_state_dict(weights, strict=False)
+        missing, odd = model.load_state_dict(weights, strict=False)
     except RuntimeError as error:
         raise ModelError(f"{folder}: its weights do not fit config.json: {error}") from None
     parameters = dict(model.named_parameters(remove_duplicate=False))
     stored = {value.data_ptr() for name, value in parameters.items() if name in weights}
-    odd = list(unexpected)
     for name in missing:
         if name in parameters and parameters[name].data_ptr() not in stored:  # tied to no other
             odd.append(name)
@@ -276,9 +265,8 @@ def conformance(folder: str | Path) -> tuple[Check, ...]:
         record = Record.read(folder)
         base = load_reference_model(folder, record.hparams.inner_params)
         archive, final = read_foreign(folder / "archive.pt").state, record.state("final")
-        wrong = len(set(archive) ^ set(final))
-        wrong += sum(not torch.equal(archive[k], final[k]) for k in set(archive) & set(final))
-        checks = [Check("archive", float(wrong), 0.0, 0.0, len(archive))]
+        same = [name for name in final if torch.equal(final[name], archive[name])]
+        checks = [Check("archive", float(len(archive) - len(same)), 0.0, 0.0, len(archive))]
         values = recorded_values(base, record, archive)
         spread = rounding(base, record, archive, values)
         for name, ours in values.items():

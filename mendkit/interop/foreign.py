@@ -1,13 +1,11 @@
 """Archives of published code: the pickles of the authors' MEND and of EasyEdit.
 
-They are read without running anything in them. Such a file holds `model` and optimisers. `model`
-has `edit_lrs` (one per layer of `inner_params`), a live configuration object, and per transform
-`mend.<(d_in, d_out), or the weight's name with # for .>.`: the normaliser's `u_mean`, `u_s`,
-`u_std`, the same of v, `k`, and blocks `mlp` or `mlp1`, `mlp2`.
+Such a file holds `model`: `edit_lrs`, one per layer of `inner_params`; a live configuration object;
+and per transform `mend.<(d_in, d_out), or the weight's name with # for .>.` the normaliser's
+`u_mean`, `u_s`, `u_std`, the same of v, `k`, and blocks `mlp` or `mlp1`, `mlp2`.
 
-Conventions of published code become settings of the native archive. The update is added, so a step
-size changes its sign. Layers that share a transform share its statistics. 1e-7 is added to the
-std; there is no floor and no clip. The loss is one mean over all edits made at once.
+Its conventions become settings of the native archive. The update is added, so a step size changes
+its sign. 1e-7 is added to the std. The loss is one mean over all edits made at once.
 """
 
 import re
@@ -79,9 +77,7 @@ def read_foreign(path: str | Path) -> ForeignArchive:
     """
     path = Path(path)
     if not path.is_file():
-        raise ArchiveError(
-            f"{path}: no such file; give an archive of the original MEND or EasyEdit"
-        )
+        raise ArchiveError(f"{path}: no such file")
     try:
         _check_zip(path)
         names = get_unsafe_globals_in_checkpoint(path)

@@ -4,8 +4,6 @@ papermill inspects and runs it. The kernel is the Python that runs this process:
 puts it in the place of `python` in the kernel's command.
 """
 
-from __future__ import annotations
-
 import ast
 import re
 from collections.abc import Callable, Mapping
@@ -20,12 +18,10 @@ from .page import TEMPLATES
 
 START_SECONDS = 120
 IOPUB_SECONDS = 60  # a busy machine may be late with a cell's last output
-_INSTALL = 'notebooks need more packages: pip install -c constraints.txt -e ".[notebooks]"'
-_ANSI = re.compile(r"\x1b\[[0-9;]*[A-Za-z]")
-
+ANSI = re.compile(r"\x1b\[[0-9;]*[A-Za-z]")
 
 # how a value of each kind is read from JSON, and what is expected in words
-_KINDS: dict[str, tuple[Any, str]] = {
+KINDS: dict[str, tuple[Any, str]] = {
     "bool": (bool, "true or false"),
     "int": (PositiveInt, "an integer of at least 1"),
     "limit": (NonNegativeInt, "an integer of at least 0"),  # 0: no limit
@@ -40,39 +36,35 @@ class Parameter:
     """A name that a notebook's cell tagged `parameters` assigns, with its annotation."""
 
     name: str
-    kind: str  # bool, int, float, list or str
+    kind: str  # of KINDS
     optional: bool  # may be null
     default: Any
 
     def parse(self, text: str) -> Any:
-        """The value that `text` means. Integers count something: from 1, a `…_limit` from 0.
-
-        Raises MendkitError for text that means none.
-        """
+        """The value that `text` means. Raises MendkitError for text that means none."""
         if self.optional and text in ("null", "None", "~", ""):
             return None
         if self.kind == "str" and text.strip():
             return text
-        counted = self.kind == "int" and self.name.endswith("_limit")
-        annotation, expected = _KINDS["limit" if counted else self.kind]
+        annotation, expected = KINDS[self.kind]
         try:
             return TypeAdapter(annotation).validate_json(text, strict=True)
         except ValidationError:
-            null = " or null" if self.optional else ""
-            raise MendkitError(f"{self.name} must be {expected}{null}, got {text!r}") from None
+            raise MendkitError(f"{self.name} must be {expected}, got {text!r}") from None
 
 
-def read_parameters(path: str | Path) -> dict[str, Parameter]:
+def read_parameters(path: Path) -> dict[str, Parameter]:
     """The parameters of a notebook, by name.
 
     Raises MendkitError if it is no notebook, or has no cell tagged `parameters`.
     """
-    if not Path(path).is_file():
+    if not path.is_file():
         raise MendkitError(f"{path}: no such notebook; run in a checkout of mendkit")
     try:
         import papermill
     except ImportError as error:
-        raise MendkitError(f"{error}; {_INSTALL}") from None
+        install = 'pip install -c constraints.txt -e ".[notebooks]"'
+        raise MendkitError(f"{error}; notebooks need `{install}`") from None
     try:
         inspected = papermill.inspect_notebook(_braced(path))
         found = {name: _parameter(**about) for name, about in inspected.items()}
@@ -86,11 +78,14 @@ def read_parameters(path: str | Path) -> dict[str, Parameter]:
 def _parameter(*, name: str, inferred_type_name: str, default: str, help: str) -> Parameter:
     """A parameter as papermill describes it; without annotation its default tells its kind."""
     value = ast.literal_eval(default)
-    if inferred_type_name == "None":
-        return Parameter(name, type(value).__name__, False, value)
-    inside = re.fullmatch(r"Optional\[(.*)\]", inferred_type_name)
-    kind = inside[1] if inside else inferred_type_name
-    return Parameter(name, kind.partition("[")[0], inside is not None, value)
+    kind = inferred_type_name
+    if kind == "None":
+        kind = type(value).__name__
+    inside = kind.removeprefix("Optional[")
+    plain = re.split(r"[\[\]]", inside)[0]  # list[str] is a list
+    if plain == "int" and name.endswith("_limit"):
+        plain = "limit"
+    return Parameter(name, plain, inside != kind, value)
 
 
 # ------------------------------------------------------------------------------------------ running
@@ -114,23 +109,22 @@ class Failure:
 
 
 def run_notebook(
-    path: str | Path,
-    executed: str | Path,
+    path: Path,
+    executed: Path,
     parameters: Mapping[str, Any],
     *,
     show: Callable[[str], None] = lambda line: None,
     cell_seconds: int | None = None,
 ) -> Failure | None:
-    """Execute a notebook with `parameters` in a kernel of its own; None if it ran to its end.
+    """Execute a notebook in a kernel of its own; None if it ran to its end.
 
     It is saved as `executed` after every cell, so a failure leaves what was done by then. What
-    the kernel wrote past the notebook is in a `.log` beside it. It runs in the working directory.
-    `show` gets the live line; `cell_seconds` limits every cell.
+    the kernel wrote past the notebook is in a `.log` beside it. `show` gets the live line;
+    `cell_seconds` limits every cell.
     """
     import papermill
 
-    log = Path(executed).with_suffix(".log")
-    fault, interrupted = "", False
+    log, fault, interrupted = executed.with_suffix(".log"), "", False
     try:
         with log.open("wb") as file:
             papermill.engines.papermill_engines.register("mendkit", _engine(show, file))
@@ -147,13 +141,16 @@ def run_notebook(
     except KeyboardInterrupt:
         fault, interrupted = "interrupted", True
     except Exception as error:  # whatever it is, the report must be finished and say so
-        fault = _last_words(error)
-    cell, source, ended = _reached(Path(executed))
+        lines = str(error).strip().splitlines() or [""]
+        fault = f"{type(error).__name__}: {lines[0]}"
+        if hasattr(error, "ename"):  # of a cell
+            fault = ANSI.sub("", f"{error.ename}: {error.evalue}").strip()
+    cell, source, ended = _reached(executed)
     if not fault and not ended:  # papermill takes `exit()` for an end
         fault = "it exited before its last cell"
     if not fault or not log.stat().st_size:
         log.unlink()
-    return Failure(Path(path).stem, cell, fault, source, interrupted) if fault else None
+    return Failure(path.stem, cell, fault, source, interrupted) if fault else None
 
 
 def _engine(show: Callable[[str], None], log: BinaryIO) -> type:
@@ -163,18 +160,13 @@ def _engine(show: Callable[[str], None], log: BinaryIO) -> type:
     from papermill.engines import Engine
 
     class LiveClient(PapermillNotebookClient):
-        def execute_cell(self, cell: Any, cell_index: int, *args: Any, **options: Any) -> Any:
-            self.place = f"cell {cell_index + 1}/{len(self.nb.cells)}"
-            show(self.place)
-            return super().execute_cell(cell, cell_index, *args, **options)
-
-        def process_message(self, msg: Mapping[str, Any], *args: Any) -> Any:
+        def process_message(self, msg: Any, cell: Any, cell_index: int) -> Any:
             # the live line is a display that is updated, so it has an id
             content = msg["content"]
             line = content.get("data", {}).get("text/markdown")
             if line and content.get("transient", {}).get("display_id"):
-                show(f"{self.place}: {line.strip()}")
-            return super().process_message(msg, *args)
+                show(f"cell {cell_index + 1}/{len(self.nb.cells)}: {line.strip()}")
+            return super().process_message(msg, cell, cell_index)
 
     class LiveEngine(Engine):
         @classmethod
@@ -208,24 +200,13 @@ def _reached(executed: Path) -> tuple[int | None, str, bool]:
     return len(begun) or None, source, len(begun) == len(code)
 
 
-def _last_words(error: Exception) -> str:
-    """Name and value of a cell's error; of another error its first line."""
-    if hasattr(error, "ename"):
-        return _ANSI.sub("", f"{error.ename}: {error.evalue}").strip()
-    lines = str(error).strip().splitlines() or [""]
-    return f"{type(error).__name__}: {lines[0]}"
-
-
-def _braced(path: str | Path) -> str:
+def _braced(path: Path) -> str:
     """papermill formats paths: braces must be doubled."""
     return str(path).replace("{", "{{").replace("}", "}}")
 
 
 def export_html(executed: Path, html: Path) -> None:
-    """Write an executed notebook as one HTML file: text and outputs, no code.
-
-    A picture's text becomes its alternative text. Raises whatever nbconvert raises.
-    """
+    """Write an executed notebook as one HTML file: text and outputs, no code."""
     from nbconvert import HTMLExporter
 
     exporter = HTMLExporter(

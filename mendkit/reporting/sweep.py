@@ -1,17 +1,9 @@
 """Sweeps: a grid of settings, in which every run is the ordinary report, and what they came to.
 
-    grid:                      every combination is a run; a list of such mappings is several grids
-      config: [configs/gpt2.yaml, configs/smollm2-135m.yaml]
-      rank: [64, 256]          whatever `report` takes as key=value
-    executor: local            or slurm (submitit), or a Dask scheduler's address, tcp://host:8786
-    workers: 4                 runs at once, at most; here also bounded by cores and free memory
-    cores: 2                   of one run
-    memory: 4GB                of one run
-    slurm: {timeout_min: 240}  further parameters, as submitit names them
-
-A run is a process of its own, so nothing that happens in it can stop others. Its folder's name
-ends in a key over all that decides its numbers. A finished run is not repeated. Other machines
-must see the same files under the same paths.
+A sweep's file (docs/QUESTIONS.md) has a `grid` and says where its runs are executed. Each is a
+process of its own, so nothing that happens in it can stop others. Its folder's name ends in a key
+over all that decides its numbers, and a finished run is not repeated. Other machines must see the
+same files under the same paths.
 """
 
 import itertools
@@ -31,17 +23,16 @@ from functools import cache
 from os.path import relpath
 from pathlib import Path
 from typing import Annotated, Any
-from urllib.parse import quote
 
 import pandas as pd
 import psutil
 from pandas.io.formats.style import Styler
-from pydantic import BaseModel, Field, PositiveInt, ValidationError
+from pydantic import BaseModel, Field, ValidationError
 
 from ..data.examples import headline_mean
-from ..errors import MendkitError, shown
+from ..errors import MendkitError
 from ..evaluation.results import HEADLINE, Summary
-from ..hparams import Bytes, read_yaml
+from ..hparams import Bytes, CountFrom1, read_yaml
 from ..runs import file_sha256, locked, provenance, sha256, write_json
 from . import findings, tables
 from .notebook import Failure, run_notebook
@@ -52,29 +43,20 @@ logger = logging.getLogger(__name__)
 SWEEP, COMPARE = "sweep.json", "08_compare_runs"
 POLL_SECONDS, ANSWER_SECONDS = 0.2, 10  # between looks at runs; for a scheduler to answer
 CLUSTER = "slurm"  # submitit's name of it
+NO_RESULT = ("cache_dir", "disk_cache_bytes", "cache_bytes", "results_dir", "logger")
 
-# hyperparameters that change no result
-ELSEWHERE = ("cache_dir", "disk_cache_bytes", "cache_bytes", "results_dir", "logger")
-
-Values = Annotated[list[Any], Field(min_length=1)]
-Grid = Annotated[dict[str, Values], Field(min_length=1)]
+Grid = Annotated[dict[str, Annotated[list[Any], Field(min_length=1)]], Field(min_length=1)]
 
 
 class Sweep(BaseModel, frozen=True, extra="forbid", strict=True):
-    """What a sweep's file says. An error tells a key's description as what was expected."""
+    """What a sweep's file says."""
 
-    grid: Grid | Annotated[list[Grid], Field(min_length=1)] = Field(
-        description="a mapping of settings to lists of values, or a list of such mappings"
-    )
-    executor: str = Field(
-        "local",
-        pattern="^(local|slurm|.+://.+)$",
-        description="local, slurm, or the address of a Dask scheduler such as tcp://host:8786",
-    )
-    workers: PositiveInt | None = Field(None, description="an integer of at least 1")
-    cores: PositiveInt = Field(2, description="an integer of at least 1")
-    memory: Bytes = Field(4_000_000_000, description="bytes, or text such as 4GB")
-    slurm: dict[str, Any] = Field({}, description="a mapping of submitit's parameters")
+    grid: Grid | Annotated[list[Grid], Field(min_length=1)]  # settings and lists of their values
+    executor: str = Field("local", pattern="^(local|slurm|.+://.+)$")  # or a Dask scheduler
+    workers: CountFrom1 | None = None  # runs at once, at most
+    cores: CountFrom1 = 2  # of one run
+    memory: Bytes = 4_000_000_000  # of one run
+    slurm: dict[str, Any] = {}  # further parameters, as submitit names them
 
     def combinations(self) -> Iterator[dict[str, Any]]:
         """The settings of every run."""
@@ -85,7 +67,7 @@ class Sweep(BaseModel, frozen=True, extra="forbid", strict=True):
 
 @dataclass(eq=False)
 class SweepRun:
-    """A run of a sweep: what was varied, how it ended, and its results if it ended well."""
+    """A run of a sweep: what was varied and how it ended."""
 
     number: int  # from 1
     folder: Path
@@ -114,14 +96,13 @@ class SweepRun:
     @property
     def score(self) -> float | None:
         """Harmonic mean of the four headline shares."""
-        summary = self.summary
-        means = [summary[name].mean for name in HEADLINE.values() if name in summary]
-        return headline_mean(means) if len(means) == len(HEADLINE) else None
+        means = [self.results.get(f"single.{name}") for name in HEADLINE.values()]
+        return None if None in means else headline_mean(means)
 
     @property
     def title(self) -> str:
         """Its number and what was varied, in words."""
-        varied = [f"{key} {_short(value)}" for key, value in self.values.items()]
+        varied = [f"{key} {_setting(value)}" for key, value in self.values.items()]
         return f"Run {self.number} ({', '.join(varied)})"
 
 
@@ -130,28 +111,19 @@ def _setting(value: Any) -> str:
     return value if isinstance(value, str) else json.dumps(value)
 
 
-def _short(value: Any) -> str:
-    """A value, cut in the middle where it is long."""
-    text = _setting(value)
-    return text if len(text) <= 40 else f"{text[:18]} … {text[-18:]}"
-
-
 # ----------------------------------------------------------------------------------------- planning
 
 
 def read_sweep(path: str | Path) -> Sweep:
-    """Read a sweep's file. Raises MendkitError naming file and key."""
+    """Read a sweep's file. Raises MendkitError naming file, key and what was expected."""
     given, _ = read_yaml(Path(path))
-    known = Sweep.model_fields
-    for key in given:
-        if key not in known:
-            raise MendkitError(f"{path}: unknown key {key!r}; expected {', '.join(known)}")
     try:
         return Sweep(**given)
     except ValidationError as error:
-        key = str(error.errors()[0]["loc"][0])
-    expected = f"{key} must be {known[key].description}"
-    raise MendkitError(f"{path}: {expected}, got {shown(given.get(key))}")
+        fault = min(error.errors(), key=lambda fault: fault["type"] != "extra_forbidden")
+    key = ".".join(map(str, fault["loc"]))
+    known = ", ".join(Sweep.model_fields)
+    raise MendkitError(f"{path}: {key}: {fault['msg']}; a sweep has {known}")
 
 
 def plan_sweep(
@@ -164,25 +136,20 @@ def plan_sweep(
 ) -> list[SweepRun]:
     """The runs of a sweep in `out`, those done already marked so; nothing is written.
 
-    `options` are further ones of the `report` command. Raises the kit's errors for unknown
-    settings, mistyped values, runs that are alike, and a folder of something else.
+    `options` are further ones of the `report` command. Raises the kit's errors for settings that
+    are unknown, mistyped or given twice, for equal runs, and for a folder of something else.
     """
-    if out.exists() and (not out.is_dir() or (any(out.iterdir()) and not (out / SWEEP).is_file())):
+    if out.exists() and any(out.iterdir()) and not (out / SWEEP).is_file():
         raise MendkitError(f"{out} holds no sweep; nothing was touched: give --out a new folder")
     runs: dict[Path, SweepRun] = {}
-    fixed = {text.partition("=")[0].strip() for text in settings}
     for values in sweep.combinations():
         varied = {key: _setting(value) for key, value in values.items()}
-        for key in fixed & set(varied):
-            raise MendkitError(f"{key}: given for all runs, but the sweep's grid varies it")
         words = re.sub(r"[^A-Za-z0-9.+_-]+", "-", "_".join(map("-".join, varied.items())))
         file = varied.pop("config", str(config))
         given = [*settings, *map("=".join, varied.items())]
         folder = out / f"{words[:60]}-{_report_key(plan_report(file, given, out=out))[:10]}"
         if folder in runs:
-            raise MendkitError(
-                f"two runs of the sweep are the same: {values} and {runs[folder].values}; drop one"
-            )
+            raise MendkitError(f"two runs of the sweep are the same: {values}; drop one")
         command = ["report", file, *given, "--out", str(folder), *options]
         runs[folder] = SweepRun(len(runs) + 1, folder, values, command)
         if _is_finished(folder):
@@ -192,23 +159,20 @@ def plan_sweep(
 
 def _report_key(plan: ReportPlan) -> str:
     """SHA-256 over all that decides a report's numbers."""
-    hparams = plan.hparams.to_dict()
-    files = [default_notebook(stem) for stem in plan.notebooks]
-    files += [Path(source) for source, _ in plan.data()]
-    files.append(Path(plan.hparams.archive or ""))
-    content = [
-        {key: value for key, value in hparams.items() if key not in ELSEWHERE},
-        dict(plan.given),
-        [file_sha256(path) for path in files if path.is_file()],
-        [_model_files(Path(hparams[key] or "none")) for key in ("model_name", "tokenizer_name")],
-        _package_sha256(),
-        provenance()["versions"],
-    ]
+    hparams = {key: v for key, v in plan.hparams.to_dict().items() if key not in NO_RESULT}
+    names = [hparams["archive"], hparams["model_name"], hparams["tokenizer_name"]]
+    paths = [Path(name) for name in names if name]
+    paths += [Path(source) for source, _ in plan.data()]
+    paths += [default_notebook(stem) for stem in plan.notebooks]
+    content = [hparams, dict(plan.given), provenance()["versions"], _package_sha256()]
+    content += [_fingerprint(path) for path in paths]
     return sha256(json.dumps(content, sort_keys=True))
 
 
-def _model_files(path: Path) -> list[tuple[str, int, int]]:
-    """Name, size and time of a model's files: weights are too large to read for a key."""
+def _fingerprint(path: Path) -> Any:
+    """Of a file its SHA-256, of a folder the size and time of its files: weights are too large."""
+    if path.is_file():
+        return file_sha256(path)
     files = sorted(path.iterdir()) if path.is_dir() else []
     return [(file.name, file.stat().st_size, file.stat().st_mtime_ns) for file in files]
 
@@ -259,28 +223,23 @@ def run_sweep(
 
 def _as_they_end(executor: Any, runs: Sequence[SweepRun], cores: int) -> Iterator[SweepRun]:
     """Start runs; yield each one when it has ended. An interrupt cancels what waits."""
-    # submitit makes one array of jobs of a batch
     pending = {}
+    # submitit makes one array of jobs of a batch
     with getattr(executor, "batch", nullcontext)():
         for run in runs:
             pending[run] = executor.submit(run_row, run.command, run.folder, cores, os.getcwd())
     try:
         while pending:
             for run in [run for run, future in pending.items() if future.done()]:
-                run.status, run.error = _row_of(pending.pop(run))
+                try:
+                    run.status, run.error = pending.pop(run).result()
+                except Exception as error:  # a worker that died, a job that was cancelled
+                    run.status, run.error = "failed", f"{type(error).__name__}: {error}"
                 yield run
             time.sleep(POLL_SECONDS)
     finally:
         for future in pending.values():
             future.cancel()
-
-
-def _row_of(future: Any) -> tuple[str, str]:
-    """The row of a run that has ended; of a call that was lost, why."""
-    try:
-        return future.result()
-    except Exception as error:  # a worker that died, a job that was cancelled
-        return "failed", f"{type(error).__name__}: {error}"
 
 
 def run_row(command: Sequence[str], folder: Path, cores: int, cwd: str) -> tuple[str, str]:
@@ -302,10 +261,8 @@ def run_row(command: Sequence[str], folder: Path, cores: int, cwd: str) -> tuple
         return "done", ""
     said = log.read_text(encoding="utf-8", errors="replace").strip() or "it said nothing"
     errors = re.findall("^error: (.*)", said, re.MULTILINE) or [said.splitlines()[-1]]
-    if code >= 0:
-        return "failed", errors[-1]
-    hint = "; if memory ran out, raise `memory` or lower `workers`" if code == -9 else ""
-    return "failed", f"ended by signal {-code}{hint}; last: {errors[-1]}"
+    killed = f"ended by signal {-code} (9: did memory run out?); last: " if code < 0 else ""
+    return "failed", killed + errors[-1]
 
 
 @contextmanager
@@ -316,17 +273,18 @@ def _executor(sweep: Sweep, out: Path) -> Iterator[Any]:
             if sweep.executor == "local":  # a thread waits for a process
                 executor: Any = stack.enter_context(ThreadPoolExecutor(local_workers(sweep)))
             elif sweep.executor == "slurm":
-                executor = _slurm(sweep, out / "slurm")
+                import submitit
+
+                executor = submitit.AutoExecutor(folder=out / "slurm", cluster=CLUSTER)
+                wanted = {"cpus_per_task": sweep.cores, "mem_gb": sweep.memory / 1e9}
+                wanted["slurm_array_parallelism"] = sweep.workers or 1000
+                executor.update_parameters(name="mendkit", **wanted | sweep.slurm)
             else:
                 from distributed import Client
 
                 client = stack.enter_context(Client(sweep.executor, timeout=ANSWER_SECONDS))
                 executor = client.get_executor(pure=False)
-        except ImportError as error:
-            extra = "slurm" if sweep.executor == "slurm" else "dask"
-            command = f"pip install -c constraints.txt -e '.[{extra}]'"
-            raise MendkitError(f"{error}; run `{command}`") from None
-        except Exception as error:  # no Slurm here, a wrong parameter, nobody answers
+        except Exception as error:  # not installed, a wrong parameter, nobody answers
             raise MendkitError(f"executor: {sweep.executor} cannot be used: {error}") from None
         try:
             yield executor
@@ -336,28 +294,11 @@ def _executor(sweep: Sweep, out: Path) -> Iterator[Any]:
             raise
 
 
-def _slurm(sweep: Sweep, logs: Path) -> Any:
-    import submitit
-
-    executor = submitit.AutoExecutor(folder=logs, cluster=CLUSTER)
-    executor.update_parameters(
-        name="mendkit",
-        cpus_per_task=sweep.cores,
-        mem_gb=sweep.memory / 1e9,
-        slurm_array_parallelism=sweep.workers or 1000,
-        **sweep.slurm,
-    )
-    return executor
-
-
 def local_workers(sweep: Sweep) -> int:
     """How many runs this machine takes at once, by cores, free memory and `workers`; at least 1."""
-    cores, memory = _cores_here(), psutil.virtual_memory().available
+    cores = len(psutil.Process().cpu_affinity()) if psutil.LINUX else psutil.cpu_count()
+    memory = psutil.virtual_memory().available
     return max(1, min(sweep.workers or cores, cores // sweep.cores, memory // sweep.memory))
-
-
-def _cores_here() -> int:
-    return len(psutil.Process().cpu_affinity()) if psutil.LINUX else psutil.cpu_count()
 
 
 # ---------------------------------------------------------------------------------------- comparing
@@ -365,11 +306,10 @@ def _cores_here() -> int:
 
 def read_runs(folder: str | Path) -> list[SweepRun]:
     """The runs of the sweep in a folder. Raises MendkitError if it holds none."""
-    path = Path(folder) / SWEEP
-    rows = read_json(path).get("runs")
+    rows = read_json(Path(folder) / SWEEP).get("runs")
     if rows is None:
-        raise MendkitError(f"{path}: no sweep; run `mendkit report CONFIG --sweep FILE`")
-    return [SweepRun(**row | {"folder": path.parent / row["folder"]}) for row in rows]
+        raise MendkitError(f"{folder} holds no sweep; run `mendkit report CONFIG --sweep FILE`")
+    return [SweepRun(**row | {"folder": Path(folder, row["folder"])}) for row in rows]
 
 
 def runs_frame(runs: Sequence[SweepRun]) -> pd.DataFrame:
@@ -377,10 +317,10 @@ def runs_frame(runs: Sequence[SweepRun]) -> pd.DataFrame:
     records = []
     for run in runs:
         results, summary = run.results, run.summary
-        record = {"run": run.number} | {key: _short(value) for key, value in run.values.items()}
-        record |= {"status": run.status, "error": run.error}
+        record = {"run": run.number} | {key: _setting(value) for key, value in run.values.items()}
+        record |= {"status": run.status, "error": run.error, "score": run.score}
         record |= {role: summary.get(name) for role, name in HEADLINE.items()}
-        record |= {"score": run.score, "seconds": results.get("report.seconds")}
+        record["seconds"] = results.get("report.seconds")
         record["training seconds"] = results.get("train.seconds")
         record["peak memory in GB"] = results.get("report.peak_memory_gb")
         records.append(record)
@@ -388,21 +328,18 @@ def runs_frame(runs: Sequence[SweepRun]) -> pd.DataFrame:
 
 
 def runs_table(runs: Sequence[SweepRun], *, out: Path) -> Styler:
-    """`runs_frame` with a link to each run's page, else its log, as seen from the folder `out`."""
-    links = []
-    for run in runs:
-        page = run.folder / "index.html"
-        target = page if page.is_file() else run.folder.with_name(f"{run.folder.name}.log")
-        links.append(f'<a href="{quote(relpath(target, out))}">{target.suffix[1:]}</a>')
+    """`runs_frame` with a link to each run's page, as seen from the folder `out`."""
+    pages = [relpath(run.folder / "index.html", out) for run in runs]
+    links = [f'<a href="{tables.escape(page)}">page</a>' for page in pages]
     return tables.table(runs_frame(runs).assign(page=links), {"page": "{}"})
 
 
 def scores_by_setting(runs: Sequence[SweepRun]) -> dict[str, dict[str, list[float]]]:
     """The scores of all runs by each setting that has several values, and by its value."""
-    frame = runs_frame(runs).dropna(subset="score")
+    scored = runs_frame(runs).dropna(subset="score")
     found = {}
     for key in dict.fromkeys(key for run in runs for key in run.values):
-        by_value = frame.groupby(key, sort=False)["score"].apply(list).to_dict()
+        by_value = scored.groupby(key, sort=False)["score"].apply(list).to_dict()
         if len(by_value) > 1:
             found[key] = by_value
     return found

@@ -104,20 +104,18 @@ def test_the_key_follows_all_that_decides_the_numbers_and_nothing_else(
 
 
 MISTAKES = {
-    "rank: [1]": r"sweep.yaml: unknown key 'rank'; expected grid, executor",
-    "cores: 1": "grid must be",
-    "grid: {rank: 4}": "grid must be a mapping of settings to lists",
-    "grid: {rank: []}": "grid must be",
-    "grid: []": "grid must be",
-    "grid: {rank: [1]}\nworkers: 0": "workers must be an integer of at least 1, got 0",
-    "grid: {rank: [1]}\nmemory: much": "memory must be bytes",
-    "grid: {rank: [1]}\nexecutor: cloud": "executor must be local, slurm, or the address",
-    "grid: {rank: [1]}\nslurm: 3": "slurm must be a mapping",
+    "rank: [1]": r"sweep.yaml: rank: .*; a sweep has grid, executor",
+    "cores: 1": "grid: Field required",
+    "grid: {rank: 4}": r"grid\..*rank: .* valid list",
+    "grid: {rank: []}": "grid.*at least 1 item",
+    "grid: {rank: [1]}\nworkers: 0": "workers.*greater than or equal to 1",
+    "grid: {rank: [1]}\nmemory: much": "memory: .*bytes",
+    "grid: {rank: [1]}\nexecutor: cloud": "executor: .*local",
     "grid: {raank: [1]}": "unknown key 'raank'.*'rank'",
     "grid: {rank: [1, many]}": "rank must be an integer",
     "grid: {rank: [1, 1]}": "two runs of the sweep are the same",
-    "grid: {lr: [1e-3]}": "lr: given for all runs, but the sweep's grid varies it",
-    "grid: {rank: [1]}\nexecutor: tcp://127.0.0.1:9": "tcp.*cannot be used|run `pip",
+    "grid: {lr: [1e-3]}": "lr=1e-3|lr=0.001.*each once",
+    "grid: {rank: [1]}\nexecutor: tcp://127.0.0.1:9": "tcp.*cannot be used",
 }
 
 
@@ -142,7 +140,7 @@ def test_a_folder_of_something_else_is_refused(here):
 def test_workers_are_bounded_by_cores_memory_and_the_number_given(monkeypatch):
     free = type("Memory", (), {"available": 10_000_000_000})()
     monkeypatch.setattr("psutil.virtual_memory", lambda: free)
-    monkeypatch.setattr(module, "_cores_here", lambda: 12)
+    monkeypatch.setattr("psutil.Process.cpu_affinity", lambda self: range(12))
     cases = {(None, 1, 1): 10, (None, 2, 1): 6, (None, 1, 3): 3, (2, 1, 1): 2, (None, 24, 99): 1}
     for (workers, cores, gigabytes), expected in cases.items():
         sweep = Sweep(grid={"rank": [1]}, workers=workers, cores=cores, memory=gigabytes * 10**9)
@@ -169,7 +167,7 @@ def test_a_failed_run_stops_no_other_and_what_is_done_is_not_repeated(grid, caps
     page = Path("runs/index.html").read_text(encoding="utf-8")
     for run in (done, failed):
         assert f'href="{run.folder.name}/index.html"' in page
-    assert "&lt;b&gt;no" in page and "<b>no</b>" not in page and "0.25 [0.25, 0.25]" in page
+    assert "&lt;b&gt;no" in page and "<b>no</b>" not in page and "0.250 [0.250, 0.250]" in page
     figures = {path.name for path in Path("runs", COMPARE, "figures").iterdir()}
     names = ("success_against_locality", "scores_by_setting", "curves_of_runs")
     assert figures == {f"{name}.{kind}" for name in names for kind in ("png", "csv")}
@@ -220,8 +218,8 @@ def test_runs_go_through_submitit(grid, monkeypatch):
 
 def test_a_run_that_is_killed_or_says_nothing_is_a_row(here, monkeypatch):
     ways = {
-        "import os; print('step 4'); os.kill(os.getpid(), 9)": "ended by signal 9; if memory ran "
-        "out, raise `memory` or lower `workers`; last: step 4",
+        "import os; print('step 4'); os.kill(os.getpid(), 9)": "ended by signal 9 (9: did memory "
+        "run out?); last: step 4",
         "import sys; sys.exit('error: no such model\\nbye')": "no such model",
         "pass": "it said nothing",  # and left no finished report
     }
