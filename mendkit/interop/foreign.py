@@ -41,6 +41,9 @@ ARCHITECTURE_SIZE = re.compile(r"layer|head|embd|hidden|intermediate|vocab|posit
 AS_DICT = tuple(f"builtins.{name}" for name in ("list", "dict", "int", "float"))
 AS_DICT += ("collections.defaultdict",)
 
+TRANSFORM = re.compile(
+    r"mend\.(?P<key>[^.]+)\.(?P<stack>\w+)\.layers\.(?P<block>\d+)\.(?P<tensor>.+)"
+)
 STACKS = {"": "mlp", PARTS[0]: "mlp1", PARTS[1]: "mlp2"}
 BLOCK_TENSORS = {"U": "u", "V": "v", "bias": "bias"}
 BLOCK_TENSORS |= {"shift": "mode_shift.weight", "scale": "mode_scale.weight"}
@@ -91,15 +94,19 @@ def read_foreign(path: str | Path) -> ForeignArchive:
                 content = torch.load(path, map_location="cpu", weights_only=True)
     except DAMAGE as error:
         first = (str(error) or type(error).__name__).splitlines()[0]
-        raise ArchiveError(
-            f"{path}: not a readable archive of MEND ({first}); is it a whole .pt file?"
-        ) from None
+        raise ArchiveError(f"{path}: not a readable archive of MEND ({first})") from None
     if odd:
         raise ArchiveError(
-            f"{path}: refused, and nothing of it was run: its pickle names {', '.join(odd)}; "
-            "an archive of MEND needs only tensors, plain containers and a configuration"
+            f"{path}: refused, and nothing of it was run: its pickle names {', '.join(odd)}"
         )
-    return _useful_content(path, content, configs)
+    model = content.get("model") if isinstance(content, dict) else None
+    if not isinstance(model, dict) or not isinstance(model.get("edit_lrs"), Tensor):
+        raise ArchiveError(f"{path}: no archive of MEND: it lacks `model` with `edit_lrs`")
+    state = {name: v.detach() for name, v in model.items() if isinstance(v, Tensor)}
+    config_class = configs[0].rpartition(".")[2] if len(configs) == 1 else None
+    config = getattr(model.get("model_config"), "__dict__", {})
+    step = content.get("step")
+    return ForeignArchive(path, state, config_class, config, step if type(step) is int else None)
 
 
 def _check_zip(path: Path) -> None:
@@ -115,20 +122,6 @@ def _check_zip(path: Path) -> None:
             raise ValueError(f"{file.testzip()} does not match its checksum")
 
 
-def _useful_content(path: Path, content: Any, configs: Sequence[str]) -> ForeignArchive:
-    model = content.get("model") if isinstance(content, dict) else None
-    if not isinstance(model, dict) or not isinstance(model.get("edit_lrs"), Tensor):
-        raise ArchiveError(f"{path}: no archive of MEND: it lacks `model` with `edit_lrs`")
-    state = {}
-    for name, value in model.items():
-        if isinstance(value, Tensor) and name.startswith(("mend.", "edit_lrs")):
-            state[name] = value.detach()
-    config_class = configs[0].rpartition(".")[2] if len(configs) == 1 else None
-    config = getattr(model.get("model_config"), "__dict__", {})
-    step = content.get("step")
-    return ForeignArchive(path, state, config_class, config, step if type(step) is int else None)
-
-
 # ------------------------------------------------------------------------------------ what it says
 
 
@@ -140,40 +133,32 @@ def foreign_hparams(
     What tensors do not show (`norm`, `init`, the order of `inner_params`) stays as in `h`. Raises
     ArchiveError if the transforms are none of MEND's.
     """
-    names = [name.split(".") for name in state if name.startswith("mend.") and ".layers." in name]
-    if not names or any(len(name) < 6 or not name[4].isdecimal() for name in names):
-        raise ArchiveError(
-            "the archive holds no transforms of MEND (mend.<shape or name>.mlp.layers.<i>.…)"
-        )
-    transforms = {(name[1], name[2]) for name in names}
+    transforms, blocks, ranks = set(), {0}, [0]
+    for name, value in state.items():
+        found = TRANSFORM.fullmatch(name)
+        if found:
+            transforms.add((found["key"], found["stack"]))
+            blocks.add(int(found["block"]))
+            ranks.append(len(value) if found["tensor"] == "v" else 0)
+    if not transforms or max(blocks) >= len(state):
+        raise ArchiveError("the archive holds no transforms of MEND")
     shared = all(key.startswith("(") for key, _ in transforms)
-    ranks = [len(state[".".join(name)]) for name in names if name[5:] == ["v"]]
-    shown = h.replace(
-        shared=shared,
-        norm_stats="shape" if shared else "layer",
-        combine=("mlp" in {stack for _, stack in transforms}),
-        one_sided=False,
-        x_only=False,
-        delta_only=False,
-        rank=max(ranks),
-        n_hidden=max(int(name[4]) for name in names),
-        **CONVENTIONS,
-    )
+    structure = {"shared": shared, "norm_stats": "shape" if shared else "layer"}
+    structure |= {"rank": max(ranks), "n_hidden": max(blocks)}
     # Several options may give the same transforms: the configuration's word comes first.
-    options = ["", "one_sided", "x_only", "delta_only"]
-    options.sort(key=lambda option: not (option and getattr(h, option)))
-    for option in [""] if shown.combine else options:
-        candidate = shown.replace(**{option: True}) if option else shown
+    options = ["combine", "", "one_sided", "x_only", "delta_only"]
+    for option in sorted(options, key=lambda option: not (option and getattr(h, option))):
+        ways = {name: name == option for name in options if name}
+        candidate = h.replace(**structure, **ways, **CONVENTIONS)
         wanted = set()
         for site in sites:
             for part in transformed(site, candidate):
                 wanted.add((transform_key(site, shared), STACKS[part]))
         if wanted == transforms:
             return candidate
-    found = ", ".join(sorted({key for key, _ in transforms})[:3])
     raise ArchiveError(
-        f"the archive's transforms ({found}, …) are not those of the {len(sites)} layers in "
-        "`inner_params`; list the layers it was trained for, in that order"
+        f"the archive's transforms are not those of the {len(sites)} layers in `inner_params`; "
+        "list the layers it was trained for, in that order"
     )
 
 
@@ -214,14 +199,8 @@ def from_foreign(state: Mapping[str, Tensor], sites: Sequence[Site], h: MENDHype
     """
     order = h.inner_params
     if not isinstance(order, tuple) or {site.name for site in sites} != set(order):
-        raise ArchiveError(
-            "`inner_params` must list the archive's layers in its order; `auto` does not tell it"
-        )
+        raise ArchiveError("`inner_params` must list the archive's layers in its order, not `auto`")
     h = foreign_hparams(state, sites, h)
-    if h.n_hidden >= len(state):
-        raise ArchiveError(
-            f"the archive numbers a block {h.n_hidden}, but holds only {len(state)} tensors"
-        )
     with torch.device("meta"):  # nothing is allocated before the archive has shown what it holds
         mend = MEND(sites, h)
     places = [order.index(site.name) for site in sites]
@@ -237,9 +216,7 @@ def from_foreign(state: Mapping[str, Tensor], sites: Sequence[Site], h: MENDHype
                 values[f"moments.{stats_name(site, h)}.{kind}.{name}"] = value
     odd = [name for name, value in values.items() if not is_finite(value)]
     if odd:
-        raise ArchiveError(
-            f"the archive has numbers that are not finite: {', '.join(odd[:3])}; train it anew"
-        )
+        raise ArchiveError(f"the archive has numbers that are not finite: {', '.join(odd[:3])}")
     mend = MEND(sites, h)
     if state["edit_lrs"].dtype == torch.float64:
         mend.double()
@@ -256,10 +233,7 @@ def _take(state: Mapping[str, Tensor], name: str, *shape: int) -> Tensor:
         found = f"is {state[name].dtype}"
     else:
         return state[name]
-    raise ArchiveError(
-        f"the archive's {name} {found}, expected real numbers of shape {shape}; "
-        "is `inner_params` its list of layers?"
-    )
+    raise ArchiveError(f"the archive's {name} {found}, expected real numbers of shape {shape}")
 
 
 def _native_moments(
@@ -346,19 +320,19 @@ def to_foreign(mend: MEND) -> "OrderedDict[str, Tensor]":
 
 def _check_expressible(mend: MEND) -> None:
     h = mend.hparams
-    several = any(len(names) > 1 for names in mend.groups.values())
+    several = any(len(names) > 1 for names in mend.groups.values())  # layers in a transform
     cannot = {
         "whiten": h.norm and h.whiten is not None,
         "z_clip": h.norm and h.z_clip is not None,
         "norm_stats: layer": h.norm and h.shared and several and h.norm_stats == "layer",
         "edit_tokens: scored": h.edit_tokens == "scored",
         "loss_reduction: sum": h.loss_reduction == "sum",
+        "aggregate: least_squares": h.aggregate == "least_squares",
     }
     named = [name for name, is_so in cannot.items() if is_so]
     if named:
         raise ArchiveError(
-            f"EasyEdit's format cannot say {', '.join(named)}; train with `norm_stats: shape`, "
-            "`z_clip: null`, `whiten: null`, `edit_tokens: all`, `loss_reduction: edit` to export"
+            f"EasyEdit's format cannot say {', '.join(named)}; train without (docs/QUESTIONS.md)"
         )
 
 

@@ -1,5 +1,6 @@
-"""Conformance with recorded numbers: the reference folders where they are, and folders of our own everywhere."""
+"""Conformance with recorded numbers: the reference folders where they are, our own everywhere."""
 
+import itertools
 import json
 import shutil
 from pathlib import Path
@@ -12,129 +13,80 @@ from transformers import BertConfig, T5Config, T5ForConditionalGeneration
 from mendkit.__main__ import main
 from mendkit.errors import DataError, ModelError
 from mendkit.hparams import MENDHyperParams
-from mendkit.interop.conformance import (
-    MISS,
-    ROUNDING,
-    Check,
-    OneLogitClassifier,
-    conformance,
-    conformance_table,
-)
+from mendkit.interop.conformance import MISS, ROUNDING, Check, conformance, conformance_table
 from mendkit.interop.foreign import from_foreign
+from mendkit.interop.reference import OneLogitClassifier
 from mendkit.mend.factors import GradientFactors
 from mendkit.models.sites import Site
 from tests.oracles.textbook import (
+    NAMES,
+    REFERENCE,
+    SHAPES,
     Classifier,
     Editor,
     Seq2Seq,
     Textbook,
     every_option,
     label,
+    options_of,
     record,
     save_published,
 )
 from tests.oracles.tiny import tiny_gpt2, tiny_llama
 
-REFERENCE = Path(__file__).parents[3] / "shared" / "reference"
-FOLDERS = ("gpt2", "llama", "gpt2_one_sided", "t5", "bert")
-CASES = [  # option combinations, simultaneous edits: each value of each option, each with each way of combining
-    ("gpt2", dict(shared=True, way="combine", norm=True, n_hidden=1, init="id", rank=3), 5),
-    ("llama", dict(shared=True, way="apart", norm=True, n_hidden=0, init="xavier", rank=None), 4),
-    ("gpt2", dict(shared=False, way="one_sided", norm=True, n_hidden=2, init="id", rank=3), 1),
-    ("llama", dict(shared=True, way="one_sided", norm=False, n_hidden=1, init="xavier", rank=3), 2),
-    ("gpt2", dict(shared=True, way="x_only", norm=True, n_hidden=1, init="id", rank=None), 3),
-    ("llama", dict(shared=False, way="x_only", norm=False, n_hidden=0, init="id", rank=3), 2),
-    ("gpt2", dict(shared=False, way="delta_only", norm=True, n_hidden=2, init="xavier", rank=3), 3),
-    ("llama", dict(shared=True, way="delta_only", norm=True, n_hidden=1, init="id", rank=None), 5),
-    (
-        "llama",
-        dict(shared=False, way="combine", norm=False, n_hidden=2, init="xavier", rank=None),
-        1,
-    ),
-    ("t5", dict(shared=True, way="combine", norm=True, n_hidden=1, init="id", rank=3), 3),
-    ("t5", dict(shared=False, way="one_sided", norm=True, n_hidden=0, init="xavier", rank=None), 1),
-    ("bert", dict(shared=True, way="apart", norm=True, n_hidden=1, init="id", rank=None), 5),
-    ("bert", dict(shared=False, way="x_only", norm=False, n_hidden=2, init="id", rank=3), 2),
-]
-NAMES = {
-    "gpt2": tuple(f"transformer.h.{i}.mlp.{n}.weight" for i in (2, 1) for n in ("c_proj", "c_fc")),
-    "llama": tuple(
-        f"model.layers.{i}.mlp.{n}_proj.weight" for i in (2, 1) for n in ("up", "down", "gate")
-    ),
-    "t5": tuple(
-        f"{side}.block.2.layer.{i}.DenseReluDense.{n}.weight"
-        for side, i in (("decoder", 2), ("encoder", 1))
-        for n in ("wo", "wi_1", "wi_0")
-    ),
-    "bert": tuple(
-        f"model.encoder.layer.{i}.{n}.dense.weight"
-        for i in (2, 1)
-        for n in ("output", "intermediate")
-    ),
-}  # not in the model's own order
-
-
-def settings(way: str, **others) -> dict:
-    return others | {key: key == way for key in ("combine", "one_sided", "x_only", "delta_only")}
-
-
-def made(folder: Path, family: str, options: dict, n_edits: int) -> Path:
-    editor = {"t5": Seq2Seq, "bert": Classifier}.get(family, Editor)
-    build = {"gpt2": tiny_gpt2, "llama": tiny_llama, "t5": tiny_t5, "bert": tiny_bert}[family]
-    model = (
-        build() if family in ("t5", "bert") else build(dtype=torch.float64, layers=3, d=16).model
-    )
-    return record(folder, editor(model, NAMES[family], settings(**options)), n_edits=n_edits)
-
 
 def tiny_t5():
     """A random T5 with gated feed-forward layers, in float64."""
     torch.manual_seed(0)
-    sizes = dict(
-        vocab_size=60,
-        d_model=16,
-        d_kv=4,
-        d_ff=24,
-        num_layers=3,
-        num_heads=2,
-        feed_forward_proj="gated-gelu",
-    )
-    config = T5Config(
-        **sizes,
-        dropout_rate=0.0,
-        decoder_start_token_id=0,
-        pad_token_id=0,
-        tie_word_embeddings=False,
-    )
+    sizes = dict(vocab_size=60, d_model=16, d_kv=4, d_ff=24, num_layers=3, num_heads=2)
+    ids = dict(decoder_start_token_id=0, pad_token_id=0, tie_word_embeddings=False)
+    config = T5Config(**sizes, **ids, feed_forward_proj="gated-gelu", dropout_rate=0.0)
     return T5ForConditionalGeneration(config).double().eval().requires_grad_(False)
 
 
 def tiny_bert():
     """A random BERT encoder with one logit, in float64."""
     torch.manual_seed(0)
-    sizes = dict(
-        vocab_size=60,
-        hidden_size=16,
-        num_hidden_layers=3,
-        num_attention_heads=2,
-        intermediate_size=24,
-    )
-    config = BertConfig(
-        **sizes, hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0, initializer_range=0.2
-    )
+    sizes = dict(vocab_size=60, hidden_size=16, num_hidden_layers=3, num_attention_heads=2)
+    sizes |= dict(intermediate_size=24, initializer_range=0.2)
+    config = BertConfig(**sizes, hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0)
     return OneLogitClassifier(config).double().eval().requires_grad_(False)
 
 
+MODELS = {
+    "gpt2": (Editor, lambda: tiny_gpt2(dtype=torch.float64, layers=3, d=16).model),
+    "llama": (Editor, lambda: tiny_llama(dtype=torch.float64, layers=3, d=16).model),
+    "t5": (Seq2Seq, tiny_t5),
+    "bert": (Classifier, tiny_bert),
+}
+# by family: each way of combining, each value of each option, one to five edits at once
+CASES = [
+    ("gpt2", 5, dict(way="combine", shared=True, norm=True, n_hidden=1, init="id", rank=3)),
+    ("llama", 4, dict(way="apart", shared=True, norm=True, n_hidden=0, init="xavier", rank=None)),
+    ("gpt2", 1, dict(way="one_sided", shared=False, norm=True, n_hidden=2, init="id", rank=3)),
+    ("llama", 2, dict(way="delta_only", shared=True, norm=False, n_hidden=1, init="id", rank=3)),
+    ("t5", 3, dict(way="combine", shared=True, norm=True, n_hidden=1, init="id", rank=3)),
+    ("t5", 1, dict(way="one_sided", shared=False, norm=True, n_hidden=0, init="id", rank=None)),
+    ("bert", 5, dict(way="apart", shared=True, norm=True, n_hidden=1, init="id", rank=None)),
+    ("bert", 2, dict(way="x_only", shared=False, norm=False, n_hidden=2, init="id", rank=3)),
+]
+
+
+def made(folder: Path, family: str, n_edits: int, options: dict) -> Path:
+    editor, build = MODELS[family]
+    return record(folder, editor(build(), NAMES[family], options_of(**options)), n_edits=n_edits)
+
+
 @pytest.fixture(scope="module")
-def own(tmp_path_factory):
-    """One folder of our own, to be spoilt in copies."""
-    return made(tmp_path_factory.mktemp("own") / "gpt2", *CASES[0])
+def recorded(tmp_path_factory):
+    """One folder recorded from the textbook, to be spoilt in copies."""
+    return made(tmp_path_factory.mktemp("recorded") / "gpt2", *CASES[0])
 
 
-# ----------------------------------------------------------------------------------------------- it conforms
+# ------------------------------------------------------------------------------------- it conforms
 
 
-@pytest.mark.parametrize("name", FOLDERS)
+@pytest.mark.parametrize("name", ["gpt2", "llama", "gpt2_one_sided", "t5", "bert"])
 def test_the_recorded_numbers_of_the_published_code(name):
     if not REFERENCE.is_dir():
         pytest.skip(f"no reference vectors at {REFERENCE}")
@@ -143,131 +95,123 @@ def test_the_recorded_numbers_of_the_published_code(name):
     assert sum(check.verdict == "" for check in checks) >= 12
 
 
-@pytest.mark.parametrize(("family", "options", "n_edits"), CASES)
+@pytest.mark.parametrize(("family", "n_edits", "options"), CASES)
 def test_a_plain_loop_in_float64_with_the_options_of_the_published_code(
-    family, options, n_edits, tmp_path
+    family, n_edits, options, tmp_path
 ):
-    checks = conformance(made(tmp_path / "own", family, options, n_edits))
-    assert len(checks) == 15 and max(check.error for check in checks) < 1e-8, conformance_table(
-        {"own": checks}
-    )
+    checks = conformance(made(tmp_path / "made", family, n_edits, options))
+    assert len(checks) == 15
+    assert max(check.error for check in checks) < 1e-8, conformance_table({"made": checks})
 
 
-def test_a_record_in_float32_tells_its_rounding(own, tmp_path):
-    shutil.copytree(own, tmp_path / "single")
+def test_a_record_in_float32_tells_its_rounding(recorded, tmp_path):
+    folder = tmp_path / "single"
+    shutil.copytree(recorded, folder)
     for name in ("base_model.safetensors", "vectors.safetensors"):
-        tensors = load_file(own / name)
-        single = {k: v.float() if v.dtype == torch.float64 else v for k, v in tensors.items()}
-        save_file(single, tmp_path / "single" / name)
+        single = load_file(recorded / name)
+        for key, value in single.items():
+            single[key] = value.float() if value.dtype == torch.float64 else value
+        save_file(single, folder / name)
     state = {k.removeprefix("final/"): v for k, v in single.items() if k.startswith("final/")}
-    save_published(tmp_path / "single" / "archive.pt", state, tiny_gpt2().model.config)
-    checks = conformance(tmp_path / "single")
+    save_published(folder / "archive.pt", state, tiny_gpt2().model.config)
+    checks = conformance(folder)
     assert all(check.passed for check in checks)
     assert all(1e-9 < check.rounding < 1e-3 for check in checks if check.name != "archive")
 
 
-SHAPES = {"b.weight": (4, 6), "a.weight": (4, 6), "c.weight": (6, 4), "d.weight": (5, 5)}
+def test_the_options_hold_every_pair_of_values():
+    every = list(every_option())
+    for a, b in itertools.combinations(("shared", "norm", "n_hidden", "init", "rank"), 2):
+        values = [{options[key] for options in every} for key in (a, b)]
+        assert {(options[a], options[b]) for options in every} == set(itertools.product(*values))
 
 
 @pytest.mark.parametrize("options", list(every_option()), ids=label)
 def test_the_hypernetwork_is_the_textbooks_for_every_combination_of_options(options):
     book = Textbook(SHAPES, options)
-    sites = tuple(
-        Site(n, n[:-7], *SHAPES[n], False, None, False) for n in sorted(SHAPES)
-    )  # a, b, c, d
+    sites = [Site(name, name[:-7], *SHAPES[name], False, None, False) for name in sorted(SHAPES)]
     h = MENDHyperParams(model_name="tiny", inner_params=tuple(SHAPES), **options)
     mend = from_foreign(book.state, sites, h)
-    generator = torch.Generator().manual_seed(1)
+    generator, edits = torch.Generator().manual_seed(1), torch.tensor([0, 0, 0, 1, 1, 1, 1])
     for training in (True, True, False):
-        rows = {
-            n: [torch.randn(7, d, generator=generator, dtype=torch.float64) for d in s]
-            for n, s in SHAPES.items()
-        }
-        expected = book.update(rows, training=training)
-        factors = {
-            n: GradientFactors(*pair, torch.tensor([0, 0, 0, 1, 1, 1, 1]))
-            for n, pair in rows.items()
-        }
+        rows, factors = {}, {}
+        for name, shape in SHAPES.items():
+            pair = [torch.randn(7, d, generator=generator, dtype=torch.float64) for d in shape]
+            rows[name], factors[name] = pair, GradientFactors(*pair, edits)
         updates = mend(factors, 2, gather=tuple(SHAPES) if training else ())
-        for name, value in expected.items():
+        for name, value in book.update(rows, training=training).items():
             torch.testing.assert_close(updates[name].dense(), value, rtol=1e-9, atol=1e-11)
 
 
-# --------------------------------------------------------------------------------------- and it notices if not
+# ------------------------------------------------------------------------ it notices if it does not
 
 
-def spoilt(own: Path, folder: Path, change) -> tuple[Check, ...]:
-    shutil.copytree(own, folder)
-    change(folder)
-    return conformance(folder)
+def scaled(prefix: str, factor: float):
+    """Multiply the vectors whose names start so."""
 
-
-def scale_tensors(prefix: str, factor: float):
     def change(folder: Path) -> None:
-        tensors = load_file(folder / "vectors.safetensors")
-        found = [name for name in tensors if name.startswith(prefix)]
+        path = folder / "vectors.safetensors"
+        tensors = load_file(path)
+        found = {name: x * factor for name, x in tensors.items() if name.startswith(prefix)}
         assert found
-        save_file(
-            tensors | {name: tensors[name] * factor for name in found},
-            folder / "vectors.safetensors",
-        )
+        save_file(tensors | found, path)
 
     return change
 
 
-def change_meta(path: list, factor: float):
+def changed(*keys, to):
+    """Change one entry of meta.json."""
+
     def change(folder: Path) -> None:
         meta = json.loads((folder / "meta.json").read_text())
-        at = meta
-        for key in path[:-1]:
-            at = at[key]
-        at[path[-1]] *= factor
+        place = meta
+        for key in keys[:-1]:
+            place = place[key]
+        place[keys[-1]] = to(place[keys[-1]])
         (folder / "meta.json").write_text(json.dumps(meta))
 
     return change
 
 
 SPOILT = {
-    "factors x": scale_tensors("eval/factors/transformer.h.1.mlp.c_fc.weight/x", 1.001),
-    "factors delta": scale_tensors("eval/factors/transformer.h.2.mlp.c_proj.weight/delta", -1),
-    "updates": scale_tensors("eval/update/transformer.h.2.mlp.c_fc.weight", 1.001),
-    "second updates": scale_tensors("eval/update_second/", 1.00002),
-    "pre logits outer": scale_tensors("eval/pre_logits_outer", 1.00002),
-    "post logits loc": scale_tensors("eval/post_logits_loc", 1.00002),
-    "scalars post": change_meta(["eval_post", "prob"], 1.00002),
-    "scalars pre": change_meta(["eval_pre", "n_tokens"], 2),
-    "locality KL": change_meta(["eval_kl_loc"], 1.00002),
-    "training loc": change_meta(["losses", 2, "loc"], 1.0002),
-    "training edit": change_meta(["losses", 0, "edit"], 1.0002),
-    "training total": change_meta(["losses", 1, "total"], 1.0002),
-    "archive": scale_tensors("final/edit_lrs", 1.0001),
+    "factors x": scaled("eval/factors/transformer.h.1.mlp.c_fc.weight/x", 1.001),
+    "factors delta": scaled("eval/factors/transformer.h.2.mlp.c_proj.weight/delta", -1),
+    "updates": scaled("eval/update/transformer.h.2.mlp.c_fc.weight", 1.001),
+    "second updates": scaled("eval/update_second/", 1.00002),
+    "pre logits outer": scaled("eval/pre_logits_outer", 1.00002),
+    "post logits loc": scaled("eval/post_logits_loc", 1.00002),
+    "scalars post": changed("eval_post", "prob", to=lambda x: 1.00002 * x),
+    "scalars pre": changed("eval_pre", "n_tokens", to=lambda x: 2 * x),
+    "locality KL": changed("eval_kl_loc", to=lambda x: 1.00002 * x),
+    "training loc": changed("losses", 2, "loc", to=lambda x: 1.0002 * x),
+    "training edit": changed("losses", 0, "edit", to=lambda x: 1.0002 * x),
+    "training total": changed("hparams", "cedit", to=lambda x: 2 * x),
+    "archive": scaled("final/edit_lrs", 1.0001),
 }
 
 
 @pytest.mark.parametrize("name", SPOILT)
-def test_one_wrong_number_is_the_one_miss(own, tmp_path, name):
-    checks = spoilt(own, tmp_path / "spoilt", SPOILT[name])
+def test_one_wrong_number_is_the_one_miss(recorded, tmp_path, name):
+    shutil.copytree(recorded, tmp_path / "spoilt")
+    SPOILT[name](tmp_path / "spoilt")
+    checks = conformance(tmp_path / "spoilt")
     assert [check.name for check in checks if check.verdict == MISS] == [name]
 
 
 @pytest.mark.parametrize(
-    ("key", "value", "what"),
+    "change",
     [
-        ("norm", False, "updates"),
-        ("init", "xavier", "updates"),
-        ("inner_params", list(NAMES["gpt2"][::-1]), "updates"),
-        ("cedit", 0.2, "training total"),
+        changed("hparams", "norm", to=lambda norm: not norm),
+        changed("hparams", "init", to=lambda init: "xavier"),
+        changed("inner_params", to=lambda names: names[::-1]),
     ],
+    ids=["norm", "init", "inner_params"],
 )
-def test_another_setting_than_the_recorded_one_misses(own, tmp_path, key, value, what):
-    def change(folder: Path) -> None:
-        meta = json.loads((folder / "meta.json").read_text())
-        (meta if key in meta else meta["hparams"])[key] = value
-        (folder / "meta.json").write_text(json.dumps(meta))
-
-    assert what in [
-        check.name for check in spoilt(own, tmp_path / "spoilt", change) if check.verdict == MISS
-    ]
+def test_another_setting_than_the_recorded_one_misses(recorded, tmp_path, change):
+    shutil.copytree(recorded, tmp_path / "spoilt")
+    change(tmp_path / "spoilt")
+    checks = conformance(tmp_path / "spoilt")
+    assert "updates" in [check.name for check in checks if check.verdict == MISS]
 
 
 def test_rounding_excuses_little_and_never_much():
@@ -278,48 +222,39 @@ def test_rounding_excuses_little_and_never_much():
     assert [verdict(1e-4, 1e-5), verdict(2e-3, 1.0), verdict(float("nan"), 1e-5)] == [MISS] * 3
 
 
-def test_what_is_no_such_folder_is_said(own, tmp_path):
+def test_what_is_no_such_folder_is_said(recorded, tmp_path):
     with pytest.raises(DataError, match=r"lacks config\.json, base_model"):
         conformance(tmp_path)
-    shutil.copytree(own, tmp_path / "cut")
-    (tmp_path / "cut" / "meta.json").write_text("{}")
+    folder = tmp_path / "cut"
+    shutil.copytree(recorded, folder)
+    (folder / "meta.json").write_text("{}")
     with pytest.raises(DataError, match="hparams"):
-        conformance(tmp_path / "cut")
-
-
-# ----------------------------------------------------------------------------------------------- command line
-
-
-def test_the_command_prints_a_table_and_its_status_tells(own, tmp_path, capsys):
-    assert main(["conformance", str(own)]) == 0
-    text = capsys.readouterr().out
-    assert "second updates" in text and text.endswith(
-        "15 comparisons: 15 within the tolerance, 0 missed\n"
+        conformance(folder)
+    shutil.copy(recorded / "meta.json", folder)
+    weights, name = (
+        load_file(recorded / "base_model.safetensors"),
+        "transformer.h.0.mlp.c_fc.weight",
     )
-    shutil.copytree(own, tmp_path / "all" / "wrong")
-    scale_tensors("eval/update/", 1.1)(tmp_path / "all" / "wrong")
-    assert (
-        main(["conformance", str(own), str(tmp_path / "all"), "--out", str(tmp_path / "run")]) == 1
-    )
+    fewer = {key: value for key, value in weights.items() if key != name}
+    for other in (
+        fewer,
+        weights | {"extra": weights[name].clone()},
+        fewer | {name: weights[name][1:]},
+    ):
+        save_file(other, folder / "base_model.safetensors")
+        with pytest.raises(ModelError, match=f"(?s)do not fit config.json: .*({name}|extra)"):
+            conformance(folder)
+
+
+def test_the_command_prints_a_table_and_its_status_tells(recorded, tmp_path, capsys):
+    shutil.copytree(recorded, tmp_path / "all" / "wrong")
+    scaled("eval/update/", 1.1)(tmp_path / "all" / "wrong")
+    words = ["conformance", str(recorded), str(tmp_path / "all"), "--out", str(tmp_path / "run")]
+    assert main(words) == 1
     assert "29 within the tolerance, 1 missed" in capsys.readouterr().out
     results = json.loads((tmp_path / "run" / "results.json").read_text())
     assert results["conformance.comparisons"] == 30 and results["conformance.missed"] == 1
-    assert main(["conformance", str(own), "--json"]) == 0
+    assert main(["conformance", str(recorded), "--json"]) == 0
     rows = json.loads(capsys.readouterr().out)
-    assert len(rows) == 15 and all(
-        row["verdict"] == "ok" and row["error"] <= row["tolerance"] for row in rows
-    )
+    assert len(rows) == 15 and all(row["verdict"] == "ok" for row in rows)
     assert main(["conformance", str(tmp_path / "nowhere")]) == 2
-
-
-def test_weights_of_another_model_are_refused(own, tmp_path):
-    shutil.copytree(own, tmp_path / "cut")
-    weights = load_file(own / "base_model.safetensors")
-    name = "transformer.h.0.mlp.c_fc.weight"
-    fewer = {k: v for k, v in weights.items() if k != name}
-    for changed in (fewer, weights | {"extra": weights[name]}, weights | {name: weights[name][1:]}):
-        save_file(
-            {k: v.clone() for k, v in changed.items()}, tmp_path / "cut" / "base_model.safetensors"
-        )
-        with pytest.raises(ModelError, match=f"(?s)does not fit config.json: .*({name}|extra)"):
-            conformance(tmp_path / "cut")

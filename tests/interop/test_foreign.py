@@ -1,4 +1,4 @@
-"""Archives of published code: nothing in them runs, and what they held comes through bit for bit (CORRECTNESS 23)."""
+"""Archives of published code: nothing in them runs, what they held comes through bit for bit."""
 
 import json
 import os
@@ -15,9 +15,7 @@ import torch
 
 from mendkit.__main__ import main
 from mendkit.errors import ArchiveError
-from mendkit.evaluation.evaluate import evaluate
 from mendkit.hparams import MENDHyperParams
-from mendkit.interop.conformance import load_reference_model
 from mendkit.interop.foreign import (
     export_archive,
     foreign_hparams,
@@ -26,45 +24,58 @@ from mendkit.interop.foreign import (
     read_foreign,
     to_foreign,
 )
+from mendkit.interop.reference import load_reference_model
 from mendkit.mend.archive import inspect_archive, load_archive, save_archive
 from mendkit.mend.batches import edit_tokens
 from mendkit.mend.editor import MENDEditor
 from mendkit.mend.factors import capture_factors
 from mendkit.mend.hypernetwork import MEND
 from mendkit.mend.training import train
-from mendkit.models.base import BaseModel
 from mendkit.models.sites import Site
 from mendkit.models.trunk import FrozenTrunk
-from mendkit.reporting import tables
-from tests.interop.test_conformance import FOLDERS, NAMES, REFERENCE, SHAPES, settings
 from tests.oracles.claims import EXAMPLES, scrambled, with_statistics
-from tests.oracles.textbook import Editor, Textbook, as_float32, every_option, label, save_published
+from tests.oracles.textbook import (
+    NAMES,
+    REFERENCE,
+    SHAPES,
+    Editor,
+    Textbook,
+    as_float32,
+    every_option,
+    label,
+    options_of,
+    save_published,
+)
 from tests.oracles.tiny import save_tiny, tiny_gpt2, tiny_llama
 
-OPTIONS = settings("combine", shared=True, norm=True, n_hidden=1, init="id", rank=6)
+LAYERS = NAMES["gpt2"]
+OPTIONS = options_of("combine", shared=True, norm=True, n_hidden=1, init="id", rank=6)
 
 
-def hparams(names, **changes) -> MENDHyperParams:
+def hparams(names=LAYERS, **changes) -> MENDHyperParams:
     return MENDHyperParams(model_name="tiny", inner_params=tuple(names), **(OPTIONS | changes))
+
+
+def sites_of(shapes, names) -> tuple[Site, ...]:
+    return tuple(Site(n, n.removesuffix(".weight"), *shapes[n], False, None, False) for n in names)
 
 
 @pytest.fixture
 def published(gpt2, tmp_path):
-    """An archive in the published form for the tiny GPT-2, its statistics those of real factors; and its oracle."""
-    editor = Editor(gpt2.model, NAMES["gpt2"], OPTIONS)
-    base, h = gpt2.with_sites(NAMES["gpt2"]), hparams(NAMES["gpt2"])
+    """A published archive for the tiny GPT-2, its statistics those of real factors; its oracle."""
+    editor = Editor(gpt2.model, LAYERS, OPTIONS)
+    base, h = gpt2.with_sites(LAYERS), hparams()
     for example in EXAMPLES:
         factors = capture_factors(FrozenTrunk(base), [edit_tokens(base, h, example)])
-        for name in NAMES["gpt2"]:
-            editor.book.observe(
-                name, list(zip(factors[name].u.double(), factors[name].delta.double(), strict=True))
-            )
+        for name in LAYERS:
+            pair = (factors[name].u.double(), factors[name].delta.double())
+            editor.book.observe(name, list(zip(*pair, strict=True)))
     state = as_float32(editor.book.state)
     editor.book.state = OrderedDict((name, value.double()) for name, value in state.items())
     return save_published(tmp_path / "archive.pt", state, gpt2.model.config), editor.book
 
 
-# --------------------------------------------------------------------------------------------- nothing is run
+# ---------------------------------------------------------------------------------- nothing is run
 
 
 class Payload:
@@ -77,52 +88,31 @@ class Payload:
         return self.call, self.arguments
 
 
-PAYLOADS = {
+PAYLOADS = {  # by the name in the pickle; the first five would run
     "posix.mkdir": lambda mark: Payload(os.mkdir, mark),
     "posix.system": lambda mark: Payload(os.system, f"mkdir {mark}"),
     "subprocess.check_call": lambda mark: Payload(subprocess.check_call, ["mkdir", mark]),
     "builtins.exec": lambda mark: Payload(exec, f"import os; os.mkdir({mark!r})"),
     "builtins.eval": lambda mark: Payload(eval, f"__import__('os').mkdir({mark!r})"),
-    "builtins.getattr": lambda mark: Payload(getattr, os, "mkdir"),
+    "builtins.getattr": lambda mark: Payload(getattr, "text", "upper"),
 }
+PLACES = ["model", "model_config", "top", "opt", "model", "model_config"]
 
 
-@pytest.mark.parametrize("place", ["model", "model_config", "top", "opt"])
-@pytest.mark.parametrize("name", PAYLOADS)
+@pytest.mark.parametrize(("name", "place"), [*zip(PAYLOADS, PLACES, strict=True)])
 def test_a_payload_is_refused_by_name_and_does_not_run(gpt2, published, tmp_path, name, place):
-    mark, path = str(tmp_path / "ran"), tmp_path / "hostile.pt"
-    payload = PAYLOADS[name](mark)
-    if name == "builtins.getattr":
-        payload = Payload(
-            getattr, "text", "upper"
-        )  # a module cannot be pickled; the name is what counts
+    mark, path = tmp_path / "ran", tmp_path / "hostile.pt"
     model = OrderedDict(published[1].state, model_config=gpt2.model.config)
     content = {"model": model, "opt": {}, "lr_opt": {}, "val_stats": {}, "step": 1}
-    if place in ("model", "model_config"):
-        model[place] = payload
-    else:
-        content[place] = payload
+    (model if place.startswith("model") else content)[place] = PAYLOADS[name](str(mark))
     torch.save(content, path)
     with pytest.raises(ArchiveError, match=name.rpartition(".")[2]) as error:
-        import_archive(
-            path, hparams(NAMES["gpt2"]), out=tmp_path / "out" / "a.safetensors", base=gpt2
-        )
+        import_archive(path, hparams(), out=tmp_path / "out" / "a.safetensors", base=gpt2)
     assert "nothing of it was run" in str(error.value)
-    assert not Path(mark).exists() and not (tmp_path / "out").exists()
-
-
-def test_the_payloads_of_these_tests_would_run(tmp_path):
-    for name in (
-        "posix.mkdir",
-        "posix.system",
-        "subprocess.check_call",
-        "builtins.exec",
-        "builtins.eval",
-    ):
-        mark = tmp_path / name
-        torch.save({"model": PAYLOADS[name](str(mark))}, tmp_path / "hostile.pt")
-        torch.load(tmp_path / "hostile.pt", weights_only=False)
-        assert mark.is_dir(), name
+    assert not mark.exists() and not (tmp_path / "out").exists()
+    if name != "builtins.getattr":  # the control: it would run
+        torch.load(path, weights_only=False)
+        assert mark.is_dir()
 
 
 @pytest.mark.parametrize(
@@ -156,18 +146,6 @@ def test_a_plain_pickle_and_other_files_are_refused(tmp_path):
     assert not mark.exists()
 
 
-def test_default_dictionaries_and_configurations_are_inert(gpt2, published, tmp_path):
-    content = {"model": OrderedDict(published[1].state, model_config=gpt2.model.config)}
-    content["val_stats"] = defaultdict(list, {"loss": [1.0]})
-    torch.save(content, tmp_path / "a.pt")
-    foreign = read_foreign(tmp_path / "a.pt")
-    assert (
-        foreign.config_class == "GPT2Config"
-        and foreign.config["n_layer"] == gpt2.model.config.n_layer
-    )
-    assert set(foreign.state) == set(published[1].state) and foreign.step is None
-
-
 def test_a_configuration_is_never_the_live_class(published, tmp_path, monkeypatch):
     mark, module = tmp_path / "ran", "transformers.models.gone.configuration_gone"
 
@@ -179,72 +157,61 @@ def test_a_configuration_is_never_the_live_class(published, tmp_path, monkeypatc
     monkeypatch.setitem(sys.modules, module, SimpleNamespace(GoneConfig=GoneConfig))
     config = GoneConfig()
     config.n_layer = 7
-    save_published(tmp_path / "a.pt", published[1].state, config)
-    assert read_foreign(tmp_path / "a.pt").config == {"n_layer": 7} and not mark.exists()
-    monkeypatch.delitem(
-        sys.modules, module
-    )  # a model that this version of transformers no longer has
-    assert read_foreign(tmp_path / "a.pt").config_class == "GoneConfig"
+    content = {"model": OrderedDict(published[1].state, model_config=config)}
+    content["val_stats"] = defaultdict(list, {"loss": [1.0]})
+    torch.save(content, tmp_path / "a.pt")
+    monkeypatch.delitem(sys.modules, module)  # as where transformers no longer has the model
+    foreign = read_foreign(tmp_path / "a.pt")
+    assert (foreign.config_class, foreign.config) == ("GoneConfig", {"n_layer": 7})
+    assert set(foreign.state) == set(published[1].state) and not mark.exists()
 
 
-# ----------------------------------------------------------------------------------------------------- import
+# ------------------------------------------------------------------------------------------ import
 
 
 def test_an_imported_archive_edits_as_the_textbook_alone_and_several_at_once(
     gpt2, published, tmp_path
 ):
     path, book = published
-    h = hparams(NAMES["gpt2"], add_eos=False)
-    archive = load_archive(
-        import_archive(path, h, out=tmp_path / "a.safetensors", base=gpt2), base=gpt2
-    )
+    native = import_archive(path, hparams(add_eos=False), out=tmp_path / "a.safetensors", base=gpt2)
+    archive = load_archive(native, base=gpt2)
     editor = MENDEditor(archive.base, archive.mend)
     for examples in (EXAMPLES[:1], EXAMPLES[2:3], EXAMPLES):
         texts = [editor.tokens(example) for example in examples]
         total = sum(len(text.targets) for text in texts)
-        parts = [capture_factors(FrozenTrunk(archive.base), [text]) for text in texts]
-        rows = {
-            name: [
-                torch.cat([part[name].u for part in parts]).double(),
-                torch.cat(
-                    [
-                        p[name].delta * (len(t.targets) / total)
-                        for p, t in zip(parts, texts, strict=True)
-                    ]
-                ).double(),
-            ]
-            for name in NAMES["gpt2"]
-        }
-        expected, dense = book.update(rows), editor.edit(list(examples)).dense()
+        rows = {name: ([], []) for name in LAYERS}
+        for text in texts:
+            factors = capture_factors(FrozenTrunk(archive.base), [text])
+            for name, (us, deltas) in rows.items():
+                us.append(factors[name].u.double())
+                # of one mean over all edits' tokens
+                deltas.append(factors[name].delta.double() * len(text.targets) / total)
+        expected = book.update({name: [torch.cat(x) for x in pair] for name, pair in rows.items()})
+        dense = editor.edit(list(examples)).dense()
         for name, value in expected.items():  # Conv1D: the weight is (d_in, d_out)
-            torch.testing.assert_close(
-                dense[name].double(), value.T, rtol=1e-4, atol=1e-5 * float(value.abs().max())
-            )
+            near = {"rtol": 1e-4, "atol": 1e-5 * float(value.abs().max())}
+            torch.testing.assert_close(dense[name].double(), value.T, **near)
 
 
 def test_an_update_is_subtracted_and_a_step_size_keeps_its_sign(gpt2, published, tmp_path):
     path, book = published
-    archive = load_archive(
-        import_archive(path, hparams(NAMES["gpt2"]), out=tmp_path / "a", base=gpt2), base=gpt2
-    )
-    assert archive.metadata["update_sign"] == -1 and archive.metadata["loss_reduction"].endswith(
-        "made at once"
-    )
-    lrs = dict(zip(NAMES["gpt2"], (-book.state["edit_lrs"]).tolist(), strict=True))
+    native = import_archive(path, hparams(), out=tmp_path / "a", base=gpt2)
+    archive = load_archive(native, base=gpt2)
+    assert archive.metadata["update_sign"] == -1
+    assert archive.metadata["loss_reduction"].endswith("made at once")
+    lrs = dict(zip(LAYERS, (-book.state["edit_lrs"]).tolist(), strict=True))
     assert archive.mend.edit_lrs == lrs and {lr > 0 for lr in lrs.values()} == {True, False}
 
 
 @pytest.mark.parametrize("options", list(every_option()), ids=label)
-def test_there_and_back_keeps_every_bit(options, tmp_path):
+def test_there_and_back_keeps_every_bit(options):
     book = Textbook(SHAPES, options)
     generator = torch.Generator().manual_seed(1)
-    rows = {
-        n: [torch.randn(7, d, generator=generator, dtype=torch.float64) for d in s]
-        for n, s in SHAPES.items()
-    }
+    rows = {}
+    for name, shape in SHAPES.items():
+        rows[name] = [torch.randn(7, d, generator=generator, dtype=torch.float64) for d in shape]
     book.update(rows, training=True)
-    state = as_float32(book.state)
-    sites = tuple(Site(n, n[:-7], *SHAPES[n], False, None, False) for n in sorted(SHAPES))
+    state, sites = as_float32(book.state), sites_of(SHAPES, sorted(SHAPES))
     h = MENDHyperParams(model_name="tiny", inner_params=tuple(SHAPES), **options)
     back = to_foreign(from_foreign(state, sites, h))
     assert set(back) == set(state)
@@ -252,59 +219,52 @@ def test_there_and_back_keeps_every_bit(options, tmp_path):
         assert back[name].dtype == value.dtype and torch.equal(back[name], value), name
 
 
-@pytest.mark.parametrize("name", FOLDERS)
-def test_the_reference_archives_come_back_as_they_were(name, tmp_path):
+@pytest.mark.parametrize("name", ["gpt2", "llama", "gpt2_one_sided", "t5", "bert"])
+def test_the_reference_archives_come_back_as_they_were(name):
     if not REFERENCE.is_dir():
         pytest.skip(f"no reference vectors at {REFERENCE}")
     meta = json.loads((REFERENCE / name / "meta.json").read_text())
-    known = {k: v for k, v in meta["hparams"].items() if k in MENDHyperParams.__dataclass_fields__}
+    known = {k: v for k, v in meta["hparams"].items() if k in MENDHyperParams.model_fields}
     h = MENDHyperParams(model_name="tiny", inner_params=tuple(meta["inner_params"]), **known)
     base = load_reference_model(REFERENCE / name, h.inner_params)
     state = read_foreign(REFERENCE / name / "archive.pt").state
     back = to_foreign(from_foreign(state, base.sites, h))
-    assert list(back) == list(state) and all(
-        torch.equal(back[n], value) for n, value in state.items()
-    )
+    assert list(back) == list(state)
+    assert all(torch.equal(back[n], value) for n, value in state.items())
 
 
 def test_a_native_archive_goes_out_and_comes_back_with_the_same_updates_bit_for_bit(gpt2, tmp_path):
-    base = gpt2.with_sites(NAMES["gpt2"])
-    h = hparams(NAMES["gpt2"], init="id_xavier", norm_stats="shape", z_clip=None, edit_lr=3e-3)
+    base = gpt2.with_sites(LAYERS)
+    h = hparams(init="id_xavier", norm_stats="shape", z_clip=None, edit_lr=3e-3)
     mend = scrambled(with_statistics(base, MEND(base.sites, h)))
     native = save_archive(tmp_path / "native.safetensors", base, mend)
     pickled = export_archive(native, tmp_path / "archive.pt", base=gpt2)
-    archive = load_archive(
-        import_archive(pickled, h, out=tmp_path / "again.safetensors", base=gpt2), base=gpt2
-    )
+    back = import_archive(pickled, h, out=tmp_path / "again.safetensors", base=gpt2)
     texts = [edit_tokens(base, h, example) for example in EXAMPLES]
-    ours, again = (MENDEditor(base, m).updates(texts) for m in (mend, archive.mend))
+    ours = MENDEditor(base, mend).updates(texts)
+    again = MENDEditor(base, load_archive(back, base=gpt2).mend).updates(texts)
     for name, update in ours.items():
-        for kind in ("u", "delta"):
-            torch.testing.assert_close(
-                getattr(again[name], kind), getattr(update, kind), rtol=0, atol=0
-            )
+        assert torch.equal(again[name].u, update.u) and torch.equal(again[name].delta, update.delta)
         assert float(again[name].coefficient) == float(update.coefficient) < 0
-    content = torch.load(pickled, weights_only=False)  # our own file, as EasyEdit reads it
-    assert type(content["model"]["model_config"]).__name__ == "GPT2Config"
-    tensors = [
-        torch.nn.Parameter(v)
-        for k, v in content["model"].items()
-        if ".layers." in k or k == "edit_lrs"
-    ]
-    torch.optim.Adam(tensors).load_state_dict(content["opt"])
-    assert (content["model"]["edit_lrs"] < 0).all()  # published code adds
+    model = torch.load(pickled, weights_only=False)["model"]  # as EasyEdit reads it
+    assert type(model["model_config"]).__name__ == "GPT2Config"
+    assert (model["edit_lrs"] < 0).all()  # published code adds
 
 
 @pytest.mark.parametrize(
     "change",
-    [{"z_clip": 10.0}, {"whiten": 0.1}, {"norm_stats": "layer"}, {"edit_tokens": "scored"}],
+    [
+        {"z_clip": 10.0},
+        {"whiten": 0.1},
+        {"norm_stats": "layer"},
+        {"edit_tokens": "scored"},
+        {"aggregate": "least_squares"},
+    ],
     ids=str,
 )
 def test_what_the_published_format_cannot_say_is_refused(gpt2, tmp_path, change):
-    base = gpt2.with_sites(NAMES["gpt2"])
-    mend = MEND(
-        base.sites, hparams(NAMES["gpt2"], **({"norm_stats": "shape", "z_clip": None} | change))
-    )
+    base = gpt2.with_sites(LAYERS)
+    mend = MEND(base.sites, hparams(**{"norm_stats": "shape", "z_clip": None} | change))
     native = save_archive(tmp_path / "a.safetensors", base, mend)
     with pytest.raises(ArchiveError, match=f"cannot say {next(iter(change))}"):
         export_archive(native, tmp_path / "archive.pt", base=gpt2)
@@ -314,115 +274,57 @@ def test_what_the_published_format_cannot_say_is_refused(gpt2, tmp_path, change)
 @pytest.mark.parametrize(
     ("names", "words"),
     [
-        (NAMES["gpt2"][:2], "transforms|edit_lrs"),
-        ((*NAMES["gpt2"], "transformer.h.0.mlp.c_fc.weight"), "edit_lrs has shape"),
-        (
-            ("transformer.h.1.attn.c_attn.weight", *NAMES["gpt2"][1:]),
-            "are not those of the 4 layers",
-        ),
+        (LAYERS[:2], "transforms|edit_lrs"),
+        ((*LAYERS, "transformer.h.0.mlp.c_fc.weight"), "edit_lrs has shape"),
+        (("transformer.h.1.attn.c_attn.weight", *LAYERS[1:]), "not those of the 4 layers"),
+        ("auto", "not `auto`"),
     ],
 )
 def test_other_layers_than_the_archives_are_refused(gpt2, published, tmp_path, names, words):
+    h = hparams().replace(inner_params=names)
     with pytest.raises(ArchiveError, match=words):
-        import_archive(published[0], hparams(names), out=tmp_path / "a.safetensors", base=gpt2)
-    with pytest.raises(ArchiveError, match="`auto` does not tell"):
-        import_archive(
-            published[0],
-            hparams(names).replace(inner_params="auto"),
-            out=tmp_path / "a.safetensors",
-            base=gpt2,
-        )
+        import_archive(published[0], h, out=tmp_path / "a.safetensors", base=gpt2)
     assert not (tmp_path / "a.safetensors").exists()
 
 
-@pytest.mark.parametrize(
-    ("other", "words"),
-    [
-        (lambda: tiny_llama(), "GPT2Config, here LlamaConfig"),
-        (lambda: tiny_gpt2(layers=5), "n_layer"),
-    ],
-)
-def test_another_base_model_is_refused(published, tmp_path, other, words):
-    base: BaseModel = other()
-    names = NAMES["llama" if "Llama" in words else "gpt2"]
-    with pytest.raises(ArchiveError, match=words):
-        import_archive(published[0], hparams(names), out=tmp_path / "a.safetensors", base=base)
-
-
-def test_a_std_that_does_not_follow_from_its_sum_has_the_last_word(published):
-    state, names = dict(published[1].state), [n for n in published[1].state if n.endswith("u_std")]
-    state |= {name: state[name] * 2 for name in names}
-    sites = tuple(
-        Site(n, n[:-7], *published[1].shapes[n], True, None, False) for n in NAMES["gpt2"]
-    )
-    mend = from_foreign(state, sites, hparams(NAMES["gpt2"]))
-    moments = mend.moments["{}x{}".format(*published[1].shapes[NAMES["gpt2"][0]])]["u"]
-    name = published[1].prefix(NAMES["gpt2"][0])
-    x = torch.randn(3, len(moments.mean), dtype=torch.float64)
-    expected = (x - state[f"{name}u_mean"]) / (state[f"{name}u_std"] + 1e-7)
-    torch.testing.assert_close(moments.normalise(x, floor=0.0, clip=None), expected)
+def test_another_base_model_is_refused(published, tmp_path):
+    out = tmp_path / "a.safetensors"
+    with pytest.raises(ArchiveError, match="GPT2Config, here LlamaConfig"):
+        import_archive(published[0], hparams(NAMES["llama"]), out=out, base=tiny_llama())
+    with pytest.raises(ArchiveError, match="n_layer"):
+        import_archive(published[0], hparams(), out=out, base=tiny_gpt2(layers=5))
 
 
 def test_the_archive_decides_what_its_tensors_show(published):
-    sites = tuple(
-        Site(n, n[:-7], *published[1].shapes[n], True, None, False) for n in NAMES["gpt2"]
-    )
-    h = foreign_hparams(
-        published[1].state, sites, hparams(NAMES["gpt2"], rank=99, n_hidden=4, shared=False)
-    )
+    sites = sites_of(published[1].shapes, LAYERS)
+    other = hparams(rank=99, n_hidden=4, shared=False)
+    h = foreign_hparams(published[1].state, sites, other)
     assert (h.rank, h.n_hidden, h.shared, h.combine, h.norm_stats) == (6, 1, True, True, "shape")
+    # a std that does not follow from its sum has the last word
+    state, prefix = dict(published[1].state), published[1].prefix(LAYERS[0])
+    state[f"{prefix}u_std"] = state[f"{prefix}u_std"] * 2
+    mend = from_foreign(state, sites, hparams())
+    moments = mend.moments["{}x{}".format(*published[1].shapes[LAYERS[0]])]["u"]
+    x = torch.randn(3, len(moments.mean), dtype=torch.float64)
+    expected = (x - state[f"{prefix}u_mean"]) / (state[f"{prefix}u_std"] + 1e-7)
+    torch.testing.assert_close(moments.normalise(x, floor=0.0, clip=None), expected)
 
 
-# ----------------------------------------------------------------------------------- like a native one, and CLI
-
-
-def test_an_imported_archive_trains_on_and_is_scored_like_a_native_one(gpt2, published, tmp_path):
-    h = hparams(
-        NAMES["gpt2"],
-        max_iters=2,
-        val_interval=1,
-        batch_size=2,
-        log_interval=1,
-        warmup_iters=0,
-        lr=1e-3,
-    )
-    path = import_archive(published[0], h, out=tmp_path / "a.safetensors", base=gpt2)
+def test_an_imported_archive_trains_on_like_a_native_one(gpt2, published, tmp_path):
+    steps = dict(max_iters=2, val_interval=1, batch_size=2, log_interval=1, warmup_iters=0, lr=1e-3)
+    path = import_archive(published[0], hparams(**steps), out=tmp_path / "a", base=gpt2)
     before = load_archive(path, base=gpt2).mend
-    again = train(
-        h.replace(archive=str(path)), EXAMPLES, EXAMPLES[:1], base=gpt2, run_dir=tmp_path / "run"
-    ).archive
-    after = load_archive(again, base=gpt2)
-    assert any(
-        not torch.equal(a, b)
-        for a, b in zip(before.parameters(), after.mend.parameters(), strict=True)
-    )
-    assert [v > 0 for v in after.mend.edit_lrs.values()] == [
-        v > 0 for v in before.edit_lrs.values()
-    ]
+    h = hparams(**steps, archive=str(path))
+    result = train(h, EXAMPLES, EXAMPLES[:1], base=gpt2, run_dir=tmp_path / "run")
+    after = load_archive(result.archive, base=gpt2).mend
+    pairs = zip(before.parameters(), after.parameters(), strict=True)
+    assert any(not torch.equal(a, b) for a, b in pairs)
+    assert torch.equal(after.edit_lr_unit, before.edit_lr_unit)
     for name in ("std_eps", "std_floor", "z_clip", "loss_reduction", "norm_stats"):
-        assert getattr(after.mend.hparams, name) == getattr(before.hparams, name)
-    assert (
-        torch.equal(after.mend.edit_lr_unit, before.edit_lr_unit)
-        and inspect_archive(again)["base_model"]["sites"]
-    )
-    report = evaluate(MENDEditor(after.base, after.mend), EXAMPLES[:2], max_new_tokens=3)
-    assert report.summary["edit_success.free_exact"].n == 2
-    told = str(list(tables.archive(inspect_archive(path)).data["value"]))
-    assert "-" in told and "12" in told
+        assert getattr(after.hparams, name) == getattr(before.hparams, name)
 
 
-def test_a_session_edits_the_edited_model(gpt2, published, tmp_path):
-    path = import_archive(
-        published[0], hparams(NAMES["gpt2"]), out=tmp_path / "a.safetensors", base=gpt2
-    )
-    archive = load_archive(path, base=gpt2)
-    editor = MENDEditor(archive.base, archive.mend)
-    alone = editor.edit(EXAMPLES[1]).dense()
-    with editor.session() as session:
-        session.edit(EXAMPLES[0])
-        second = session.edit(EXAMPLES[1]).dense()
-    assert all(not torch.equal(alone[name], second[name]) for name in alone)
-    assert all(torch.equal(v, editor.edit(EXAMPLES[1]).dense()[name]) for name, v in alone.items())
+# ------------------------------------------------------------------------------------ command line
 
 
 @pytest.fixture
@@ -430,25 +332,19 @@ def here(gpt2, published, tmp_path, monkeypatch) -> Path:
     """A working directory with a model, its configuration file and a published archive."""
     monkeypatch.chdir(tmp_path)
     save_tiny("model", gpt2)
-    sites = "\n".join(f"- {name}" for name in NAMES["gpt2"])
-    text = f"alg_name: MEND\nmodel_name: model\nrank: 6\ninit: id\nn_hidden: 1\ninner_params:\n{sites}\n"
+    sites = "\n".join(f"- {name}" for name in LAYERS)
+    text = f"model_name: model\nrank: 6\ninit: id\nn_hidden: 1\ninner_params:\n{sites}\n"
     Path("gpt2.yaml").write_text(text, encoding="utf-8")
     return tmp_path
 
 
-def test_the_commands_import_edit_inspect_and_export(here, capsys):
+def test_the_commands_import_and_export(here, capsys):
     assert main(["import", "archive.pt", "gpt2.yaml", "--out", "imported"]) == 0
     path = capsys.readouterr().out.strip()
     assert path == "imported/archive.safetensors"
     assert json.loads(Path("imported/results.json").read_text())["import.from"] == "archive.pt"
-    assert inspect_archive(path)["training"] == {
-        "imported_from": "archive.pt",
-        "best": {"step": 12},
-    }
-    assert main(["inspect", path]) == 0 and "made at once" in capsys.readouterr().out
-    edit = ["--prompt", "The capital of France is", "--target", "Lima", "--max-new-tokens", "3"]
-    assert main(["edit", "gpt2.yaml", f"archive={path}", *edit]) == 0
-    capsys.readouterr()
+    training = {"imported_from": "archive.pt", "best": {"step": 12}}
+    assert inspect_archive(path)["training"] == training
     assert main(["export", path, "gpt2.yaml", "--out", "exported", "--json"]) == 0
     assert json.loads(capsys.readouterr().out)["export.archive"] == "exported/archive.pt"
     first, again = (read_foreign(name).state for name in ("archive.pt", "exported/archive.pt"))
@@ -456,28 +352,23 @@ def test_the_commands_import_edit_inspect_and_export(here, capsys):
 
 
 def test_the_commands_write_over_nothing_and_say_what_is_wrong(here, capsys):
+    names = ("archive.safetensors", "archive.pt")
     Path("run").mkdir()
-    for name in ("archive.safetensors", "archive.pt"):
-        (Path("run") / name).write_text("precious")
+    for name in names:
+        Path("run", name).write_text("precious")
     torch.save({"model": Payload(os.mkdir, "ran")}, "hostile.pt")
     wrong = {
         "import archive.pt gpt2.yaml --out run": "run holds archive.safetensors",
         "export run/archive.safetensors gpt2.yaml --out run": "run holds archive.pt",
         "export archive.pt gpt2.yaml --out new": "not a readable archive",
         "import nowhere.pt gpt2.yaml --out new": "no such file",
-        "evaluate gpt2.yaml archive=archive.pt": "python -m mendkit import",
+        "evaluate gpt2.yaml archive=archive.pt": "import",
         "import hostile.pt gpt2.yaml --out run --overwrite": "posix.mkdir",
         "import archive.pt gpt2.yaml inner_params=auto --out run --overwrite": "auto",
-        "import archive.pt nowhere.yaml --out new": "cannot be read",
     }
     for typed, words in wrong.items():
         assert main(typed.split()) == 2, typed
         said = capsys.readouterr()
         assert said.out == "" and words in said.err.splitlines()[-1], typed
     assert not Path("ran").exists() and not Path("new").exists()
-    assert all(
-        (Path("run") / name).read_text() == "precious"
-        for name in ("archive.safetensors", "archive.pt")
-    )
-    assert main(["import", "archive.pt", "gpt2.yaml", "--out", "run", "--overwrite"]) == 0
-    assert inspect_archive("run/archive.safetensors")["update_sign"] == -1
+    assert all(Path("run", name).read_text() == "precious" for name in names)

@@ -14,6 +14,26 @@ from safetensors.torch import save_file
 from torch.nn import functional as F
 from transformers.pytorch_utils import Conv1D
 
+REFERENCE = Path(__file__).parents[3] / "shared" / "reference"
+SHAPES = {"b.weight": (4, 6), "a.weight": (4, 6), "c.weight": (6, 4), "d.weight": (5, 5)}
+T5 = "{}.block.2.layer.{}.DenseReluDense.{}.weight"
+NAMES = {
+    "gpt2": tuple(f"transformer.h.{i}.mlp.c_{n}.weight" for i in (2, 1) for n in ("proj", "fc")),
+    "llama": tuple(
+        f"model.layers.{i}.mlp.{n}_proj.weight" for i in (2, 1) for n in ("up", "down", "gate")
+    ),
+    "t5": tuple(
+        T5.format(side, i, n)
+        for side, i in (("decoder", 2), ("encoder", 1))
+        for n in ("wo", "wi_1", "wi_0")
+    ),
+    "bert": tuple(
+        f"model.encoder.layer.{i}.{n}.dense.weight"
+        for i in (2, 1)
+        for n in ("output", "intermediate")
+    ),
+}
+"""Layers of the tiny models, not in the models' own order."""
 WAYS = ("combine", "apart", "one_sided", "x_only", "delta_only")
 
 
