@@ -137,7 +137,7 @@ class Playground:
         for e in self.session.journal[self.shown].examples:
             e = replace(e, target_new=self.editor.base.said(e.target_new))
             own = {probe.prompt: probe.answer for probe in (*e.neighbours, *e.unrelated)}
-            for asked in tables.prompts_of(e, most=(None, None, None)):
+            for asked in tables.prompts_of(e, most=None):
                 old = own.get(asked[1], e.ground_truth)
                 out.append((asked, EditExample(asked[1], e.target_new, ground_truth=old)))
         return out

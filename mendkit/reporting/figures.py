@@ -1,17 +1,15 @@
-"""What all figures share: the style sheet, panels, dots with whiskers, and the finished chart.
+"""What all figures share: the style sheet, panels, lines, dots with whiskers, the finished chart.
 
-Figures are plain `Figure` objects: no pyplot, no global state. Colours are those of Okabe and Ito, and
-markers differ, too.
+Figures are plain `Figure` objects: no pyplot, no global state. Markers differ as colours do.
 """
 
 import base64
 import io
 import textwrap
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from functools import wraps
 from pathlib import Path
-from typing import Any, ParamSpec, TypeVar
+from typing import Any
 
 import pandas as pd
 from cycler import cycler
@@ -21,52 +19,38 @@ from matplotlib.figure import Figure
 from matplotlib.font_manager import findfont, get_font
 from matplotlib.ticker import LogFormatter
 
-WIDTH, DPI = 7.2, 150  # inches, dots per inch
-BLACK, GREY, BLUE, ORANGE = "#222222", "#8A8A8A", "#0072B2", "#E69F00"
-GREEN, RED, PURPLE = "#009E73", "#D55E00", "#CC79A7"
-SHARE_TICKS = (0, 0.2, 0.4, 0.6, 0.8, 1)
+WIDTH = 7.2  # inches
+BLACK, GREY = "#222222", "#8A8A8A"
+COLOURS = ["#0072B2", "#E69F00", "#009E73", "#CC79A7", "#D55E00", BLACK]  # Okabe and Ito's
+MARKERS = ["o", "s", "^", "D", "v", "X"]
 
 STYLE: dict[str, Any] = {
-    "font.size": 8,
-    "text.parse_math": False,  # a dollar sign in a prompt is a dollar sign
+    "axes.axisbelow": True,
+    "axes.grid": True,
+    "axes.labelsize": 9,
+    "axes.prop_cycle": cycler(color=COLOURS, marker=MARKERS),
+    "axes.spines.right": False,
+    "axes.spines.top": False,
+    "axes.titlelocation": "left",
+    "axes.titlesize": 9,
+    "figure.constrained_layout.w_pad": 0.08,
     "figure.titlesize": 11,
     "figure.titleweight": "bold",
-    "figure.constrained_layout.w_pad": 0.08,
-    "axes.titlesize": 9,
-    "axes.titlelocation": "left",
-    "axes.labelsize": 9,
-    "axes.grid": True,
-    "axes.axisbelow": True,
-    "axes.spines.top": False,
-    "axes.spines.right": False,
-    "axes.prop_cycle": cycler(color=[BLUE, ORANGE, GREEN, PURPLE, RED, BLACK])
-    + cycler(marker=["o", "s", "^", "D", "v", "X"]),
+    "font.size": 8,
     "grid.color": "#E6E6E6",
-    "grid.linewidth": 0.7,
+    "legend.frameon": False,
     "lines.linewidth": 1.4,
     "lines.markersize": 4,
-    "errorbar.capsize": 0,
-    "legend.frameon": False,
-    "savefig.dpi": DPI,
+    "savefig.dpi": 150,
+    "text.parse_math": False,  # a dollar sign in a prompt is a dollar sign
 }
-
-P, R = ParamSpec("P"), TypeVar("R")
-
-
-def in_style(draw: Callable[P, R]) -> Callable[P, R]:
-    """Draw under the style sheet; matplotlib's settings stay as they were."""
-
-    @wraps(draw)
-    def drawn(*args: P.args, **kwargs: P.kwargs) -> R:
-        with rc_context(STYLE):
-            return draw(*args, **kwargs)
-
-    return drawn
+in_style = rc_context(STYLE)
+"""Decorates what draws; matplotlib's settings are the user's again after it."""
 
 
 @dataclass(frozen=True)
 class Chart:
-    """A figure, its title (the finding) and the rows it was drawn from. Shows itself in a notebook."""
+    """A figure, its title (the finding) and the rows it was drawn from. A notebook shows it."""
 
     name: str
     finding: str
@@ -81,7 +65,7 @@ class Chart:
         return buffer.getvalue()
 
     def save(self, folder: str | Path) -> "Chart":
-        """Write `<name>.png` and `<name>.csv` into the folder (made if need be); returns the chart."""
+        """Write `<name>.png` and `<name>.csv` into the folder; returns the chart."""
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
         (folder / f"{self.name}.png").write_bytes(self.png())
@@ -93,29 +77,31 @@ class Chart:
         return data, {"image/png": {"width": round(WIDTH * 100)}}
 
 
-def panels(count: int, height: float, *, columns: int = 2) -> tuple[Figure, list[Axes]]:
-    """A figure of `height` inches with `count` panels in rows of at most `columns`."""
-    columns = min(columns, count)
-    rows = -(-count // columns)
-    figure = Figure(figsize=(WIDTH, height), layout="constrained")
+def panels(count: int, height: float, *, columns: int = 2) -> list[Axes]:
+    """The panels of a new figure, in rows of at most `columns`; `height` of a row, in inches."""
+    columns = max(min(columns, count), 1)
+    rows = max(-(-count // columns), 1)
+    figure = Figure(figsize=(WIDTH, 1.2 + rows * height), layout="constrained")
     axes = list(figure.subplots(rows, columns, squeeze=False).flat)
-    for spare in axes[count:]:
+    for spare in axes[max(count, 1) :]:
         spare.remove()
-    return figure, axes[:count]
+    return axes[: max(count, 1)]
 
 
 def finish(
-    name: str, finding: str, figure: Figure, data: Any, *, note: str, legend: bool = True
+    name: str, finding: str, axes: Sequence[Axes], data: Any, *, note: str, **labels: str
 ) -> Chart:
-    """Put the finding on top, and below the note and the legend of the first panel."""
-    title = textwrap.fill(finding.replace(" = ", "\u00a0=\u00a0"), 80)
-    figure.suptitle(title, x=0.01, ha="left")
-    handles, labels = [], []
-    if legend:
-        handles, labels = figure.axes[0].get_legend_handles_labels()
-    below = figure.legend(handles, labels, loc="outside lower left", ncol=3, title=note)
-    below.set_alignment("left")
-    below.get_title().set_color("#555555")
+    """Put the finding on top, `xlabel` and `ylabel` on all panels, note and legend below."""
+    figure = axes[0].get_figure()
+    assert isinstance(figure, Figure)
+    figure.suptitle(textwrap.fill(finding, 80), x=0.01, ha="left")
+    handles: dict[str, Any] = {}
+    for ax in axes:
+        ax.set(**labels)
+        for handle, label in zip(*ax.get_legend_handles_labels(), strict=True):
+            handles.setdefault(label, handle)
+    legend = figure.legend(handles.values(), handles, loc="outside lower left", ncols=3, title=note)
+    legend.set_alignment("left")
     return Chart(name, finding, figure, pd.DataFrame(data))
 
 
@@ -129,14 +115,12 @@ def categories(ax: Axes, names: Sequence[str]) -> None:
     """Names down the y axis, the first on top."""
     ax.set_yticks(range(len(names)), names)
     ax.set_ylim(len(names) - 0.5, -0.5)
-    ax.grid(False, axis="y")
 
 
 def mark(ax: Axes, x: float, text: str) -> None:
     """A dashed vertical line, named above the axes."""
-    ax.axvline(x, color=GREY, lw=1, ls="--")
-    above = ax.get_xaxis_transform()
-    ax.text(x, 1, text, transform=above, ha="center", va="bottom", color=GREY)
+    ax.axvline(x, color=GREY, ls="--")
+    ax.set_title(f"dashed: {text}")
 
 
 def logarithmic(ax: Axes, *names: str) -> None:
@@ -148,34 +132,42 @@ def logarithmic(ax: Axes, *names: str) -> None:
         axis.set_minor_formatter(LogFormatter(labelOnlyBase=False))
 
 
+def shares(ax: Axes, *names: str) -> None:
+    """Axes ("x", "y") from 0 to 1."""
+    for name in names:
+        ax.set(**{f"{name}lim": (-0.03, 1.03), f"{name}ticks": (0, 0.2, 0.4, 0.6, 0.8, 1)})
+
+
+def lines(ax: Axes, frame: pd.DataFrame, x: str, y: str, series: str) -> None:
+    """A line for each value of the column `series`, with a band where rows have `low` and `high`."""
+    for name, part in frame.groupby(series, sort=False):
+        (line,) = ax.plot(part[x], part[y], label=name)
+        if "low" in part:
+            band = (part[x], part["low"], part["high"])
+            ax.fill_between(*band, color=line.get_color(), alpha=0.12, lw=0)
+
+
 def whiskers(frame: pd.DataFrame) -> list["pd.Series[float]"]:
-    """Lengths of the whiskers of rows with `mean`, `low` and `high`; none where these are missing."""
+    """Lengths of the whiskers of rows with `mean`, `low` and `high`."""
     # Rounding may put a bound on the wrong side of the mean.
-    return [
-        (frame["mean"] - frame["low"]).clip(lower=0),
-        (frame["high"] - frame["mean"]).clip(lower=0),
-    ]
+    below, above = frame["mean"] - frame["low"], frame["high"] - frame["mean"]
+    return [below.clip(lower=0), above.clip(lower=0)]
 
 
-def dots(
-    ax: Axes,
-    frame: pd.DataFrame,
-    names: Sequence[str],
-    series: Mapping[str, tuple[str, str]],
-    *,
-    apart: float = 0.26,
-) -> None:
-    """Shares with their intervals, a dot for each row; its value is printed on the right.
+def dots(ax: Axes, frame: pd.DataFrame, rows: Mapping[str, str], series: str) -> None:
+    """Means with intervals, a dot for each line of `frame`; its value is printed on the right.
 
-    Rows have `category` (one of `names`, down the y axis), `series`, `mean`, `low` and `high`.
-    `series` gives colour and marker; its members stand `apart`.
+    `rows` maps the values of the column `row` to names, which stand down the y axis.
     """
-    for k, (name, (colour, marker)) in enumerate(series.items()):
-        part = frame[frame["series"] == name]
-        y = part["category"].map(list(names).index) + apart * (k - (len(series) - 1) / 2)
-        style = {"fmt": marker, "color": colour, "ms": 5.5, "label": name}
-        ax.errorbar(part["mean"], y, xerr=whiskers(part), **style)
+    order = list(rows)
+    names = list(frame[series].unique())
+    for k, name in enumerate(names):
+        part = frame[frame[series] == name]
+        y = part["row"].map(order.index) + 0.26 * (k - (len(names) - 1) / 2)
+        label = name if len(names) > 1 else ""
+        ax.errorbar(part["mean"], y, xerr=whiskers(part), ls="", label=label)
         for mean, at in zip(part["mean"], y, strict=True):
-            ax.text(1.05, at, f"{mean:.2f}", color=colour, va="center")
-    categories(ax, names)
-    ax.set(xlim=(-0.03, 1.17), xticks=SHARE_TICKS)
+            ax.text(1.05, at, f"{mean:.2f}", color=COLOURS[k], va="center")
+    categories(ax, list(rows.values()))
+    shares(ax, "x")
+    ax.set_xlim(-0.03, 1.17)

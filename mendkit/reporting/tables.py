@@ -1,12 +1,10 @@
-"""Tables and sentences for notebooks: results in, styled frames or Markdown out.
+"""Tables for notebooks: results in, styled frames of pandas out.
 
-A table is a pandas `Styler`. Text is escaped, numbers stand on the right, and the colours suit light
-and dark pages. `Styler.to_html()` gives its text, `Styler.data` its frame.
+Text is escaped, numbers stand on the right, and the colours suit light and dark pages. A table's
+`to_html()` gives its text, `data` its frame.
 """
 
 import html
-import re
-from collections import Counter
 from collections.abc import Mapping, Sequence
 from numbers import Real
 from pathlib import Path
@@ -15,16 +13,15 @@ from typing import Any
 import pandas as pd
 from pandas.io.formats.style import Styler
 
-from ..data.examples import EditExample
-from ..evaluation.results import HARMONIC, EvaluationReport, Interval, normalise
+from ..data.examples import HEADLINE_ROLES, EditExample
+from ..evaluation.results import EvaluationReport, Interval, normalise
 from ..hparams import MENDHyperParams
-from . import findings
-from .findings import Row
+from .findings import Row, relation_name, short_site
 
 MOST_RELATIONS = 25  # listed one by one
 CELL = "text-align: left; vertical-align: top; padding: .3em .8em; border-bottom: 1px solid #8884"
 NUMBER = "text-align: right; white-space: nowrap"
-CHANGED = "background-color: #ffb30055"  # see-through, so that it suits light and dark pages
+CHANGED = "background-color: #ffb30055"  # see-through: it suits light and dark pages
 
 Asked = tuple[str, str, str | None]
 """A prompt to ask before and after an edit: role, prompt, answer wanted (None: as before)."""
@@ -38,22 +35,17 @@ def escape(value: object) -> str:
 def table(data: pd.DataFrame | Sequence[Row], formats: Mapping[str, str] | None = None) -> Styler:
     """A styled frame of `data`: a frame, or rows as mappings.
 
-    `formats` maps a column to a format such as "{:.1e}". By default a float has three significant
-    digits, a truth value is ✓ or ✗, an interval "mean [low, high]", and a missing value blank.
+    A float has three significant digits, unless `formats` gives its column a format such as
+    "{:.1e}". A truth value is ✓ or ✗, an interval "mean [low, high]", a missing value blank.
     """
     frame = data if isinstance(data, pd.DataFrame) else pd.DataFrame(list(data), dtype=object)
-    style = frame.style.format(_cell_text).format_index(escape, axis="columns")
+    style = frame.style.format(cell_text).format_index(escape, axis="columns").hide(axis="index")
     for column, text in (formats or {}).items():
         style = style.format(text, subset=[column], na_rep="")
-    if frame.index.name is None:
-        style = style.hide(axis="index")
-    rules: Any = [{"selector": "th, td", "props": CELL}]
-    numbers: Any = {
-        column: [{"selector": "", "props": NUMBER}]
-        for column in frame.columns
-        if _is_numeric(frame[column])
-    }
-    return style.set_table_styles(rules).set_table_styles(numbers, overwrite=False)
+    numbers = [name for name in frame if frame[name].map(_is_number).all()]
+    rules: Any = {name: [{"selector": "", "props": NUMBER}] for name in numbers}
+    style = style.set_table_styles([{"selector": "th, td", "props": CELL}])
+    return style.set_table_styles(rules, overwrite=False)
 
 
 def listed(values: Mapping[str, Any]) -> Styler:
@@ -66,6 +58,23 @@ def bullets(sentences: Sequence[str]) -> str:
     return "\n".join(f"- {sentence}." for sentence in sentences)
 
 
+def cell_text(value: Any) -> str:
+    """A value as a table shows it."""
+    if isinstance(value, Interval):
+        return f"{value.mean:.3f} [{value.low:.3f}, {value.high:.3f}]"
+    if isinstance(value, bool):
+        return "✓" if value else "✗"
+    if value is None or value != value:  # NaN is unlike itself
+        return ""
+    return f"{value:.3g}" if isinstance(value, float) else escape(value)
+
+
+def _is_number(value: object) -> bool:
+    """Whether a value may stand in a column of numbers, as a missing one may."""
+    number = isinstance(value, Real | Interval) and not isinstance(value, bool)
+    return number or value is None
+
+
 # ---- data and settings
 
 
@@ -73,147 +82,65 @@ def plan(
     hparams: MENDHyperParams, folder: Path, *, examples: Mapping[str, Sequence[EditExample]]
 ) -> Styler:
     """What is going to run."""
-    sites = hparams.inner_params
-    if not isinstance(sites, str):
-        sites = ", ".join(sites)
-    rows: dict[str, Any] = {"base model": hparams.model_name, "edit sites": sites}
+    rows = {"base model": hparams.model_name, "edit sites": hparams.inner_params}
+    rows |= {"archive": hparams.archive, "seed": hparams.seed, "run folder": folder}
     if hparams.archive is None:
-        steps = f"{hparams.max_iters} steps"
-        if hparams.max_epochs:
-            steps = f"{hparams.max_epochs} epochs"
         rows["archive"] = "none: a hypernetwork is initialised and trained"
-        rows["training"] = f"{steps} of {hparams.batch_size} edits, rank {hparams.rank}"
-    else:
-        rows["archive"] = hparams.archive
-    rows |= {"seed": hparams.seed, "run folder": folder}
+        steps = hparams.max_epochs or hparams.max_iters
+        unit = "epochs" if hparams.max_epochs else "steps"
+        rows["training"] = f"{steps} {unit} of {hparams.batch_size} edits, rank {hparams.rank}"
     return listed(rows | {f"{name} examples": len(split) for name, split in examples.items()})
 
 
 def relations(examples: Mapping[str, Sequence[EditExample]]) -> Styler:
     """How many examples each split has of each relation, the most frequent first."""
-    counts = {name: Counter(str(e.relation) for e in split) for name, split in examples.items()}
-    frame = pd.DataFrame(counts).fillna(0).astype(int)
+    splits = {name: pd.Series([str(e.relation) for e in split]) for name, split in examples.items()}
+    frame = pd.DataFrame({name: split.value_counts() for name, split in splits.items()})
+    frame = frame.fillna(0).astype(int).rename(relation_name)
     frame = frame.loc[frame.sum(axis=1).sort_values(ascending=False, kind="stable").index]
-    frame.index = frame.index.map(findings.relation)
-    listed_one_by_one, rest = frame.iloc[:MOST_RELATIONS], frame.iloc[MOST_RELATIONS:]
+    total, rest = frame.sum(), frame[MOST_RELATIONS:]
     if len(rest):
-        sums = rest.sum().to_frame(f"{len(rest)} more").T
-        listed_one_by_one = pd.concat([listed_one_by_one, sums])
-    total = frame.sum().to_frame("all").T
-    return table(pd.concat([listed_one_by_one, total]).rename_axis("relation").reset_index())
+        frame = frame[:MOST_RELATIONS]
+        frame.loc[f"{len(rest)} more"] = rest.sum()
+    frame.loc["all"] = total
+    return table(frame.rename_axis("relation").reset_index())
 
 
 def overlap(train: Sequence[EditExample], held_out: Sequence[EditExample]) -> str:
-    """Whether held-out subjects and prompts occur in training."""
+    """How many held-out subjects and prompts occur in training, too."""
     subjects = {e.subject for e in held_out if e.subject}
     shared = len(subjects & {e.subject for e in train})
     prompts = len({e.prompt for e in held_out} & {e.prompt for e in train})
-    known = "The subjects are not named;"
-    if subjects:
-        known = f"{shared} of the {len(subjects)} held-out subjects"
     return (
-        f"{known} and {prompts} of the {len(held_out)} held-out prompts "
-        "occur in the training examples, too."
+        f"{shared} of the {len(subjects)} held-out subjects that are named and {prompts} of the "
+        f"{len(held_out)} held-out prompts occur in the training examples, too."
     )
 
 
 def example(e: EditExample) -> Styler:
-    """One example: what should change and what should not."""
-    replaced = f"replaces {e.ground_truth}" if e.ground_truth else ""
-    rows = [("edit", e.prompt, e.target_new, replaced)]
-    for prompt in e.paraphrases:
-        rows.append(("paraphrase", prompt, e.target_new, "should follow"))
-    for role, probes in (("neighbour", e.neighbours), ("unrelated", e.unrelated)):
+    """One example: its prompts by role, with the answers that they should have after the edit."""
+    rows = [{"role": "before the edit", "prompt": e.prompt, "answer": e.ground_truth}]
+    for role, probes in e.roles().items():
         for probe in probes:
-            answer = probe.answer or "(whatever the model says)"
-            rows.append((role, probe.prompt, answer, "should stay"))
-    return table(pd.DataFrame(rows, columns=["role", "prompt", "answer", "aim"]))
+            rows.append({"role": role, "prompt": probe.prompt, "answer": probe.answer})
+    return table(rows)
 
 
 def spread(examples: Sequence[EditExample], n: int) -> list[EditExample]:
     """The first n examples of as many relations as there are, in their order."""
-    seen: Counter[str | None] = Counter()
-    rank = []
-    for i, e in enumerate(examples):
-        rank.append((seen[e.relation], i))
-        seen[e.relation] += 1
-    return [examples[i] for _, i in sorted(rank)[:n]]
+    relation = pd.Series([str(e.relation) for e in examples])
+    order = relation.groupby(relation).cumcount().sort_values(kind="stable").index
+    return [examples[i] for i in order[:n]]
 
 
-def prompts_of(
-    e: EditExample, *, most: tuple[int | None, int | None, int | None] = (2, 2, 1)
-) -> list[Asked]:
-    """The prompts that show one edit: its own, then paraphrases, neighbours and unrelated prompts.
-
-    `most` limits the last three (None: all).
-    """
-    asked: list[Asked] = [("edit", e.prompt, e.target_new)]
-    asked += [("paraphrase", prompt, e.target_new) for prompt in e.paraphrases[: most[0]]]
-    asked += [("neighbour", probe.prompt, None) for probe in e.neighbours[: most[1]]]
-    asked += [("unrelated", probe.prompt, None) for probe in e.unrelated[: most[2]]]
+def prompts_of(e: EditExample, *, most: int | None = 2) -> list[Asked]:
+    """The prompts that show one edit, at most so many of each role (None: all)."""
+    asked: list[Asked] = []
+    for role in HEADLINE_ROLES:
+        follows = role in ("edit", "paraphrases")
+        for probe in e.roles()[role][:most]:
+            asked.append((role, probe.prompt, e.target_new if follows else None))
     return asked
-
-
-# ---- training
-
-
-def training_summary(result: Any) -> str:
-    """How training went: steps, time, why it ended, which step was kept."""
-    steps = max(row["step"] for row in result.history)
-    caches = sum(result.cache.get(f"{part}_seconds", 0.0) for part in ("trunk", "factor"))
-    return (
-        f"Training ended after {steps:g} steps ({result.stopped}). "
-        f"It took {result.seconds:.0f} s, {caches:.0f} s of them for the caches. "
-        f"The archive of step {result.best['step']:g} was kept."
-    )
-
-
-def validation_scores(best: Row, control: Row) -> Styler:
-    """Validation values of the kept archive beside the identity control's at its best step size."""
-    rows = [
-        {
-            "validation": name,
-            f"identity, α = {control['edit_lr']:.1e}": control[name],
-            "trained": best[f"val.{name}"],
-        }
-        for name in control
-        if f"val.{name}" in best
-    ]
-    return table(rows)
-
-
-def training_results(result: Any, control: Row) -> dict[str, Any]:
-    """Flat results of notebook 01: `train.…`, and `identity.…` for the control."""
-    values: dict[str, Any] = {
-        "seconds": result.seconds,
-        "steps": max(row["step"] for row in result.history),
-        "best_step": result.best["step"],
-        "stopped": result.stopped,
-        "normaliser_examples": result.normaliser_examples,
-        **result.cache,
-    }
-    for name, value in result.best.items():
-        if name.startswith("val."):
-            values[name.replace("val.", "validation.", 1)] = value
-    results = {f"train.{name}": value for name, value in values.items()}
-    for name, value in control.items():
-        results[f"identity.{'' if name == 'edit_lr' else 'validation.'}{name}"] = value
-    return results
-
-
-def training_conclusion(result: Any, control: Row) -> str:
-    """The findings of notebook 01, and the weakest share."""
-    shares = {
-        name: result.best[f"val.{name}"] for name in findings.SHARES if f"val.{name}" in result.best
-    }
-    weakest = min(shares, key=shares.__getitem__)
-    return bullets(
-        [
-            findings.validation(result.history, result.best),
-            findings.control([control], result.best),
-            f"The weakest of its shares is {weakest.replace('_', ' ')}, {shares[weakest]:.2f}",
-        ]
-    )
 
 
 # ---- editing
@@ -222,51 +149,38 @@ def training_conclusion(result: Any, control: Row) -> str:
 def archive(metadata: Mapping[str, Any]) -> Styler:
     """What an archive says of itself (from `inspect_archive`)."""
     base, best = metadata["base_model"], metadata["training"].get("best", {})
-    rows: dict[str, Any] = {
-        "trained for": f"{base['name']} ({base['class']})",
-        "kept at step": best.get("step", "unknown"),
-    }
+    rows = {"trained for": f"{base['name']} ({base['class']})"}
+    rows["kept at step"] = best.get("step", "unknown")
     for name, alpha in metadata["edit_lr"].items():
-        rows[f"edit site {findings.short_site(name)}"] = f"α = {alpha:.2e}"
-    for name in (*findings.SHARES, "score"):
-        if f"val.{name}" in best:
-            rows[f"validation {name}"] = best[f"val.{name}"]
-    return listed(rows)
+        rows[f"edit site {short_site(name)}"] = f"α = {alpha:.2e}"
+    return listed(rows | {name: value for name, value in best.items() if "val." in name})
 
 
 def before_after(asked: Sequence[Asked], before: Sequence[str], after: Sequence[str]) -> Styler:
     """Completions before and after one edit; what changed is marked, what is as wanted ticked."""
     rows = []
     for (role, prompt, wanted), old, new in zip(asked, before, after, strict=True):
-        expected = old if wanted is None else wanted
-        rows.append(
-            {
-                "role": role,
-                "prompt": prompt,
-                "before": written(old),
-                "after": written(new),
-                "wanted": wanted or "as before",
-                "": normalise(new) == normalise(expected),
-            }
-        )
-    frame = pd.DataFrame(rows)
-    changed = frame["after"] != frame["before"]
-    return table(frame).apply(lambda _: changed.map({True: CHANGED, False: ""}), subset=["after"])
+        row = {"role": role, "prompt": prompt, "before": old.strip(), "after": new.strip()}
+        row["wanted"] = "as before" if wanted is None else wanted
+        row["good"] = normalise(new) == normalise(old if wanted is None else wanted)
+        rows.append(row)
+    style = table(rows)
+    changed = style.data["after"] != style.data["before"]
+    return style.apply(lambda _: changed.map({True: CHANGED, False: ""}), subset=["after"])
 
 
 def editors(reports: Mapping[str, EvaluationReport]) -> Styler:
-    """Every score of editors on the same edits, with intervals; the first names the scores and n."""
-    first = next(iter(reports.values())).summary
-    rows = []
-    for name in first:
-        if not name.startswith("before."):
-            row = {"score": name, "unedited": first.get(f"before.{name}")}
-            row |= {editor: report.summary.get(name) for editor, report in reports.items()}
-            rows.append({**row, "n edits": first[name].n})
-    for name in HARMONIC:
-        means = {editor: report.harmonic.get(name) for editor, report in reports.items()}
-        rows.append({"score": name, **means})
-    return table(rows)
+    """Every score of editors on the same edits, with its interval, and what it is unedited."""
+    first = next(iter(reports.values()))
+    names = [name for name in first.summary if not name.startswith("before.")]
+    columns: dict[str, Mapping[str, Any]] = {
+        "unedited": {name: first.summary.get(f"before.{name}") for name in names}
+    }
+    for editor, report in reports.items():
+        columns[editor] = {**report.summary, **report.harmonic}
+    columns["n edits"] = {name: first.summary[name].n for name in names}
+    frame = pd.DataFrame(columns, index=[*names, *first.harmonic], dtype=object)
+    return table(frame.rename_axis("score").reset_index())
 
 
 def counts(report: EvaluationReport) -> str:
@@ -279,141 +193,18 @@ def counts(report: EvaluationReport) -> str:
     )
 
 
-def editing_conclusion(
-    trained: EvaluationReport, control: EvaluationReport, curve: Sequence[Row]
-) -> str:
-    """The findings of notebook 02: verdict, weakest share, failures, strength."""
-    summary = trained.summary
-    weakest = min(findings.shares(summary), key=findings.shares(summary).__getitem__)
-    failed = sum(row.values["edit_success.free_exact"] < 1 for row in trained.rows)
-    sentences = [
-        findings.verdict(summary, control.summary),
-        f"The weakest of the four shares is `{weakest}`, {_cell_text(summary[weakest])}",
-        f"{failed} of {len(trained.rows)} edits are not written exactly by free decoding",
-        findings.strength(curve),
-    ]
-    if "neighbourhood.reworded_agreement" in summary:
-        same = _cell_text(summary["neighbourhood.argmax_agreement"])
-        reworded = _cell_text(summary["neighbourhood.reworded_agreement"])
-        sentences.append(
-            f"Other subjects keep their argmax {same} in the edit prompt's wording "
-            f"and {reworded} in a paraphrase's"
-        )
-    return bullets(sentences)
-
-
-def baselines_conclusion(reports: Mapping[str, EvaluationReport]) -> str:
-    """The findings of notebook 04; the first report is the trained editor's."""
-    summaries = {name: report.summary for name, report in reports.items()}
-    scores = {name: findings.headline_score(summary) for name, summary in summaries.items()}
-    name, *others = scores
-    better = [f"{other} ({scores[other]:.2f})" for other in others if scores[other] >= scores[name]]
-    beaten = f"all {len(others)} others"
-    if better:
-        beaten = f"all but {', '.join(better)}"
-    first = summaries[name]
-    sentences = [
-        findings.decoding(first),
-        findings.ranking(summaries),
-        f"{name}, {scores[name]:.2f}, beats {beaten}",
-    ]
-    if "neighbourhood.ns" in first:
-        kept = _cell_text(first["neighbourhood.argmax_agreement"])
-        preferred = _cell_text(first["neighbourhood.ns"])
-        sentences.append(
-            f"Neighbours keep their argmax {kept}. "
-            f"They prefer their old answer to the new one {preferred}"
-        )
-    return bullets(sentences)
-
-
-def many(reports: Mapping[str, Sequence[EvaluationReport]]) -> list[Row]:
+def many(reports: Mapping[str, Sequence[EvaluationReport]]) -> pd.DataFrame:
     """A row for every editor, number of edits (`edits`) and `metric`.
 
-    A row holds `mean`, and `low`, `high` and `n` where it is a mean over edits.
+    A row holds `mean`, and `low`, `high` and `n` where it is one over edits; `value` is an interval
+    or the mean alone.
     """
-    rows: list[Row] = []
-    for editor, final_reports in reports.items():
-        for final in final_reports:
-            for report in (*final.earlier, final):
-                edits = int(report.mode.rpartition("_")[2])
-                where = {"editor": editor, "edits": edits}
-                for metric, interval in report.summary.items():
-                    rows.append({**where, "metric": metric, **vars(interval)})
-                for metric, value in report.values.items():
-                    rows.append({**where, "metric": metric, "mean": value})
-    return rows
-
-
-def by_count(rows: Sequence[Row], metrics: Sequence[str]) -> Styler:
-    """Some metrics of `many` rows: a line for every editor and number of edits."""
-    lines: dict[tuple[str, int], dict[str, Any]] = {}
-    for row in rows:
-        line = lines.setdefault(
-            (row["editor"], row["edits"]), {"editor": row["editor"], "edits": row["edits"]}
-        )
-        value = row["mean"]
-        if "low" in row:
-            value = Interval(value, row["low"], row["high"], row["n"])
-        line[row["metric"]] = value
-    frame = pd.DataFrame(list(lines.values()), dtype=object)
-    measured = [metric for metric in metrics if metric in frame]
-    return table(frame[["editor", "edits", *measured]])
-
-
-def many_conclusion(at_once: Sequence[Row], in_a_row: Sequence[Row]) -> str:
-    """The findings of notebook 05, from `many` rows."""
-    sentences = [findings.many(at_once, at_once=True), *findings.cost_of_many(at_once)]
-    if in_a_row:
-        sentences.append(findings.many(in_a_row, at_once=False))
-    return bullets(sentences)
-
-
-# ---- inside an edit
-
-
-def inside_results(
-    checked: Sequence[Row], measured: pd.DataFrame, signs: Mapping[str, Sequence[Row]]
-) -> dict[str, Any]:
-    """Flat results of notebook 03: `inside.…`. `signs` has the rows of both signs by name."""
-    results: dict[str, Any] = {
-        "rank.gradients": len(checked),
-        "rank.above_tokens": sum(row["rank"] > row["tokens"] for row in checked),
-    }
-    for name in ("error", "scored_error"):
-        results[f"rank.largest_{name}"] = max(row[name] for row in checked)
-    medians = measured.groupby("series", sort=False)[["cosine", "step", "norm"]].median()
-    for series, row in medians.iterrows():
-        slug = re.sub(r"\W+", "_", str(series))
-        results |= {f"{slug}.{name}": value for name, value in row.items()}
-    for sign, rows in signs.items():
-        for row in rows:
-            results[f"{sign}.{abs(row['size']):g}.loss.edit"] = row["loss.edit"]
-    return {f"inside.{name}": value for name, value in results.items()}
-
-
-# ---- helpers
-
-
-def written(text: str) -> str:
-    """What a model wrote, without the space before it."""
-    return text.strip() or "(nothing)"
-
-
-def _cell_text(value: Any) -> str:
-    """A value as a table shows it."""
-    if isinstance(value, Interval):
-        return f"{value.mean:.3f} [{value.low:.3f}, {value.high:.3f}]"
-    if isinstance(value, bool):
-        return "✓" if value else "✗"
-    if value is None or value != value:  # NaN is unlike itself
-        return ""
-    if isinstance(value, Real) and not isinstance(value, int):
-        return f"{float(value):.3g}"
-    return escape(value)
-
-
-def _is_numeric(column: "pd.Series[Any]") -> bool:
-    """Whether a column holds nothing but numbers and intervals; a truth value is none."""
-    kinds = {type(value) for value in column if value is not None and value == value}
-    return all(issubclass(kind, Real | Interval) and kind is not bool for kind in kinds)
+    rows = []
+    for editor, last in reports.items():
+        for report in [each for final in last for each in (*final.earlier, final)]:
+            where = {"editor": editor, "edits": int(report.mode.rpartition("_")[2])}
+            for metric, value in report.summary.items():
+                rows.append({**where, "metric": metric, **vars(value), "value": value})
+            for metric, mean in report.values.items():
+                rows.append({**where, "metric": metric, "mean": mean, "value": mean})
+    return pd.DataFrame(rows)

@@ -56,7 +56,7 @@ def panel(playground: Playground, hparams: MENDHyperParams, tmp_path: Path) -> w
 
 def test_before_is_the_unedited_model_and_after_all_edits_in_force(playground: Playground) -> None:
     base, prompt = playground.editor.base, EXAMPLES[0].prompt
-    asked = tables.prompts_of(EXAMPLES[0], most=(None, None, None))
+    asked = tables.prompts_of(EXAMPLES[0], most=None)
     prompts = [prompt for _, prompt, _ in asked]
     before, untouched = (
         base.generate_batch(prompts, max_new_tokens=4),
@@ -112,12 +112,12 @@ def test_dropping_an_edit_leaves_the_shown_one_shown(playground: Playground) -> 
 def test_the_old_answer_of_a_neighbour_is_its_own(playground: Playground) -> None:
     playground.apply(EXAMPLES[0])
     roles = [role for role, _, _ in playground.asked()]
-    read = playground.next_tokens(roles.index("neighbour"))
+    read = playground.next_tokens(roles.index("neighbours"))
     assert (read["prompt"], read["old"]) == (
         EXAMPLES[0].neighbours[0].prompt,
         EXAMPLES[0].neighbours[0].answer,
     )
-    assert playground.next_tokens(roles.index("paraphrase"))["old"] == EXAMPLES[0].ground_truth
+    assert playground.next_tokens(roles.index("paraphrases"))["old"] == EXAMPLES[0].ground_truth
 
 
 def test_without_an_archive_a_stand_in_is_labelled_and_edits(hparams: MENDHyperParams) -> None:
