@@ -12,15 +12,20 @@ import difflib
 import logging
 import os
 import re
-from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Annotated, Any, ClassVar, Literal
+from typing import Annotated, Any, Literal
 
-import yaml
-from pydantic import BaseModel, BeforeValidator, Field, PlainValidator, ValidationError
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    Field,
+    PlainValidator,
+    ValidationError,
+)
 
 from .errors import HyperParamError, shown
+from .strict_yaml import read_value, read_yaml
 
 logger = logging.getLogger(__name__)
 
@@ -33,6 +38,7 @@ EARLY_STOP_KEYS = {"loss/total_edit_val": "loss", "edit/acc_val": "edit_success"
 
 # keys of EasyEdit's files for image models: such a file is refused
 MULTIMODAL_KEYS = (
+    "name",
     "qformer_checkpoint",
     "qformer_name_or_path",
     "freeze_qformer",
@@ -67,8 +73,6 @@ NO_EFFECT = (
 # texts whose characters an override keeps: `model_name=1e5` is a name
 PLAIN_TEXTS = ("archive", "model_name", "tokenizer_name", "cache_dir", "results_dir")
 
-
-# ------------------------------------------------------------------------------- kinds of values
 # A validator raises ValueError with what is expected; the message "KEY must be …" is made of it.
 
 
@@ -86,31 +90,25 @@ def _no_bool(value: Any) -> Any:
 
 
 def _device(value: Any) -> str:
-    if type(value) is int or (isinstance(value, str) and value.isdecimal()):
-        value = f"cuda:{value}"
-    if not isinstance(value, str) or not re.fullmatch(r"auto|cpu|mps|cuda(:[0-9]+)?", value):
+    text = f"cuda:{value}" if type(value) is int or str(value).isdecimal() else value
+    if not isinstance(text, str) or not re.fullmatch(r"auto|cpu|mps|cuda(:[0-9]+)?", text):
         raise ValueError("auto, cpu, mps, cuda, cuda:N, or N for cuda:N")
-    return value
+    return text
 
 
 def _names(value: Any) -> str | tuple[str, ...]:
     if value == "auto":
         return value
-    if isinstance(value, (list, tuple)) and value and all(isinstance(name, str) for name in value):
-        names = tuple(map(_text, value))
-        if len(set(names)) == len(names):
-            return names
-    raise ValueError("auto or a list of unique names")
+    listed = isinstance(value, (list, tuple)) and all(isinstance(name, str) for name in value)
+    if not listed or not value or len(set(value)) < len(value):
+        raise ValueError("auto or a list of unique names")
+    return tuple(map(_text, value))
 
 
 def _counts(value: Any) -> int | tuple[int, ...] | None:
-    """A count for every role, or one each for paraphrases, neighbours and unrelated prompts."""
-    if value is None:
-        return None
     counts = tuple(value) if isinstance(value, (list, tuple)) else (value,)
-    if len(counts) not in (1, 3) or not all(
-        type(count) is int and 1 <= count < 2**63 for count in counts
-    ):
+    whole = all(type(count) is int and 1 <= count < 2**63 for count in counts)
+    if value is not None and not (whole and len(counts) in (1, 3)):
         raise ValueError("an integer >= 1, or three, or null")
     return counts if isinstance(value, (list, tuple)) else value
 
@@ -141,6 +139,7 @@ CountFrom1 = Annotated[int, Field(ge=1, lt=2**63)]
 Sign = Annotated[Literal[-1, 1], BeforeValidator(_no_bool)]
 Device = Annotated[str, PlainValidator(_device)]
 Names = Annotated[tuple[str, ...] | str, PlainValidator(_names)]
+# for every role, or one each for paraphrases, neighbours and unrelated prompts
 Counts = Annotated[tuple[int, ...] | int | None, PlainValidator(_counts)]
 Bytes = Annotated[int, PlainValidator(to_bytes)]
 Switch = bool | Literal["auto"]
@@ -265,38 +264,36 @@ class MENDHyperParams(BaseModel, frozen=True, extra="forbid", strict=True):
         Raises HyperParamError naming file, line, key and value.
         """
         values, lines = read_yaml(Path(path))
-        places = {key: f"{path}:{line}: " for key, line in lines.items()}
-        places |= {name: places[key] for key, name in ALIASES.items() if key in places}
-        with _told_where(places, f"{path}: "):
-            settings = _resolve(values, f"{path}: ")
-        with _told_where({}, "override: "):
-            changes = _resolve(overrides, "override: ")
-        places |= dict.fromkeys(changes, "override: ")
-        with _told_where(places, f"{path}: "):
-            return cls(**settings | _last_word(changes))
+        places = {ALIASES.get(key, key): f"{path}:{line}: " for key, line in lines.items()}
+        places |= {ALIASES.get(key, key): "override: " for key in overrides}
+        try:
+            return cls(**_resolve(values) | _last_word(_resolve(overrides)))
+        except HyperParamError as error:
+            place = places.get(error.key or "", f"{path}: ")
+            raise HyperParamError(f"{place}{error}", error.key) from None
 
     def replace(self, **changes: Any) -> "MENDHyperParams":
         """A copy with some keys changed, validated as a file is. Raises HyperParamError."""
-        return type(self)(**self.to_dict() | _last_word(_resolve(changes, "")))
+        return type(self)(**self.to_dict() | _last_word(_resolve(changes)))
 
     def to_dict(self) -> dict[str, Any]:
         """Every key and value in plain types, for JSON; `MENDHyperParams(**d)` equals this one."""
         return {key: list(value) if isinstance(value, tuple) else value for key, value in self}
 
 
+# words of pydantic's messages, and what a user of YAML calls that
 _PLAIN_WORDS = {
     "Value error, ": "",
     "Input should be ": "",
+    ", unable to parse string as a number": "",
     "a valid integer": "an integer",
     "a valid number": "a number",
     "a valid boolean": "true or false",
     "greater than or equal to": ">=",
     "greater than": ">",
     "less than or equal to": "<=",
-    ", unable to parse string as a number": "",
     "None": "null",
 }
-"""Words of pydantic's messages, and what a user of YAML calls that."""
 
 
 def _refusal(error: ValidationError, values: Mapping[str, Any]) -> HyperParamError:
@@ -330,25 +327,8 @@ def _check_together(h: MENDHyperParams) -> None:
         raise HyperParamError("whiten_pairs: true needs `edit_tokens: scored`", "whiten_pairs")
 
 
-@contextmanager
-def _told_where(places: Mapping[str, str], otherwise: str) -> Iterator[None]:
-    """Put the place of the key at fault before an error's message."""
-    try:
-        yield
-    except HyperParamError as error:
-        place = places.get(error.key or "", otherwise)
-        raise HyperParamError(f"{place}{error}", error.key) from None
-
-
-def _resolve(given: Mapping[str, Any], place: str) -> dict[str, Any]:
+def _resolve(given: Mapping[str, Any]) -> dict[str, Any]:
     """Keys as fields of MENDHyperParams: aliases by their name, keys without effect left out."""
-    for key in given:
-        if key in MULTIMODAL_KEYS:
-            raise HyperParamError(
-                f"{key} belongs to an image model, which this kit does not edit; use the file of "
-                "a text model",
-                key,
-            )
     values, without_effect = {}, []
     for key, value in given.items():
         name = ALIASES.get(key, key)
@@ -357,20 +337,23 @@ def _resolve(given: Mapping[str, Any], place: str) -> dict[str, Any]:
         elif name in ONLY_VALUES:
             only = ONLY_VALUES[name]
             if value != only or isinstance(value, bool) != isinstance(only, bool):
-                reason = f"other values would change the result, see {PAGE}"
+                told = f"other values would change the result, see {PAGE}"
                 raise HyperParamError(
-                    f"{key} must be {shown(only)} ({reason}), got {shown(value)}", key
+                    f"{key} must be {shown(only)} ({told}), got {shown(value)}", key
                 )
         elif name not in NO_EFFECT:
             raise _unknown_key(key, value)
         elif value not in (None, False):
             without_effect.append(key)
     if without_effect:
-        logger.warning("%swithout effect: %s; see %s", place, ", ".join(without_effect), PAGE)
+        logger.warning("without effect: %s; see %s", ", ".join(without_effect), PAGE)
     return values
 
 
 def _unknown_key(key: str, value: Any) -> HyperParamError:
+    if key in MULTIMODAL_KEYS:
+        reason = "belongs to an image model, which this kit does not edit; use a text model's file"
+        return HyperParamError(f"{key} {reason}", key)
     known = sorted({*MENDHyperParams.model_fields, *NO_EFFECT, *ALIASES})
     close = difflib.get_close_matches(key.lower(), known, 1, 0.5)
     nearest = f"the nearest key is {close[0]!r}" if close else "no key resembles it"
@@ -385,11 +368,10 @@ def _last_word(changes: dict[str, Any]) -> dict[str, Any]:
 
 
 def parse_overrides(overrides: Iterable[str]) -> dict[str, Any]:
-    """Values for `from_hparams(path, **values)` from texts "key=value".
+    """Values for `from_hparams(path, **values)`, which checks them, from texts "key=value".
 
     A value is YAML (`null`, `false`, `1e-4`, `[a.weight, b.weight]`), but names and paths keep
-    their characters. Raises HyperParamError for an unknown or repeated key, and for text without
-    "=" or with faulty YAML; `from_hparams` checks the values.
+    their characters. Raises HyperParamError for a repeated key, no "=", and faulty YAML.
     """
     given: dict[str, Any] = {}
     for text in overrides:
@@ -400,69 +382,7 @@ def parse_overrides(overrides: Iterable[str]) -> dict[str, Any]:
             )
         plain = key in PLAIN_TEXTS and value not in ("", "~", "null") and value[0] not in "'\""
         try:
-            given[key] = value if plain else yaml.load(value, _StrictLoader)
-        except _YAML_ERRORS as error:
-            problem = getattr(error, "problem", None) or error
-            raise HyperParamError(
-                f"override {text!r}: the value is not valid YAML: {problem}"
-            ) from None
-    with _told_where({}, "override: "):
-        return _resolve(given, "override: ")
-
-
-# ------------------------------------------------------------------------------------------ YAML
-
-# what PyYAML raises, a faulty explicit tag such as `!!int x` included
-_YAML_ERRORS = (yaml.YAMLError, AttributeError, LookupError, RecursionError, ValueError)
-
-
-class _StrictLoader(yaml.SafeLoader):
-    """SafeLoader with the scalars of YAML 1.2 (and `_` in integers), without merge keys."""
-
-    yaml_implicit_resolvers: ClassVar = {
-        None: [
-            (f"tag:yaml.org,2002:{kind}", re.compile(rf"({pattern})\Z"))
-            for kind, pattern in (
-                ("null", "~|null|Null|NULL|"),
-                ("bool", "true|True|TRUE|false|False|FALSE"),
-                ("int", r"[-+]?(0|[1-9][0-9_]*)"),
-                ("float", r"[-+]?(\.\d+|\d+\.\d*|\d+(?=[eE]))([eE][-+]?\d+)?"),
-            )
-        ]
-    }
-
-
-def read_yaml(path: Path) -> tuple[dict[str, Any], dict[str, int]]:
-    """The top-level mapping of a YAML file, and the line of each key.
-
-    Raises HyperParamError naming file and line.
-    """
-    try:
-        loader = _StrictLoader(path.read_bytes())
-        root = loader.get_single_node()
-        nodes = root.value if isinstance(root, yaml.MappingNode) else []
-        pairs = [(key, loader.construct_object(value, deep=True)) for key, value in nodes]
-    except OSError as error:
-        raise HyperParamError(
-            f"{path}: cannot be read ({error.strerror}); expected a YAML file"
-        ) from None
-    except _YAML_ERRORS as error:
-        mark = getattr(error, "problem_mark", None)
-        place = f"{path}:{mark.line + 1}" if mark else path
-        problem = getattr(error, "problem", None) or error
-        raise HyperParamError(f"{place}: not valid YAML: {problem}") from None
-    if not pairs:
-        found = "the file is empty" if root is None else "no keys found"
-        raise HyperParamError(f"{path}: {found}; expected lines `key: value`")
-    values: dict[str, Any] = {}
-    lines: dict[str, int] = {}
-    for node, value in pairs:
-        line, key = node.start_mark.line + 1, node.value
-        if node.tag != "tag:yaml.org,2002:str":
-            raise HyperParamError(f"{path}:{line}: a key must be text, got {shown(key)}")
-        if key in lines:
-            raise HyperParamError(
-                f"{path}:{line}: the key {key!r} is given twice, see line {lines[key]}"
-            )
-        values[key], lines[key] = value, line
-    return values, lines
+            given[key] = value if plain else read_value(value)
+        except ValueError as error:
+            raise HyperParamError(f"override {text!r}: the value is {error}") from None
+    return given

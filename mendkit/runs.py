@@ -1,4 +1,4 @@
-"""Run folders: parameters, provenance, results and progress."""
+"""Run folders: parameters, provenance, locks, whole files, memory, progress. Imports no torch."""
 
 import ctypes
 import errno
@@ -17,46 +17,53 @@ from contextlib import ExitStack, contextmanager
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from pickle import UnpicklingError
-from typing import Any
+from typing import TYPE_CHECKING, Any
 from zipfile import BadZipFile
 
-import numpy as np
 import psutil
-import torch
 from filelock import lock_descriptor
 from safetensors import SafetensorError
+from tqdm import tqdm
 
 from .errors import MendkitError
+
+if TYPE_CHECKING:
+    import torch
 
 logger = logging.getLogger(__name__)
 
 PACKAGES = ("mendkit", "torch", "transformers", "safetensors", "papermill", "matplotlib")
 
 DAMAGE = (
-    ArithmeticError,
-    AttributeError,
-    LookupError,
-    OSError,
-    RuntimeError,
-    TypeError,
-    ValueError,
+    *(ArithmeticError, AssertionError, AttributeError, EOFError, LookupError, OSError),
+    *(RuntimeError, TypeError, ValueError, BadZipFile, SafetensorError, UnpicklingError),
 )
-DAMAGE += (AssertionError, EOFError, BadZipFile, SafetensorError, UnpicklingError)
 """What reading a damaged file may raise."""
 
 
+def make_folder(path: str | Path) -> Path:
+    """Make a folder if it is not there. Raises MendkitError if it cannot be made."""
+    path = Path(path)
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise MendkitError(f"cannot make the folder {path}: {error}; give another") from None
+    return path
+
+
 def open_run(folder: str | Path, hparams: Any = None) -> Path:
-    """Make the run folder and write into it what will run: `hparams` (if given) and where it runs."""
-    folder = Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
-    values = {"hparams": hparams.to_dict() if hparams is not None else None, **provenance()}
-    write_json(folder / "run.json", values)
+    """Make the run folder, and write into it what will run (`hparams`, if any) and where."""
+    folder = make_folder(folder)
+    settings = None if hparams is None else hparams.to_dict()
+    write_json(folder / "run.json", {"hparams": settings, **provenance()})
     return folder
 
 
 def provenance() -> dict[str, Any]:
     """Versions, machine and time: what one needs to run it again."""
-    versions = {}
+    import torch
+
+    versions: dict[str, str | None] = {}
     for name in PACKAGES:
         try:
             versions[name] = version(name)
@@ -74,24 +81,24 @@ def provenance() -> dict[str, Any]:
 
 
 def seed_everything(seed: int) -> None:
-    """Seed Python, numpy and torch (the kit itself draws from generators of its own)."""
+    """Seed Python, numpy and torch (the kit itself draws from generators that are passed)."""
+    import numpy as np
+    import torch
+
     random.seed(seed)
     np.random.seed(seed)
     torch.manual_seed(seed)
 
 
-def sha256(*parts: str | bytes | memoryview) -> str:
-    """The SHA-256 of all parts in a row, in hexadecimal; text is read as UTF-8."""
-    digest = hashlib.sha256()
-    for part in parts:
-        digest.update(part.encode() if isinstance(part, str) else part)
-    return digest.hexdigest()
+def project_path(path: str | Path) -> Path:
+    """A path as seen from the project's root, also in JupyterLab, whose folder is `notebooks/`.
 
-
-def file_sha256(path: str | Path) -> str:
-    """The SHA-256 of a file's content, in hexadecimal."""
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+    There a relative path that does not exist is taken below the root, so that outputs go there,
+    too. Names of the kit's own facts (`facts:train`) are no paths and stay as they are.
+    """
+    path, here = Path(path), Path.cwd()
+    meant = path.is_absolute() or path.exists() or str(path).startswith("facts:")
+    return path if meant or here.name != "notebooks" else here.parent / path
 
 
 _held: set[tuple[int, int]] = set()  # device and inode of the folders that this process locks
@@ -120,15 +127,30 @@ def locked(folder: str | Path) -> Iterator[None]:
             free = True
         if not free:
             raise MendkitError(
-                f"{folder} is in use by another run; wait until it has ended, or give another folder"
+                f"{folder} is in use by another run; wait until it has ended, or give another "
+                "folder"
             )
         yield
 
 
-def atomically(path: Path, write: Callable[[str], object]) -> Path:
-    """Let `write` fill a temporary file, and rename it to `path`; what was there stays if that (or the power) fails.
+def sha256(*parts: str | bytes | memoryview) -> str:
+    """The SHA-256 of all parts in a row, in hexadecimal; text is read as UTF-8."""
+    digest = hashlib.sha256()
+    for part in parts:
+        digest.update(part.encode() if isinstance(part, str) else part)
+    return digest.hexdigest()
 
-    Raises OSError that names `path`.
+
+def file_sha256(path: str | Path) -> str:
+    """The SHA-256 of a file's content, in hexadecimal."""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def atomically(path: Path, write: Callable[[str], object]) -> Path:
+    """Let `write` fill a temporary file, and rename it to `path`.
+
+    What was there stays if that, or the power, fails. Raises OSError that names `path`.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = None
@@ -170,30 +192,30 @@ def write_json(path: str | Path, values: Any) -> Path:
 
 def write_text(path: str | Path, text: str) -> Path:
     """Write UTF-8 atomically."""
-    return atomically(
-        Path(path), lambda temporary: Path(temporary).write_text(text, encoding="utf-8")
-    )
+    return atomically(Path(path), lambda name: Path(name).write_text(text, encoding="utf-8"))
 
 
 def peak_memory_gb() -> float:
-    """Peak resident memory of this process so far, or since its peak was restarted, in GB (10⁹ bytes)."""
+    """Peak resident memory of this process, or since its peak was restarted, in GB (10⁹ bytes)."""
     status = Path("/proc/self/status")
     if status.is_file():  # what getrusage says may be the peak of the process that started this one
-        return int(re.search(r"VmHWM:\s*(\d+)", status.read_text())[1]) * 1024 / 1e9
+        return int(re.findall(r"VmHWM:\s*(\d+)", status.read_text())[0]) * 1024 / 1e9
     import resource
 
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak * (1 if sys.platform == "darwin" else 1024) / 1e9
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e9
 
 
-def free_memory(device: torch.device) -> int:
-    """Bytes that a new allocation on `device` may take, on the CPU within the limit of its control group."""
+def free_memory(device: "torch.device") -> int:
+    """Bytes that a new allocation may take; on the CPU within the limit of the control group."""
     if device.type == "cuda":
+        import torch
+
         return torch.cuda.mem_get_info(device)[0]
     free, group = psutil.virtual_memory().available, Path("/sys/fs/cgroup")
     try:
-        limit, used = ((group / f"memory.{name}").read_text() for name in ("max", "current"))
-        return min(free, int(limit) - int(used))
+        limit = int((group / "memory.max").read_text())
+        return min(free, limit - int((group / "memory.current").read_text()))
     except (OSError, ValueError):  # no such group, or no limit ("max")
         return free
 
@@ -205,34 +227,32 @@ def return_memory() -> None:
         trim(0)
 
 
-def in_notebook() -> bool:
-    """Whether a Jupyter kernel runs this code."""
-    shell = sys.modules.get("IPython") and sys.modules["IPython"].get_ipython()
-    return type(shell).__name__ == "ZMQInteractiveShell"
-
-
 class Progress:
-    """One live line: in a terminal rewritten in place, in a notebook (live, executed or exported) one display that is
-    updated, elsewhere a log line now and then. Nothing at all if `silent`."""
+    """One live line: nothing if `silent`, else shown where it can be seen.
+
+    A terminal rewrites its line, a notebook (live, executed or exported) updates one display.
+    Elsewhere a log line comes now and then.
+    """
 
     def __init__(self, title: str, *, silent: bool = False) -> None:
         self.title, self.silent = title, silent
-        self._handle: Any = None
+        self._line: Any = None  # tqdm's, or a notebook's display
         self._last = 0.0
 
     def show(self, text: str, *, force: bool = False) -> None:
-        """Show `text` as the live line; at most four times a second unless forced."""
-        now = time.monotonic()
-        quiet = 0.25 if in_notebook() or sys.stderr.isatty() else 30.0
-        if self.silent or (not force and now - self._last < quiet):
+        """Show `text` as the live line, at most four times a second unless forced."""
+        now, terminal = time.monotonic(), sys.stderr.isatty()
+        pause = 0.25 if terminal or _in_kernel() else 30.0
+        if self.silent or (not force and now - self._last < pause):
             return
         self._last = now
         line = f"{self.title}: {text}"
-        if in_notebook():
+        if _in_kernel():
             self._display(line)
-        elif sys.stderr.isatty():
-            sys.stderr.write(f"\r\x1b[2K{line}")
-            sys.stderr.flush()
+        elif terminal:
+            if self._line is None:
+                self._line = tqdm(bar_format="{desc}", dynamic_ncols=True)
+            self._line.set_description_str(line)
         else:
             logger.info("%s", line)
 
@@ -253,51 +273,38 @@ class Progress:
         losses: Mapping[str, float],
         seconds: float,
         best: Mapping[str, float],
-        /,
     ) -> None:
         """The training line: step, losses, best validation, time left."""
         parts = [f"step {step}/{total}"]
         parts += [f"{name} {value:.3f}" for name, value in losses.items() if name != "grad_norm"]
         if best:
-            parts.append(
-                f"best validation score {best.get('val.score', float('nan')):.3f} at step {int(best['step'])}"
-            )
+            score = best.get("val.score", float("nan"))
+            parts.append(f"best validation score {score:.3f} at step {int(best['step'])}")
         parts.append(f"{clock(seconds / step * (total - step))} left")
         self.show(" · ".join(parts), force=step == total)
 
     def close(self) -> None:
         """End the live line."""
-        if self._last and not in_notebook() and sys.stderr.isatty():
-            sys.stderr.write("\n")
+        if isinstance(self._line, tqdm):
+            self._line.close()
 
     def _display(self, line: str) -> None:
         from IPython.display import Markdown, display
 
-        if self._handle is None:
-            self._handle = display(Markdown(line), display_id=True)
+        if self._line is None:
+            self._line = display(Markdown(line), display_id=True)
         else:
-            self._handle.update(Markdown(line))
+            self._line.update(Markdown(line))
+
+
+def _in_kernel() -> bool:
+    """Whether a Jupyter kernel runs this code."""
+    shell = sys.modules.get("IPython") and sys.modules["IPython"].get_ipython()
+    return type(shell).__name__ == "ZMQInteractiveShell"
 
 
 def clock(seconds: float) -> str:
     """Seconds as m:ss or h:mm:ss."""
-    whole = round(max(seconds, 0))
-    hours, rest = divmod(whole, 3600)
-    return f"{hours}:{rest // 60:02d}:{rest % 60:02d}" if hours else f"{rest // 60}:{rest % 60:02d}"
-
-
-def project_path(path: str | Path) -> Path:
-    """A path as seen from the project's root, also where the current folder is its `notebooks/` (JupyterLab).
-
-    There a relative path that does not exist is taken below the root, so that outputs go there, too. Names of
-    the kit's own facts (`facts:train`) are no paths and stay as they are.
-    """
-    path, here = Path(path), Path.cwd()
-    if (
-        here.name != "notebooks"
-        or path.is_absolute()
-        or path.exists()
-        or str(path).startswith("facts:")
-    ):
-        return path
-    return here.parent / path
+    minutes, second = divmod(round(max(seconds, 0)), 60)
+    hours, minute = divmod(minutes, 60)
+    return f"{hours}:{minute:02d}:{second:02d}" if hours else f"{minute}:{second:02d}"

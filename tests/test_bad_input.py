@@ -1,4 +1,7 @@
-"""Bad input of every kind: an error of ours that names the place, or a right result (hypothesis draws the input)."""
+"""Bad input of every kind: an error of ours that names the place, or a right result.
+
+hypothesis draws the input.
+"""
 
 import json
 import logging
@@ -11,87 +14,38 @@ from hypothesis import strategies as st
 
 from mendkit.data.examples import EditExample, Probe, join
 from mendkit.data.files import read_examples, write_examples
-from mendkit.data.layouts import LAYOUTS, OWN_FIELDS, parse
+from mendkit.data.layouts import FIELDS, LAYOUTS, parse
 from mendkit.errors import DataError, HyperParamError, MendkitError
-from mendkit.evaluation.prepare import EvaluationSet
+from mendkit.evaluation.evaluate import EvaluationSet
 from mendkit.hparams import EARLY_STOP_KEYS, MENDHyperParams, parse_overrides
 from mendkit.mend.batches import usable
 from mendkit.mend.editor import MENDEditor
 from mendkit.mend.hypernetwork import MEND
-from tests.data.test_files import (
-    COUNTERFACT,
-    KNOWEDIT_ZSRE,
-    LISTS,
-    OWN,
-    PORTABLE,
-    RECENT,
-    ROME,
-    STRUCTURED,
-    WIKIBIO,
-    ZSRE,
-)  # fmt: skip
 from tests.oracles.attacks import ODD_VALUES, with_each_replaced
 from tests.oracles.claims import EXAMPLES, scrambled, with_statistics
+from tests.oracles.records import EVERY_LAYOUT
 from tests.oracles.tiny import END, tiny_llama
-from tests.test_hparams import FIELDS
 
 few = settings(
-    max_examples=60,
+    max_examples=50,
     deadline=None,
     derandomize=True,
     database=None,
     suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
 )
 
-# ------------------------------------------------------------------------------------------------------- strategies
-
 NASTY = (
-    *(
-        "",
-        " ",
-        "\n",
-        "\t \r\n",
-        "\x00",
-        "\x1b[31mred\x07",
-        "\u200b",
-        "\ufeff",
-        "\u202egnirts",
-        "\ud800",
-        "\udfff!",
-    ),
-    *("Zürich", "東京", "Москва", "القاهرة", "🙂👩‍👩‍👧", "e\u0301", "ﬁ", "𝔘𝔫𝔦", "नमस्ते"),
-    *(
-        "<b>bold</b>",
-        "<script>alert(1)</script>",
-        "{{x}}",
-        "${HOME}",
-        "%s %d",
-        "'; DROP TABLE x",
-        "[link](x)",
-        "\\",
-    ),
-    *(
-        END,
-        f"{END} Paris",
-        "null",
-        "nan",
-        "a" * 3000,
-        "a b " * 600,
-        "...",
-        "The",
-        ".",
-        "Paris\nand more",
-    ),
+    *("", " ", "\n", "\t \r\n", "\x00", "\x1b[31mred\x07", "\u200b", "\ufeff", "\u202egnirts"),
+    *("\ud800", "\udfff!", "Zürich", "東京", "القاهرة", "🙂👩‍👩‍👧", "e\u0301", "ﬁ", "𝔘𝔫𝔦", "नमस्ते"),
+    *("<script>alert(1)</script>", "{{x}}", "${HOME}", "%s %d", "'; DROP TABLE x", "[a](x)", "\\"),
+    *(END, f"{END} Paris", "null", "nan", "a" * 3000, "a b " * 600, "...", "The", "Paris\nand"),
 )
-texts = st.one_of(
-    st.sampled_from(NASTY),
-    st.text(max_size=12),
-    st.sampled_from(["The capital of France is", "Lima"]),
-)
+COMMON = ("The capital of France is", "Lima")
+texts = st.one_of(st.sampled_from(NASTY), st.text(max_size=12), st.sampled_from(COMMON))
 scalars = st.one_of(st.none(), st.booleans(), st.integers(), st.floats(), texts)
 values = st.recursive(
     scalars,
-    lambda own: st.lists(own, max_size=3) | st.dictionaries(texts, own, max_size=3),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(texts, inner, max_size=3),
     max_leaves=6,
 )
 
@@ -105,7 +59,8 @@ def said(call, *arguments, error=MendkitError, **named):
         return str(problem)
 
 
-# --------------------------------------------------------------------------------------------------- hyperparameters
+def as_bytes(content: str | bytes) -> bytes:
+    return content if isinstance(content, bytes) else content.encode("utf-8", "surrogatepass")
 
 
 @few
@@ -116,23 +71,20 @@ def said(call, *arguments, error=MendkitError, **named):
 @example("a: &x [1, 2]\nb: [*x, *x, *x, *x]\nmodel_name: m\n")
 def test_any_file_is_hyperparameters_or_an_error_that_names_it(tmp_path, content):
     path = tmp_path / "c.yaml"
-    path.write_bytes(
-        content if isinstance(content, bytes) else content.encode("utf-8", "surrogatepass")
-    )
+    path.write_bytes(as_bytes(content))
     found = said(MENDHyperParams.from_hparams, path, error=HyperParamError)
     assert isinstance(found, MENDHyperParams) or found.startswith(str(path))
 
 
-keys = st.sampled_from([*FIELDS, "alg", "half", "dropout", "nonsense", ""]) | texts
-of_keys = st.one_of(
-    values,
-    st.sampled_from([*EARLY_STOP_KEYS, "auto", "1e-6", "20GB", 10**400, 2**64, -1, 0, 1, 0.5]),
-)
+KEYS = [*MENDHyperParams.model_fields, "alg", "half", "dropout", "nonsense", ""]
+keys = st.sampled_from(KEYS) | texts
+EXTREME = [*EARLY_STOP_KEYS, "auto", "1e-6", "20GB", 10**400, 2**64, -1, 0, 1, 0.5]
 
 
 @few
-@given(st.dictionaries(keys, of_keys, max_size=4))
+@given(st.dictionaries(keys, st.one_of(values, st.sampled_from(EXTREME)), max_size=4))
 @example({"lr": 10**5000})
+@example({"rank": 10**5000})
 @example({"cache_bytes": "9" * 5000})
 @example({"texts_per_role": [1, 2, 10**5000]})
 def test_any_values_are_settings_that_come_back_or_an_error_that_names_the_key(given_values):
@@ -142,60 +94,39 @@ def test_any_values_are_settings_that_come_back_or_an_error_that_names_the_key(g
         assert any(key in found or repr(key) in found for key in given_values), found
     else:
         assert MENDHyperParams(**json.loads(json.dumps(found.to_dict()))) == found
-        assert {key: value for key, value in found.to_dict().items() if value != value} == {}
+        assert not any(value != value for value in found.to_dict().values())  # no NaN
 
 
 @few
 @given(st.lists(st.one_of(texts, st.builds("{}={}".format, keys, texts)), max_size=3))
-def test_any_overrides_are_typed_or_refused(overrides):
-    found = said(parse_overrides, overrides, error=HyperParamError)
-    assert (
-        isinstance(found, dict)
-        or "override" in found
-        or any(o.split("=")[0] in found for o in overrides)
-    )
+def test_any_overrides_are_typed_or_refused(tmp_path, overrides):
+    path = tmp_path / "c.yaml"
+    path.write_text("model_name: m\n")
+    read = MENDHyperParams.from_hparams
+    found = said(lambda: read(path, **parse_overrides(overrides)), error=HyperParamError)
+    assert isinstance(found, MENDHyperParams) or "override" in found
 
 
-# ----------------------------------------------------------------------------------------------------------- records
-
-QUESTIONS = {
-    "subject": "X", "relation": "made of", "object": "basalt", "question": "What is X made of?", "output_m": "Granite",
-    "paraphrased_question": "From what is X made?", "locality_question": "Where is X?",
-    "question_2hop": "What mineral?", "answer_2hop": "Olivine",
-}  # fmt: skip
-
-FIELD_NAMES = sorted(
-    {*OWN_FIELDS, *LAYOUTS, "locality_ground_truth", "answers", "alt", "loc", "rephrase", "output"}
-)
+NAMES = [*FIELDS, *LAYOUTS, "locality_ground_truth", "answers", "alt", "loc", "rephrase", "output"]
 records = st.one_of(
     values,
-    st.dictionaries(st.sampled_from(FIELD_NAMES), values, max_size=6),
+    st.dictionaries(st.sampled_from(sorted(NAMES)), values, max_size=6),
     st.fixed_dictionaries(
-        {"prompt": texts, "target_new": texts}, optional={name: values for name in OWN_FIELDS[2:]}
+        {"prompt": texts, "target_new": texts},
+        optional={name: values for name in list(FIELDS)[2:]},
     ),
 )
 
 
-def is_text(value: str | None) -> bool:
-    return value is None or (
-        isinstance(value, str) and bool(value.strip()) and bool(value.encode())
-    )
-
-
-def is_whole(e: EditExample) -> bool:
-    """Whether every text of an example is one: not blank, and Unicode."""
-    probes = (*e.neighbours, *e.unrelated, *e.portability)
-    own = (
-        e.prompt,
-        e.target_new,
-        e.subject,
-        e.ground_truth,
-        e.relation,
-        e.id,
-        *e.paraphrases,
-        *e.generation_prompts,
-    )
-    return all(map(is_text, (*own, *(t for p in probes for t in (p.prompt, p.answer, *p.aliases)))))
+def check_whole(e: EditExample) -> None:
+    """Every text of an example is one: not blank, and Unicode."""
+    found = [e.subject, e.ground_truth, e.relation, e.id, e.prompt, e.target_new]
+    for probes in e.roles().values():
+        for probe in probes:
+            found += [probe.prompt, probe.answer, *probe.aliases]
+    assert e.prompt and e.target_new
+    for value in found:
+        assert value is None or (isinstance(value, str) and value.strip() and value.encode())
 
 
 @few
@@ -204,51 +135,38 @@ def is_whole(e: EditExample) -> bool:
 @example({"prompt": "a", "target_new": "x", "id": 10**5000})
 def test_any_record_is_an_example_or_an_error_that_names_a_field(record):
     found = said(parse, record, error=DataError)
-    assert (
-        is_whole(found) if isinstance(found, EditExample) else "field" in found or "object" in found
-    )
+    if isinstance(found, EditExample):
+        check_whole(found)
+    else:
+        assert "field" in found or "object" in found
 
 
-@pytest.mark.parametrize(
-    "record",
-    [
-        COUNTERFACT,
-        ZSRE,
-        OWN,
-        ROME,
-        RECENT,
-        WIKIBIO,
-        KNOWEDIT_ZSRE,
-        LISTS,
-        STRUCTURED,
-        PORTABLE,
-        QUESTIONS,
-    ],
-)
+@pytest.mark.parametrize("record", EVERY_LAYOUT)
 def test_any_value_anywhere_in_a_record_of_any_layout_is_read_or_refused_by_its_field(record):
-    assert is_whole(parse(record))
+    check_whole(parse(record))
     for odd in ODD_VALUES:
         for changed in with_each_replaced(record, odd):
             found = said(parse, changed, error=DataError)
-            assert is_whole(found) if isinstance(found, EditExample) else "field" in found, changed
+            if isinstance(found, EditExample):
+                check_whole(found)
+            else:
+                assert "field" in found, changed
 
 
 @few
 @given(st.lists(records, min_size=1, max_size=4), st.integers(0, 3))
 def test_a_bad_record_costs_only_itself_and_is_named(tmp_path, some, at):
-    good = EXAMPLES[0]
-    write_examples([good], tmp_path / "good")
+    good, path = EXAMPLES[0], tmp_path / "some.jsonl"
+    write_examples([good], path)
     lines = [json.dumps(record) for record in some]
-    lines.insert(at, (tmp_path / "good").read_text().strip())
-    path = tmp_path / "some.jsonl"
+    lines.insert(at, path.read_text().strip())
     path.write_text("\n".join(lines) + "\n", encoding="utf-8")
     found = read_examples(path, skip_invalid=True)
-    bad = [
-        n
-        for n, line in enumerate(lines, 1)
-        if isinstance(said(parse, json.loads(line), error=DataError), str)
-    ]
-    assert [skip.where for skip in found.skipped] == [f"{path}:{n}" for n in bad]
+    bad = []
+    for number, line in enumerate(lines, 1):
+        if isinstance(said(parse, json.loads(line), error=DataError), str):
+            bad.append(number)
+    assert [skip.where for skip in found.skipped] == [f"{path}:{number}" for number in bad]
     assert good in found and len(found) == len(lines) - len(bad)
     if bad:
         assert said(read_examples, path, error=DataError).startswith(f"{path}:{bad[0]}: ")
@@ -269,15 +187,10 @@ def test_a_bad_record_costs_only_itself_and_is_named(tmp_path, some, at):
 @example('"' + "a" * 200_000 + '"\n1\n', "x.csv")
 def test_any_file_is_examples_or_an_error_that_names_it(tmp_path, content, name):
     path = tmp_path / name
-    path.write_bytes(
-        content if isinstance(content, bytes) else content.encode("utf-8", "surrogatepass")
-    )
+    path.write_bytes(as_bytes(content))
     for skip in (False, True):
         found = said(read_examples, path, skip_invalid=skip, error=DataError)
         assert isinstance(found, tuple) or found.startswith(str(path))
-
-
-# ---------------------------------------------------------------------------------------------- prompts and requests
 
 
 @pytest.fixture(scope="module")
@@ -295,15 +208,14 @@ def test_a_target_is_tokenised_exactly_or_refused_by_name(editor, prompt, answer
     base = editor.base
     found = said(base.tokenize, prompt, answer, error=DataError)
     if isinstance(found, str):
-        assert "no token" in found or "limit" in found or "Unicode" in found
+        assert any(word in found for word in ("no token", "limit", "Unicode"))
         return
     whole = base.tokenizer.decode(found.ids, clean_up_tokenization_spaces=False)
     assert whole == join(prompt, answer)
     assert found.targets == tuple(found.ids[p + 1] for p in found.scored)
     scored = base.tokenizer.decode(found.targets, clean_up_tokenization_spaces=False)
-    assert scored.endswith(answer) and len(scored) <= len(answer) + 1 + len(prompt) - len(
-        prompt.rstrip()
-    )
+    blanks = len(prompt) - len(prompt.rstrip())
+    assert scored.endswith(answer) and len(scored) <= len(answer) + 1 + blanks
 
 
 @few
@@ -318,14 +230,14 @@ def test_any_prompt_is_answered_or_refused_and_a_batch_answers_as_each_alone(edi
         assert together in alone
 
 
+FRANCE = "The capital of France is"
 requests = st.tuples(
-    st.sampled_from(["The capital of France is", "The capital of Norway is"]) | texts,
+    st.sampled_from([FRANCE, "The capital of Norway is"]) | texts,
     st.sampled_from(["Lima", "Rome", "Paris"]) | texts,
 )
-FRANCE = "The capital of France is"
 
 
-@settings(few, max_examples=20)
+@settings(few, max_examples=15)
 @given(st.lists(requests, min_size=1, max_size=3))
 @example([(FRANCE, "Lima"), (FRANCE, "Lima")])
 @example([(FRANCE, "Lima"), (FRANCE, "Oslo")])
@@ -338,12 +250,11 @@ def test_any_batch_of_requests_is_the_sum_of_its_edits_or_refused_by_name(editor
     alone = [said(editor.edit, request, error=DataError) for request in batch]
     edit = said(editor.edit, batch, error=DataError)
     if isinstance(edit, str):
-        assert edit in [own for own in alone if isinstance(own, str)]
+        assert edit in [message for message in alone if isinstance(message, str)]
     else:
         for name, change in edit.dense().items():
-            torch.testing.assert_close(
-                change, sum(own.dense()[name] for own in alone), rtol=1e-9, atol=1e-12
-            )
+            total = sum(single.dense()[name] for single in alone)
+            torch.testing.assert_close(change, total, rtol=1e-9, atol=1e-12)
             assert change.isfinite().all()
         with edit.applied():
             assert not torch.equal(editor.base.forward(probe, mask), before)
@@ -379,14 +290,12 @@ BAD = (
 
 @pytest.mark.parametrize("bad", BAD)
 def test_one_bad_example_costs_training_editing_and_scoring_only_itself(editor, bad, caplog):
-    kept = usable(editor.base, editor.hparams, [EXAMPLES[0], bad, EXAMPLES[2]])
-    assert tuple(kept) == (EXAMPLES[0], EXAMPLES[2]) and [skip.where for skip in kept.skipped] == [
-        "example 2"
-    ]
+    some = [EXAMPLES[0], bad, EXAMPLES[2]]
+    kept = usable(editor.base, editor.hparams, some)
+    assert tuple(kept) == (EXAMPLES[0], EXAMPLES[2])
+    assert [skip.where for skip in kept.skipped] == ["example 2"]
     assert "1 of 3" in caplog.text and "example 2" in caplog.text
     with pytest.raises(DataError, match="example 1"):
         usable(editor.base, editor.hparams, [bad])
-    on = EvaluationSet(
-        editor.base, editor.hparams, [EXAMPLES[0], bad, EXAMPLES[2]], max_new_tokens=2
-    )
+    on = EvaluationSet(editor.base, editor.hparams, some, max_new_tokens=2)
     assert on.examples == [EXAMPLES[0], EXAMPLES[2]] and len(on.skipped) == 1

@@ -170,7 +170,7 @@ def test_values_that_would_change_the_result_are_refused_not_ignored(write, line
 
 def test_image_model_files_are_refused_with_the_reason(write):
     path = write("name: opt-2.7b\nexact_match: True\ncoco_image: ../\n" + TRAIN)
-    assert refusal(read, path).startswith(f"{path}:2: exact_match belongs to an image model")
+    assert refusal(read, path).startswith(f"{path}:1: name belongs to an image model")
     for key in MULTIMODAL_KEYS:
         assert "image model" in refusal(read, write(f"model_name: m\n{key}: x\n"))
 

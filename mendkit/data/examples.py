@@ -19,9 +19,10 @@ def headline_mean(shares: Iterable[float]) -> float:
 
 @dataclass(frozen=True)
 class Probe:
-    """A prompt beside an edit; `answer` (if known) is what the model said or should say there.
+    """A prompt beside an edit.
 
-    It should stay as it was there, or (portability) say what the edit implies; `aliases` are an answer's other names.
+    `answer`, if known, is what the model said and should go on saying there, or (portability) what
+    the edit implies. `aliases` are other names of the answer.
     """
 
     prompt: str
@@ -31,12 +32,12 @@ class Probe:
 
 @dataclass(frozen=True)
 class EditExample:
-    """One edit: make `prompt` continue with `target_new`, and everything that should and should not follow from it.
+    """One edit: make `prompt` continue with `target_new`; and what should and should not follow.
 
-    `paraphrases` should follow the edit; `neighbours` (same relation, other subject) and `unrelated` prompts not.
-    For a classifier a prompt is a claim, and an answer the name of a class.
-    `portability` are questions whose answers the edit implies; `generation_prompts` begin free text about the subject.
-    `ground_truth` is the answer before the edit (y° in the metrics).
+    `paraphrases` should follow the edit. `neighbours` (the same relation, another subject) and
+    `unrelated` prompts should not. `portability` are questions whose answers the edit implies;
+    `generation_prompts` begin free text about the subject. `ground_truth` is the answer before the
+    edit (y° in the metrics). For a classifier a prompt is a claim, and an answer names a class.
     """
 
     prompt: str
@@ -67,18 +68,16 @@ class EditExample:
 
 
 def join(prompt: str, answer: str) -> str:
-    """Prompt and answer as one text, with a single space between unless one of them brings white space."""
-    return (
-        prompt + answer if prompt[-1:].isspace() or answer[:1].isspace() else f"{prompt} {answer}"
-    )
+    """Prompt and answer as one text, with a space between unless one of them brings white space."""
+    spaced = prompt[-1:].isspace() or answer[:1].isspace()
+    return prompt + answer if spaced else f"{prompt} {answer}"
 
 
 def check_unicode(text: str, what: str = "a text") -> str:
-    """The text itself. Raises DataError for half a surrogate pair, which JSON's escapes can write and no file holds."""
+    """The text itself. Raises DataError for half a surrogate pair, which no UTF-8 file can hold."""
     try:
         text.encode()
     except UnicodeEncodeError as error:
-        raise DataError(
-            f"{what} is not Unicode: {text[:60]!r} has {text[error.start]!r} at {error.start}"
-        ) from None
+        at = error.start
+        raise DataError(f"{what} is not Unicode: {text[:60]!r} has {text[at]!r} at {at}") from None
     return text

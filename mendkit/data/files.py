@@ -1,7 +1,6 @@
-"""Files of editing data: examples, questions to ask beside them, held-out text, and splits without shared subjects.
+"""Files of examples, of questions to ask beside them, and of held-out text; lists of examples.
 
-What one record means is said in `layouts.py`; here are files (JSON, JSON lines, CSV), their errors, and what is done
-with whole lists of examples.
+`layouts.py` says what one record means.
 """
 
 import csv
@@ -17,17 +16,20 @@ from typing import Any
 
 from ..errors import DataError
 from .examples import EditExample, Probe
-from .layouts import answers, parse, text
+from .layouts import answers, parse, required
 
 logger = logging.getLogger(__name__)
 
-FACTS = Path(__file__).parent / "facts"
-SPLITS = ("train", "validation", "test")
+FACTS = {
+    f"facts:{split}": Path(__file__).parent / "facts" / f"{split}.jsonl"
+    for split in ("train", "validation", "test")
+}
+"""The kit's own facts."""
 
 
 @dataclass(frozen=True)
 class Skipped:
-    """A record that `read_examples(skip_invalid=True)` left out, and why."""
+    """A record that was left out, and why."""
 
     where: str
     why: str
@@ -47,218 +49,202 @@ class Examples(tuple[EditExample, ...]):
 
 
 def read_examples(
-    source: str | Path,
-    /,
-    *,
-    limit: int | None = None,
-    skip_invalid: bool = False,
+    source: str | Path, *, limit: int | None = None, skip_invalid: bool = False
 ) -> Examples:
-    """Read edit examples from a file, or the kit's own facts by `"facts:train"`, `"facts:validation"`, `"facts:test"`.
+    """Read edit examples from a file, or the kit's own facts by a name such as `"facts:train"`.
 
-    Recognised by their fields: CounterFact (ROME's form and EasyEdit's), zsRE (the authors' file, MEND's form as in
-    EasyEdit, with or without portability), KnowEdit, HalluEditBench's tables, and the kit's own JSON lines.
-    FEVER-style claims are such lines: `prompt` is the claim, `target_new` its label, an answer another claim's.
-    A bad record raises DataError naming file, record and field; with `skip_invalid` it is left out, counted
-    (`.skipped`) and logged. `limit` keeps the first n valid records.
+    Recognised by their fields: CounterFact (ROME's form and EasyEdit's), zsRE (the authors' file,
+    and MEND's form with or without portability), KnowEdit, HalluEditBench's tables, and the kit's
+    own JSON lines. FEVER-style claims are such lines: `prompt` is the claim, `target_new` its
+    label, an answer another claim's label.
+
+    A bad record raises DataError naming file, record and field. With `skip_invalid` it is left out,
+    counted (`.skipped`) and logged. `limit` keeps the first n valid records.
     """
-    path = _resolve(source)
+    if str(source).startswith("facts:") and source not in FACTS:
+        raise DataError(f"{source}: no such facts of the kit; expected one of {', '.join(FACTS)}")
+    path = FACTS.get(str(source)) or _existing(source, f", or one of {', '.join(FACTS)}")
     examples: list[EditExample] = []
     skipped: list[Skipped] = []
-    for where, record in _records(path, skip_invalid, skipped):
+    for where, record in _records(path):
         if limit is not None and len(examples) >= limit:
             break
         try:
-            examples.append(parse(record))
+            examples.append(parse(_sound(record)))
         except DataError as error:
             if not skip_invalid:
                 raise DataError(f"{where}: {error}") from None
             skipped.append(Skipped(where, str(error)))
     if skipped:
-        first = skipped[0]
-        logger.warning(
-            "%s: skipped %d invalid records, first: %s: %s",
-            path.name,
-            len(skipped),
-            first.where,
-            first.why,
-        )
+        told = "%s: skipped %d invalid records, first: %s: %s"
+        logger.warning(told, path.name, len(skipped), skipped[0].where, skipped[0].why)
     if not examples:
-        raise DataError(
-            f"{path}: no valid example in it; expected CounterFact, zsRE, KnowEdit or mendkit JSON lines"
-        )
+        expected = "CounterFact, zsRE, KnowEdit, HalluEditBench or mendkit JSON lines"
+        raise DataError(f"{path}: no valid example in it; expected {expected}")
     return Examples.of(examples, skipped)
 
 
 def write_examples(examples: Sequence[EditExample], path: str | Path) -> None:
     """Write examples as the kit's own JSON lines."""
-
-    def given(value: EditExample | Probe) -> dict[str, Any]:
-        return {k: v for k, v in vars(value).items() if v not in (None, ())}
-
     lines = []
     for example in examples:
-        record = given(example)
+        record = _filled(example)
         for role in ("neighbours", "unrelated", "portability"):
             if role in record:
-                record[role] = [given(probe) for probe in record[role]]
-        lines.append(json.dumps(record, ensure_ascii=False))
-    Path(path).write_text("\n".join(lines) + "\n", encoding="utf-8")
+                record[role] = [_filled(probe) for probe in record[role]]
+        lines.append(json.dumps(record, ensure_ascii=False) + "\n")
+    Path(path).write_text("".join(lines), encoding="utf-8")
 
 
-# ------------------------------------------------------------------------------------------------ beside the edits
+def _filled(value: EditExample | Probe) -> dict[str, Any]:
+    """The fields that hold something."""
+    return {name: held for name, held in vars(value).items() if held not in (None, ())}
 
 
-def read_questions(path: str | Path, /) -> tuple[Probe, ...]:
-    """Questions with their answers from NQ-open's JSON lines: `question`, and `answer`, a list of its names."""
-    out = []
-    for where, record in _records(_file(path), False, []):
+def read_questions(path: str | Path) -> tuple[Probe, ...]:
+    """Questions with their answers from NQ-open's JSON lines.
+
+    Each has a `question`, and as `answer` a list of the answer's names. Raises DataError.
+    """
+    found = []
+    for where, record in _records(_existing(path)):
         try:
-            if not isinstance(record, dict):
+            if not isinstance(_sound(record), dict):
                 raise DataError(f"expected an object, got {type(record).__name__}")
-            names, question = answers(record, "answer"), str(text(record, "question"))
+            names = answers(record, "answer")
+            question = required(record, "question").removesuffix("?") + "?"
         except DataError as error:
             raise DataError(f"{where}: {error}") from None
-        out.append(
-            Probe(
-                question if question.endswith("?") else f"{question}?",
-                *names[:1],
-                aliases=names[1:],
-            )
-        )
-    if not out:
-        raise DataError(
-            f"{path}: no question in it; expected JSON lines with `question` and `answer`"
-        )
-    return tuple(out)
+        found.append(Probe(question, *names[:1], aliases=names[1:]))
+    if not found:
+        expected = "JSON lines with `question` and `answer`"
+        raise DataError(f"{path}: no question in it; expected {expected}")
+    return tuple(found)
+
+
+def read_text(path: str | Path) -> str:
+    """Held-out text, as in WikiText's raw files.
+
+    Raises DataError if it is missing, not UTF-8, or blank.
+    """
+    content = _content(_existing(path))
+    if not content.strip():
+        raise DataError(f"{path}: no text in it")
+    return content
 
 
 def with_unrelated(
-    examples: Sequence[EditExample], questions: Sequence[Probe], /, *, each: int = 2, seed: int = 0
+    examples: Sequence[EditExample], questions: Sequence[Probe], *, each: int = 2, seed: int = 0
 ) -> Examples:
     """The examples with `each` more unrelated prompts, drawn without repetition while they last.
 
-    A question that names the example's subject is not drawn for it. Raises DataError if no question is left for one.
+    A question that names the example's subject is not drawn for it. Raises DataError if no question
+    is left for one.
     """
-    rng, queue, out = random.Random(seed), [], []
+    rng, queue, out = random.Random(seed), list[Probe](), []
     for example in examples:
-        subject, drawn, seen = (example.subject or "\0").casefold(), [], 0
+        subject = (example.subject or "\0").casefold()
+        drawn: list[Probe] = []
+        seen = 0
         while len(drawn) < each:
             if seen > 2 * len(questions):  # every question has come by
                 raise DataError(
-                    f"fewer than {each} questions do not name {example.subject!r}; give more questions"
+                    f"fewer than {each} questions do not name {example.subject!r}; "
+                    "give more questions"
                 )
-            queue, seen = queue or rng.sample(questions, len(questions)), seen + 1
+            queue = queue or rng.sample(questions, len(questions))
             question = queue.pop()
+            seen += 1
             if subject not in question.prompt.casefold() and question not in drawn:
                 drawn.append(question)
         out.append(replace(example, unrelated=(*example.unrelated, *drawn)))
     return Examples.of(out, getattr(examples, "skipped", ()))
 
 
-def hard_negatives(examples: Sequence[EditExample], /, *, seed: int = 0) -> list[tuple[Probe, ...]]:
-    """For each example prompts that look like its own and are not its fact: its prompt about the subject of another
-    example, which shares the relation or the prompt's wording, with the answer known there; and a beginning of its
-    prompt, cut after some word, without an answer. None where there is no such subject, or no word to cut after."""
-    rng, kin = random.Random(seed), {}
-    for e in examples:
-        for key in _kinship(e):
-            kin.setdefault(key, []).append(e)
+def hard_negatives(examples: Sequence[EditExample], *, seed: int = 0) -> list[tuple[Probe, ...]]:
+    """For each example prompts that look like its own and are not its fact: up to two.
+
+    The first is its prompt about the subject of another example that shares the relation or the
+    prompt's wording, with the answer known there. The second is a beginning of its prompt, cut
+    after some word, without an answer.
+    """
+    rng = random.Random(seed)
+    kin: dict[tuple[str, str], list[EditExample]] = {}
+    for example in examples:
+        for key in _kinship(example):
+            kin.setdefault(key, []).append(example)
     out = []
-    for e in examples:
-        others = [
-            o
-            for key in _kinship(e)
-            for o in kin[key]
-            if o.subject.casefold() != e.subject.casefold()
-        ]
+    for example in examples:
+        relatives = [other for key in _kinship(example) for other in kin[key]]
+        others = [o for o in relatives if _subject(o) != _subject(example)]
         found = []
         if others:
             other = rng.choice(others)
-            found.append(Probe(e.prompt.replace(e.subject, other.subject), other.ground_truth))
-        ends = [at.start() for at in re.finditer(r"(?<=\S)\s+\S", e.prompt)]
+            prompt = example.prompt.replace(example.subject or "", other.subject or "")
+            found.append(Probe(prompt, other.ground_truth))
+        ends = [at.start() for at in re.finditer(r"(?<=\S)\s+\S", example.prompt)]
         if ends:
-            found.append(Probe(e.prompt[: rng.choice(ends)]))
+            found.append(Probe(example.prompt[: rng.choice(ends)]))
         out.append(tuple(found))
     return out
 
 
-def _kinship(e: EditExample) -> list[tuple[str, str]]:
-    """What an example, whose prompt names its subject, may share with others: the relation, the prompt's wording."""
-    if not e.subject or e.subject not in e.prompt:
+def _kinship(example: EditExample) -> list[tuple[str, str]]:
+    """What an example whose prompt names its subject may share with others."""
+    if not example.subject or example.subject not in example.prompt:
         return []
-    wording = ("wording", e.prompt.replace(e.subject, "\0"))
-    return [wording, ("relation", e.relation)] if e.relation else [wording]
+    shared = [("wording", example.prompt.replace(example.subject, "\0"))]
+    if example.relation:
+        shared.append(("relation", example.relation))
+    return shared
 
 
-def read_text(path: str | Path, /) -> str:
-    """Held-out text, as in WikiText's raw files; raises DataError if it is missing, not UTF-8, or blank."""
-    content = _content(_file(path))
-    if not content.strip():
-        raise DataError(f"{path}: no text in it")
-    return content
+def _subject(example: EditExample) -> str:
+    return (example.subject or "").casefold()
 
 
 @dataclass(frozen=True)
 class Split:
-    """Parts of a list of examples that share no subject with one another, nor with examples set aside."""
+    """Parts of a list of examples that share no subject with one another, nor with others."""
 
     parts: Mapping[str, tuple[EditExample, ...]]
-    dropped: int  # their subject is among those set aside
+    dropped: int  # their subject is among those to stay apart from
     left_out: int  # their subject is in an earlier part, or all parts were full
 
 
 def split_examples(
     examples: Sequence[EditExample],
     sizes: Mapping[str, int],
-    /,
     *,
     apart_from: Sequence[EditExample] = (),
     seed: int = 0,
 ) -> Split:
     """Split examples by subject, in a seeded random order, into parts of at most the given sizes.
 
-    No subject (its capitals ignored) is in two parts, or in `apart_from`. Raises DataError for an example without a
-    subject.
+    No subject (its capitals ignored) is in two parts, or in `apart_from`. Raises DataError for an
+    example without a subject.
     """
     for example in (*apart_from, *examples):
         if example.subject is None:
             raise DataError(
-                f"{example.prompt!r} names no subject; only examples with `subject` can be split by it"
+                f"{example.prompt!r} names no subject; only examples with `subject` can be split"
             )
-    taken = {example.subject.casefold() for example in apart_from}
-    free = [example for example in examples if example.subject.casefold() not in taken]
+    taken = set(map(_subject, apart_from))
+    free = [example for example in examples if _subject(example) not in taken]
     dropped = len(examples) - len(free)
     random.Random(seed).shuffle(free)
     parts = {}
     for name, size in sizes.items():
-        parts[name], rest = tuple(free[:size]), free[size:]
-        used = {example.subject.casefold() for example in parts[name]}
-        free = [example for example in rest if example.subject.casefold() not in used]
+        parts[name] = tuple(free[:size])
+        taken = set(map(_subject, parts[name]))
+        free = [example for example in free[size:] if _subject(example) not in taken]
     left_out = len(examples) - dropped - sum(map(len, parts.values()))
-    logger.info(
-        "%d of %d examples dropped: their subject is set aside; %d left out",
-        dropped,
-        len(examples),
-        left_out,
-    )
+    told = "%d of %d examples dropped: their subject is set aside; %d left out"
+    logger.info(told, dropped, len(examples), left_out)
     return Split(parts, dropped, left_out)
 
 
-# ------------------------------------------------------------------------------------------------------------ files
-
-
-def _resolve(source: str | Path) -> Path:
-    name = str(source)
-    if name.startswith("facts:"):
-        if name[6:] not in SPLITS:
-            raise DataError(
-                f"{name}: no such split of the kit's own facts; expected one of facts:{', facts:'.join(SPLITS)}"
-            )
-        return FACTS / f"{name[6:]}.jsonl"
-    return _file(source, ", or facts:train, facts:validation, facts:test")
-
-
-def _file(source: str | Path, other: str = "") -> Path:
+def _existing(source: str | Path, other: str = "") -> Path:
     path = Path(source)
     if not path.is_file():
         raise DataError(f"{path}: no such file; give a data file{other}")
@@ -272,49 +258,44 @@ def _content(path: Path) -> str:
         raise DataError(f"{path}: not UTF-8 text ({error.reason} at byte {error.start})") from None
 
 
-_JSON_ERRORS = (
-    ValueError,
-    RecursionError,
-)  # what is no JSON, a number of too many digits, lists within lists
+def _records(path: Path) -> Iterator[tuple[str, Any]]:
+    """(where, record) of a table, JSON lines, or a JSON array, which may stand as `records`.
 
-
-def _records(path: Path, skip_invalid: bool, skipped: list[Skipped]) -> Iterator[tuple[str, Any]]:
-    """(where, record) of a JSON array, an object with such an array as `records`, JSON lines, or a table (CSV)."""
+    The record of a line that is no JSON is a DataError; see `_sound`.
+    """
     content = _content(path)
     if path.suffix.lower() == ".csv":
         rows = csv.DictReader(io.StringIO(content), restkey="further cells")
         try:
-            yield from ((f"{path}:{rows.line_num}", row) for row in rows)
+            for row in rows:
+                yield f"{path}:{rows.line_num}", row
         except csv.Error as error:
             raise DataError(f"{path}:{rows.line_num}: no table: {error}") from None
         return
-    whole = _whole(path, content)
-    if whole is not None:
-        yield from ((f"{path}: record {i}", record) for i, record in enumerate(whole))
+    whole = _from_json(content)
+    if isinstance(whole, dict):
+        whole = whole.get("records")
+    if isinstance(whole, list):
+        for number, record in enumerate(whole):
+            yield f"{path}: record {number}", record
         return
+    first = content.lstrip().partition("\n")[0]
+    if first.startswith("[") and isinstance(_from_json(first), DataError):
+        raise DataError(f"{path}: {whole}")  # an array, not lines
     for number, line in enumerate(content.split("\n"), 1):
-        if not line.strip():
-            continue
-        where = f"{path}:{number}"
-        try:
-            yield where, json.loads(line)
-        except _JSON_ERRORS as error:
-            why = f"invalid JSON: {getattr(error, 'msg', error)}"
-            if not skip_invalid:
-                raise DataError(f"{where}: {why}") from None
-            skipped.append(Skipped(where, why))
+        if line.strip():
+            yield f"{path}:{number}", _from_json(line)
 
 
-def _whole(path: Path, content: str) -> list[Any] | None:
-    """The records of a file that is one JSON value; None if it is JSON lines."""
-    array = content.lstrip().startswith("[")
+def _from_json(text: str) -> Any:
+    """The value of a text, or a DataError that says why it has none."""
     try:
-        value = json.loads(content)
-    except _JSON_ERRORS as error:
-        if array:
-            line = f"{path}:{getattr(error, 'lineno', 1)}"
-            raise DataError(f"{line}: invalid JSON: {getattr(error, 'msg', error)}") from None
-        return None
-    if isinstance(value, dict) and isinstance(value.get("records"), list):
-        return value["records"]
-    return value if array else None
+        return json.loads(text)
+    except (ValueError, RecursionError) as error:  # also for numbers of too many digits
+        return DataError(f"invalid JSON: {error}")
+
+
+def _sound(record: Any) -> Any:
+    if isinstance(record, DataError):
+        raise record
+    return record
