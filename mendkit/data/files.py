@@ -61,7 +61,7 @@ def read_examples(
     A bad record raises DataError naming file, record and field. With `skip_invalid` it is left out,
     counted (`.skipped`) and logged. `limit` keeps the first n valid records.
     """
-    if str(source).startswith("facts:") and source not in FACTS:
+    if str(source).startswith("facts:") and str(source) not in FACTS:
         raise DataError(f"{source}: no such facts of the kit; expected one of {', '.join(FACTS)}")
     path = FACTS.get(str(source)) or _existing(source, f", or one of {', '.join(FACTS)}")
     examples: list[EditExample] = []
