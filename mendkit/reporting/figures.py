@@ -139,7 +139,7 @@ def shares(ax: Axes, *names: str) -> None:
 
 
 def lines(ax: Axes, frame: pd.DataFrame, x: str, y: str, series: str) -> None:
-    """A line for each value of the column `series`, with a band where rows have `low` and `high`."""
+    """A line for each value of the column `series`, with a band if rows have `low` and `high`."""
     for name, part in frame.groupby(series, sort=False):
         (line,) = ax.plot(part[x], part[y], label=name)
         if "low" in part:

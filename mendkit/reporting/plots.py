@@ -1,7 +1,7 @@
 """Figures, one small function each: results in, labelled chart out.
 
-A chart's title is a finding computed from the data. Shares lie in [0, 1]; whiskers and bands are 95 %
-intervals over edits.
+A chart's title is a finding computed from the data. Shares lie in [0, 1]; whiskers and bands are
+95 % intervals over edits.
 """
 
 import textwrap

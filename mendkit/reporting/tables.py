@@ -35,11 +35,13 @@ def escape(value: object) -> str:
 def table(data: pd.DataFrame | Sequence[Row], formats: Mapping[str, str] | None = None) -> Styler:
     """A styled frame of `data`: a frame, or rows as mappings.
 
-    A float has three significant digits, unless `formats` gives its column a format such as
-    "{:.1e}". A truth value is ✓ or ✗, an interval "mean [low, high]", a missing value blank.
+    A named index is shown. A float has three significant digits, unless `formats` gives its column
+    a format such as "{:.1e}". A truth value is ✓ or ✗, an interval "mean [low, high]", a missing
+    value blank.
     """
     frame = data if isinstance(data, pd.DataFrame) else pd.DataFrame(list(data), dtype=object)
-    style = frame.style.format(cell_text).format_index(escape, axis="columns").hide(axis="index")
+    style = frame.style.format(cell_text).format_index(escape, axis="columns")
+    style = style.format_index(escape) if frame.index.name else style.hide(axis="index")
     for column, text in (formats or {}).items():
         style = style.format(text, subset=[column], na_rep="")
     numbers = [name for name in frame if frame[name].map(_is_number).all()]
