@@ -1,0 +1,47 @@
+"""The pages that name tests are held to the suite, and the README to its budget."""
+
+import ast
+import re
+from functools import cache
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+NAMED = re.compile(r"`(?:tests/)?([\w/]+\.py)::(\w+)`")
+
+
+@cache
+def tests_of(path: str) -> set[str]:
+    tree = ast.parse((ROOT / "tests" / path).read_text(encoding="utf-8"))
+    return {node.name for node in tree.body if isinstance(node, ast.FunctionDef)}
+
+
+@pytest.mark.parametrize("page, rows", [("RELIABILITY.md", 20), ("CORRECTNESS.md", 27)])
+def test_every_row_names_tests_and_every_test_that_is_named_is_there(page, rows):
+    text = (ROOT / "docs" / page).read_text(encoding="utf-8")
+    table = [line for line in text.splitlines() if line.startswith("| ")][1:]
+    assert len(table) >= rows
+    for line in table:
+        named = NAMED.findall(line)
+        assert named, f"{page} names no test in: {line}"
+        for path, name in named:
+            assert name in tests_of(path), f"{page} names {path}::{name}, which is not there"
+    assert "::" not in NAMED.sub("", text)  # no test is named in a form that is not checked
+
+
+def test_the_correctness_page_has_every_row_of_its_numbering():
+    text = (ROOT / "docs/CORRECTNESS.md").read_text(encoding="utf-8")
+    assert re.findall(r"^\| (\d+) \|", text, re.MULTILINE) == [str(n) for n in range(1, 28)]
+
+
+def test_links_between_pages_lead_somewhere():
+    pages = [ROOT / "README.md", *(ROOT / "docs").glob("*.md"), ROOT / "mendkit/data/facts/README.md"]
+    for page in pages:
+        for target in re.findall(r"\]\(([^)#:]+)(?:#[^)]*)?\)", page.read_text(encoding="utf-8")):
+            assert (page.parent / target).exists(), f"{page.name} links to {target}"
+
+
+def test_the_first_pages_are_short():
+    assert len((ROOT / "README.md").read_text(encoding="utf-8").splitlines()) <= 120
+    assert len((ROOT / "docs/CODE.md").read_text(encoding="utf-8").splitlines()) <= 80
