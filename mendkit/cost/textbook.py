@@ -1,12 +1,11 @@
-"""A textbook MEND: Algorithms 1 and 2 of the paper written plainly, to hold the kit against and to measure it by.
+"""A textbook MEND: Algorithms 1 and 2 of the paper written plainly, to measure the kit against.
 
-One edit at a time, four passes of the whole model in a step: the gradient of the edit, with u and δ read by hooks while
-autograd computes it on the weights; the edited model on the edit and its paraphrases; the base and the edited model on
-the locality prompts. Updates are dense (d_out, d_in) matrices, logits are those of every position, nothing is kept. It
-shares with the kit the hypernetwork's tensors, the tokens and the losses, and none of the code that makes the kit fast.
+One edit at a time, four passes of the whole model in a step. Updates are dense (d_out, d_in)
+matrices, logits are those of every position, nothing is kept. It shares with the kit the
+hypernetwork's tensors, the tokens and the losses, and none of the code that makes the kit fast.
 
-The recipe is the published one: all tokens, normalised feature by feature, one transform for all layers of a shape.
-Axes: t tokens, i layer input, o layer output, d = i + o, n texts, v vocabulary.
+The recipe is the published one: all tokens, a normaliser of each feature, one transform for all
+layers of a shape. Axes: t tokens, i layer input, o layer output, d = i + o, n texts, v vocabulary.
 """
 
 from collections.abc import Mapping, Sequence
@@ -18,7 +17,7 @@ from torch import Tensor
 from ..errors import MendkitError
 from ..hparams import MENDHyperParams
 from ..mend.hypernetwork import MEND, LowRankResidual, group_name, stats_name
-from ..mend.losses import edit_nll, locality_kl, wide
+from ..mend.losses import edit_nll, locality_kl
 from ..mend.normaliser import RunningMoments
 from ..models.base import BaseModel
 from ..models.families import CAUSAL
@@ -28,29 +27,32 @@ from ..models.tokens import TextBatch, Tokens, collate
 Weights = dict[str, Tensor]
 """Weights of the edit sites by name, each in the orientation that the model stores."""
 
-LOCALITY = ("neighbours", "unrelated")
+Pair = tuple[Float[Tensor, "t i"], Float[Tensor, "t o"]]
+"""u and delta of one site."""
+
+TextRow = list[tuple[str, Tokens]]
+"""The texts of one edit by role; the edit itself comes first."""
+
 RECIPE = {
-    **{"norm": True, "combine": True, "shared": True, "whiten": None, "std_eps": 0.0},
-    **{"init": "id_xavier", "edit_tokens": "all", "loss_reduction": "edit"},
+    "norm": True,
+    "combine": True,
+    "shared": True,
+    "whiten": None,
+    "std_eps": 0.0,
+    "init": "id_xavier",
+    "edit_tokens": "all",
+    "loss_reduction": "edit",
 }
 
 
-def check_recipe(base: BaseModel, h: MENDHyperParams, /) -> None:
-    """Raises MendkitError if `h` asks for something that the textbook does not do, or `base` is no causal model."""
+def check_recipe(base: BaseModel, hparams: MENDHyperParams) -> None:
+    """Raises MendkitError for settings that the textbook does not have, or no causal model."""
     if base.family != CAUSAL:
-        raise MendkitError(
-            f"{base.name} is a {base.family} model; the textbook reads and edits causal models only"
-        )
+        raise MendkitError(f"{base.name} is a {base.family} model; the textbook edits causal ones")
     for key, value in RECIPE.items():
-        if getattr(h, key) != value:
-            raise MendkitError(
-                f"{key}: the textbook knows {value!r} only, got {getattr(h, key)!r}; set it so"
-            )
-
-
-def clean_weights(base: BaseModel) -> Weights:
-    """The sites' weights as they are, not copied."""
-    return {site.name: base.site_module(site).weight for site in base.sites}
+        given = getattr(hparams, key)
+        if given != value:
+            raise MendkitError(f"{key}: the textbook knows {value!r} only, got {given!r}")
 
 
 def logits(base: BaseModel, batch: TextBatch, weights: Weights) -> Float[Tensor, "n t v"]:
@@ -63,16 +65,10 @@ def logits(base: BaseModel, batch: TextBatch, weights: Weights) -> Float[Tensor,
     return torch.func.functional_call(base.model, weights, (), inputs).logits
 
 
-def factors(
-    base: BaseModel, edit: Tokens
-) -> dict[str, tuple[Float[Tensor, "t i"], Float[Tensor, "t o"]]]:
-    """(u, δ) of every site at the tokens that contribute, from the gradient of the edit's loss on the weights."""
+def factors(base: BaseModel, edit: Tokens) -> dict[str, Pair]:
+    """(u, delta) of every site at the tokens that contribute, by the gradient on the weights."""
     batch = collate([edit], base.pad_id, base.device)
-    leaves = {
-        name: weight.detach().requires_grad_() for name, weight in clean_weights(base).items()
-    }
-    seen: dict[str, Tensor] = {}
-    deltas: dict[str, Tensor] = {}
+    leaves, seen, deltas, handles = {}, {}, {}, []
 
     def hook_for(name: str):
         def hook(_, args, output: Tensor) -> None:
@@ -81,56 +77,54 @@ def factors(
 
         return hook
 
-    handles = [
-        base.site_module(site).register_forward_hook(hook_for(site.name)) for site in base.sites
-    ]
+    for site in base.sites:
+        module = base.site_module(site)
+        leaves[site.name] = module.weight.detach().requires_grad_()
+        handles.append(module.register_forward_hook(hook_for(site.name)))
     try:
         with torch.enable_grad():
-            loss = edit_nll(
-                logits(base, batch, leaves)[batch.scored], batch.targets, batch.rows, 1
-            ).sum()
+            scored = logits(base, batch, leaves)[batch.scored]
+            loss = edit_nll(scored, batch.targets, batch.rows, 1).sum()
             torch.autograd.grad(loss, list(leaves.values()))
     finally:
         for handle in handles:
             handle.remove()
-    # after the last scored position nothing contributes; in the last block's MLP nothing before the first does
-    keep = {
-        site.name: edit.scored if site.scored_only else range(edit.scored[-1] + 1)
-        for site in base.sites
-    }
-    return {
-        name: tuple(
-            wide(x.reshape(len(edit.ids), -1)[list(keep[name])]) for x in (seen[name], deltas[name])
-        )
-        for name in seen
-    }
+    found = {}
+    for site in base.sites:
+        # After the last scored position no gradient arrives. In the last block's MLP only the
+        # scored positions have one.
+        keep = list(edit.scored) if site.scored_only else list(range(edit.scored[-1] + 1))
+        u, delta = seen[site.name], deltas[site.name]
+        found[site.name] = (u[0, keep], delta[0, keep])
+    return found
 
 
 def normalised(
-    x: Float[Tensor, "t d"], moments: RunningMoments, h: MENDHyperParams
+    x: Float[Tensor, "t d"], moments: RunningMoments, hparams: MENDHyperParams
 ) -> Float[Tensor, "t d"]:
-    """(x − mean) / std per feature, with the recipe's floor on the std and clip on the result."""
+    """(x − mean) / std of each feature, with the recipe's floor on the std and clip."""
     std = (moments.m2 / (moments.count - 1)).sqrt()
-    std = torch.maximum(std, h.std_floor * std.median())
-    return ((x - moments.mean.to(x.dtype)) / std.to(x.dtype)).clamp(-h.z_clip, h.z_clip)
+    std = torch.maximum(std, hparams.std_floor * std.median())
+    z = (x - moments.mean.to(x.dtype)) / std.to(x.dtype)
+    return z.clamp(-hparams.z_clip, hparams.z_clip)
 
 
-def entering(
-    mend: MEND, site: Site, u: Float[Tensor, "t i"], delta: Float[Tensor, "t o"]
-) -> Float[Tensor, "t d"]:
+def entering(mend: MEND, site: Site, u: Tensor, delta: Tensor) -> Float[Tensor, "t d"]:
     """What enters the hypernetwork: the normalised factors of each token of one site."""
-    moments, h = mend.moments[stats_name(site, mend.hparams)], mend.hparams
-    return torch.cat([normalised(u, moments["u"], h), normalised(delta, moments["delta"], h)], 1)
+    moments = mend.moments[stats_name(site, mend.hparams)]
+    pair = [
+        normalised(u, moments["u"], mend.hparams),
+        normalised(delta, moments["delta"], mend.hparams),
+    ]
+    return torch.cat(pair, 1)
 
 
 def hidden(block: LowRankResidual, layer: int, z: Float[Tensor, "t d"]) -> Float[Tensor, "t d"]:
-    """What a block clamps: s ⊙ (U V z + b) + o."""
+    """What a block clamps: s ⊙ (U V z + b) + o (equation 3)."""
     return block.scale[layer] * (z @ block.V.T @ block.U.T + block.bias) + block.shift[layer]
 
 
-def change(
-    mend: MEND, site: Site, u: Float[Tensor, "t i"], delta: Float[Tensor, "t o"]
-) -> Float[Tensor, "o i"]:
+def change(mend: MEND, site: Site, u: Tensor, delta: Tensor) -> Float[Tensor, "o i"]:
     """The dense ΔW of one site (equation 3, Algorithm 2)."""
     group = group_name(site, mend.hparams.shared)
     layer, z = mend.groups[group].index(site.name), entering(mend, site, u, delta)
@@ -143,43 +137,86 @@ def change(
 def edited_weights(base: BaseModel, mend: MEND, edit: Tokens) -> Weights:
     """The weights after one edit; gradients flow to the hypernetwork."""
     check_recipe(base, mend.hparams)
-    clean, own = clean_weights(base), factors(base, edit)
-    changes = {site.name: change(mend, site, *own[site.name]) for site in base.sites}
-    turned = {
-        site.name: changes[site.name].T if site.transposed else changes[site.name]
-        for site in base.sites
-    }
-    return {name: weight + turned[name].to(weight.dtype) for name, weight in clean.items()}
+    pairs, edited = factors(base, edit), {}
+    for site in base.sites:
+        delta_w = change(mend, site, *pairs[site.name])
+        if site.transposed:
+            delta_w = delta_w.T
+        weight = base.site_module(site).weight
+        edited[site.name] = weight + delta_w.to(weight.dtype)
+    return edited
 
 
-def textbook_losses(
-    base: BaseModel, mend: MEND, texts: Sequence[tuple[str, Tokens]], /
-) -> dict[str, Tensor]:
+def textbook_losses(base: BaseModel, mend: MEND, texts: TextRow) -> dict[str, Tensor]:
     """The loss of each role for one edit, the mean of its texts; the first text is the edit."""
     edited = edited_weights(base, mend, texts[0][1])
+    local = [pair for pair in texts if pair[0] in ("neighbours", "unrelated")]
+    to_answer = [pair for pair in texts if pair not in local]
     losses: dict[str, Tensor] = {}
-    for local in (False, True):
-        chosen = [(role, text) for role, text in texts if (role in LOCALITY) == local]
+    for chosen in (to_answer, local):
         if not chosen:
             continue
         batch = collate([text for _, text in chosen], base.pad_id, base.device)
-        if local:
+        after = logits(base, batch, edited)[batch.scored]
+        if chosen is local:
             with torch.no_grad():
                 before = logits(base, batch, {})[batch.scored]
-            after = logits(base, batch, edited)[batch.scored]
             values = locality_kl(before, after, batch.rows, len(chosen))
         else:
-            values = edit_nll(
-                logits(base, batch, edited)[batch.scored], batch.targets, batch.rows, len(chosen)
-            )
-        for role in dict.fromkeys(role for role, _ in chosen):
-            losses[role] = values[[i for i, (r, _) in enumerate(chosen) if r == role]].mean()
+            values = edit_nll(after, batch.targets, batch.rows, len(chosen))
+        roles = [role for role, _ in chosen]
+        for role in set(roles):
+            where = [i for i, name in enumerate(roles) if name == role]
+            losses[role] = values[where].mean()
     return losses
 
 
-def put(base: BaseModel, weights: Mapping[str, Tensor], /) -> Weights:
-    """Make these the model's weights at the sites; returns those that were there, to be put back. Nothing is copied."""
-    old = {name: weight.data for name, weight in clean_weights(base).items()}
+def put(base: BaseModel, weights: Mapping[str, Tensor]) -> Weights:
+    """Make these the model's weights at the sites; returns those that were there."""
+    old = {}
     for site in base.sites:
-        base.site_module(site).weight.data = weights[site.name]
+        module = base.site_module(site)
+        old[site.name] = module.weight.data
+        module.weight.data = weights[site.name]
     return old
+
+
+def trained_looking(base: BaseModel, hparams: MENDHyperParams, rows: Sequence[TextRow]) -> MEND:
+    """A hypernetwork as after some training: U is not zero, so every parameter has a gradient."""
+    mend = MEND(base.sites, hparams).to(base.device)
+    generator = torch.Generator().manual_seed(hparams.seed)
+    for name, parameter in mend.named_parameters():
+        if name.endswith(".U"):
+            spread = 0.1 / parameter.shape[1] ** 0.5
+            torch.nn.init.normal_(parameter, std=spread, generator=generator)
+    seen: dict[str, Pair] = {}
+    found = [factors(base, row[0][1]) for row in rows]
+    for site in base.sites:
+        u, delta = zip(*(pairs[site.name] for pairs in found), strict=True)
+        seen[site.name] = torch.cat(u), torch.cat(delta)
+        moments = mend.moments[stats_name(site, hparams)]
+        moments["u"].add(seen[site.name][0])
+        moments["delta"].add(seen[site.name][1])
+    clear_hinges(mend, seen)
+    return mend
+
+
+@torch.no_grad()
+def clear_hinges(mend: MEND, seen: Mapping[str, Pair]) -> None:
+    """Move each ReLU's hinge (o in equation 3) into the widest gap between what it sees.
+
+    The gradient jumps at a hinge. Of millions of values a few are so close to it that rounding
+    decides on which side they are. A whole row of the gradient then differs between two ways that
+    are both right. Only the middle half of a site's tokens is looked at, so that ReLUs stay in use.
+    """
+    for site in mend.sites:
+        group = group_name(site, mend.hparams.shared)
+        layer = mend.groups[group].index(site.name)
+        z = entering(mend, site, *(x.to(mend.log_edit_lr) for x in seen[site.name]))
+        quarter = len(z) // 4
+        for block in mend.blocks[group] if len(z) > 1 else ():
+            middle = hidden(block, layer, z).sort(0).values[quarter : len(z) - quarter]
+            below = middle.diff(dim=0).argmax(0, keepdim=True)
+            gap = middle.gather(0, below) + middle.gather(0, below + 1)
+            block.shift[layer] -= gap[0] / 2
+            z = z + torch.relu(hidden(block, layer, z))

@@ -1,12 +1,11 @@
-"""Ways to train: the textbook (textbook.py), or the kit with some of its four savings.
+"""Ways to train: the textbook (textbook.py), the kit, and the kit without its trunk cache.
 
-The savings are the trunk cache, the factor cache, passes over several independent edits, and logits of scored positions
-only. All ways share one hypernetwork and the same B edits, take the gradient of the same loss, and end a step with the
-same optimiser. The learning rate is 0, so that every step is the same step, which costs what any other does.
+All ways share one base model, one hypernetwork and the same B edits. They take the gradient of the
+same loss and end a step with Adam. The learning rate is 0, so every step costs the same.
 """
 
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,43 +19,23 @@ from ..errors import MendkitError
 from ..hparams import MENDHyperParams
 from ..mend.batches import prepare_texts
 from ..mend.factors import FactorCache
-from ..mend.hypernetwork import MEND, group_name, stats_name
+from ..mend.hypernetwork import MEND
 from ..mend.steps import batch_losses, total_loss
 from ..models.base import BaseModel
 from ..models.bundled import bundled_model
 from ..models.checkpoints import BUNDLED
 from ..models.load import load_model
-from ..models.tokens import Tokens
 from ..models.trunk import FrozenTrunk
 from . import textbook
+from .textbook import TextRow
 
-TEXTBOOK, KIT = "textbook", "kit"
+TEXTBOOK, KIT, NO_TRUNK = "textbook", "kit", "without trunk cache"
+WAYS = (TEXTBOOK, KIT, NO_TRUNK)
+
 GPT2_XL = "gpt2-xl-shape"
 MODELS = (BUNDLED, GPT2_XL)
-TOLERANCE = {torch.float64: 1e-10, torch.float32: 1e-4}
-"""Largest error of a loss, a gradient, an edited model's logits that rounding excuses where no ReLU of the hypernetwork
-is near its hinge (`clear_hinges`). Measured in float32: 3e-6."""
-
-Row = list[tuple[str, Tokens]]
-"""The texts of one edit by role; the edit itself comes first."""
-
-
-@dataclass(frozen=True)
-class Savings:
-    """Which of its savings the kit makes use of."""
-
-    trunk: bool = True
-    factors: bool = True
-    at_once: int | None = None  # independent edits in one pass; None: all of a step's
-
-
-WAYS: dict[str, Savings | None] = {
-    TEXTBOOK: None,
-    KIT: Savings(),
-    "without trunk cache": Savings(trunk=False),
-    "without factor cache": Savings(factors=False),
-    "one edit at a time": Savings(at_once=1),
-}
+QUICK: dict[str, int] = {"batch": 2, "rank": 16, "repeats": 2, "layers": 4, "width": 64}
+"""Settings of a trial run."""
 
 
 @dataclass(frozen=True)
@@ -67,38 +46,42 @@ class Settings:
     batch: int = 16  # edits per optimiser step
     rank: int = 1920
     repeats: int = 3  # turns
-    layers: int | None = None  # of a random model, instead of the shape's own
+    layers: int = 48  # of a random model
     width: int = 1600  # of a random model
 
     def __post_init__(self) -> None:
         if self.model not in MODELS and not Path(self.model).is_file():
-            raise MendkitError(
-                f"no model {self.model!r} to measure; give {', '.join(MODELS)} or a YAML file"
-            )
+            known = ", ".join(MODELS)
+            raise MendkitError(f"no model {self.model!r} to measure; give {known} or a YAML file")
 
+    def open(self) -> BaseModel:
+        """The base model: bundled, of a YAML file, or of GPT-2 XL's shape with random weights."""
+        if self.model == GPT2_XL:
+            return random_gpt2(layers=self.layers, width=self.width)
+        if self.model == BUNDLED:
+            return load_model(BUNDLED)
+        return load_model(MENDHyperParams.from_hparams(self.model))
 
-QUICK: dict[str, int] = {"batch": 2, "rank": 16, "repeats": 2, "layers": 4, "width": 64}
-"""Settings of a trial run."""
-
-
-# ------------------------------------------------------------------------------------------------------ set up
-
-
-def open_base(s: Settings, /) -> BaseModel:
-    """The base model: bundled, of a YAML file, or of GPT-2 XL's shape with random weights."""
-    if s.model == GPT2_XL:
-        return random_gpt2(layers=s.layers or 48, width=s.width)
-    if s.model == BUNDLED:
-        return load_model(BUNDLED)
-    return load_model(MENDHyperParams.from_hparams(s.model))
+    def recipe(self, base: BaseModel) -> MENDHyperParams:
+        """The published recipe: all tokens, per-feature normaliser, locality weighs ten times."""
+        return MENDHyperParams(
+            model_name=self.model,
+            inner_params=[site.name for site in base.sites],
+            rank=self.rank,
+            batch_size=self.batch,
+            edit_lr=3e-4,
+            cedit=0.1,
+            unrelated_per_edit=0,
+            lr=0.0,
+            lr_lr=0.0,
+        )
 
 
 def random_gpt2(*, layers: int, width: int) -> BaseModel:
-    """A GPT-2 (float32, heads of 64) with random weights and the bundled model's tokenizer; edits its last 3 MLPs."""
+    """A GPT-2 (float32, heads of 64) with random weights and the bundled model's tokenizer."""
+    config = GPT2Config(n_layer=layers, n_embd=width, n_head=max(width // 64, 1))
     with torch.device("meta"):
-        model = GPT2LMHeadModel(
-            GPT2Config(n_layer=layers, n_embd=width, n_head=max(width // 64, 1))
-        )
+        model = GPT2LMHeadModel(config)
     model.to_empty(device="cpu")
     model.tie_weights()
     generator = torch.Generator().manual_seed(0)
@@ -111,124 +94,65 @@ def random_gpt2(*, layers: int, width: int) -> BaseModel:
     return BaseModel(model, tokenizer, name=f"{GPT2_XL}-{layers}x{width}")
 
 
-def recipe(s: Settings, base: BaseModel, /) -> MENDHyperParams:
-    """The published recipe: all tokens, per-feature normaliser, each edit's mean loss, locality weighing ten times."""
-    sites = [site.name for site in base.sites]
-    h = MENDHyperParams(model_name=s.model, inner_params=sites, rank=s.rank, batch_size=s.batch)
-    return h.replace(edit_lr=3e-4, cedit=0.1, unrelated_per_edit=0, lr=0.0, lr_lr=0.0)
+def draw_rows(
+    base: BaseModel, hparams: MENDHyperParams, examples: Sequence[EditExample]
+) -> tuple[list[EditExample], list[TextRow]]:
+    """`batch_size` examples at random, and of each the edit, a paraphrase and a neighbour.
 
-
-def draw(
-    base: BaseModel, h: MENDHyperParams, examples: Sequence[EditExample], /
-) -> tuple[list[EditExample], list[Row]]:
-    """`batch_size` examples at random, and of each the edit, a paraphrase and a neighbour. Raises MendkitError."""
-    whole = [e for e in examples if e.paraphrases and e.neighbours]
-    if len(whole) < h.batch_size:
-        raise MendkitError(
-            f"{len(whole)} examples have a paraphrase and a neighbour; at least {h.batch_size} are needed"
-        )
-    order = torch.randperm(len(whole), generator=torch.Generator().manual_seed(h.seed))[
-        : h.batch_size
-    ].tolist()
-    chosen = [whole[i] for i in order]
-    return chosen, [
-        [("edit", t.edit), ("paraphrases", t.paraphrases[0]), ("neighbours", t.neighbours[0])]
-        for t in prepare_texts(base, h, chosen)
-    ]
-
-
-def make_mend(base: BaseModel, h: MENDHyperParams, rows: Sequence[Row], /) -> MEND:
-    """A hypernetwork as after some training: U is not zero, so that every parameter has a gradient."""
-    mend = MEND(base.sites, h).to(base.device)
-    generator = torch.Generator().manual_seed(h.seed)
-    for name, parameter in mend.named_parameters():
-        if name.endswith(".U"):
-            torch.nn.init.normal_(
-                parameter, std=0.1 / parameter.shape[1] ** 0.5, generator=generator
-            )
-    found = [textbook.factors(base, row[0][1]) for row in rows]
-    factors = {
-        site.name: tuple(map(torch.cat, zip(*(own[site.name] for own in found), strict=True)))
-        for site in base.sites
-    }
-    for site in base.sites:
-        for part, values in zip(("u", "delta"), factors[site.name], strict=True):
-            mend.moments[stats_name(site, h)][part].add(values)
-    clear_hinges(mend, factors)
-    return mend
-
-
-@torch.no_grad()
-def clear_hinges(mend: MEND, factors: Mapping[str, tuple[Tensor, Tensor]], /) -> None:
-    """Move each ReLU's hinge (o in equation 3) to the middle of a gap between what it sees of a site's (u, δ): the
-    widest gap within the middle half of the tokens.
-
-    The gradient jumps at a hinge. Of millions of values a few are so close to it that rounding, which no two ways
-    share, decides on which side they are; a whole row of the gradient then differs between ways that are both right.
+    Raises MendkitError if too few examples have both.
     """
-    for site in mend.sites:
-        group, own = (
-            group_name(site, mend.hparams.shared),
-            [x.to(mend.log_edit_lr) for x in factors[site.name]],
-        )
-        layer, z = mend.groups[group].index(site.name), textbook.entering(mend, site, *own)
-        quarter = len(z) // 4
-        for block in mend.blocks[group] if len(z) > 1 else ():
-            middle = textbook.hidden(block, layer, z).sort(0).values[quarter : len(z) - quarter]
-            below = middle.diff(dim=0).argmax(0, keepdim=True)
-            block.shift[layer] -= (middle.gather(0, below) + middle.gather(0, below + 1))[0] / 2
-            z = z + torch.relu(textbook.hidden(block, layer, z))
+    whole = [e for e in examples if e.paraphrases and e.neighbours]
+    size = hparams.batch_size
+    if len(whole) < size:
+        raise MendkitError(f"{size} examples with a paraphrase and a neighbour are needed")
+    order = torch.randperm(len(whole), generator=torch.Generator().manual_seed(hparams.seed))
+    chosen = [whole[i] for i in order[:size].tolist()]
+    rows = []
+    for texts in prepare_texts(base, hparams, chosen):
+        row = [("edit", texts.edit), ("paraphrases", texts.paraphrases[0])]
+        rows.append([*row, ("neighbours", texts.neighbours[0])])
+    return chosen, rows
 
 
 class Way:
-    """One way to train: `savings` None is the textbook. `optimiser` holds the hypernetwork's state."""
+    """One way to train. `seconds` tells how long its caches took to fill."""
 
-    def __init__(
-        self,
-        base: BaseModel,
-        mend: MEND,
-        rows: Sequence[Row],
-        /,
-        *,
-        savings: Savings | None,
-        optimiser: Any,
-    ) -> None:
-        self.base, self.mend, self.rows, self.savings, self.optimiser = (
-            base,
-            mend,
-            rows,
-            savings,
-            optimiser,
-        )
-        self.seconds = {"trunk": 0.0, "factors": 0.0}
-        if savings is not None:
-            self.trunk = FrozenTrunk(base)
-            h = mend.hparams.replace(cache_bytes=10**12 if savings.factors else 0)
-            self.factors = FactorCache(self.trunk, h)
-            if savings.trunk:
-                texts = [text for row in rows for _, text in row]
-                self.seconds["trunk"] = seconds_of(lambda: self.trunk.fill(texts))
-            self.seconds["factors"] = seconds_of(
-                lambda: self.factors.fill([row[0][1] for row in rows])
-            )
+    def __init__(self, name: str, base: BaseModel, mend: MEND, rows: Sequence[TextRow]) -> None:
+        self.name, self.base, self.mend, self.rows = name, base, mend, rows
+        self.optimiser = torch.optim.Adam(mend.parameters(), lr=0.0, fused=name != TEXTBOOK)
+        self.seconds = 0.0
+        if name == TEXTBOOK:
+            return
+        self.trunk = FrozenTrunk(base)
+        self.factors = FactorCache(self.trunk, mend.hparams.replace(cache_bytes=10**12))
+        if name == KIT:
+            texts = [text for row in rows for _, text in row]
+            self.seconds = seconds_of(lambda: self.trunk.fill(texts))
+        self.factors.fill([row[0][1] for row in rows])
 
     def backward(self) -> dict[str, float]:
-        """Add the gradient of the batch's loss to the hypernetwork's; returns the mean loss of each role."""
-        size = 1 if self.savings is None else self.savings.at_once or len(self.rows)
+        """Add the gradient of the batch's loss to the hypernetwork; the mean loss of each role."""
+        parts = [[row] for row in self.rows] if self.name == TEXTBOOK else [self.rows]
         sums: dict[str, float] = {}
-        for part in (self.rows[at : at + size] for at in range(0, len(self.rows), size)):
-            losses, share = self._losses(part), len(part) / len(self.rows)
+        for part in parts:
+            share = len(part) / len(self.rows)
+            if self.name == TEXTBOOK:
+                losses = textbook.textbook_losses(self.base, self.mend, part[0])
+            else:
+                factors = self.factors.get([row[0][1] for row in part])
+                losses = batch_losses(self.trunk, self.mend, factors, part)
             (total_loss(losses, self.mend.hparams) * share).backward()
             for role, loss in losses.items():
                 sums[role] = sums.get(role, 0.0) + float(loss.detach()) * share
         return sums
 
-    def _losses(self, part: Sequence[Row]) -> dict[str, Tensor]:
-        if self.savings is None:
-            return textbook.textbook_losses(self.base, self.mend, part[0])
-        return batch_losses(
-            self.trunk, self.mend, self.factors.get([row[0][1] for row in part]), part
-        )
+    def gradients(self) -> tuple[dict[str, float], dict[str, Tensor]]:
+        """Losses, and the gradient of every parameter of the hypernetwork."""
+        self.optimiser.zero_grad(set_to_none=True)
+        losses = self.backward()
+        found = {n: p.grad for n, p in self.mend.named_parameters() if p.grad is not None}
+        self.optimiser.zero_grad(set_to_none=True)
+        return losses, found
 
     def step(self) -> None:
         """One optimiser step over all edits."""
@@ -236,11 +160,6 @@ class Way:
         torch.nn.utils.clip_grad_norm_(self.mend.parameters(), self.mend.hparams.grad_clip)
         self.optimiser.step()
         self.optimiser.zero_grad(set_to_none=True)
-
-
-def plain_adam(mend: MEND, /) -> torch.optim.Optimizer:
-    """The textbook's optimiser: Adam as torch has it by default."""
-    return torch.optim.Adam(mend.parameters(), lr=0.0)
 
 
 def timed(do: Callable[[], Any]) -> tuple[float, Any]:
@@ -255,32 +174,20 @@ def seconds_of(do: Callable[[], Any]) -> float:
     return timed(do)[0]
 
 
-# ------------------------------------------------------------------------------------------------------ equality
-
-
-def gradients(way: Way, /) -> tuple[dict[str, float], dict[str, Tensor]]:
-    """Losses, and the gradient of every parameter of the hypernetwork."""
-    way.optimiser.zero_grad(set_to_none=True)
-    losses = way.backward()
-    found = {name: p.grad for name, p in way.mend.named_parameters() if p.grad is not None}
-    way.optimiser.zero_grad(set_to_none=True)
-    return losses, found
-
-
 def largest_error(
     expected: tuple[dict[str, float], dict[str, Tensor]],
     found: tuple[dict[str, float], dict[str, Tensor]],
-    /,
 ) -> float:
-    """The largest error of a loss (relative; in nats below one nat) or of a parameter's gradient (relative, in norm);
-    infinite where something is missing."""
-    if any(a.keys() != b.keys() for a, b in zip(expected, found, strict=True)):
+    """The largest error of a loss (relative; nats below one nat) or a gradient (relative norm).
+
+    Infinite where something is missing or not a number.
+    """
+    if expected[0].keys() != found[0].keys() or expected[1].keys() != found[1].keys():
         return float("inf")
-    errors = [
-        abs(found[0][role] - value) / max(abs(value), 1.0) for role, value in expected[0].items()
-    ]
-    errors += [distance(found[1][name], value) for name, value in expected[1].items()]
-    return max(error if error == error else float("inf") for error in errors)
+    errors = [distance(found[1][name], value) for name, value in expected[1].items()]
+    for role, loss in expected[0].items():
+        errors.append(abs(found[0][role] - loss) / max(abs(loss), 1.0))
+    return max(errors) if all(error == error for error in errors) else float("inf")
 
 
 def distance(found: Tensor, expected: Tensor) -> float:
