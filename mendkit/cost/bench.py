@@ -56,8 +56,15 @@ EDITS = {
 }
 """Ways to edit: key and name."""
 
-TOLERANCE = 1e-4
-"""Largest relative error of a loss, a gradient or an edited model's logits in float32."""
+TOLERANCE = {**dict.fromkeys(WAYS, 1e-4), "edit": 1e-3}
+"""Largest relative error in float32 of a loss or gradient, and of an edited model's logits.
+
+One edit brings one to three rows of logits to the output layer. Its backward pass sums over the
+whole vocabulary. For so few rows, and for the rows left over by blocks of four, the machine's
+product sums one by one: delta is then off by up to 6e-4 although the forward pass has the same
+bits. Held against float64 on SmolLM2, textbook and kit are both off by 2e-5 to 4e-4, each on other
+edits. An edit itself moves the logits by .2 to .6. In float64 all ways agree to 1e-10 (tests).
+"""
 
 
 def compare_ways(
@@ -92,7 +99,7 @@ def compare_ways(
         "train_ratio": train[KIT]["ratio"],
         "edit_ratio": edit["kit_ratio"],
         "edit_ratio_alone": edit["kit_alone_ratio"],
-        "equal": all(error <= TOLERANCE for error in errors.values()),
+        "equal": all(error <= TOLERANCE[name] for name, error in errors.items()),
         "error": errors,
         "tolerance": TOLERANCE,
         "train": train,
