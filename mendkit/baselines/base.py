@@ -11,7 +11,7 @@ from statistics import fmean
 
 from ..data.examples import EditExample, Probe
 from ..errors import LimitError, ModelError
-from ..evaluation.metrics import PARTS, STAY
+from ..evaluation.metrics import PART_OF_ROLE, STAY
 from ..evaluation.prepare import EvaluationSet, Scores
 from ..evaluation.results import EvaluationReport, summarise
 from ..hparams import MENDHyperParams
@@ -118,7 +118,7 @@ def _scores_in_context(on: EvaluationSet, context: EvaluationSet, i: int) -> Sco
             guesses = zip(with_fact.text.argmax, without.text.argmax, strict=True)
             same = fmean(a == b for a, b in guesses)
             scores |= {"score": same, "argmax_agreement": same}
-            agreements.setdefault(f"{PARTS[role]}.argmax_agreement", []).append(same)
+            agreements.setdefault(f"{PART_OF_ROLE[role]}.argmax_agreement", []).append(same)
         told_scores.append(scores)
     means = {name: fmean(found) for name, found in agreements.items()}
     before = context.before[i]

@@ -45,7 +45,7 @@ from .rome import key_moments
 
 LATEST = 4  # of the latest edits of a sequence are read again with every new one, at least
 KEPT_ALONE = 2  # texts that an independent edit keeps: its update holds their tokens
-TINY = torch.finfo(torch.float32).tiny
+SMALLEST = torch.finfo(torch.float32).tiny
 
 
 class GaussNewton(Baseline):
@@ -208,7 +208,7 @@ class GaussNewton(Baseline):
         """G in float64, and −∇L C⁻¹ / s as updates whose tokens are still to be weighed by a."""
         total, step = 0.0, {}
         for name, f in factors.items():
-            s = f.delta.square().mean().clamp(min=TINY)
+            s = f.delta.square().mean().clamp(min=SMALLEST)
             u, delta = f.u @ self.inverse[name], f.delta / s
             step[name] = LowRankUpdate(u[None], delta[None], -1.0)
             by_token = (f.u @ u.T) * (f.delta @ delta.T)

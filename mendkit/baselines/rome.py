@@ -35,7 +35,7 @@ from ..models.tokens import Tokens, collate
 from ..models.trunk import FrozenTrunk, only_scored
 from .base import Baseline
 
-WINDOW, KEY_TOKENS = 256, 16_384
+KEY_WINDOW, KEY_TOKENS = 256, 16_384
 
 
 class ROME(Baseline):
@@ -211,8 +211,8 @@ def key_moments(base: BaseModel, text: str) -> dict[str, Float[Tensor, "i i"]]:
 
         handles.append(base.site_module(site).register_forward_hook(add))
     try:
-        for at in range(0, len(ids), WINDOW):
-            window = torch.tensor([[*begin, *ids[at : at + WINDOW]]], device=base.device)
+        for at in range(0, len(ids), KEY_WINDOW):
+            window = torch.tensor([[*begin, *ids[at : at + KEY_WINDOW]]], device=base.device)
             with only_scored(base, torch.zeros_like(window, dtype=torch.bool)):
                 base.forward(window, torch.ones_like(window))
     finally:

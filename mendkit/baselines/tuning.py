@@ -104,7 +104,7 @@ def running_text(examples: Sequence[EditExample]) -> str:
 # ------------------------------------------------------------------------------- what is tried
 
 
-def _identity(_: EvaluationSet, __: str, mend: MENDEditor | None) -> Candidates:
+def _try_identity(_: EvaluationSet, __: str, mend: MENDEditor | None) -> Candidates:
     if mend is None:
         raise MendkitError("identity needs the statistics of an archive; set `archive`")
     rates = IDENTITY_EDIT_LRS[-BUDGET:]
@@ -112,33 +112,33 @@ def _identity(_: EvaluationSet, __: str, mend: MENDEditor | None) -> Candidates:
     return [(editor, {"edit_lr": lr}) for editor, lr in zip(editors, rates, strict=True)]
 
 
-def _plain(on: EvaluationSet, _: str, __: MENDEditor | None) -> Candidates:
+def _try_plain(on: EvaluationSet, _: str, __: MENDEditor | None) -> Candidates:
     rates = (0.001, 0.003, 0.01, 0.03)
     return _with_settings([FineTuning(on.base, on.hparams, lr=lr, steps=25) for lr in rates])
 
 
-def _capped(on: EvaluationSet, _: str, __: MENDEditor | None) -> Candidates:
+def _try_capped(on: EvaluationSet, _: str, __: MENDEditor | None) -> Candidates:
     pairs = product((0.001, 0.002), (0.01, 0.03))
     return _with_settings(
         [FineTuning(on.base, on.hparams, cap=cap, lr=lr, steps=25) for cap, lr in pairs]
     )
 
 
-def _localised(on: EvaluationSet, _: str, __: MENDEditor | None) -> Candidates:
+def _try_localised(on: EvaluationSet, _: str, __: MENDEditor | None) -> Candidates:
     pairs = product(_at_depths(on.base), (1e-3, 3e-3))
     return _with_settings(
         [LocalisedFineTuning(on.base, on.hparams, site=site, lr=lr) for site, lr in pairs]
     )
 
 
-def _rome(on: EvaluationSet, text: str, _: MENDEditor | None) -> Candidates:
+def _try_rome(on: EvaluationSet, text: str, _: MENDEditor | None) -> Candidates:
     pairs = product(_at_depths(on.base), (4.0, 12.0))
     return _with_settings(
         [ROME(on.base, on.hparams, text, site=site, clamp=clamp) for site, clamp in pairs]
     )
 
 
-def _gauss_newton(on: EvaluationSet, text: str, _: MENDEditor | None) -> Candidates:
+def _try_gauss_newton(on: EvaluationSet, text: str, _: MENDEditor | None) -> Candidates:
     pairs, keep = product((0.05, 0.2), (0, 16)), on.examples
     return _with_settings(
         [
@@ -160,11 +160,11 @@ def _at_depths(base: BaseModel) -> list[str]:
 
 
 KINDS: dict[str, Callable[[EvaluationSet, str, MENDEditor | None], Candidates]] = {
-    "identity": _identity,
-    "finetune": _plain,
-    "finetune_capped": _capped,
-    "localised": _localised,
-    "rome": _rome,
-    "gauss_newton": _gauss_newton,
+    "identity": _try_identity,
+    "finetune": _try_plain,
+    "finetune_capped": _try_capped,
+    "localised": _try_localised,
+    "rome": _try_rome,
+    "gauss_newton": _try_gauss_newton,
 }
 """Kinds of editors that are not trained, by name."""

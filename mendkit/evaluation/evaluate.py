@@ -1,12 +1,10 @@
 """Scores of edits: teacher-forced and free decoding side by side, with intervals and rows.
 
-f is the unedited model, f' the edited one. An edit is made on a fresh model (mode "single"), with
-others at once ("batch"), or after others ("sequential"). y is the new answer, y° the old one.
-Teacher forcing reads the given answer; free decoding is greedy and stops at the end of text, a
-newline or ".". P(·) compares length-normalised log-likelihoods. Edits whose new answer f already
-writes are counted, not scored. Intervals are bootstrapped over edits: edits that one model holds
-together are not independent, so there the intervals are too narrow. A classifier writes the label
-that it predicts; a question form and answers that compete on a neighbour do not apply to it.
+f is the unedited model, y the new answer, y° the old one. Teacher forcing reads the given answer;
+free decoding is greedy and stops at the end of text, a newline or ".". P(·) compares
+length-normalised log-likelihoods. Edits whose new answer f already writes are counted, not scored.
+Intervals are bootstrapped over edits: those that one model holds together are not independent, so
+there the intervals are too narrow. A classifier writes the label that it predicts.
 """
 
 import logging

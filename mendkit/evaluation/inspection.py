@@ -163,7 +163,7 @@ def rank_rows(
     return rows
 
 
-def cosines(a: LowRankUpdate, b: LowRankUpdate) -> Float[Tensor, " b"]:
+def edit_cosines(a: LowRankUpdate, b: LowRankUpdate) -> Float[Tensor, " b"]:
     """cos(A, B) of every edit; 0 where one of them is 0."""
     size = a.norms() * b.norms()
     return torch.where(size > 0, a.inner(b) / size, 0.0)
@@ -175,7 +175,7 @@ def singular_values(a: LowRankUpdate) -> Float[Tensor, "b k"]:
     return torch.linalg.svdvals(small_delta @ small_u.mT) * abs(float(a.coefficient))
 
 
-def gradients(trunk: FrozenTrunk, texts: Sequence[Tokens], *, reduction: str) -> Updates:
+def true_gradients(trunk: FrozenTrunk, texts: Sequence[Tokens], *, reduction: str) -> Updates:
     """The true ∇L of every text and site, from all its tokens, as low-rank matrices."""
     out, count = {}, len(texts)
     for name, f in capture_factors(trunk, texts, reduction=reduction).items():
@@ -204,7 +204,7 @@ def anatomy(
     for series, by_site in updates.items():
         for site in base.sites:
             update, true = by_site[site.name], gradient[site.name]
-            cosine, size, true_size = -cosines(update, true), update.norms(), true.norms()
+            cosine, size, true_size = -edit_cosines(update, true), update.norms(), true.norms()
             weight = float(base.site_weight(site).double().norm())
             for k in range(len(size)):
                 row = {"series": series, "site": site.name, "example": k}
@@ -213,7 +213,7 @@ def anatomy(
     return rows
 
 
-def spectra(updates: Mapping[str, Updates], *, most: int = 8) -> list[dict[str, Any]]:
+def energy_spectra(updates: Mapping[str, Updates], *, most: int = 8) -> list[dict[str, Any]]:
     """Share of ‖ΔW‖² in the first k = 1 … `most` singular directions, mean over edits and sites."""
     rows = []
     for series, by_site in updates.items():

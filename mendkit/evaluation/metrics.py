@@ -20,7 +20,7 @@ Neighbours share the edit prompt's words. Reworded ones are other subjects in a 
 only they show an editor that wins paraphrases by answering a whole relation.
 """
 
-PARTS = {
+PART_OF_ROLE = {
     "edit": "edit_success",
     "paraphrases": "paraphrase",
     "neighbours": "neighbourhood",
@@ -137,8 +137,8 @@ def example_values(roles: Sequence[str], scores: Sequence[Mapping[str, float]]) 
         if name.startswith("log_p"):
             if role == "edit":
                 values[name] = mean
-        elif role in PARTS and name != "score":
-            values[f"{PARTS[role]}.{name}"] = mean
+        elif role in PART_OF_ROLE and name != "score":
+            values[f"{PART_OF_ROLE[role]}.{name}"] = mean
     for (role, name), renamed in RENAMED.items():
         if (role, name) in means:
             values[renamed] = means[role, name]

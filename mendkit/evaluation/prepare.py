@@ -45,9 +45,8 @@ class Scores:
 class EvaluationSet:
     """Examples prepared for scoring any number of editors of one model.
 
-    Examples whose texts cannot be tokenised are counted in `skipped` (by reason in `reasons`), not
-    scored. Free decoding writes at most `max_new_tokens` tokens. What costs more is made on
-    request: drawdown on the first `text_tokens` tokens of a held-out `text`, `fluency`, and what
+    Examples whose texts cannot be tokenised are counted in `skipped` and `reasons`, not scored.
+    On request: drawdown on the first `text_tokens` tokens of a held-out `text`, `fluency`, and what
     is written after more than the first `written` neighbours, unrelated and reworded prompts.
     Raises DataError if no example is left, MendkitError for text of a model that writes none.
     """

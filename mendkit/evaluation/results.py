@@ -37,7 +37,14 @@ HARMONIC = {
 }
 """Harmonic means: of CounterFact's efficacy scores (S), and of the headline shares."""
 
-SHARES = ("edit_success", "paraphrase", "neighbourhood", "locality", "retention", "portability")
+SHARE_PARTS = (
+    "edit_success",
+    "paraphrase",
+    "neighbourhood",
+    "locality",
+    "retention",
+    "portability",
+)
 LOWER_IS_BETTER = ("kl_nats", "log_p.old", "drawdown.", "norm.", "edit.seconds")
 
 
@@ -101,13 +108,11 @@ def _unknown(name: str, known: Mapping[str, Any]) -> MendkitError:
 
 @dataclass(frozen=True)
 class EditRow:
-    """One edit: its values by metric (`before.…`: the unedited model's) and what was written.
+    """One edit: its values by metric (`before.…`: the unedited model's) and its texts.
 
-    Each of `outputs` is one text: its `role` (edit, question, paraphrases, neighbours, reworded,
-    unrelated, portability), its `prompt`, what is written `before` and `after` the edit (None
-    where that was not asked for), and its `score`: whether the right answer is written, or the
-    share of the answer's tokens whose argmax stayed. Other scores of the text have names of their
-    own. After a sequence of edits, `end` is what is written after the last one.
+    Each of `outputs` has a `role`, a `prompt`, what is written `before` and `after` the edit (None:
+    not asked), its `score` (the right answer is written, or the share of argmaxes that stayed), and
+    its other scores. After a sequence `end` is what is written after the last edit.
     """
 
     index: int
@@ -129,10 +134,9 @@ class EditRow:
 
 @dataclass(frozen=True, repr=False)
 class EvaluationReport:
-    """Rows and their summary. `counts`: edits that were scored, already true, and skipped, and why.
+    """Rows and their summary; how many edits were scored, already true, or skipped (`counts`).
 
-    `values` are what a model has once, not once an edit: its perplexity, say. A sequence's
-    `earlier` are the reports after fewer edits.
+    `values` are of a model, not of an edit. `earlier`: a sequence's reports after fewer edits.
     """
 
     editor: str
@@ -165,10 +169,7 @@ class EvaluationReport:
 
     @property
     def harmonic(self) -> dict[str, float]:
-        """The harmonic means whose shares are all there.
-
-        A sequence has none: its shares are not of one time.
-        """
+        """The harmonic means whose shares are all there, and of one time."""
         if "retention.all" in self.summary:
             return {}
         found = {}
@@ -178,7 +179,7 @@ class EvaluationReport:
         return found
 
     def by(self, key: str, metric: str) -> dict[str, Interval]:
-        """A metric's interval by a row's attribute: `by("relation", "edit_success.free_exact")`."""
+        """A metric's interval by a row's attribute, such as "relation"."""
         groups: dict[str, list[float]] = {}
         for row in self.rows:
             if metric in row.values:
@@ -218,46 +219,37 @@ def headline_score(summary: Mapping[str, Interval]) -> float:
 def compare(report_a: EvaluationReport, report_b: EvaluationReport, *metrics: str) -> pd.DataFrame:
     """Paired differences of two reports over the edits that both hold, a row a metric.
 
-    Without `metrics`: the headline shares. Columns: the mean of `a` and of `b`, the mean
+    `metrics`: the headline shares if none is named. Columns: the means `a` and `b`, the mean
     `difference` a − b with its 95 % bootstrap interval (`low`, `high`), the number of edits `n`,
     and for how many of them a is `better`, `worse`, `equal`. Raises MendkitError if the reports
     share no edit, or a metric is unknown.
     """
-    pairs = _shared_edits(report_a.rows, report_b.rows)
-    if not pairs:
+    pairs = _frame_of_edits(report_a).join(
+        _frame_of_edits(report_b), how="inner", suffixes=("", " of b")
+    )
+    if pairs.empty:
         raise MendkitError("the two reports share no edit; score both editors on the same examples")
     both = {name: None for name in report_a.summary if name in report_b.summary}
-    chosen = metrics or tuple(name for name in HEADLINE_KEYS if name in both)
-    records = []
-    for name in chosen:
-        held = [(a, b) for a, b in pairs if name in a.values and name in b.values]
-        if not held:
+    rows = {}
+    for name in metrics or [name for name in HEADLINE_KEYS if name in both]:
+        if name not in both:
             raise _unknown(name, both)
-        a = np.array([row.values[name] for row, _ in held])
-        b = np.array([row.values[name] for _, row in held])
-        gain = Interval.of((a - b).tolist())
-        lower = name.startswith(LOWER_IS_BETTER) or name.endswith(LOWER_IS_BETTER)
-        better, worse = (a < b, a > b) if lower else (a > b, a < b)
-        about = {"metric": name, "a": a.mean(), "b": b.mean(), "difference": gain.mean}
-        about |= {"low": gain.low, "high": gain.high, "n": gain.n}
-        counts = {"better": better.sum(), "worse": worse.sum(), "equal": (a == b).sum()}
-        records.append(about | counts)
-    return pd.DataFrame.from_records(records).set_index("metric")
+        columns = pairs[[name, f"{name} of b"]].dropna()
+        a, b = columns[name], columns[f"{name} of b"]
+        gain, change = Interval.of((a - b).tolist()), a - b
+        if name.startswith(LOWER_IS_BETTER) or name.endswith(LOWER_IS_BETTER):
+            change = -change
+        row = {"a": a.mean(), "b": b.mean(), "difference": gain.mean}
+        row |= {"low": gain.low, "high": gain.high, "n": gain.n, "better": (change > 0).sum()}
+        rows[name] = row | {"worse": (change < 0).sum(), "equal": (change == 0).sum()}
+    return pd.DataFrame.from_dict(rows, orient="index").rename_axis("metric")
 
 
-def _shared_edits(
-    rows_a: Sequence[EditRow], rows_b: Sequence[EditRow]
-) -> list[tuple[EditRow, EditRow]]:
-    """The rows of the same edit; the k-th of several equal edits with the k-th."""
-    others: dict[tuple[str | None, ...], list[EditRow]] = {}
-    for row in rows_b:
-        others.setdefault((row.id, row.prompt, row.target_new), []).append(row)
-    pairs = []
-    for row in rows_a:
-        same = others.get((row.id, row.prompt, row.target_new))
-        if same:
-            pairs.append((row, same.pop(0)))
-    return pairs
+def _frame_of_edits(report: EvaluationReport) -> pd.DataFrame:
+    """A report's frame by edit; of several equal edits the k-th is another than the first."""
+    frame, edit = report.frame(), ["id", "prompt", "target_new"]
+    repeat = frame.groupby(edit, dropna=False).cumcount()
+    return frame.set_index([*edit, repeat.rename("repeat")])
 
 
 def summarise(rows: Sequence[EditRow]) -> Summary:
@@ -275,7 +267,7 @@ def summarise(rows: Sequence[EditRow]) -> Summary:
 
 def _check_value(name: str, value: float, index: int) -> None:
     part = name.removeprefix("before.").partition(".")[0]
-    share = part in SHARES and not name.endswith("kl_nats")
+    share = part in SHARE_PARTS and not name.endswith("kl_nats")
     if math.isfinite(value) and (not share or 0 <= value <= 1):
         return
     expected = "a share from 0 to 1" if share else "a finite number"

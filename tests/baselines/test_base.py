@@ -89,15 +89,6 @@ def test_localised_fine_tuning_is_adam_over_mini_batches_on_one_weight(family, t
     torch.testing.assert_close(change[name], weight.detach() - start, rtol=1e-4, atol=1e-6)
 
 
-def test_localised_fine_tuning_stops_by_itself(llama64, tokens):
-    options = {"site": down_projections(llama64)[2], "lr": 2e-2, "stop": 4.5}
-    shorter, longer = (
-        LocalisedFineTuning(llama64, hparams(), epochs=n, **options).updates(tokens(llama64, 2))
-        for n in (12, 24)
-    )
-    torch.testing.assert_close(longer[options["site"]].u, shorter[options["site"]].u)
-
-
 def test_the_fact_in_context_is_read_before_every_prompt(llama):
     on = EvaluationSet(llama, hparams(), EXAMPLES[:3], max_new_tokens=8)
     report = fact_in_context(on)

@@ -181,15 +181,6 @@ def test_scores_do_not_depend_on_how_many_edits_are_read_together(llama, mode, e
         assert first.summary["retention.tf_token"].mean == 1.0
 
 
-def test_the_weakest_of_the_edits_that_are_read_again_are_rehearsed(llama, editor, tokens):
-    made, texts = in_sequence(editor(llama, rehearse=2, reread=9)), tokens(llama)
-    made.memory = list(texts)
-    losses = losses_of(made.base, texts)
-    order = sorted(range(len(texts)), key=lambda k: -losses[k])
-    weakest = made._weakest(FrozenTrunk(made.base), random.Random(0))
-    assert weakest == [texts[k] for k in order[:2]]
-
-
 def test_a_cached_trunk_changes_nothing(llama64, editor, tokens):
     sites = down_projections(llama64)[2:]
     made, texts = editor(llama64, keep=EXAMPLES[2:], sites=sites, epochs=3), tokens(llama64, 2)
@@ -210,24 +201,6 @@ def test_an_edit_is_computed_on_the_model_as_it_is(llama, editor, tokens):
     assert all(float(part.dense().abs().max()) == 0 for part in nothing.values())
     with side_branches(made.base, update), side_branches(made.base, more):
         assert learned(made, [second], None) == [True]
-
-
-def test_what_is_kept_is_what_the_unedited_model_says(llama, editor, tokens):
-    made = editor(llama, keep=EXAMPLES[2:])
-    losses, texts = made._before(FrozenTrunk(made.base), made.held)
-    with side_branches(made.base, made.updates(tokens(llama, 2), at_once=True)):
-        after, same = made._before(FrozenTrunk(made.base), made.held)
-    assert torch.equal(losses, after) and texts == same
-    assert losses.tolist() == pytest.approx(losses_of(made.base, texts), rel=1e-5)
-    assert all(learned(made, texts, None))
-
-
-def test_editors_of_other_settings_share_the_moments(llama, text, editor):
-    first, sites = editor(llama), down_projections(llama)[2:]
-    assert editor(llama, ridge=1.0, kept=3).inverse is first.inverse
-    for other in (editor(llama, floor=0.1), GaussNewton(llama, hparams(), text[:400])):
-        assert not torch.equal(other.inverse[sites[0]], first.inverse[sites[0]])
-    assert list(editor(llama, sites=sites).inverse) == sites
 
 
 def test_mistakes_are_told(llama, editor):

@@ -1,7 +1,6 @@
 """Scores against oracles: models whose answers are known, and decoding done the long way."""
 
 import copy
-import math
 from dataclasses import replace
 
 import pytest
@@ -16,7 +15,6 @@ from mendkit.evaluation.metrics import Reading, ScoredPrompt, example_values, pr
 from mendkit.evaluation.prepare import EvaluationSet
 from mendkit.evaluation.results import normalise
 from mendkit.mend.scoring import Forced, forced, next_tokens
-from mendkit.mend.updates import select
 from mendkit.models.tokens import Tokens
 from tests.oracles.claims import EXAMPLES, editor_for, hparams, logits
 
@@ -123,18 +121,6 @@ def test_reworded_neighbours_are_other_subjects_in_a_paraphrases_words(llama, pr
     assert not any(prompt.role == "reworded" for prompts in bare.prompts for prompt in prompts)
 
 
-def test_efficacy_scores_compare_length_normalised_likelihoods(llama, prepared):
-    values = prepared.before[2].values  # Japan: New York City (several tokens) against Tokyo
-    mean = {}
-    for answer in ("New York City", "Tokyo"):
-        text = llama.tokenize("The capital of Japan is", answer)
-        logp = log_probabilities(llama, text).gather(1, torch.tensor(text.targets)[:, None])
-        mean[answer] = float(logp.mean())
-    assert values["log_p.new"] == pytest.approx(mean["New York City"], abs=1e-4)
-    assert values["log_p.old"] == pytest.approx(mean["Tokyo"], abs=1e-4)
-    assert values["edit_success.es"] == float(mean["New York City"] > mean["Tokyo"])
-
-
 @pytest.mark.parametrize("family", ["llama", "gpt2"])
 @pytest.mark.parametrize("n", [1, 9])
 def test_rows_that_leave_the_batch_change_nothing_of_what_is_written(
@@ -238,18 +224,6 @@ def test_what_cannot_be_tokenised_is_counted_as_skipped(llama):
         EvaluationSet(llama, hparams(), [long])
 
 
-def test_results_carry_mode_n_and_interval(llama, prepared):
-    results = evaluate(editor_for(llama), prepared).to_dict("identity.")
-    names = ("edit_success.free_exact", "paraphrase.tf_token", "neighbourhood.ns")
-    for name in names:
-        key = f"identity.single.{name}"
-        assert results[f"{key}.low"] <= results[key] <= results[f"{key}.high"]
-        assert results[f"{key}.n"] == len(EXAMPLES)
-    assert "identity.single.before.edit_success.free_exact" in results
-    assert "identity.single.score.harmonic" in results
-    assert all(math.isfinite(value) for value in results.values())
-
-
 @pytest.mark.parametrize(
     ("mode", "k", "words"),
     [("all", None, "single, batch, sequential"), ("single", 2, "k, the"), ("batch", 0, "k, the")],
@@ -264,15 +238,6 @@ def test_next_tokens_are_the_models(llama):
     p = logits(llama)[0, -1].softmax(-1)
     assert next(iter(table.values())) == pytest.approx(float(p.max())) and len(table) in (3, 4)
     assert list(table.values()) == sorted(table.values(), reverse=True)
-
-
-def test_select_keeps_the_order(llama):
-    editor = editor_for(llama)
-    updates = editor.updates([editor.tokens(e) for e in EXAMPLES[:3]])
-    swapped = select(updates, [2, 0])
-    for name, update in updates.items():
-        assert torch.equal(swapped[name].u[0], update.u[2])
-        assert torch.equal(swapped[name].u[1], update.u[0])
 
 
 # ---------------------------------------------------------------- free text, implied questions

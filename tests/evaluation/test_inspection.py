@@ -45,10 +45,10 @@ def test_low_rank_algebra_is_that_of_the_dense_matrices(shape: tuple[int, int, i
     torch.testing.assert_close(a.inner(b), (x * y).sum((1, 2)))
     torch.testing.assert_close(a.norms(), x.flatten(1).norm(dim=1))
     cosine = torch.cosine_similarity(x.flatten(1), y.flatten(1), dim=1)
-    torch.testing.assert_close(inspection.cosines(a, b), cosine)
+    torch.testing.assert_close(inspection.edit_cosines(a, b), cosine)
     expected = torch.linalg.svdvals(x)[:, : min(shape)]
     torch.testing.assert_close(inspection.singular_values(a), expected, rtol=1e-10, atol=1e-12)
-    assert inspection.cosines(a, random_update(4, t, i, o, 0.0)).tolist() == [0] * 4
+    assert inspection.edit_cosines(a, random_update(4, t, i, o, 0.0)).tolist() == [0] * 4
 
 
 @pytest.mark.parametrize(("family", "reduction"), [("llama64", "sum"), ("gpt264", "edit")])
@@ -94,7 +94,7 @@ def test_the_first_stage_is_gradient_descent_and_later_ones_are_not(llama64: Bas
     control = inspection.restarted(base, mend, init="xavier")
     mends = {**stages, "control": control, "trained": mend}
     updates = {name: inspection.updates_of(trunk, m.double(), texts) for name, m in mends.items()}
-    gradient = inspection.gradients(trunk, texts, reduction="edit")
+    gradient = inspection.true_gradients(trunk, texts, reduction="edit")
     for k, text in enumerate(texts):
         for name, true in inspection.weight_gradients(base, text).items():
             delta = dense(updates[inspection.ALL][name].select([k]))[0]
@@ -125,7 +125,7 @@ def test_the_stages_of_a_whitened_editor_end_with_its_statistics(llama: BaseMode
 
 def test_spectra_are_shares_of_the_dense_matrices_energy(llama64: BaseModel) -> None:
     updates = inspection.updates_of(FrozenTrunk(llama64), trained(llama64), texts_of(llama64))
-    rows = inspection.spectra({"trained": updates}, most=5)
+    rows = inspection.energy_spectra({"trained": updates}, most=5)
     energy = torch.cat(
         [torch.linalg.svdvals(dense(update))[:, :5] ** 2 for update in updates.values()]
     )

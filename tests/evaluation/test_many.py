@@ -165,12 +165,6 @@ def test_a_model_without_a_trunk_is_compared_with_its_unedited_self(llama, prepa
     assert got["locality.kl_nats"].mean > 1e-3
 
 
-def test_no_edit_draws_nothing_down(llama, prepared):
-    report = evaluate(editor_for(llama), prepared, strength=0.0)
-    for name in ("drawdown.perplexity", "drawdown.accuracy", "norm.relative_max"):
-        assert report.summary[name].mean == pytest.approx(0.0, abs=1e-3)
-
-
 def test_edits_that_contradict_each_other_are_counted(llama):
     twice = [EXAMPLES[0], EXAMPLES[1], EditExample("The capital of France is", "Bern")]
     report = evaluate(editor_for(llama), twice, mode="sequential", max_new_tokens=4)
