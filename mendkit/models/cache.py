@@ -1,9 +1,9 @@
 """Values of texts on disk, shared by all runs: <folder>/trunk/<space>/trunk-<texts>.safetensors.
 
-A *space* is what the values depend on besides the text: weights, configuration, versions. A *shard* holds
-the tensors of some texts. It gets its name in one rename and never changes, so processes need no lock,
-and a killed one leaves at most a temporary file that nobody reads. When the limit is reached, the least
-recently used shards go.
+A *space* is what the values depend on besides the text: weights, configuration, versions. A
+*shard* holds the tensors of some texts. It gets its name in one rename and never changes, so
+processes need no lock, and a killed one leaves at most a temporary file that nobody reads. When
+the limit is reached, the least recently used shards go.
 """
 
 import hashlib
@@ -50,10 +50,11 @@ def default_folder() -> Path:
 
 
 class TextCache:
-    """Tensors of texts by key, in one space. `folder` None is `default_folder()`; `limit` is in bytes.
+    """Tensors of texts by key, in one space. `folder` None is `default_folder()`; `limit` is in
+    bytes.
 
-    The limit holds for all spaces of a folder. Nothing raises: a shard that cannot be read is dropped
-    with a warning, and where nothing can be written, one warning says so.
+    The limit holds for all spaces of a folder. Nothing raises: a shard that cannot be read is
+    dropped with a warning, and where nothing can be written, one warning says so.
     """
 
     def __init__(self, folder: str | Path | None, space: Mapping[str, Any], *, limit: int) -> None:

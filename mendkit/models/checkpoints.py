@@ -87,7 +87,7 @@ def explained(what: str, place: str | Path) -> Iterator[None]:
 
 
 def choose_device(device: str) -> torch.device:
-    """The torch device of a name ("auto": the first GPU or the CPU). Raises ModelError if missing."""
+    """The device of a name; "auto" is the first GPU or the CPU. Raises ModelError."""
     if device == "auto":
         if not torch.cuda.is_available():
             return torch.device("cpu")
@@ -126,7 +126,8 @@ def read_config(place: str | Path, *, trust_remote_code: bool = False) -> PreTra
 def loader_of(config: PreTrainedConfig, place: str | Path) -> Any:
     """The transformers class that loads a model of this configuration.
 
-    Raises ModelError for one that is no causal language model, sequence-to-sequence model or classifier.
+    Raises ModelError for one that is no causal language model, sequence-to-sequence model or
+    classifier.
     """
     declared = tuple(config.architectures or ())
     custom = getattr(config, "auto_map", None) or {}
@@ -143,17 +144,17 @@ def loader_of(config: PreTrainedConfig, place: str | Path) -> Any:
     for loader in reversed(_LOADERS):
         if loader.__name__ in custom:
             return loader
-    # 3. Without a head an encoder-decoder writes text (BART's and T5's checkpoints declare BartModel
-    #    and the like), and what declares nothing goes by its kind.
+    # 3. Without a head an encoder-decoder writes text (BART's checkpoint declares BartModel), and
+    #    what declares nothing goes by its kind.
     if encodes and config.model_type in MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES:
         return AutoModelForSeq2SeqLM
     if not (declared or encodes) and config.model_type in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
         return AutoModelForCausalLM
     what = ", ".join(declared) or f"model_type {config.model_type}"
     raise ModelError(
-        f"{place} is no model that can be edited: its config says {what}; give a causal language model "
-        "(LlamaForCausalLM), a sequence-to-sequence model (T5ForConditionalGeneration), a classifier "
-        f"with a trained head (BertForSequenceClassification), or the bundled {BUNDLED}"
+        f"{place} is no model that can be edited: its config says {what}; give a causal language "
+        "model (LlamaForCausalLM), a sequence-to-sequence model (T5ForConditionalGeneration), a "
+        f"classifier with a trained head (BertForSequenceClassification), or {BUNDLED}"
     )
 
 
@@ -189,7 +190,7 @@ def read_model(
             del model.config.quantization_config
     elif missing := sorted(report["missing_keys"]):
         raise ModelError(
-            f"the checkpoint {place} lacks {len(missing)} weights ({', '.join(missing[:3])}), which "
-            f"would be random; give a complete checkpoint for {loader.__name__}"
+            f"the checkpoint {place} lacks {len(missing)} weights ({', '.join(missing[:3])}), "
+            f"which would be random; give a complete checkpoint for {loader.__name__}"
         )
     return model

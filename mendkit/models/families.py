@@ -127,8 +127,8 @@ def start_id(model: PreTrainedModel) -> int:
 def encoder_sites(model: PreTrainedModel, sites: Sequence[Site], token: int) -> frozenset[str]:
     """Names of the sites of a sequence-to-sequence model that see the encoder's positions.
 
-    These are the encoder's layers, and the decoder's keys and values of its output. Probed with three
-    tokens for the encoder and two for the decoder.
+    These are the encoder's layers, and the decoder's keys and values of its output. Probed with
+    three tokens for the encoder and two for the decoder.
     """
     tokens: dict[str, int] = {}
     with ExitStack() as stack:

@@ -26,8 +26,9 @@ def tensors_sha256(tensors: Iterable[tuple[str, Tensor]]) -> str:
 def model_fingerprint(base: BaseModel) -> dict[str, Any]:
     """What tells this base model from another, as plain data for JSON.
 
-    `sites_sha256` covers the edited weights as float32, `trunk_sha256` all other parameters in their
-    dtype, `tokenizer_sha256` the tokenizer without the padding and truncation of its last call.
+    `sites_sha256` covers the edited weights as float32, `trunk_sha256` all other parameters in
+    their dtype, `tokenizer_sha256` the tokenizer without the padding and truncation of its last
+    call.
     """
     edited = [(site.name, base.site_weight(site)) for site in base.sites]
     return {
@@ -46,6 +47,12 @@ def weights_sha256(base: BaseModel) -> str:
     return base.remembered(("all", _state(base)), lambda: _values_sha256(base, tensors))
 
 
+def _trunk_sha256(base: BaseModel) -> str:
+    sites = {site.name for site in base.sites}
+    others = [item for item in base.model.named_parameters() if item[0] not in sites]
+    return base.remembered(_trunk_key(base), lambda: _values_sha256(base, others))
+
+
 @contextmanager
 def keeping_digests(base: BaseModel) -> Iterator[None]:
     """Within the context weights may leave memory; the digests stay those from before."""
@@ -53,12 +60,6 @@ def keeping_digests(base: BaseModel) -> Iterator[None]:
     yield
     base.remembered(_trunk_key(base), lambda: trunk)
     base.remembered(("all", _state(base)), lambda: every)
-
-
-def _trunk_sha256(base: BaseModel) -> str:
-    sites = {site.name for site in base.sites}
-    others = [item for item in base.model.named_parameters() if item[0] not in sites]
-    return base.remembered(_trunk_key(base), lambda: _values_sha256(base, others))
 
 
 def _trunk_key(base: BaseModel) -> tuple[Any, ...]:

@@ -1,7 +1,7 @@
 """Loading a base model: its name → where it is → tokenizer and weights → edit sites.
 
-A model comes from a local folder, a GGUF file, the hub, or is the bundled one. It may be loaded whole, or
-without the blocks below the edits, which are then read one at a time (`streaming.py`).
+A model is loaded whole, or without the blocks below the edits, which are then read one at a time
+(`streaming.py`).
 """
 
 import logging
@@ -56,9 +56,8 @@ def load_model(
     """Load a causal language model, a sequence-to-sequence model or a classifier to edit.
 
     `source` is a local folder, a GGUF file, "smollm2-135m" (the bundled model), a hub id, or
-    hyperparameters, which then hold all options. `dtype` "auto" is the checkpoint's (GGUF: float32),
-    `device` "auto" the first GPU if there is one, `tokenizer` another tokenizer's folder or hub id.
-    Raises ModelError.
+    hyperparameters with all options. `dtype` "auto" is the checkpoint's (GGUF: float32), `device`
+    "auto" the first GPU, `tokenizer` another folder or hub id. Raises ModelError.
     """
     if isinstance(source, MENDHyperParams):
         options = (inner_params, dtype, device, trust_remote_code, tokenizer)
@@ -113,10 +112,9 @@ def load_for_training(hparams: MENDHyperParams) -> BaseModel:
 
 
 def load_streamed(hparams: MENDHyperParams) -> BaseModel:
-    """Load the blocks from the lowest edited one on, and the output: what training needs in memory.
+    """Load the blocks from the lowest edited one on, and the output; the rest stays in the files.
 
-    The other weights stay in the checkpoint's safetensors files. Raises ModelError as `load_model`
-    does, and where no chain of blocks lies below the edits.
+    Raises ModelError as `load_model` does, and where no chain of blocks lies below the edits.
     """
     start, target = time.perf_counter(), choose_device(hparams.device)
     remote = {"trust_remote_code": hparams.trust_remote_code}
@@ -147,10 +145,10 @@ def load_streamed(hparams: MENDHyperParams) -> BaseModel:
 
 
 def release_trunk(base: BaseModel) -> None:
-    """Free the weights below the lowest edited block, and the input embeddings if nothing else uses them.
+    """Free the weights below the lowest edited block, and input embeddings that nothing else uses.
 
-    The model is changed for all who share it: what needs it whole raises ModelError from then on.
-    Raises ModelError if nothing lies below the lowest edited block.
+    The model is changed for all who share it: what needs it whole raises ModelError from then on,
+    as does a model without blocks below the edits.
     """
     if base.blocks is None or base.blocks.first == 0 or base.is_spread:
         raise ModelError(
@@ -207,8 +205,8 @@ def locate(source: str | Path) -> str | Path:
     hub_id = re.fullmatch(r"\w[\w.-]*(/\w[\w.-]*)?", text) and not text.endswith(".gguf")
     if isinstance(source, Path) or not hub_id:
         raise ModelError(
-            f"no such file or folder: {text!r} (in {Path.cwd()}); give a model folder, a GGUF file, "
-            f"a hub id such as owner/name, or the bundled {BUNDLED}"
+            f"no such file or folder: {text!r} (in {Path.cwd()}); give a model folder, a GGUF "
+            f"file, a hub id such as owner/name, or the bundled {BUNDLED}"
         )
     return text
 

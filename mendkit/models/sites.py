@@ -1,8 +1,9 @@
 """Edit sites: which linear layers of a model are edited, and where they lie in the module tree.
 
-The module tree tells what a module is for, never the model's class or name. `nn.Linear` stores its weight
-as (d_out, d_in), GPT-2's `Conv1D` as (d_in, d_out) (CORRECTNESS row 10). `inner_params: auto` means the
-MLPs of the last three blocks, or of the last two of encoder and decoder, as in MEND's experiments.
+The module tree tells what a module is for, never the model's class or name. `nn.Linear` stores its
+weight as (d_out, d_in), GPT-2's `Conv1D` as (d_in, d_out) (CORRECTNESS row 10). `inner_params:
+auto` means the MLPs of the last three blocks, or of the last two of encoder and decoder, as in
+MEND's experiments.
 """
 
 import difflib
@@ -110,28 +111,27 @@ def _relatives(path: str) -> tuple[str, str]:
 def probe_chain(model: PreTrainedModel, blocks: nn.ModuleList, token: int) -> bool | None:
     """Send two tokens through the model: do its blocks return their hidden states in a tuple?
 
-    None if the blocks are no plain chain, each called once with the hidden states of the one before as
-    its first argument. Then nothing may be cached below the lowest edited block.
+    None if the blocks are no plain chain, each called once with the states of the one before. Then
+    nothing may be cached below the lowest edited block.
     """
-    calls: list[tuple[int, Any, Any]] = []
+    calls: list[tuple[nn.Module, Any, Any]] = []
 
     def record(block: nn.Module, args: tuple[Any, ...], output: Any) -> None:
-        index = next(i for i, other in enumerate(blocks) if other is block)
-        calls.append((index, args[0] if args else None, output))
+        calls.append((block, args[0] if args else None, output))
 
     with ExitStack() as stack:
         for block in blocks:
             stack.enter_context(block.register_forward_hook(record))
         ids = torch.full((1, 2), token, device=model.get_input_embeddings().weight.device)
         model(input_ids=ids, attention_mask=torch.ones_like(ids), use_cache=False)
-    if [index for index, _, _ in calls] != list(range(len(blocks))):
+    if [id(block) for block, _, _ in calls] != [id(block) for block in blocks]:
         return None
-    states = None
-    for index, given, output in calls:
-        if not isinstance(given, torch.Tensor) or (index > 0 and given is not states):
+    states = calls[0][1]
+    for _, given, output in calls:
+        if given is not states or not isinstance(given, torch.Tensor):
             return None
         states = output[0] if isinstance(output, tuple) else output
-    return isinstance(calls[-1][2], tuple)
+    return isinstance(output, tuple)
 
 
 # ------------------------------------------------------------------------------------------- sites
@@ -140,8 +140,8 @@ def probe_chain(model: PreTrainedModel, blocks: nn.ModuleList, token: int) -> bo
 def resolve_sites(model: PreTrainedModel, inner_params: str | Sequence[str]) -> tuple[Site, ...]:
     """The edit sites that `inner_params` names ("auto" or weight parameters), in module order.
 
-    Raises ModelError for an unknown name, one that is no weight of a Linear or Conv1D, a weight that
-    another layer shares, and if "auto" finds no layer.
+    Raises ModelError for an unknown name, one that is no weight of a Linear or Conv1D, a weight
+    that another layer shares, and if "auto" finds no layer.
     """
     parameters = dict(model.named_parameters(remove_duplicate=False))
     if inner_params == "auto":
@@ -191,7 +191,7 @@ def mlp_names(model: PreTrainedModel, *, everywhere: bool = False) -> list[str]:
 
 
 def _mlp_of_block(path: str, block: nn.Module) -> list[str]:
-    """The weights of what the block calls its MLP or, without such a name, of all that may be one."""
+    """The weights of what the block calls its MLP or, if nothing, of all that may be one."""
     weights = [f"{name}.weight" for name in _mlp_layers(path, block)]
     called = re.compile(re.escape(path) + r"\.[^.]*(mlp|ffn|feed_?forward|\bff\b)", re.IGNORECASE)
     return [weight for weight in weights if called.match(weight)] or weights
@@ -217,7 +217,7 @@ def _is_linear(module: nn.Module) -> bool:
 
 
 def _is_attention(name: str, module: nn.Module) -> bool:
-    """True for a module called so, or with the three projections; it must hold a layer."""
+    """Whether a module is called so, or has the three projections; it must hold a layer."""
     children = {child for child, _ in module.named_children()}
     named = "attn" in name.lower() or "attention" in name.lower()
     projects = any(projections <= children for projections in _QKV)
@@ -237,7 +237,8 @@ def _check_site(model: PreTrainedModel, parameters: dict[str, nn.Parameter], nam
         near = difflib.get_close_matches(name, parameters, n=3, cutoff=0.5)
         hint = f"nearest: {', '.join(near)}" if near else f"others: {next(iter(parameters))}, …"
         raise ModelError(
-            f"inner_params: the model has no parameter {name!r}; {hint}; or use `inner_params: auto`"
+            f"inner_params: the model has no parameter {name!r}; {hint}; or use "
+            "`inner_params: auto`"
         )
     path, _, kind = name.rpartition(".")
     module, weight = model.get_submodule(path), parameters[name]

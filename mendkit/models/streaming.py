@@ -1,8 +1,9 @@
-"""Models with some of their weights away: released after use, or read from the checkpoint by blocks.
+"""Models with some of their weights away: released after use, or read from the checkpoint by
+blocks.
 
 A *hollow* parameter has shape and dtype but no storage. It lies on the meta device; the input
-embeddings, which a decoder's code still reads, become one expanded zero. `standing_in` lets a decoder
-run some of its blocks only, by its own code.
+embeddings, which a decoder's code still reads, become one expanded zero. `standing_in` lets a
+decoder run some of its blocks only, by its own code.
 """
 
 import json
@@ -57,7 +58,8 @@ class Weights:
         key = self._key(name)
         if key is None:
             raise ModelError(
-                f"the checkpoint {self.folder} has no weight {name}; give a complete one, or {WHOLE}"
+                f"the checkpoint {self.folder} has no weight {name}; "
+                f"give a complete one, or {WHOLE}"
             )
         try:
             # Opened each time, so that no pages of the file stay mapped.
@@ -144,7 +146,7 @@ def _parameter_names(model: nn.Module) -> list[list[str]]:
 def fill_rest(
     model: PreTrainedModel, hollow: Sequence[str], weights: Weights, device: torch.device
 ) -> None:
-    """Read every parameter but those named `hollow`, and the checkpoint's buffers, onto `device`."""
+    """Read all parameters but those named `hollow`, and stored buffers, onto `device`."""
     for names in _parameter_names(model):
         if names[0] not in hollow:
             # A tied parameter is stored under one of its names.
@@ -168,7 +170,7 @@ def empty_out(model: PreTrainedModel, names: Sequence[str], device: torch.device
 
 
 def trunk_names(model: PreTrainedModel, path: str, first: int) -> list[str]:
-    """The parameters that only the input embeddings, or blocks below `first` in list `path`, use."""
+    """The parameters of the input embeddings and of blocks below `first`, unless used elsewhere."""
     embedding = model.get_input_embeddings()
     home = next(name for name, module in model.named_modules() if module is embedding)
     below = (f"{home}.", *(f"{path}.{i}." for i in range(first)))
@@ -243,7 +245,7 @@ def standing_in(
 
 
 def probe_hollow(model: PreTrainedModel, first: int, token: int) -> bool | None:
-    """As `probe_chain`, for a model whose blocks below `first` are hollow: stand-ins run for them."""
+    """As `probe_chain`; stand-ins run for the blocks below `first`, which are hollow."""
     path, modules = find_blocks(model)
     if first == 0:
         return probe_chain(model, modules, token)

@@ -1,7 +1,7 @@
 """Reading and writing text with a frozen model of any of the three families (`families.py`).
 
-Decoding is greedy. Of the checkpoint's generation settings it takes only the tokens that start and end
-a text. Axes: b rows, t tokens, l tokens of a decoder, v vocabulary or classes.
+Decoding is greedy. Of the checkpoint's generation settings it takes only the tokens that start and
+end a text. Axes: b rows, t tokens, l tokens of a decoder, v vocabulary or classes.
 """
 
 import re
@@ -41,9 +41,9 @@ STOP = re.compile(r"[\n.]")
 class TextModel:
     """A model, frozen and in eval mode, with its family and its fast tokenizer.
 
-    The given model and tokenizer are changed: parameters no longer require gradients, and a missing
-    padding token becomes the end-of-text token. Raises ModelError for a tokenizer without offsets or
-    end of text, a decoder without a start token, and classes without names.
+    The given model and tokenizer are changed: parameters no longer require gradients, and a
+    missing padding token becomes the end-of-text token. Raises ModelError for a tokenizer without
+    offsets or end of text, a decoder without a start token, and classes without names.
     """
 
     def __init__(
@@ -56,13 +56,12 @@ class TextModel:
         self._memo: dict[Hashable, Any] = {}
         self.start_id: int | None = start_id(model) if self.family == SEQ2SEQ else None
         self.head: Head | None = None
+        self.labels: Labels | None = None  # a classifier's classes
         if self.family == CLASSIFIER:
             model.config.pad_token_id = self.pad_id  # some heads look for the last other token
-            self.head = self._probe_head()
-
-    def _probe_head(self) -> Head:
-        ids = self.tokenizer("A claim that is true or false.")["input_ids"]
-        return probe_head(self.model, torch.tensor([ids], device=self.device))
+            ids = tokenizer("A claim that is true or false.")["input_ids"]
+            self.head = probe_head(model, torch.tensor([ids], device=self.device))
+            self.labels = self.head.labels
 
     @property
     def device(self) -> torch.device:
@@ -84,11 +83,6 @@ class TextModel:
     @property
     def pad_id(self) -> int:
         return self.tokenizer.pad_token_id
-
-    @property
-    def labels(self) -> Labels | None:
-        """A classifier's classes."""
-        return None if self.head is None else self.head.labels
 
     def remembered(self, key: Hashable, compute: Callable[[], Any]) -> Any:
         """`compute()`, run once per key for this model and tokenizer, whatever the sites."""
@@ -113,10 +107,8 @@ class TextModel:
         """
         if self.head is not None:
             label = None if answer is None else self.head.labels.id(answer)
-            position = self.head.position or 0
-            return tokenize_claim(
-                self.tokenizer, prompt, label, position=position, max_length=max_length
-            )
+            options = {"position": self.head.position or 0, "max_length": max_length}
+            return tokenize_claim(self.tokenizer, prompt, label, **options)
         options = {"add_eos": add_eos, "max_length": max_length}
         if self.family == CAUSAL:
             return tokenize(self.tokenizer, prompt, answer, subject=subject, **options)
@@ -153,10 +145,10 @@ class TextModel:
         if self.family == CLASSIFIER:
             logits = self.model(input_ids=input_ids, attention_mask=attention_mask).logits
             return two_classes(logits) if logits.shape[1] == 1 else logits
-        more = {"decoder_input_ids": decoder_ids} if self.family == SEQ2SEQ else {}
-        return self.model(
-            input_ids=input_ids, attention_mask=attention_mask, use_cache=False, **more
-        ).logits
+        inputs = {"input_ids": input_ids, "attention_mask": attention_mask}
+        if self.family == SEQ2SEQ:
+            inputs["decoder_input_ids"] = decoder_ids
+        return self.model(**inputs, use_cache=False).logits
 
     # ---------------------------------------------------------------------------------- writing
 
@@ -179,8 +171,8 @@ class TextModel:
         """
         if isinstance(prompts, str) or batch_size < 1:
             raise HyperParamError(
-                "generate_batch takes a list of prompts and batch_size >= 1, got "
-                f"{type(prompts).__name__} and {batch_size}; for one prompt use `generate`"
+                f"generate_batch needs a list of prompts and batch_size >= 1, got {prompts!r:.40} "
+                f"and {batch_size}; for one prompt use `generate`"
             )
         encoded = [self.prompt_of(self.tokenize(prompt, max_length=10**9)) for prompt in prompts]
         # By length, so that a batch has little padding.
@@ -313,9 +305,9 @@ def _prepare_tokenizer(base: TextModel) -> None:
     pads = pad is not None and pad < vocabulary
     if (base.family != CLASSIFIER or not pads) and (end is None or end >= vocabulary):
         raise ModelError(
-            f"{base.name}: the tokenizer's end-of-text token is {tokenizer.eos_token!r} (id {end}), "
-            f"the model has {vocabulary} tokens; set `eos_token` in tokenizer_config.json, or "
-            "another `tokenizer_name`"
+            f"{base.name}: the tokenizer's end-of-text token is {tokenizer.eos_token!r} "
+            f"(id {end}), the model has {vocabulary} tokens; set `eos_token` in "
+            "tokenizer_config.json, or another `tokenizer_name`"
         )
     if not pads:
         tokenizer.pad_token = tokenizer.eos_token

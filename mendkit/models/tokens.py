@@ -1,8 +1,8 @@
 """Texts as token ids, with the positions that predict the answer.
 
-A causal model reads prompt and answer as one text, tokenised once. Character offsets tell which tokens
-belong to the answer (CORRECTNESS rows 17 and 18). An encoder and a decoder read two texts, tokenised
-separately. A classifier reads the prompt, and its answer is a class.
+A causal model reads prompt and answer as one text, tokenised once; character offsets tell which
+tokens are the answer's (CORRECTNESS rows 17 and 18). An encoder and a decoder read two texts. A
+classifier reads the prompt, and its answer is a class.
 
 Axes: n texts, t padded tokens, l padded tokens of a decoder (else t), s scored positions.
 """
@@ -51,9 +51,9 @@ def tokenize(
 ) -> Tokens:
     """Tokenise prompt and answer as one text.
 
-    `add_eos` appends the end-of-text token to the answer, so that an edit also teaches where to stop.
-    `Tokens.subject` is the last mention of `subject` in the prompt. Raises DataError for a text that is
-    not Unicode and for an answer without tokens, LimitError beyond `max_length` tokens.
+    `add_eos` appends the end-of-text token to the answer: an edit also teaches where to stop.
+    Raises DataError for a text that is not Unicode, an answer without tokens, or beyond
+    `max_length` tokens.
     """
     text = check_unicode(prompt if answer is None else join(prompt, answer))
     encoded = tokenizer(text, return_offsets_mapping=True, return_special_tokens_mask=True)
@@ -93,10 +93,11 @@ def tokenize_pair(
     add_eos: bool = False,
     max_length: int = 512,
 ) -> Tokens:
-    """Tokenise a prompt for an encoder, and its answer for a decoder that starts with token `start`.
+    """Tokenise a prompt for an encoder, and its answer for a decoder that starts with token
+    `start`.
 
-    Special tokens before an answer (BART's `<s>`) are given to the decoder and not scored. Without an
-    answer, the position that predicts its first token is scored. Otherwise as `tokenize`.
+    Special tokens before an answer (BART's `<s>`) are given to the decoder and not scored. Without
+    an answer, the position that predicts its first token is scored. Otherwise as `tokenize`.
     """
     ids = tuple(tokenizer(check_unicode(prompt))["input_ids"])
     answered = "a" if answer is None else check_unicode(answer)
@@ -173,7 +174,6 @@ class TextBatch:
 
 def collate(texts: Sequence[Tokens], pad_id: int, device: torch.device | str = "cpu") -> TextBatch:
     """Right-pad texts into one batch."""
-
     ids = pad_rows([text.ids for text in texts], pad_id, device=device)
     mask = pad_rows([[1] * len(text.ids) for text in texts], 0, device=device)
     decoder = None

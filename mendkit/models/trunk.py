@@ -1,9 +1,10 @@
 """The frozen trunk: everything below the lowest edited block, run once per text.
 
-An edit changes only its sites. So the *trunk states* that enter the lowest edited block are constants of
-a frozen model, and so is the *reference*: the last block's output at the scored positions, or a
-classifier's logits. The *suffix*, the rest of the model, runs from trunk states by the model's code,
-while stand-ins take the place of lower blocks. A model without a chain of blocks runs whole.
+An edit changes only its sites. So the *trunk states* that enter the lowest edited block are
+constants of a frozen model, and so is the *reference*: the last block's output at the scored
+positions, or a classifier's logits. The *suffix*, the rest of the model, runs from trunk states by
+the model's code, while stand-ins take the place of lower blocks. A model without a chain of blocks
+runs whole.
 
 Axes: n texts, t padded tokens, l padded tokens of a decoder (else t), d width, s scored positions,
 v vocabulary.
@@ -14,7 +15,7 @@ import hashlib
 import logging
 import random
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -52,8 +53,9 @@ def only_scored(base: BaseModel, scored: Bool[Tensor, "n l"]) -> Iterator[None]:
 class FrozenTrunk:
     """Trunk states and references of texts, for one base model and its edit sites.
 
-    `fill(texts)` reads them from `cache` or computes them. The last bits of a text's values depend on
-    the texts that shared its pass. Blocks whose weights are not in memory are read from the checkpoint.
+    `fill(texts)` reads them from `cache` or computes them. The last bits of a text's values depend
+    on the texts that shared its pass. Blocks whose weights are not in memory are read from the
+    checkpoint.
     """
 
     def __init__(self, base: BaseModel, *, cache: TextCache | None = None) -> None:
@@ -91,13 +93,11 @@ class FrozenTrunk:
 
         Hooks and side branches on the edit sites take effect, and gradients flow to them.
         """
-        with ExitStack() as stack:
-            stack.enter_context(only_scored(self.base, batch.scored))
-            if self.split and self.holds(texts):
-                states, blocks = self.states(texts, batch.input_ids.shape[1]), self.base.blocks
-                stack.enter_context(
-                    standing_in(self.base.model, blocks, first=blocks.first, states=states)
-                )
+        below: AbstractContextManager[None] = nullcontext()
+        if self.split and self.holds(texts):
+            states, blocks = self.states(texts, batch.input_ids.shape[1]), self.base.blocks
+            below = standing_in(self.base.model, blocks, first=blocks.first, states=states)
+        with only_scored(self.base, batch.scored), below:
             return self._forward(batch)
 
     @torch.no_grad()
@@ -175,7 +175,7 @@ class FrozenTrunk:
 
     @torch.no_grad()
     def _compute(self, texts: Sequence[Tokens], progress: Any) -> None:
-        """Compute values and keep them: in memory or, if there is a cache, mapped from its files."""
+        """Compute values and keep them in memory, or as maps of the cache's files."""
         groups = list(passes(texts))
         batches = [collate(group, self.base.pad_id, self.base.device) for group in groups]
         streamed = self._stream(batches, progress) if self.base.released else None
@@ -231,8 +231,8 @@ class FrozenTrunk:
     ) -> tuple[Tensor, Tensor, Tensor]:
         """States (n, t, d) entering the lowest edited block and leaving the last, and logits.
 
-        With `states` nothing runs below the lowest edited block. If a block runs `alone`, it takes the
-        place of both. The output layer runs on no position.
+        With `states` nothing runs below the lowest edited block. If a block runs `alone`, it takes
+        the place of both. The output layer runs on no position.
         """
         blocks = self.base.blocks
         first, last = (blocks.first, blocks.last) if alone is None else (alone, alone)
@@ -245,16 +245,12 @@ class FrozenTrunk:
             seen["out"] = output[0] if isinstance(output, tuple) else output
 
         modules = self.base.model.get_submodule(blocks.path)
-        with ExitStack() as stack:
-            if states is not None or alone is not None:
-                stack.enter_context(
-                    standing_in(self.base.model, blocks, first=first, last=last, states=states)
-                )
-            stack.enter_context(
-                modules[first].register_forward_pre_hook(entering, with_kwargs=True)
-            )
-            stack.enter_context(modules[last].register_forward_hook(leaving))
-            stack.enter_context(only_scored(self.base, torch.zeros_like(batch.scored)))
+        others: AbstractContextManager[None] = nullcontext()
+        if states is not None or alone is not None:
+            others = standing_in(self.base.model, blocks, first=first, last=last, states=states)
+        before = modules[first].register_forward_pre_hook(entering, with_kwargs=True)
+        after = modules[last].register_forward_hook(leaving)
+        with before, after, others, only_scored(self.base, torch.zeros_like(batch.scored)):
             logits = self._forward(batch)
         return seen["in"], seen["out"], logits
 
