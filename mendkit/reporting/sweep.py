@@ -34,7 +34,7 @@ from ..errors import MendkitError
 from ..evaluation.results import HEADLINE, Summary
 from ..hparams import Bytes, CountFrom1, read_yaml
 from ..runs import file_sha256, locked, provenance, sha256, write_json
-from . import findings, tables
+from . import tables
 from .notebook import Failure, run_notebook
 from .report import TRAIN, ReportPlan, default_notebook, export_page, plan_report, read_json
 
@@ -328,45 +328,29 @@ def runs_frame(runs: Sequence[SweepRun]) -> pd.DataFrame:
 
 
 def runs_table(runs: Sequence[SweepRun], *, out: Path) -> Styler:
-    """`runs_frame` with a link to each run's page, as seen from the folder `out`."""
-    pages = [relpath(run.folder / "index.html", out) for run in runs]
-    links = [f'<a href="{tables.escape(page)}">page</a>' for page in pages]
+    """`runs_frame` with a link to each run's page, else its log, as seen from the folder `out`."""
+    links = []
+    for run in runs:
+        page, log = run.folder / "index.html", run.folder.with_name(f"{run.folder.name}.log")
+        target = tables.escape(relpath(page if page.is_file() else log, out))
+        links.append(f'<a href="{target}">page</a>')
     return tables.table(runs_frame(runs).assign(page=links), {"page": "{}"})
-
-
-def scores_by_setting(runs: Sequence[SweepRun]) -> dict[str, dict[str, list[float]]]:
-    """The scores of all runs by each setting that has several values, and by its value."""
-    scored = runs_frame(runs).dropna(subset="score")
-    found = {}
-    for key in dict.fromkeys(key for run in runs for key in run.values):
-        by_value = scored.groupby(key, sort=False)["score"].apply(list).to_dict()
-        if len(by_value) > 1:
-            found[key] = by_value
-    return found
-
-
-def sweep_conclusion(runs: Sequence[SweepRun]) -> str:
-    """What the sweep came to: findings computed from it, as a Markdown list."""
-    scores = {run.title: run.score for run in runs if run.score is not None}
-    sentences = [findings.runs(scores), findings.settings(scores_by_setting(runs))]
-    failed = [run for run in runs if run.status == "failed"]
-    sentences += [f"{run.title} failed: {tables.escape(run.error)}" for run in failed]
-    return tables.bullets(sentences)
 
 
 def sweep_results(runs: Sequence[SweepRun]) -> dict[str, Any]:
     """Flat numbers of the comparison, for results.json."""
-    results: dict[str, Any] = {}
-    for status in ("done", "failed", "waiting"):
-        results[f"sweep.{status}"] = sum(run.status == status for run in runs)
+    ended = [run.status for run in runs]
+    results: dict[str, Any] = {
+        f"sweep.{status}": ended.count(status) for status in ("done", "failed", "waiting")
+    }
     for run in runs:
-        values = {"settings": run.values, "status": run.status}
+        values = {"settings": run.values, "status": run.status, "score": run.score}
         values |= {name: interval.mean for name, interval in run.summary.items()}
-        values |= {"score": run.score, "error": run.error or None}
+        values |= {"error": run.error or None}
         for name, value in values.items():
             if value is not None:
                 results[f"sweep.run_{run.number}.{name}"] = value
-    scored = [run for run in runs if run.score is not None]
-    if scored:
-        results["sweep.best"] = max(scored, key=lambda run: run.score).number
+    scores = {run.number: run.score for run in runs if run.score is not None}
+    if scores:
+        results["sweep.best"] = max(scores, key=scores.__getitem__)
     return results

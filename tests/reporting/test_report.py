@@ -213,11 +213,8 @@ def test_a_folder_of_something_else_is_refused_and_left_alone(here, mark):
 MISTAKES = {
     "tset_limit=5": (MendkitError, r"unknown name 'tset_limit'.*a notebook's 'test_limit'"),
     "raank=5": (HyperParamError, r"unknown key 'raank'.*'rank'"),
-    "max_new_tokens=0": (MendkitError, r"max_new_tokens must be an integer of at least 1, got '0'"),
     "test_limit=1.5": (MendkitError, r"test_limit must be an integer of at least 0"),
-    "rank=many": (HyperParamError, r"rank must be an integer"),
     "train_limit": (MendkitError, r"train_limit must be an integer of at least 0"),
-    "test_data=nowhere.json": (DataError, r"nowhere.json: no such file"),
     "train_data=facts:all": (DataError, r"no such split"),
     "out=elsewhere": (HyperParamError, r"unknown key 'out'"),
     "shown=2 shown=3": (MendkitError, "shown is given twice"),
@@ -258,64 +255,56 @@ def test_memory_is_checked_for_a_model_that_stays_whole(here, monkeypatch, capsy
 
 
 def test_notebooks_that_are_none_are_refused(here):
-    path = here / "notebooks" / f"{EDIT}.ipynb"
     with pytest.raises(MendkitError, match="no such notebook"):
         read_parameters(Path("nowhere.ipynb"))
-    path.write_text("{}")
     with pytest.raises(MendkitError, match="not a notebook"):
-        checked()
-    empty = new_notebook(cells=[new_code_cell("a = 1")])
-    empty.metadata["kernelspec"] = {"name": "python3", "language": "python", "display_name": "P"}
-    nbformat.write(empty, path)
+        read_parameters(Path("tiny.yaml"))
     with pytest.raises(MendkitError, match="no cell tagged `parameters`"):
-        checked()
+        read_parameters(notebook_of(new_code_cell("a = 1")))
 
 
 # -------------------------------------------------------------------------------- parameters, pages
 
+VALUES = {
+    "int": ({"12": 12}, ["1.0", "0", "true"]),
+    "limit": ({"0": 0}, ["-1"]),
+    "float": ({"1e-3": 1e-3, "2": 2.0}, ["nan", "x"]),
+    "bool": ({"true": True}, ["1", "False"]),
+    "str": ({"0012": "0012", "null": "null"}, [" "]),
+    "list": ({'[1, "a"]': [1, "a"]}, ["1", "[1"]),
+}
 
-@pytest.mark.parametrize(
-    ("kind", "text", "value"),
-    [
-        ("int", "12", 12),
-        ("float", "1e-3", 1e-3),
-        ("float", "2", 2.0),
-        ("bool", "true", True),
-        ("str", "0012", "0012"),
-        ("str", "null", "null"),
-        ("list", '[1, "a"]', [1, "a"]),
-    ],
-)
-def test_a_value_is_read_as_its_parameter_is_typed(kind, text, value):
-    read_value = Parameter("x", kind, False, None).parse(text)
-    assert read_value == value and type(read_value) is type(value)
+
+@pytest.mark.parametrize("kind", VALUES)
+def test_a_value_is_read_as_its_parameter_is_typed(kind):
+    meant, refused = VALUES[kind]
+    for text, value in meant.items():
+        found = Parameter("x", kind, False, None).parse(text)
+        assert found == value and type(found) is type(value)
+    for text in refused:
+        with pytest.raises(MendkitError, match=r"x must be .*, got"):
+            Parameter("x", kind, False, None).parse(text)
     assert Parameter("x", kind, True, None).parse("") is None
 
 
-@pytest.mark.parametrize(
-    "case", ["int=1.0", "int=0", "int=true", "float=nan", "bool=1", "list=1", "list=[1", "str="]
-)
-def test_another_value_is_refused(case):
-    kind, text = case.split("=")
-    with pytest.raises(MendkitError, match=r"x must be .*, got"):
-        Parameter("x", kind, False, None).parse(text)
-
-
-def test_parameters_are_read_with_their_types(tmp_path):
+def test_parameters_are_read_with_their_types(here):
     source = (
         'a_limit: Optional[int] = None\nb: str = (\n    "x"  # why\n)\nc = 1.5\ne: list[str] = []'
     )
-    cell = new_code_cell(source, metadata={"tags": ["parameters"]})
-    notebook = new_notebook(cells=[cell])
-    notebook.metadata["kernelspec"] = {"name": "python3", "language": "python", "display_name": "P"}
-    nbformat.write(notebook, tmp_path / "n.ipynb")
-    found = read_parameters(tmp_path / "n.ipynb")
+    found = read_parameters(notebook_of(new_code_cell(source, metadata={"tags": ["parameters"]})))
     assert {name: (p.kind, p.optional, p.default) for name, p in found.items()} == {
         "a_limit": ("limit", True, None),
         "b": ("str", False, "x"),
         "c": ("float", False, 1.5),
         "e": ("list", False, []),
     }
+
+
+def notebook_of(*cells) -> Path:
+    path = Path("notebooks", f"{EDIT}.ipynb")
+    kernel = {"name": "python3", "language": "python", "display_name": "Python 3"}
+    nbformat.write(new_notebook(cells=[*cells], metadata={"kernelspec": kernel}), path)
+    return path
 
 
 def test_the_page_stands_without_results(tmp_path):
