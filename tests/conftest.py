@@ -8,23 +8,24 @@ from jaxtyping import install_import_hook
 
 import tests.oracles.typechecker  # noqa: F401
 
-# Before the first import of the package; hyperparameters have a check of their own, at all times.
+# Before the first import of the package. Hyperparameters have their own check at all times, and the
+# command line has no tensors.
 PACKAGE = Path(__file__).parents[1] / "mendkit"
 MODULES = [
     ".".join(path.relative_to(PACKAGE.parent).with_suffix("").parts)
     for path in PACKAGE.rglob("*.py")
-    if path.stem not in ("__init__", "hparams")
+    if path.stem not in ("__init__", "hparams") and path.parent.name != "cli"
 ]
 install_import_hook(MODULES, "tests.oracles.typechecker.check")
 
-from mendkit.models.base import BaseModel
-from mendkit.models.load import load_model
+from mendkit.models.base import BaseModel  # noqa: E402
+from mendkit.models.load import load_model  # noqa: E402
 from tests.oracles.tiny import tiny_gpt2, tiny_llama  # noqa: E402
 
 
 @pytest.fixture(autouse=True)
 def own_cache(tmp_path_factory, monkeypatch) -> Path:
-    """No test reads what another one or the user has computed, unless it starts processes of its own."""
+    """No test reads what another test or the user has computed, unless it starts processes."""
     folder = tmp_path_factory.mktemp("cache")
     monkeypatch.setattr("mendkit.models.cache.default_folder", lambda: folder)
     return folder

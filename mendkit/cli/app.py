@@ -1,0 +1,148 @@
+"""The frame of the command line: the app, options that several commands share, and common checks.
+
+Results go to standard output; progress and messages go to standard error. A command checks all it
+can before it writes anything. Files of an earlier run are replaced only with `--overwrite`.
+"""
+
+import json
+import logging
+import os
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from importlib.metadata import version
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from typer import Argument, Option
+
+from ..errors import MendkitError
+from ..hparams import MENDHyperParams, parse_overrides
+
+logger = logging.getLogger("mendkit")
+
+PROGRAM = "python -m mendkit"
+EXIT_STATUS = (
+    "Exit status: 0 done; 1 a part failed, or an unexpected error (with traceback); "
+    "2 a mistake in the command, its files or settings (one line); 130 interrupted."
+)
+
+CONFIG = "a YAML file (default: configs/smollm2-135m.yaml), and settings that win over it"
+Words = Annotated[list[str] | None, Argument(metavar="[CONFIG] [KEY=VALUE]...", help=CONFIG)]
+Archive = Annotated[Path, Argument(metavar="ARCHIVE")]
+Out = Annotated[Path | None, Option(metavar="DIR", help="write results.json and the rest there")]
+Json = Annotated[bool, Option("--json", help="print JSON and nothing else")]
+Overwrite = Annotated[bool, Option("--overwrite", help="replace the files of an earlier run")]
+Data = Annotated[str, Option(metavar="FILE", help="examples, or facts:SPLIT")]
+Limit = Annotated[int | None, Option(min=1, metavar="N", help="use the first N examples")]
+MaxNewTokens = Annotated[int, Option(min=1, metavar="N", help="tokens to write")]
+SkipInvalid = Annotated[bool, Option("--skip-invalid", help="leave out bad records, count them")]
+IgnoreMemory = Annotated[bool, Option("--ignore-memory", help="train even if memory seems short")]
+
+app = typer.Typer(
+    add_completion=False,
+    rich_markup_mode=None,
+    pretty_exceptions_enable=False,
+    epilog=f"{PROGRAM} COMMAND --help says more. {EXIT_STATUS}",
+)
+
+
+def command(example: str) -> Callable[[Callable[..., int]], Callable[..., int]]:
+    """Register a command under the first word of `example`, which its `--help` shows."""
+    epilog = f"\b\nExample:\n  {PROGRAM} {example}\n\n{EXIT_STATUS}"
+    return app.command(example.split()[0], epilog=epilog)
+
+
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(f"mendkit {version('mendkit')}")
+        raise typer.Exit
+
+
+@app.callback()
+def start(
+    context: typer.Context,
+    _version: Annotated[bool, Option("--version", callback=_print_version, is_eager=True)] = False,
+) -> None:
+    """Train and use MEND model editors."""
+    several = int(os.environ.get("WORLD_SIZE", "1")) > 1  # started by torchrun or accelerate
+    if several and context.invoked_subcommand != "train":
+        raise MendkitError(
+            f"{context.invoked_subcommand} runs in one process; only `train` can run in several"
+        )
+
+
+def show(values: Any, text: str, *, as_json: bool) -> None:
+    """Print `values` as JSON, or the same as text for people."""
+    if as_json:
+        text = json.dumps(values, indent=1, ensure_ascii=False)
+    # Characters that the terminal lacks are written as escapes.
+    encoding = sys.stdout.encoding or "utf-8"
+    sys.stdout.write(text.encode(encoding, "backslashreplace").decode(encoding) + "\n")
+    sys.stdout.flush()
+
+
+def configuration(words: Sequence[str] | None) -> tuple[Path, list[str]]:
+    """The path of the configuration, given or default, and the settings `key=value`."""
+    words = list(words or ())
+    if words and ("=" not in words[0] or Path(words[0]).is_file()):
+        return Path(words[0]), words[1:]
+    default = Path("configs/smollm2-135m.yaml")
+    if not default.is_file() and (CHECKOUT / default).is_file():
+        default = CHECKOUT / default
+    logger.info("configuration: %s", default)
+    return default, words
+
+
+def hyperparameters(words: Sequence[str] | None) -> MENDHyperParams:
+    """The hyperparameters of a configuration and settings. Raises HyperParamError."""
+    config, settings = configuration(words)
+    return MENDHyperParams.from_hparams(config, **parse_overrides(settings))
+
+
+class RunFolder:
+    """The folder that a command writes to, if it is given one.
+
+    Raises MendkitError if it holds one of the files `names` of an earlier run and `overwrite` is
+    false, or if it is a file.
+    """
+
+    def __init__(
+        self, folder: Path | None, *names: str, overwrite: bool, option: str = "--out"
+    ) -> None:
+        self.folder = folder
+        if folder is None:
+            return
+        if folder.exists() and not folder.is_dir():
+            raise MendkitError(f"{folder} is a file; give {option} a folder")
+        self.old = [folder / name for name in names if (folder / name).exists()]
+        if self.old and not overwrite:
+            held = ", ".join(path.name for path in self.old)
+            raise MendkitError(
+                f"{folder} holds {held} of an earlier run; give another {option}, or --overwrite"
+            )
+
+    def clear(self, *, keep: str | None = None) -> None:
+        """Remove the earlier run's files but `keep`, so that none is taken for a new one."""
+        if self.folder is None:
+            return
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            for path in self.old:
+                if keep is None or path.resolve() != Path(keep).resolve():
+                    path.unlink()
+        except OSError as error:
+            raise MendkitError(
+                f"cannot write to {self.folder}: {error}; give another --out"
+            ) from None
+
+    def write(self, results: Mapping[str, Any], rows: Sequence[Any] | None = None) -> None:
+        """Write results.json, and rows.jsonl if there are rows."""
+        from ..runs import write_json, write_text
+
+        if self.folder is None:
+            return
+        if rows is not None:
+            lines = [json.dumps(row, ensure_ascii=False) + "\n" for row in rows]
+            write_text(self.folder / "rows.jsonl", "".join(lines))
+        write_json(self.folder / "results.json", results)

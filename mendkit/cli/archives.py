@@ -1,0 +1,142 @@
+"""The commands `inspect`, `import`, `export`, `conformance` and `sites`."""
+
+import math
+from dataclasses import asdict
+from pathlib import Path
+from typing import Annotated, Any
+
+import yaml
+from typer import Argument, Option
+
+import mendkit
+
+from ..hparams import parse_overrides
+from . import app as cli
+from .app import Json, Out, Overwrite, Words
+
+Archive = Annotated[Path, Argument(metavar="ARCHIVE")]
+OutFolder = Annotated[Path, Option("--out", metavar="DIR", help="write the archive there")]
+MODEL = "a hub id, a model folder, a GGUF file or a YAML file, and settings"
+ModelWords = Annotated[
+    list[str] | None, Argument(metavar="[MODEL|CONFIG] [KEY=VALUE]...", help=MODEL)
+]
+Folders = Annotated[list[Path], Argument(metavar="DIR...", help="folders of reference vectors")]
+All = Annotated[
+    bool, Option("--all", help="attention and output layers, too; JSON has them always")
+]
+
+
+@cli.command("inspect runs/first/archive.safetensors --json")
+def inspect(archive: Archive, *, as_json: Json = False) -> int:
+    """Print what an archive says of itself."""
+    metadata = mendkit.inspect_archive(archive)
+    shapes = metadata["tensors"].values()
+    about = {
+        "archive": str(archive),
+        "megabytes": round(archive.stat().st_size / 1e6, 1),
+        "numbers": sum(math.prod(shape) for shape in shapes),
+        **{key: value for key, value in metadata.items() if key not in ("tensors", "sha256")},
+    }
+    text = yaml.safe_dump(about, sort_keys=False, allow_unicode=True)
+    cli.show(metadata, text, as_json=as_json)
+    return 0
+
+
+@cli.command("import models/MEND/gpt2-xl gpt2-xl.yaml --out runs/imported")
+def import_(
+    archive: Archive,
+    words: Words = None,
+    *,
+    out: OutFolder,
+    as_json: Json = False,
+    overwrite: Overwrite = False,
+) -> int:
+    """Turn an archive of the original MEND or of EasyEdit into one of this kit.
+
+    Nothing in the foreign file is run. CONFIG is its configuration, `inner_params` in its order.
+    """
+    from ..interop.foreign import read_foreign
+
+    place = cli.RunFolder(out, "archive.safetensors", "results.json", overwrite=overwrite)
+    hparams = cli.hyperparameters(words)
+    read_foreign(archive)  # before the model is loaded, which may take long
+    new = mendkit.import_archive(archive, hparams, out=out / "archive.safetensors")
+    results = {"import.archive": str(new), "import.from": str(archive)}
+    place.write(results)
+    cli.show(results, str(new), as_json=as_json)
+    return 0
+
+
+@cli.command("export runs/imported/archive.safetensors gpt2-xl.yaml --out runs/exported")
+def export(
+    archive: Archive,
+    words: Words = None,
+    *,
+    out: OutFolder,
+    as_json: Json = False,
+    overwrite: Overwrite = False,
+) -> int:
+    """Write an archive of this kit as the file that EasyEdit reads."""
+    place = cli.RunFolder(out, "archive.pt", "results.json", overwrite=overwrite)
+    hparams = cli.hyperparameters(words)
+    mendkit.inspect_archive(archive)  # before the model is loaded
+    new = mendkit.export_archive(archive, out / "archive.pt", base=mendkit.load_model(hparams))
+    results = {"export.archive": str(new), "export.from": str(archive)}
+    place.write(results)
+    cli.show(results, str(new), as_json=as_json)
+    return 0
+
+
+@cli.command("conformance ../shared/reference")
+def conformance(
+    folders: Folders, *, out: Out = None, as_json: Json = False, overwrite: Overwrite = False
+) -> int:
+    """Compare with numbers that were recorded from the published code.
+
+    Factors, updates, logits, scalars and training losses are compared. The exit status is 1 if one
+    missed.
+    """
+    from ..interop.conformance import MISS, conformance_table, reference_folders
+    from ..interop.conformance import conformance as compare
+    from ..models.checkpoints import silence_transformers
+
+    place = cli.RunFolder(out, "results.json", overwrite=overwrite)
+    checks, rows = {}, []
+    with silence_transformers():
+        for given in folders:
+            for folder in reference_folders(given):
+                checks[str(folder)] = compare(folder)
+    for name, found in checks.items():
+        for check in found:
+            row = asdict(check) | {"folder": name, "verdict": check.verdict or "ok"}
+            rows.append({key: _json_number(value) for key, value in row.items()})
+    missed = sum(row["verdict"] == MISS for row in rows)
+    results = {"comparisons": len(rows), "missed": missed, "rows": rows}
+    place.write({f"conformance.{key}": value for key, value in results.items()})
+    cli.show(rows, conformance_table(checks), as_json=as_json)
+    return int(missed > 0)
+
+
+def _json_number(value: Any) -> Any:
+    """The value, or None for infinity and NaN, which JSON has not."""
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
+    return value
+
+
+@cli.command("sites openai-community/gpt2 --all")
+def sites(words: ModelWords = None, *, everything: All = False, as_json: Json = False) -> int:
+    """List what can be edited in a model, and what `inner_params: auto` picks there.
+
+    It reads the model's configuration and no weights.
+    """
+    from ..models.listing import list_layers, table
+
+    first, *settings = words or [""]
+    if not first or "=" in first or Path(first).suffix in (".yaml", ".yml"):
+        hparams = cli.hyperparameters(words)
+    else:
+        hparams = mendkit.MENDHyperParams(model_name=first).replace(**parse_overrides(settings))
+    listing = list_layers(hparams)
+    cli.show(asdict(listing), table(listing, everything=everything), as_json=as_json)
+    return 0

@@ -1,0 +1,139 @@
+"""The commands `report` and `bench`."""
+
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from typer import Option
+
+from ..errors import MendkitError
+from . import app as cli
+from .app import IgnoreMemory, Json, Out, Overwrite, Words
+
+if TYPE_CHECKING:
+    from ..reporting.notebook import Failure
+    from ..reporting.sweep import Run, Sweep
+
+SweepFile = Annotated[Path | None, Option(metavar="FILE", help="YAML with a `grid` of settings")]
+Seconds = Annotated[int | None, Option(min=1, metavar="S", help="fail if a cell takes longer")]
+Models = Annotated[str, Option(metavar="A,B", help="of these, or YAML files")]
+Number = Annotated[int, Option(min=1, metavar="N")]
+Depths = Annotated[str, Option(metavar="A,B", help="random models of so many layers, too")]
+Quick = Annotated[bool, Option("--quick", help="a trial: small models, few repeats")]
+
+
+@cli.command("report max_iters=500 test_limit=50 --out runs/quick")
+def report(
+    context: typer.Context,
+    words: Words = None,
+    *,
+    sweep: SweepFile = None,
+    cell_timeout: Seconds = None,
+    ignore_memory: IgnoreMemory = False,
+    out: Out = None,
+    as_json: Json = False,
+) -> int:
+    """Run the notebooks, and write index.html over their results.
+
+    `archive: null` trains, then edits; a path only edits. Settings are hyperparameters, or
+    parameters of the notebooks (test_limit=50). --sweep runs the report once for every combination
+    of a grid (docs/QUESTIONS.md). Without --out it is written to runs/report, or runs/sweep.
+    """
+    from ..reporting.report import plan_report, run_report
+    from ..reporting.sweep import plan_sweep, read_sweep
+    from ..runs import locked
+
+    config, settings = cli.configuration(words)
+    folder = out or Path("runs/sweep" if sweep else "runs/report")
+    with locked(folder):
+        if sweep:
+            options = ["--ignore-memory"] if ignore_memory else []
+            if cell_timeout:
+                options += ["--cell-timeout", str(cell_timeout)]
+            plan = read_sweep(sweep)
+            runs = plan_sweep(plan, config, settings, out=folder, options=options)
+            results, index, status = _run_sweep(plan, runs, folder, command=context.obj)
+        else:
+            plan = plan_report(config, settings, out=folder, ignore_memory=ignore_memory)
+            done = run_report(plan, command=context.obj, cell_seconds=cell_timeout)
+            results, index, status = done.results, done.index, _status(done.failure, folder)
+    cli.show(dict(results), str(index), as_json=as_json)
+    return status
+
+
+def _run_sweep(
+    sweep: "Sweep", runs: Sequence["Run"], folder: Path, *, command: str
+) -> tuple[dict[str, Any], Path, int]:
+    """Run the report for every combination of a grid: its results, its page, its exit status."""
+    from ..reporting.compare import read_runs, sweep_results
+    from ..reporting.sweep import run_sweep, summarise_sweep
+
+    run_sweep(sweep, runs, out=folder, command=command)
+    index, failure = summarise_sweep(folder)
+    status = _status(failure, folder)
+    for run in runs:
+        if run.status == "failed":
+            sys.stderr.write(f"error: {run.name}: {run.error}\n")
+            status = status or 1
+    return sweep_results(read_runs(folder)), index, status
+
+
+def _status(failure: "Failure | None", folder: Path) -> int:
+    """The exit status after the notebooks; says which one failed."""
+    if failure is None:
+        return 0
+    sys.stderr.write(f"error: {failure.where}: {failure.error}\n")
+    page = folder / f"{failure.notebook}.html"
+    sys.stderr.write(f"what it did is in {page}; nothing after it was run\n")
+    return 130 if failure.interrupted else 1
+
+
+@cli.command("bench --models smollm2-135m --depths 12,24,48 --out runs/bench")
+def bench(
+    *,
+    models: Models = "smollm2-135m,gpt2-xl-shape",
+    repeats: Number = 3,
+    batch: Number = 16,
+    rank: Number = 1920,
+    depths: Depths = "",
+    quick: Quick = False,
+    out: Out = None,
+    as_json: Json = False,
+    overwrite: Overwrite = False,
+) -> int:
+    """Measure what training and editing cost, against a textbook MEND on the same model.
+
+    It makes `repeats` turns of steps of `batch` edits with a hypernetwork of `rank`: about 12
+    minutes, 14 GB and 2 cores for both models. The exit status is 1 if the textbook and the kit
+    do not agree.
+    """
+    from ..cost.bench import bench_table, run_bench
+    from ..cost.ways import QUICK, Settings
+    from ..runs import open_run
+
+    place = cli.RunFolder(out, "run.json", "results.json", overwrite=overwrite)
+    sizes = QUICK if quick else {"batch": batch, "rank": rank, "repeats": repeats}
+    settings = [Settings(model, **sizes) for model in models.split(",")]
+    layers = _integers(depths)
+    if out:
+        from ..reporting.plots import charts_of_costs  # before anything is measured
+
+        place.clear()
+        open_run(out)
+    results = run_bench(settings, deep=layers)
+    if out:
+        place.write(results)
+        for chart in charts_of_costs(results):
+            chart.save(out / "figures")
+    cli.show(results, bench_table(results), as_json=as_json)
+    measured = [found for name, found in results.items() if name != "depths"]
+    return int(not all(found["equal"] for found in measured))
+
+
+def _integers(text: str) -> tuple[int, ...]:
+    parts = text.split(",") if text else []
+    if not all(part.isdecimal() and int(part) > 0 for part in parts):
+        raise MendkitError(f"--depths: expected numbers such as 12,24, got {text!r}")
+    return tuple(int(part) for part in parts)
