@@ -4,19 +4,23 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from pandas.io.formats.style import Styler
+
 from ..data.examples import EditExample
 from ..evaluation.results import normalise
 from ..mend.edit import Edit
 from ..models.base import BaseModel
-from ..reporting.page import Html, tag, whole_page
+from ..reporting.page import render
 from ..reporting.tables import before_after, prompts_of
 from ..runs import write_text
 from .app import logger
 
+HeadedTable = tuple[str, Styler]
+
 
 def row_of(
     base: BaseModel, edit: Edit, example: EditExample, *, max_new_tokens: int, all_prompts: bool
-) -> tuple[dict[str, Any], Html]:
+) -> tuple[dict[str, Any], HeadedTable]:
     """A row on the example's prompt, and a table of the same.
 
     With `all_prompts` the table has the paraphrases and the prompts that should stay, too.
@@ -29,9 +33,8 @@ def row_of(
     row = {"prompt": example.prompt, "target_new": example.target_new}
     row |= {"before": before[0], "after": after[0]}
     row["success"] = normalise(after[0]) == normalise(base.said(example.target_new))
-    heading = tag("h2", f"{example.prompt} → {example.target_new}")
-    table = tag("div", Html(before_after(asked, before, after).to_html()), class_="scroll")
-    return row, Html(heading + table)
+    heading = f"{example.prompt} → {example.target_new}"
+    return row, (heading, before_after(asked, before, after))
 
 
 def text_of(row: dict[str, Any]) -> str:
@@ -42,10 +45,10 @@ def text_of(row: dict[str, Any]) -> str:
 
 
 def write_page(
-    path: Path, tables: Sequence[Html], rows: Sequence[dict[str, Any]], *, command: str
+    path: Path, tables: Sequence[HeadedTable], rows: Sequence[dict[str, Any]], *, command: str
 ) -> None:
     """Write an HTML page over the tables of `row_of`; `command` is what was typed."""
     told = sum(row["success"] for row in rows)
     title = f"{told} of {len(rows)} new answers are written as told"
-    write_text(path, whole_page(title, [tag("p", tag("code", command), class_="soft"), *tables]))
+    write_text(path, render("edits.html.j2", title=title, command=command, tables=tables))
     logger.info("report: %s", path)

@@ -1,20 +1,20 @@
 """The commands `report` and `bench`."""
 
 import sys
-from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 from typer import Option
+
+import mendkit
 
 from ..errors import MendkitError
 from . import app as cli
 from .app import IgnoreMemory, Json, Out, Overwrite, Words
 
 if TYPE_CHECKING:
-    from ..reporting.notebook import Failure
-    from ..reporting.sweep import Run, Sweep
+    from ..reporting.report import ReportPlan
 
 SweepFile = Annotated[Path | None, Option(metavar="FILE", help="YAML with a `grid` of settings")]
 Seconds = Annotated[int | None, Option(min=1, metavar="S", help="fail if a cell takes longer")]
@@ -42,52 +42,49 @@ def report(
     of a grid (docs/QUESTIONS.md). Without --out it is written to runs/report, or runs/sweep.
     """
     from ..reporting.report import plan_report, run_report
-    from ..reporting.sweep import plan_sweep, read_sweep
-    from ..runs import locked
+    from ..reporting.sweep import plan_sweep, read_runs, read_sweep, run_sweep, sweep_results
 
     config, settings = cli.configuration(words)
     folder = out or Path("runs/sweep" if sweep else "runs/report")
-    with locked(folder):
-        if sweep:
-            options = ["--ignore-memory"] if ignore_memory else []
-            if cell_timeout:
-                options += ["--cell-timeout", str(cell_timeout)]
-            plan = read_sweep(sweep)
-            runs = plan_sweep(plan, config, settings, out=folder, options=options)
-            results, index, status = _run_sweep(plan, runs, folder, command=context.obj)
-        else:
-            plan = plan_report(config, settings, out=folder, ignore_memory=ignore_memory)
-            done = run_report(plan, command=context.obj, cell_seconds=cell_timeout)
-            results, index, status = done.results, done.index, _status(done.failure, folder)
-    cli.show(dict(results), str(index), as_json=as_json)
-    return status
-
-
-def _run_sweep(
-    sweep: "Sweep", runs: Sequence["Run"], folder: Path, *, command: str
-) -> tuple[dict[str, Any], Path, int]:
-    """Run the report for every combination of a grid: its results, its page, its exit status."""
-    from ..reporting.compare import read_runs, sweep_results
-    from ..reporting.sweep import run_sweep, summarise_sweep
-
-    run_sweep(sweep, runs, out=folder, command=command)
-    index, failure = summarise_sweep(folder)
-    status = _status(failure, folder)
-    for run in runs:
-        if run.status == "failed":
-            sys.stderr.write(f"error: {run.name}: {run.error}\n")
-            status = status or 1
-    return sweep_results(read_runs(folder)), index, status
-
-
-def _status(failure: "Failure | None", folder: Path) -> int:
-    """The exit status after the notebooks; says which one failed."""
+    status = 0
+    if sweep:
+        options = ["--ignore-memory"] if ignore_memory else []
+        if cell_timeout:
+            options += ["--cell-timeout", str(cell_timeout)]
+        grid = read_sweep(sweep)
+        runs = plan_sweep(grid, config, settings, out=folder, options=options)
+        index, failure = run_sweep(grid, runs, out=folder, command=context.obj)
+        results = sweep_results(read_runs(folder))
+        for run in runs:
+            if run.status == "failed":
+                sys.stderr.write(f"error: {run.folder.name}: {run.error}\n")
+                status = 1
+    else:
+        plan = plan_report(config, settings, out=folder)
+        _check_report(plan, ignore_memory=ignore_memory)
+        done = run_report(plan, command=context.obj, cell_seconds=cell_timeout)
+        index, failure, results = done.index, done.failure, dict(done.results)
+    cli.show(results, str(index), as_json=as_json)
     if failure is None:
-        return 0
+        return status
     sys.stderr.write(f"error: {failure.where}: {failure.error}\n")
     page = folder / f"{failure.notebook}.html"
     sys.stderr.write(f"what it did is in {page}; nothing after it was run\n")
     return 130 if failure.interrupted else 1
+
+
+def _check_report(plan: "ReportPlan", *, ignore_memory: bool) -> None:
+    """Look at all that can be wrong before a kernel starts."""
+    from ..cost.plan import check_memory
+    from ..mend.loggers import check_logger
+    from ..reporting.report import check_report
+
+    train, validation, *_ = check_report(plan)
+    check_logger(plan.hparams.logger)
+    if plan.hparams.archive is not None:
+        mendkit.inspect_archive(plan.hparams.archive)
+    elif not ignore_memory:
+        check_memory(plan.hparams, train, validation, keep_trunk=True)
 
 
 @cli.command("bench --models smollm2-135m --depths 12,24,48 --out runs/bench")
