@@ -27,8 +27,7 @@ from torch import Tensor, nn
 from ..errors import MendkitError
 from ..models.base import BaseModel
 from ..models.checkpoints import silence_transformers
-from ..runs import atomically, write_text
-from .files import make_folder
+from ..runs import atomically, make_folder, write_text
 from .losses import wide
 
 logger = logging.getLogger(__name__)

@@ -84,16 +84,6 @@ def is_finite(tensor: Tensor) -> bool:
 # -------------------------------------------------------------------------------------------- writing
 
 
-def make_folder(path: str | Path) -> Path:
-    """Make a folder if it is not there. Raises MendkitError if it cannot be."""
-    path = Path(path)
-    try:
-        path.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise MendkitError(f"cannot make the folder {path}: {error}; give another") from None
-    return path
-
-
 def save_tensors(
     kind: Kind, path: str | Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, Any]
 ) -> Path:

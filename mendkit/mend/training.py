@@ -14,13 +14,12 @@ from ..errors import MendkitError
 from ..hparams import MENDHyperParams
 from ..models.base import BaseModel
 from ..models.load import load_for_training
-from ..runs import append_line, open_run, provenance, sha256, write_text
+from ..runs import append_line, make_folder, open_run, provenance, sha256, write_text
 from .archive import inspect_archive, save_archive
 from .batches import Sampler
 from .checkpoint import FILE as CHECKPOINT_FILE
 from .checkpoint import Checkpoint, Course
 from .distributed import Team
-from .files import make_folder
 from .loggers import Log, check_logger, open_logger
 from .preparation import Preparation
 from .steps import Learner

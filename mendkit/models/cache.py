@@ -6,7 +6,6 @@ processes need no lock, and a killed one leaves at most a temporary file that no
 the limit is reached, the least recently used shards go.
 """
 
-import hashlib
 import json
 import logging
 import os
@@ -21,7 +20,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from ..runs import DAMAGE, atomically
+from ..runs import DAMAGE, atomically, sha256
 
 logger = logging.getLogger(__name__)
 
@@ -60,7 +59,7 @@ class TextCache:
     def __init__(self, folder: str | Path | None, space: Mapping[str, Any], *, limit: int) -> None:
         self.root = default_folder() if folder is None else Path(folder).expanduser() / "trunk"
         described = json.dumps(space, sort_keys=True, default=str)
-        self.folder = self.root / hashlib.sha256(described.encode()).hexdigest()[:32]
+        self.folder = self.root / sha256(described)[:32]
         self.limit, self.writable = limit, True
         self._in_use: set[Path] = set()  # shards that this cache has mapped
         self._where: dict[bytes, Path] = {}
@@ -87,7 +86,7 @@ class TextCache:
             tensors[f"array{i}"] = torch.cat(column)
         if not self.writable or not self._make_room(sum(t.nbytes for t in tensors.values())):
             return
-        name = hashlib.sha256(b"".join(values)).hexdigest()[:32]
+        name = sha256(*values)[:32]
         path = self.folder / f"trunk-{name}.safetensors"
         try:
             atomically(path, lambda temporary: save_file(tensors, temporary))
