@@ -47,7 +47,7 @@ from .architectures import published
 logger = logging.getLogger(__name__)
 
 # By how much predicted peaks may be off.
-TOLERANCE = 0.25
+PLAN_TOLERANCE = 0.25
 
 SAVED = 3  # copies of each linear layer's output that a pass with gradients keeps
 READ = 6  # copies of logits while their loss and its gradient are computed
@@ -314,7 +314,7 @@ def check_memory(
 ) -> None:
     """Raise MendkitError if `train` on the CPU is planned to need more memory than is free.
 
-    `TOLERANCE` is granted. `keep_trunk`: the model is used after training, too, and kept whole.
+    `PLAN_TOLERANCE` is granted. `keep_trunk`: the model is used after training, so it stays whole.
     Raises ModelError if the model's configuration cannot be read.
     """
     device, processes = choose_device(hparams.device), int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
@@ -324,7 +324,7 @@ def check_memory(
         hparams = hparams.replace(stream_trunk=False, release_trunk=hparams.release_trunk is True)
     free, found = free_memory(device) // processes, plan(hparams, train, validation)
     need = found.largest.peak
-    if need <= (1 + TOLERANCE) * free:
+    if need <= (1 + PLAN_TOLERANCE) * free:
         return
     logger.info("memory is short; looking for settings that fit")
     settings, other = fitting(
@@ -359,7 +359,7 @@ def plan_table(found: Plan) -> str:
         most = ", ".join(f"{name} {size / 1e9:.2f}" for name, size in parts)
         lines.append(f"{phase.name:12}{(found.idle + phase.peak) / 1e9:>7.2f} GB  {most}")
     lines.append(
-        f"at most {found.needed / 1e9:.2f} GB, ± {TOLERANCE:.0%}; of it the process itself "
+        f"at most {found.needed / 1e9:.2f} GB, ± {PLAN_TOLERANCE:.0%}; of it the process itself "
         f"{found.idle / 1e9:.2f} GB"
     )
     return "\n".join(lines)

@@ -96,7 +96,7 @@ def training_texts(
     with_hard = []
     for texts, hard in zip(prepared, hard_negatives(examples, seed=h.seed), strict=True):
         rivals = {**texts.rivals, **_rivals(base, h, texts.example, hard)}
-        with_hard.append(replace(texts, hard=_probes(base, h, hard), rivals=rivals))
+        with_hard.append(replace(texts, hard=_read_probes(base, h, hard), rivals=rivals))
     return with_hard
 
 
@@ -112,8 +112,8 @@ def prepare_texts(
                 example=example,
                 edit=edit_tokens(base, h, example),
                 paraphrases=tuple(paraphrases),
-                neighbours=_probes(base, h, example.neighbours),
-                unrelated=_probes(base, h, example.unrelated),
+                neighbours=_read_probes(base, h, example.neighbours),
+                unrelated=_read_probes(base, h, example.unrelated),
                 rivals=_rivals(base, h, example, example.neighbours),
             )
         )
@@ -141,7 +141,7 @@ def usable(base: BaseModel, h: MENDHyperParams, examples: Sequence[EditExample])
     return Examples.of(kept, (*getattr(examples, "skipped", ()), *skipped))
 
 
-def _probes(
+def _read_probes(
     base: BaseModel, h: MENDHyperParams, probes: Iterable[Probe], answer: str | None = None
 ) -> tuple[Tokens, ...]:
     """Prompts with their answers, or with `answer` in place of each."""
@@ -159,22 +159,22 @@ def _rivals(
     if not h.cmargin:
         return {}
     known = [probe for probe in probes if probe.answer not in (None, example.target_new)]
-    rivals = _probes(base, h, known, example.target_new)
-    return dict(zip(_probes(base, h, known), rivals, strict=True))
+    rivals = _read_probes(base, h, known, example.target_new)
+    return dict(zip(_read_probes(base, h, known), rivals, strict=True))
 
 
 # Draws after which no text is borrowed for want of a fitting one.
 MOST_TRIES = 10
 
 # For each edit the same number of (role, text), the edit first; the role "" only fills up.
-Rows = list[list[tuple[str, Tokens]]]
+DrawnRows = list[list[tuple[str, Tokens]]]
 
 
 @dataclass(frozen=True)
-class Batch:
+class DrawnBatch:
     """The edits of a step, with their texts."""
 
-    rows: Rows
+    rows: DrawnRows
     at_once: int  # so many edits in a row share one update
     earlier: list[Tokens]  # edits made before these (`train_on: sequence`)
 
@@ -205,7 +205,7 @@ class Sampler:
         for lent in self.lent:
             self.by_relation.setdefault(lent[1], []).append(lent)
 
-    def draw(self) -> Batch:
+    def draw(self) -> DrawnBatch:
         """The next batch."""
         h, at_once = self.hparams, 1
         if h.train_on == "batch":
@@ -214,9 +214,9 @@ class Sampler:
         while len(self.order) < size:
             self.order += self._permutation(len(self.examples))
         index, self.order = self.order[:size], self.order[size:]
-        return Batch(self.texts(index), at_once, self._earlier())
+        return DrawnBatch(self.texts(index), at_once, self._earlier())
 
-    def texts(self, index: Sequence[int]) -> Rows:
+    def texts(self, index: Sequence[int]) -> DrawnRows:
         """The texts drawn for the examples of these numbers."""
         rows = [self._texts_of(self.examples[i]) for i in index]
         most = max(map(len, rows))

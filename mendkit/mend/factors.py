@@ -31,7 +31,7 @@ FACTOR_BATCH = 32
 SiteTensors = dict[str, tuple[Tensor, Tensor]]
 
 # Is told of countable work how much is done, and of how much.
-Report = Callable[[int, int], None]
+Told = Callable[[int, int], None]
 
 
 @dataclass(frozen=True)
@@ -163,7 +163,7 @@ class FactorCache:
         self.bytes = 0
         self.kept: dict[Tokens, SiteTensors] = {}
 
-    def fill(self, texts: Sequence[Tokens], report: Report | None = None) -> None:
+    def fill(self, texts: Sequence[Tokens], report: Told | None = None) -> None:
         """Compute and keep factors, shortest texts first, until the budget is spent."""
         order = sorted(set(texts), key=lambda text: (len(text.ids), text.key))
         for at in range(0, len(order) if self.budget else 0, FACTOR_BATCH):

@@ -21,7 +21,7 @@ from ..errors import MendkitError
 from ..hparams import MENDHyperParams
 from ..models.tokens import Tokens, collate
 from ..models.trunk import FrozenTrunk
-from .batches import RIVALS, Batch, Rows, Sampler, role_weights
+from .batches import RIVALS, DrawnBatch, DrawnRows, Sampler, role_weights
 from .distributed import Team
 from .factors import FactorCache, Factors, capture_factors
 from .hypernetwork import MEND
@@ -37,7 +37,7 @@ def batch_losses(
     trunk: FrozenTrunk,
     mend: MEND,
     factors: Factors,
-    rows: Rows,
+    rows: DrawnRows,
     *,
     at_once: int = 1,
     before: Updates | None = None,
@@ -85,7 +85,7 @@ def batch_losses(
     return losses
 
 
-def _in_a_row(rows: Rows) -> tuple[list[Tokens], dict[str, list[int]]]:
+def _in_a_row(rows: DrawnRows) -> tuple[list[Tokens], dict[str, list[int]]]:
     """All texts of the edits, and the places of each role among them."""
     places: dict[str, list[int]] = {role: [] for role in (*HEADLINE_ROLES, RIVALS, "")}
     texts: list[Tokens] = []
@@ -163,7 +163,7 @@ class Learner:
         self.optimiser.zero_grad(set_to_none=True)
         return row if finite else None
 
-    def _backward(self, batch: Batch) -> dict[str, float]:
+    def _backward(self, batch: DrawnBatch) -> dict[str, float]:
         """Add the gradient of a batch's loss; this process's part of the mean losses."""
         rows = self.team.share(batch.rows)
         whole, here = (Counter(role for r in some for role, _ in r) for some in (batch.rows, rows))
@@ -175,7 +175,7 @@ class Learner:
         told |= {role: float(loss.detach()) for role, loss in losses.items()}
         return {"loss": float(total.detach()), **told}
 
-    def losses(self, rows: Rows, at_once: int, earlier: Sequence[Tokens]) -> dict[str, Tensor]:
+    def losses(self, rows: DrawnRows, at_once: int, earlier: Sequence[Tokens]) -> dict[str, Tensor]:
         """Losses of a batch. After `earlier` edits each edit has one of these to keep."""
         edits = [drawn[0][1] for drawn in rows]
         if not earlier:

@@ -18,7 +18,7 @@ from .scoring import forced
 from .updates import Updates
 
 # The name of each role's share.
-SHARES = {
+SHARE_NAMES = {
     "edit": "edit_success",
     "paraphrases": "paraphrase",
     "neighbours": "neighbourhood",
@@ -44,8 +44,8 @@ def validate(
     also `ns`: neighbours whose own answer is more likely than the new one. `score`: the harmonic
     mean of those that the data have.
     """
-    shares: dict[str, list[float]] = {role: [] for role in SHARES}
-    losses: dict[str, list[float]] = {role: [] for role in SHARES}
+    shares: dict[str, list[float]] = {role: [] for role in SHARE_NAMES}
+    losses: dict[str, list[float]] = {role: [] for role in SHARE_NAMES}
     size = h.val_batch_size if at_once == 1 else at_once
     for at in range(0, len(examples), size):
         group = examples[at : at + size]
@@ -56,7 +56,7 @@ def validate(
         for role, share, loss in _read_under(trunk, group, updates, h.margin):
             shares[role].append(share)
             losses[role].append(loss)
-    found = {SHARES[role]: fmean(values) for role, values in shares.items() if values}
+    found = {SHARE_NAMES[role]: fmean(values) for role, values in shares.items() if values}
     means = {role: fmean(values) for role, values in losses.items() if values}
     weights = role_weights(h)
     return {

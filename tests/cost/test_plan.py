@@ -5,7 +5,7 @@ import json
 import pytest
 
 from mendkit.__main__ import main
-from mendkit.cost.plan import TOLERANCE, Phase, Plan, check_memory, plan, plan_table
+from mendkit.cost.plan import PLAN_TOLERANCE, Phase, Plan, check_memory, plan, plan_table
 from mendkit.data.files import read_examples
 from mendkit.errors import MendkitError
 from mendkit.hparams import MENDHyperParams
@@ -49,7 +49,7 @@ def test_peaks_are_those_measured_within_the_tolerance(name):
     found = plan(h, train_facts, read_examples("facts:validation", limit=count // 5))
     for phase, gigabytes in zip(found.phases, measured, strict=True):
         peak = IDLE + phase.peak / GB
-        assert peak == pytest.approx(IDLE + gigabytes, rel=TOLERANCE), phase.name
+        assert peak == pytest.approx(IDLE + gigabytes, rel=PLAN_TOLERANCE), phase.name
 
 
 def test_what_is_held_is_the_shapes_bytes(folder):
@@ -114,7 +114,7 @@ def test_nothing_to_plan_is_an_error():
 
 
 def test_training_is_refused_where_it_is_planned_to_need_more_than_is_free(folder, monkeypatch):
-    seen, need, within = [], 2 * GB, 1 + TOLERANCE
+    seen, need, within = [], 2 * GB, 1 + PLAN_TOLERANCE
     phases = (Phase("step", {"weights": GB, "working memory": GB}), Phase("loading", {}))
 
     def plan_of(h: MENDHyperParams, *_):
