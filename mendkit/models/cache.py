@@ -30,7 +30,7 @@ SHARD_BYTES = 16_000_000
 STALE_SECONDS = 3600
 """Older temporary files belong to a killed process: a shard is written in less than a minute."""
 
-Values = tuple[Tensor, ...]
+TextValues = tuple[Tensor, ...]
 """The tensors of one text, each (its length, width)."""
 
 
@@ -65,17 +65,17 @@ class TextCache:
         self._where: dict[bytes, Path] = {}
         self._seen: set[Path] = set()
 
-    def find(self, keys: Collection[bytes]) -> dict[bytes, Values]:
+    def find(self, keys: Collection[bytes]) -> dict[bytes, TextValues]:
         """The values of those keys that are on disk now, whoever wrote them."""
         self._look_for_new_shards()
         paths = {self._where[key] for key in keys if key in self._where}
-        found: dict[bytes, Values] = {}
+        found: dict[bytes, TextValues] = {}
         for path in sorted(paths):
             values = self._read(path)
             found.update((key, values[key]) for key in keys if key in values)
         return found
 
-    def add(self, values: Mapping[bytes, Values]) -> None:
+    def add(self, values: Mapping[bytes, TextValues]) -> None:
         """Write one shard."""
         rows = list(values.values())
         tensors = {
@@ -84,10 +84,10 @@ class TextCache:
         }
         for i, column in enumerate(zip(*rows, strict=True)):
             tensors[f"array{i}"] = torch.cat(column)
+        # One failure is told; after it nothing is tried again.
         if not self.writable or not self._make_room(sum(t.nbytes for t in tensors.values())):
             return
-        name = sha256(*values)[:32]
-        path = self.folder / f"trunk-{name}.safetensors"
+        path = self.folder / f"trunk-{sha256(*values)[:32]}.safetensors"
         try:
             atomically(path, lambda temporary: save_file(tensors, temporary))
         except (OSError, SafetensorError) as error:
@@ -106,7 +106,7 @@ class TextCache:
                 for key in self._tensors(path, "keys").get("keys", ()):
                     self._where[bytes(key.tolist())] = path
 
-    def _read(self, path: Path) -> dict[bytes, Values]:
+    def _read(self, path: Path) -> dict[bytes, TextValues]:
         """All values of a shard, as views of its memory map; none if it is damaged or gone."""
         tensors = self._tensors(path)
         if not tensors:
@@ -143,6 +143,7 @@ class TextCache:
             with suppress(OSError):
                 if time.time() - path.stat().st_mtime > STALE_SECONDS:
                     path.unlink()
+        # Reading a shard sets its time, so the oldest is the one that was not used for longest.
         shards = []
         for path in self.root.glob("*/trunk-*.safetensors"):
             with suppress(OSError):

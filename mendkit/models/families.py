@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from ..errors import DataError, ModelError
-from .sites import Site, find_stacks
+from .sites import Site, find_stacks, hidden_states
 
 CAUSAL, SEQ2SEQ, CLASSIFIER = "causal", "seq2seq", "classifier"
 ONE_LOGIT = (("REFUTES", "false", "0"), ("SUPPORTS", "true", "1"))
@@ -70,8 +70,8 @@ def probe_head(model: PreTrainedModel, ids: Int[Tensor, "1 t"]) -> Head:
     hidden: list[Tensor] = []
 
     def restart_graph(_: nn.Module, __: Any, output: Any) -> Any:
-        states = output[0] if isinstance(output, tuple) else output
-        hidden.append(states.detach().requires_grad_())
+        # From here on the graph begins anew, at the block's output.
+        hidden.append(hidden_states(output).detach().requires_grad_())
         return (hidden[-1], *output[1:]) if isinstance(output, tuple) else hidden[-1]
 
     gradient, length, position = None, ids.shape[1], None

@@ -78,5 +78,6 @@ def _values_sha256(base: BaseModel, tensors: Iterable[tuple[str, Tensor]]) -> st
 
 def _tokenizer_sha256(base: BaseModel) -> str:
     state = json.loads(base.tokenizer.backend_tokenizer.to_str())
+    # What the last call left in the tokenizer is no part of it.
     state["padding"] = state["truncation"] = None
     return sha256(json.dumps(state, sort_keys=True))

@@ -63,12 +63,11 @@ def describe(
         chosen = {site.name for site in resolve_sites(model, inner_params)}
     layers = []
     for site in resolve_sites(model, names):
-        shape = (site.d_in, site.d_out) if site.transposed else (site.d_out, site.d_in)
         layers.append(
             Layer(
                 name=site.name,
                 kind="Conv1D" if site.transposed else "Linear",
-                shape=shape,
+                shape=tuple(model.get_parameter(site.name).shape),
                 block=site.block,
                 parameters=site.d_in * site.d_out,
                 mlp=site.name in mlp,
@@ -97,15 +96,15 @@ def table(listing: Listing, *, everything: bool) -> str:
         lines.append(
             f"{mark} {row.kind:7} {shape:>15} {block:>5} {row.parameters:>12,}  {row.name}"
         )
-    lines.append(_summary("*  inner_params: auto", auto))
+    lines.append(_layer_count("*  inner_params: auto", auto))
     if named != auto:
-        lines.append(_summary("+  the inner_params given", named))
+        lines.append(_layer_count("+  the inner_params given", named))
     hidden = len(listing.layers) - len(shown)
     if hidden:
         lines.append(f"   --all shows {hidden} more layers that may be edited")
     return "\n".join(lines)
 
 
-def _summary(words: str, layers: Sequence[Layer]) -> str:
+def _layer_count(words: str, layers: Sequence[Layer]) -> str:
     total = sum(layer.parameters for layer in layers)
     return f"{words}: {len(layers)} layer{'s' * (len(layers) != 1)}, {total:,} parameters"

@@ -78,10 +78,13 @@ def load_model(
     start, target = time.perf_counter(), choose_device(device)
     remote = {"trust_remote_code": trust_remote_code}
     with silence_transformers():
+        # 1. Where the model is, and of which family.
         place = locate(source)
         loader = loader_of(read_config(place, **remote), place)
+        # 2. What is wrong with the tokenizer shows before the weights are read.
         found = read_tokenizer(place, tokenizer, **remote)
         model = read_model(place, loader, dtype=dtype, **remote).to(target)
+        # 3. The edit sites, and the files that single weights may be read from later.
         weights = Weights.of(place, model.base_model_prefix)
         base = BaseModel(
             model, found, name=_name_of(place), inner_params=inner_params, weights=weights
@@ -129,6 +132,7 @@ def load_streamed(hparams: MENDHyperParams) -> BaseModel:
                 f"{name}: no list of blocks lies below the edits, so nothing can be streamed; "
                 f"{WHOLE}"
             )
+        # Every weight above the trunk is read now; the trunk's stay in their files.
         below = trunk_names(model, found[0], min(numbers))
         fill_rest(model, below, weights, target)
         empty_out(model, below, target)

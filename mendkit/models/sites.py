@@ -47,6 +47,11 @@ class Site:
     scored_only: bool  # only positions that predict a scored token can receive a gradient
 
 
+def hidden_states(output: Any) -> torch.Tensor:
+    """What a block returns: its hidden states, or a tuple that begins with them."""
+    return output[0] if isinstance(output, tuple) else output
+
+
 @dataclass(frozen=True)
 class Blocks:
     """The chain of decoder blocks that holds all sites."""
@@ -130,7 +135,7 @@ def probe_chain(model: PreTrainedModel, blocks: nn.ModuleList, token: int) -> bo
     for _, given, output in calls:
         if given is not states or not isinstance(given, torch.Tensor):
             return None
-        states = output[0] if isinstance(output, tuple) else output
+        states = hidden_states(output)
     return isinstance(output, tuple)
 
 
@@ -169,8 +174,9 @@ def editable_names(model: PreTrainedModel) -> list[str]:
     uses = Counter(map(id, parameters.values()))
     names = []
     for path, module in model.named_modules():
-        weight = parameters[f"{path}.weight"] if _is_linear(module) else None
-        if weight is not None and weight.dtype in _FLOATS and uses[id(weight)] == 1:
+        weight = parameters.get(f"{path}.weight")
+        # A weight that several layers share is left out: an edit would change all of them.
+        if _is_linear(module) and weight.dtype in _FLOATS and uses[id(weight)] == 1:
             names.append(f"{path}.weight")
     return names
 
@@ -228,7 +234,10 @@ def _attention_count(module: nn.Module) -> int:
     """How many modules inside attend, not counting the parts of one that does."""
     count = 0
     for name, child in module.named_children():
-        count += 1 if _is_attention(name, child) else _attention_count(child)
+        if _is_attention(name, child):
+            count += 1
+        else:
+            count += _attention_count(child)
     return count
 
 
@@ -259,7 +268,9 @@ def _site(model: PreTrainedModel, name: str, stacks: dict[str, nn.ModuleList]) -
     path = name.rpartition(".")[0]
     module = model.get_submodule(path)
     transposed = isinstance(module, Conv1D)
-    d_out, d_in = reversed(module.weight.shape) if transposed else module.weight.shape
+    d_out, d_in = module.weight.shape
+    if transposed:
+        d_in, d_out = d_out, d_in
     index, scored_only = None, False
     for stack, blocks in stacks.items():
         if _inside(path, stack):

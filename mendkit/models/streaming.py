@@ -127,7 +127,7 @@ def is_hollow(value: Tensor) -> bool:
     return value.is_meta or (value.numel() > 1 and not any(value.stride()))
 
 
-def put(model: nn.Module, names: Sequence[str], value: Tensor) -> None:
+def set_parameter(model: nn.Module, names: Sequence[str], value: Tensor) -> None:
     """Make one new parameter of `value` under all these names."""
     parameter = nn.Parameter(value, requires_grad=False)
     for name in names:
@@ -152,7 +152,7 @@ def fill_rest(
             # A tied parameter is stored under one of its names.
             stored = next((name for name in names if name in weights), names[0])
             value = weights.read(stored, model.get_parameter(stored).dtype)
-            put(model, names, value.to(device))
+            set_parameter(model, names, value.to(device))
     for name, value in list(model.named_buffers()):
         module, _, leaf = name.rpartition(".")
         if name in weights:
@@ -166,7 +166,7 @@ def empty_out(model: PreTrainedModel, names: Sequence[str], device: torch.device
     for name in names:
         value = model.get_parameter(name)
         zero = torch.zeros((), dtype=value.dtype, device=device).expand(value.shape)
-        put(model, [name], zero if value is table else value.to("meta"))
+        set_parameter(model, [name], zero if value is table else value.to("meta"))
 
 
 def trunk_names(model: PreTrainedModel, path: str, first: int) -> list[str]:
@@ -189,8 +189,10 @@ def present(
     with ExitStack() as stack:
         for name in names:
             hollow = model.get_parameter(name)
-            stack.callback(put, model, [name], hollow.data)
-            put(model, [name], weights.read(name, hollow.dtype).to(device))
+            stack.callback(
+                set_parameter, model, [name], hollow.data
+            )  # on leaving it is hollow again
+            set_parameter(model, [name], weights.read(name, hollow.dtype).to(device))
         yield
 
 

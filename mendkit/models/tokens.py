@@ -61,8 +61,8 @@ def tokenize(
     ordinary = [p for p, special in enumerate(encoded["special_tokens_mask"]) if not special]
     _check_length(text, ids, max_length)
     if answer is None:
-        last = ordinary[-1] if ordinary else len(ids) - 1
-        return Tokens(tuple(ids), (last,))
+        # The next token follows the last ordinary one, not a special token behind it.
+        return Tokens(tuple(ids), ([len(ids) - 1, *ordinary][-1],))
 
     # A token belongs to the answer if it ends there. Its start does not tell: some tokenizers leave
     # the space before a word out of its offsets, others give a space no offsets at all.
@@ -176,10 +176,10 @@ def collate(texts: Sequence[Tokens], pad_id: int, device: torch.device | str = "
     """Right-pad texts into one batch."""
     ids = pad_rows([text.ids for text in texts], pad_id, device=device)
     mask = pad_rows([[1] * len(text.ids) for text in texts], 0, device=device)
-    decoder = None
-    if texts[0].decoder:
-        decoder = pad_rows([text.decoder for text in texts], pad_id, device=device)
-    scored = torch.zeros((ids if decoder is None else decoder).shape, dtype=torch.bool)
+    read, decoder = ids, None
+    if texts[0].decoder:  # positions are the decoder's
+        read = decoder = pad_rows([text.decoder for text in texts], pad_id, device=device)
+    scored = torch.zeros(read.shape, dtype=torch.bool)
     targets: list[int] = []
     for row, text in enumerate(texts):
         scored[row, list(text.scored)] = True

@@ -11,7 +11,6 @@ v vocabulary.
 """
 
 import copy
-import hashlib
 import logging
 import random
 from collections.abc import Callable, Iterator, Sequence
@@ -24,10 +23,12 @@ from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
 from ..errors import ModelError
+from ..runs import sha256
 from .base import BaseModel
 from .cache import SHARD_BYTES, TextCache
 from .families import CLASSIFIER
 from .fingerprint import weights_sha256
+from .sites import hidden_states
 from .streaming import present, standing_in, trunk_names
 from .tokens import TextBatch, Tokens, collate
 
@@ -134,7 +135,9 @@ class FrozenTrunk:
             logger.info("trunk: %d texts read from %s", len(missing) - len(left), self.cache.folder)
         # 3. The others are computed by shards. A streamed model takes all of them at once, because
         #    each call reads its blocks from the disk.
-        portions = [left] if left and self.base.released else list(self._shards(left))
+        portions = list(self._shards(left))
+        if self.base.released and left:
+            portions = [left]
         if self.cache is not None:
             # Processes that fill the same texts at once share the work if their order differs.
             random.SystemRandom().shuffle(portions)
@@ -190,6 +193,7 @@ class FrozenTrunk:
             reference = logits
             if self.base.family != CLASSIFIER:
                 reference = leaving[batch.scored.to(leaving.device)]
+            # Packed rows are cut into texts again.
             states = packed.split([len(text.ids) for text in group])
             references = reference.cpu().split([len(text.scored) for text in group])
             for text, *values in zip(group, states, references, strict=True):
@@ -235,14 +239,16 @@ class FrozenTrunk:
         the place of both. The output layer runs on no position.
         """
         blocks = self.base.blocks
-        first, last = (blocks.first, blocks.last) if alone is None else (alone, alone)
+        first, last = blocks.first, blocks.last
+        if alone is not None:
+            first = last = alone
         seen: dict[str, Tensor] = {}
 
         def entering(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
             seen["in"] = args[0] if args else kwargs["hidden_states"]
 
         def leaving(_: nn.Module, __: Any, output: Any) -> None:
-            seen["out"] = output[0] if isinstance(output, tuple) else output
+            seen["out"] = hidden_states(output)
 
         modules = self.base.model.get_submodule(blocks.path)
         others: AbstractContextManager[None] = nullcontext()
@@ -298,4 +304,4 @@ def _unpacked(packed: Tensor, keep: Bool[Tensor, "n t"]) -> Float[Tensor, "n t d
 
 def _digest(text: Tokens) -> bytes:
     """What a text's values are found by on disk."""
-    return hashlib.sha256(repr(text.key).encode()).digest()[:16]
+    return bytes.fromhex(sha256(repr(text.key))[:32])
