@@ -255,8 +255,8 @@ def load_edits(path: str | Path, base: BaseModel) -> list[tuple[Edit, bool]]:
         updates: Updates = {}
         for name in record.sites:
             with damage_named(path):
-                update = _take_update(tensors, f"{index}/{name}", sites[name])
-            updates[name] = update.to(base.device)
+                update = _take_update(tensors, f"{index}/{name}", sites[name], base.device)
+            updates[name] = update
         edit = Edit(checked, updates, record.examples, strength=record.strength)
         edit.archive = record.archive_sha256
         loaded.append((edit, record.active))
@@ -265,7 +265,9 @@ def load_edits(path: str | Path, base: BaseModel) -> list[tuple[Edit, bool]]:
     return loaded
 
 
-def _take_update(tensors: dict[str, Tensor], place: str, site: Site) -> LowRankUpdate:
+def _take_update(
+    tensors: dict[str, Tensor], place: str, site: Site, device: torch.device
+) -> LowRankUpdate:
     """The update at one site, taken out of a file's tensors. Raises ValueError or KeyError if it is none."""
     u, delta, c = (tensors.pop(f"{place}/{part}") for part in ("u", "delta", "coefficient"))
     for tensor in (u, delta, c):
@@ -274,7 +276,7 @@ def _take_update(tensors: dict[str, Tensor], place: str, site: Site) -> LowRankU
     shapes = ((*u.shape[:2], site.d_in), (*u.shape[:2], site.d_out), ())
     if (u.shape, delta.shape, c.shape) != shapes:
         raise ValueError(f"the update of {site.name} has other shapes")
-    return LowRankUpdate(u, delta, c)
+    return LowRankUpdate(u.to(device), delta.to(device), c.to(device))
 
 
 def _as_tensor(coefficient: Tensor | float) -> Tensor:

@@ -1,20 +1,21 @@
-"""MEND: a hypernetwork that maps an edit's gradient factors to a better low-rank update (Mitchell et al., ICLR 2022).
+"""MEND: a hypernetwork from gradient factors to a better low-rank update (Mitchell et al., 2022).
 
-Section 3.2 for each token of a layer, with u and delta from factors.py:
+Section 3.2, for each token of a layer:
 
-    z = [norm(u); norm(delta)]                             normalise (normaliser.py)
-    h = z + max(0, s ⊙ (U V z + b) + o)                    transform: equation 3, block after block; [ũ; δ̃] = h
-    ΔW = −α Σ_t δ̃_t ũ_tᵀ                                   scale: Algorithm 2; α, s, o: one for each layer
+    z = [norm(u); norm(delta)]                      normalise (normaliser.py)
+    [ũ; δ̃] = z + max(0, s ⊙ (U V z + b) + o)        transform: equation 3, block after block
+    ΔW = −α Σ_t δ̃_t ũ_tᵀ                            scale: Algorithm 2 (α, s, o: one for each layer)
 
-With `combine: false` u and delta pass through separate blocks, or one of them as it is (`x_only`, `delta_only`;
-`one_sided`: the wider of the two). With `shared: false` each layer has its blocks, without s and o.
-
-Kept from the authors' implementation: `n_hidden: 1` means two blocks, the last block clamps too, the clamp passes the
-gradient at 0 (U starts at zero: the first output is the identity), `init: xavier` has no residual path, all layers of a
-shape share a transform. Decisions of ours: V is Xavier-uniform (`init: id_xavier`, the paper's appendix), statistics
-are per layer, log α is learned with a learning rate of its own, the sign is fixed (CORRECTNESS rows 1–9).
+`combine: false`: u and delta have separate blocks, or one of them has (`x_only`, `delta_only`,
+`one_sided`). `shared: false`: each layer has its blocks, without s and o.
 Axes: n tokens of all edits (packed), i layer input, o layer output, d = i + o.
 """
+
+# Kept from the authors' implementation: `n_hidden: 1` means two blocks, the last block clamps too,
+# the clamp passes the gradient at 0 (U starts at zero: the first output is the identity),
+# `init: xavier` has no residual path, all layers of a shape share a transform. Decisions of ours:
+# V is Xavier-uniform (`init: id_xavier`, the paper's appendix), statistics are per layer, log α is
+# learned with a learning rate of its own, the sign is fixed (CORRECTNESS rows 1–9).
 
 from collections.abc import Callable, Iterable, Sequence
 
@@ -30,32 +31,26 @@ from .normaliser import RunningMoments, StoredMoments, Whitening
 from .updates import LowRankUpdate, Updates, padded
 
 PARTS = (":u", ":delta")
-"""What the names of separate blocks end with; combined blocks have the bare name of their group."""
+"""What the names of separate blocks end with; combined ones have the group's bare name."""
 
 Wordings = tuple[Inputs, Int[Tensor, " n"], Bool[Tensor, " n"]]
-"""Layer inputs, the group of each (−1: none), and whether it predicts an answer's first token."""
+"""Layer inputs, the group of each (−1: none), whether it predicts an answer's first token."""
 
 Pairs = dict[str, tuple[Tensor, Tensor]]
-"""By site name what has become of u (n, i) and delta (n, o)."""
+"""u (n, i) and delta (n, o), or what became of them, by site name."""
 
 
 class LowRankResidual(nn.Module):
     """One block: z + max(0, s ⊙ (U V z + b) + o), with s and o of each token's layer (equation 3).
 
-    `n_layers` None: a block of one layer, without s and o. `init: xavier` draws U, too, and leaves out the `z +`.
+    `n_layers` None: without s and o. `init: xavier` draws U, too, and leaves out the `z +`.
     """
 
     def __init__(
-        self,
-        width: int,
-        rank: int,
-        n_layers: int | None,
-        *,
-        init: str,
-        generator: torch.Generator,
+        self, width: int, n_layers: int | None, h: MENDHyperParams, generator: torch.Generator
     ) -> None:
         super().__init__()
-        rank = min(rank, width)
+        rank = min(h.rank or width, width)
         self.V = nn.Parameter(torch.empty(rank, width))
         self.U = nn.Parameter(torch.zeros(width, rank))
         self.bias = nn.Parameter(torch.zeros(width))
@@ -63,11 +58,11 @@ class LowRankResidual(nn.Module):
         if n_layers is not None:
             self.scale = nn.Parameter(torch.ones(n_layers, width))
             self.shift = nn.Parameter(torch.zeros(n_layers, width))
-        self.residual = init != "xavier"
+        self.residual = h.init != "xavier"
         if not self.residual:
             gain = nn.init.calculate_gain("relu")
             nn.init.xavier_uniform_(self.U, gain=gain, generator=generator)
-        if init == "id":
+        if h.init == "id":
             nn.init.normal_(self.V, generator=generator)
         else:
             nn.init.xavier_uniform_(self.V, generator=generator)
@@ -83,51 +78,44 @@ class LowRankResidual(nn.Module):
 
 
 class MEND(nn.Module):
-    """The hypernetwork for a tuple of edit sites, in float32; statistics are buffers in float64.
+    """The hypernetwork for a tuple of edit sites.
 
-    `shared: true` uses one stack of blocks for all sites of a shape. The step size α of a site is `edit_lr_unit` ·
-    exp(`log_edit_lr`): the unit is 1, or an imported step size, which may be negative.
+    The step size α of a site is `edit_lr_unit` · exp(`log_edit_lr`). The unit is 1, or an imported step
+    size, which may be negative.
     """
 
     def __init__(self, sites: Sequence[Site], hparams: MENDHyperParams) -> None:
         super().__init__()
         self.sites, self.hparams = tuple(sites), hparams
-        self.groups: dict[str, list[str]] = {}
+        self.groups: dict[str, list[str]] = {}  # site names by group
+        self.stats_of: dict[str, str] = {}  # keys of `moments` and `others` by site name
         self.blocks, self.moments = nn.ModuleDict(), nn.ModuleDict()
+        first: dict[str, Site] = {}
         for site in self.sites:
-            self.groups.setdefault(group_name(site, hparams.shared), []).append(site.name)
-        by_name = {site.name: site for site in self.sites}
+            group = group_name(site, hparams.shared)
+            first.setdefault(group, site)
+            self.groups.setdefault(group, []).append(site.name)
+            self.stats_of[site.name] = stats_name(site, hparams)
+            normalisers = {"u": _inputs_normaliser(site.d_in, hparams)}
+            normalisers["delta"] = _moments(site.d_out, hparams)
+            self.moments[self.stats_of[site.name]] = nn.ModuleDict(normalisers)
         generator = torch.Generator().manual_seed(hparams.seed)
         for group, names in self.groups.items():
             n_layers = len(names) if hparams.shared else None
-            for part, width in transformed(by_name[names[0]], hparams).items():
-                self.blocks[group + part] = self._stack(width, n_layers, generator)
-        for site in self.sites:
-            parts = {"u": self._normaliser(site.d_in, inputs=True)}
-            parts["delta"] = self._normaliser(site.d_out, inputs=False)
-            self.moments[stats_name(site, hparams)] = nn.ModuleDict(parts)
+            for part, width in transformed(first[group], hparams).items():
+                stack = nn.ModuleList()
+                for _ in range(hparams.n_hidden + 1):
+                    stack.append(LowRankResidual(width, n_layers, hparams, generator))
+                self.blocks[group + part] = stack
         start = torch.full((len(self.sites),), float(hparams.edit_lr))
         self.log_edit_lr = nn.Parameter(start.log())
         self.register_buffer("edit_lr_unit", torch.ones(len(self.sites)))
         if hparams.aggregate == "least_squares":
             self.others = nn.ModuleDict()
             for site in self.sites:
-                self.others[stats_name(site, hparams)] = OtherKeys(site.d_in)
+                self.others[self.stats_of[site.name]] = OtherKeys(site.d_in)
             ridges = torch.tensor([hparams.ridge, hparams.ridge_shared])
             self.log_ridge = nn.Parameter(ridges.log().repeat(len(self.sites), 1))
-
-    def _stack(self, width: int, n_layers: int | None, generator: torch.Generator) -> nn.ModuleList:
-        h, blocks = self.hparams, nn.ModuleList()
-        for _ in range(h.n_hidden + 1):
-            rank = h.rank or width
-            blocks.append(LowRankResidual(width, rank, n_layers, init=h.init, generator=generator))
-        return blocks
-
-    def _normaliser(self, width: int, *, inputs: bool) -> RunningMoments | Whitening:
-        h = self.hparams
-        if inputs and h.whiten is not None:
-            return Whitening(width, h.whiten, pairs=h.whiten_pairs, unit_response=h.unit_response)
-        return StoredMoments(width, h.std_eps) if h.std_eps else RunningMoments(width)
 
     def steps(self) -> Float[Tensor, " s"]:
         """The step sizes α in the order of the sites; gradients flow through them."""
@@ -136,8 +124,8 @@ class MEND(nn.Module):
     @property
     def edit_lrs(self) -> dict[str, float]:
         """The learned step size α of every site."""
-        names = (site.name for site in self.sites)
-        return dict(zip(names, self.steps().detach().tolist(), strict=True))
+        steps = self.steps().detach().tolist()
+        return {site.name: step for site, step in zip(self.sites, steps, strict=True)}
 
     # ------------------------------------------------------------------------------------ an edit
 
@@ -150,10 +138,9 @@ class MEND(nn.Module):
         memory: Memory | None = None,
         gather: Sequence[str] = (),
     ) -> Updates:
-        """Updates of `n_edits` independent edits, or one for each `at_once` in a row, from packed factors.
+        """Updates of `n_edits` independent edits, or one for each `at_once` in a row.
 
-        With `aggregate: least_squares` a single update makes what the edits in `memory` leave to be done, and joins
-        them. `gather`: as `normalise`.
+        `memory`: earlier edits of a sequence (least squares); `gather`: as `normalise`.
         """
         normalised = self.normalise(factors, gather)
         transformed = self.transform(normalised)
@@ -165,20 +152,19 @@ class MEND(nn.Module):
     def normalise(self, factors: Factors, gather: Sequence[str] = ()) -> Pairs:
         """norm(u) and norm(delta) of every site.
 
-        With `gather`, all sites' names, the statistics run on, as the authors' code does while it trains: layer by
-        layer in this order, tokens join them just before they are normalised (not those of `whiten`).
+        With `gather`, all sites' names, the statistics run on (but those of `whiten`), as in the authors'
+        code: layer by layer in this order, tokens join them before they are normalised.
         """
-        by_name = {site.name: site for site in self.sites}
         normalised: Pairs = {}
-        for name in gather or by_name:
+        for name in gather or self.stats_of:
             if gather:
-                self._add(by_name[name], factors[name], once_fitted=True)
-            normalised[name] = self._normalised(by_name[name], factors[name])
+                self._add(name, factors[name], once_fitted=True)
+            normalised[name] = self._normalised(name, factors[name])
         return normalised
 
     def transform(self, normalised: Pairs) -> Pairs:
         """ũ and δ̃ of every site; a group's layers pass through its blocks together."""
-        transformed: Pairs = {}
+        moved: Pairs = {}
         for group, names in self.groups.items():
             us, deltas = zip(*(normalised[name] for name in names), strict=True)
             counts = [len(u) for u in us]
@@ -191,8 +177,8 @@ class MEND(nn.Module):
                 u = self._through(group + PARTS[0], u, counts)
                 delta = self._through(group + PARTS[1], delta, counts)
             pairs = zip(u.split(counts), delta.split(counts), strict=True)
-            transformed |= zip(names, pairs, strict=True)
-        return transformed
+            moved |= zip(names, pairs, strict=True)
+        return moved
 
     def scale(self, transformed: Pairs, factors: Factors, n_edits: int) -> Updates:
         """ΔW = −α Σ_t δ̃_t ũ_tᵀ of every edit and site."""
@@ -211,15 +197,13 @@ class MEND(nn.Module):
         return z
 
     def _normalised(
-        self, site: Site, factors: GradientFactors
+        self, name: str, factors: GradientFactors
     ) -> tuple[Float[Tensor, "n i"], Float[Tensor, "n o"]]:
         h = self.hparams
         if not h.norm:
             return factors.u, factors.delta
-        moments, limits = (
-            self.moments[stats_name(site, h)],
-            {"floor": h.std_floor, "clip": h.z_clip},
-        )
+        moments = self.moments[self.stats_of[name]]
+        limits = {"floor": h.std_floor, "clip": h.z_clip}
         delta = moments["delta"].normalise(factors.delta, **limits)
         if h.whiten_pairs:
             # only scored tokens make the update: an edit's first one predicts its answer's first
@@ -232,17 +216,11 @@ class MEND(nn.Module):
     ) -> Updates:
         """One update for each `at_once` edits in a row, by least squares."""
         solved: Updates = {}
-        for site, log_ridge in zip(self.sites, self.log_ridge, strict=True):
-            each, rows = updates[site.name], factors[site.name].rows
-            solved[site.name] = put_together(
-                site.name,
-                each,
-                padded(factors[site.name].u, rows, len(each)),
-                self.others[stats_name(site, self.hparams)],
-                log_ridge.exp().double(),
-                at_once=at_once,
-                memory=memory,
-            )
+        for (name, each), log_ridge in zip(updates.items(), self.log_ridge, strict=True):
+            keys = padded(factors[name].u, factors[name].rows, len(each))
+            other, ridge = self.others[self.stats_of[name]], log_ridge.exp().double()
+            options = {"at_once": at_once, "memory": memory}
+            solved[name] = put_together(name, each, keys, other, ridge, **options)
         if memory is not None and len(each) == at_once:
             memory.edits += at_once
         return solved
@@ -256,30 +234,29 @@ class MEND(nn.Module):
         *,
         total: Callable[[Tensor], Tensor] | None = None,
     ) -> None:
-        """Gather the normaliser's statistics from training factors; they stay frozen afterwards.
+        """Gather the statistics from training factors; they stay frozen afterwards.
 
-        With `whiten_pairs` the statistics of u come from `wordings` instead, and with `aggregate: least_squares` so do
-        the keys to keep. Where several processes gather, `total` sums a tensor over them.
+        `wordings` give those of u with `whiten_pairs`, and the keys to keep with least squares. Where
+        several processes gather, `total` sums a tensor over them.
         """
         for factors in batches:
-            for site in self.sites:
-                self._add(site, factors[site.name])
+            for name in self.stats_of:
+                self._add(name, factors[name])
         for inputs, groups, first in wordings:
             if self.hparams.whiten_pairs:
-                for site in self.sites:
-                    whitening = self.moments[stats_name(site, self.hparams)]["u"]
-                    whitening.add(inputs[site.name], groups, first)
+                for name, stats in self.stats_of.items():
+                    self.moments[stats]["u"].add(inputs[name], groups, first)
             self._add_keys(inputs)
         for module in self.modules():
-            if total is not None and isinstance(module, (RunningMoments, Whitening, OtherKeys)):
+            if total is not None and hasattr(module, "merge"):
                 module.merge(total)
-            if isinstance(module, (Whitening, OtherKeys)):
+            if hasattr(module, "fit"):
                 module.fit()
 
     def with_least_squares(
         self, inputs: Iterable[Inputs], *, ridge: float, ridge_shared: float
     ) -> "MEND":
-        """A copy that puts many edits together by least squares; `inputs` are the keys to spare."""
+        """A copy that solves least squares; `inputs` are the keys to spare."""
         h = self.hparams.replace(aggregate="least_squares", ridge=ridge, ridge_shared=ridge_shared)
         made = MEND(self.sites, h).to(self.log_edit_lr.device)
         state = {name: value.clone() for name, value in self.state_dict().items()}
@@ -292,19 +269,29 @@ class MEND(nn.Module):
 
     def _add_keys(self, inputs: Inputs) -> None:
         if self.hparams.aggregate == "least_squares":
-            for site in self.sites:
-                self.others[stats_name(site, self.hparams)].add(inputs[site.name])
+            for name, stats in self.stats_of.items():
+                self.others[stats].add(inputs[name])
 
-    def _add(self, site: Site, factors: GradientFactors, *, once_fitted: bool = False) -> None:
-        moments = self.moments[stats_name(site, self.hparams)]
+    def _add(self, name: str, factors: GradientFactors, *, once_fitted: bool = False) -> None:
+        moments = self.moments[self.stats_of[name]]
         runs_on = isinstance(moments["u"], RunningMoments)
         if runs_on or not (once_fitted or self.hparams.whiten_pairs):
             moments["u"].add(factors.u)
         moments["delta"].add(factors.delta)
 
 
+def _moments(width: int, h: MENDHyperParams) -> RunningMoments:
+    return StoredMoments(width, h.std_eps) if h.std_eps else RunningMoments(width)
+
+
+def _inputs_normaliser(width: int, h: MENDHyperParams) -> RunningMoments | Whitening:
+    if h.whiten is None:
+        return _moments(width, h)
+    return Whitening(width, h.whiten, pairs=h.whiten_pairs, unit_response=h.unit_response)
+
+
 def transformed(site: Site, h: MENDHyperParams) -> dict[str, int]:
-    """Which stacks of blocks a site needs: the end of the name, and the width."""
+    """The stacks of blocks that a site needs: the name's end, and the width."""
     if h.combine:
         return {"": site.d_in + site.d_out}
     u, delta = {PARTS[0]: site.d_in}, {PARTS[1]: site.d_out}

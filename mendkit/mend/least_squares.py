@@ -1,17 +1,13 @@
 """Many edits in one weight change: least squares in place of the sum of MEND's updates.
 
-Each edit alone asks for a shift d = ΔW_e k of the layer's output at its own keys k (inputs of the layer). In a sum of
-updates every key gets the shifts of all edits. Here one ΔW answers all tokens t of all edits:
+Each edit alone asks for a shift d = ΔW_e k of the layer's output at its keys k (inputs of the layer).
+In a sum of updates every key gets the shifts of all edits. One ΔW for the tokens t of all edits solves
 
     min_ΔW  Σ_t ‖ΔW k_t − d_t‖² / λ_k  +  Σ_t ‖ΔW ŷ_t − d_t‖² / λ_y  +  tr(ΔW C ΔWᵀ)
 
-ŷ = C ũ (k·ũ) / (ũᵀ C ũ) is the part of k along MEND's ũ, which stands for what a fact's wordings share. C = E[x xᵀ]
-over the keys of other prompts keeps their shift small, as in MEMIT (Meng et al., 2023, equation 14), with the values of
-MALMEN (Tan et al., 2024, section 4.1). The ridges λ are relative to the size of their keys, and learned. λ_y grows with
-the number of edits, for what other wordings have besides ŷ adds to the last term once an edit.
-
-In a sequence C grows by the keys of the edits so far (`Memory`), and a new edit makes what they leave of its shift.
-This is recursive least squares: the result is the solution for all edits together.
+as MEMIT (Meng et al., 2023, equation 14), with the values of MALMEN (Tan et al., 2024, section 4.1).
+ŷ = C ũ (k·ũ) / (ũᵀ C ũ) is the part of k along MEND's ũ, for what a fact's wordings share; C = E[x xᵀ]
+is over other prompts' keys, whose shift stays small. The ridges λ are learned, relative to their keys.
 Axes: b updates, t tokens of an update (zero rows are padding), i layer input, o layer output.
 """
 
@@ -25,7 +21,7 @@ from torch import Tensor, nn
 from .updates import LowRankUpdate
 
 FLOOR = 0.02
-"""Floor on C's eigenvalues as a share of their mean: directions that few prompts use cost something, too."""
+"""Floor on C's eigenvalues as a share of their mean: rare directions cost something, too."""
 
 
 @dataclass
@@ -49,19 +45,19 @@ class OtherKeys(nn.Module):
 
     @torch.no_grad()
     def add(self, x: Float[Tensor, "n i"]) -> None:
-        """Gather rows; `fit` makes use of them."""
+        """Gather rows for `fit`."""
         self._sum = x.double().T @ x.double() + self._sum
         self.count += len(x)
 
     @torch.no_grad()
     def merge(self, total: Callable[[Tensor], Tensor]) -> None:
-        """Join the rows that several processes gathered: `total` sums a tensor over them."""
+        """Join the rows of several processes: `total` sums a tensor over them."""
         self._sum = total(torch.zeros_like(self.moment, dtype=torch.float64) + self._sum)
         self.count.copy_(total(self.count))
 
     @torch.no_grad()
     def fit(self) -> None:
-        """Compute C from the rows gathered, and forget them."""
+        """Compute C from the rows gathered."""
         moment = self._sum / self.count
         self.moment.copy_(
             moment + FLOOR * moment.diagonal().mean() * torch.eye(len(moment)).to(moment)
@@ -86,10 +82,10 @@ def solve(
     *,
     memory: Float[Tensor, "i i"] | None = None,
 ) -> tuple[Float[Tensor, "b 2*t i"], Float[Tensor, "b 2*t i"], Float[Tensor, "b 2*t"]]:
-    """The u for which ΔW = Σ_t d_t u_tᵀ solves the least squares, its keys z = [k; ŷ], and their ridges.
+    """The u of the solution ΔW = Σ_t d_t u_tᵀ, its keys z = [k; ŷ], and their ridges.
 
-    `shared` is ũ. `ridge` (λ_k, λ_y) is in units of the mean kᵀC⁻¹k of an update and of each ŷᵀC⁻¹ŷ. `memory` is
-    the inverse of C and earlier keys. Solved in float64 in the number of tokens, or in the width where that is smaller.
+    `shared` is ũ; `ridge` is relative to the mean kᵀC⁻¹k of an update and each ŷᵀC⁻¹ŷ; `memory` is the
+    inverse of C with earlier keys.
     """
     k, s, c, t = keys.double(), shared.double(), other.moment.double(), keys.shape[1]
     # 1. The keys z = [k; ŷ].
@@ -129,13 +125,15 @@ def put_together(
     at_once: int,
     memory: Memory | None = None,
 ) -> LowRankUpdate:
-    """One update for each `at_once` edits in a row, from the update and the keys of each, at site `name`.
+    """One update for each `at_once` edits in a row, from each one's update and keys at a site.
 
-    A single one joins `memory`, and makes what the weight changes that `memory` holds leave of its shifts.
+    With `memory` a single one makes what earlier edits leave of its shifts, and joins them: recursive
+    least squares, so that edits in sequence give the solution for all at once.
     """
     # 1. The shift that each edit asks for at its own keys.
     asked = LowRankUpdate(keys, update.branch(keys), 1.0).merged(at_once)
-    # 2. The least squares over the edits made at once, on top of the earlier ones.
+    # 2. The least squares. λ_y grows with the number of edits, for what other wordings have
+    #    besides ŷ adds to the last term once an edit.
     earlier = memory or Memory()
     before = earlier.inverse.get(name)
     ridge = ridge * ridge.new_tensor([1, earlier.edits + at_once])

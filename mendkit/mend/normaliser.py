@@ -1,8 +1,7 @@
-"""The normaliser: the statistics by which u and delta enter the hypernetwork (MEND, section 3.2).
+"""The normaliser: statistics by which u and delta enter the hypernetwork (MEND, section 3.2).
 
-Each feature is centred and divided by its standard deviation: norm(x) = (x − mean) / std. Statistics are gathered over
-training factors and then frozen; all state is in buffers. Decisions of ours: a floor on the std, a clip on the result
-(CORRECTNESS rows 3–6), and, with `whiten`, keys in place of the normalised inputs.
+norm(x) = (x − mean) / std, feature by feature. Statistics are gathered over training factors and
+then frozen. Ours: a floor on the std, a clip on the result (CORRECTNESS rows 3–6), and `whiten`.
 Axes: n tokens (packed), d features.
 """
 
@@ -19,9 +18,9 @@ LEAST_RESPONSE = 0.2
 
 
 class RunningMoments(nn.Module):
-    """Mean and variance of each feature, merged batch by batch (Chan, Golub & LeVeque 1979) in float64.
+    """Mean and variance of each feature in float64; count == 0 means empty.
 
-    count == 0 means empty. Statistics do not depend on how the rows were batched.
+    Merged batch by batch (Chan, Golub & LeVeque 1979): batching does not matter.
     """
 
     def __init__(self, width: int) -> None:
@@ -70,7 +69,7 @@ class RunningMoments(nn.Module):
 
 
 class StoredMoments(RunningMoments):
-    """As published code has them: `eps` is added to the std, which is stored and so keeps its bits."""
+    """As published code has them: with `eps` added to the std, which is stored to keep its bits."""
 
     def __init__(self, width: int, eps: float) -> None:
         super().__init__(width)
@@ -78,37 +77,34 @@ class StoredMoments(RunningMoments):
         self.register_buffer("stored_std", torch.zeros(width, dtype=torch.float64))
 
     def add(self, x: Float[Tensor, "n d"]) -> None:
-        """Merge the rows of x."""
         super().add(x)
         self.stored_std.copy_(super().plain_std())
 
     def merge(self, total: Callable[[Tensor], Tensor]) -> None:
-        """Join the statistics of several processes."""
         super().merge(total)
         self.stored_std.copy_(super().plain_std())
 
     def plain_std(self) -> Float[Tensor, " d"]:
-        """Standard deviation as stored."""
         return self.stored_std
 
     def std(self, floor: float) -> Float[Tensor, " d"]:
-        """Standard deviation with the floor, and eps on top."""
         return super().std(floor) + self.eps
 
 
 class Whitening(nn.Module):
-    """Keys of the layer's inputs: x ↦ M x with M = (C + ridge · mean(diag C) · I)⁻¹ and C = E[x xᵀ].
+    """Keys of the layer's inputs, x ↦ M x (`whiten`; not in the paper).
 
-    Not in the paper (`whiten`). A key is large only along directions that distinguish it from other prompts' keys, as
-    in ROME's rank-one update (Meng et al., 2022, equation 2). C is not centred, for the layer multiplies a key with
-    raw inputs. M is scaled to unit mean square over the rows seen.
-
-    With `pairs` (`whiten_pairs`) M = K P K, with K the inverse above and P = E[x yᵀ] over pairs of a group: one answer
-    token read after several wordings of its prompt. That solves the least squares of yᵀ M x = 1 for pairs, 0 for
-    others, and keeps what the wordings share. First tokens of an answer carry the fact, and have an M of their own.
-
-    `unit_response`: each key is divided by its response xᵀ M x, so that an edit acts alike at all its tokens.
+    M = K = (C + ridge · mean(diag C) · I)⁻¹ with C = E[x xᵀ], at unit mean square. With `pairs` M = K P K
+    with P = E[x yᵀ] over pairs of a group, and first tokens of an answer have an M of their own.
+    `unit_response`: each key is divided by its response xᵀ M x.
     """
+
+    # A key is large only along directions that distinguish it from other prompts' keys, as in
+    # ROME's update (Meng et al., 2022, equation 2). C is not centred, for the layer multiplies a
+    # key with raw inputs. A group is an answer's token read after several wordings of its prompt.
+    # K P K solves the least squares of yᵀ M x = 1 for pairs, 0 for others, and keeps what the
+    # wordings share. First tokens carry the fact, later ones its spelling.
+    # With `unit_response` an edit acts alike at all its tokens.
 
     def __init__(
         self, width: int, ridge: float, *, pairs: bool = False, unit_response: bool = False
@@ -123,7 +119,7 @@ class Whitening(nn.Module):
 
     def _forget(self) -> None:
         self._second: Tensor | float = 0.0  # Σ x xᵀ while gathering
-        self._pairs: list[Tensor | float] = [0.0] * len(self.matrix)  # Σ x yᵀ of pairs, by kind
+        self._pairs: list[Tensor | float] = [0.0] * len(self.matrix)  # Σ x yᵀ by kind
 
     @torch.no_grad()
     def add(
@@ -132,10 +128,7 @@ class Whitening(nn.Module):
         groups: Int[Tensor, " n"] | None = None,
         first: Bool[Tensor, " n"] | None = None,
     ) -> None:
-        """Gather rows; `fit` makes use of them.
-
-        With `pairs`: the group of each, numbered from 0 in every call (−1: none), and which are first tokens.
-        """
+        """Gather rows for `fit`; with `pairs` the group of each (−1: none), and its kind."""
         x = x.double()
         self._second = x.T @ x + self._second
         self.count += len(x)
@@ -156,24 +149,24 @@ class Whitening(nn.Module):
         zeros = torch.zeros_like(self.matrix[0], dtype=torch.float64)
         self.count.copy_(total(self.count))
         self._second = total(zeros + self._second)
-        self._pairs = [total(zeros + paired) for paired in self._pairs]
+        self._pairs = [total(zeros + pairs) for pairs in self._pairs]
 
     @torch.no_grad()
     def fit(self) -> None:
-        """Compute the matrices, and forget the rows. Raises DataError if no two rows were paired."""
+        """Compute the matrices. Raises DataError if no two rows were paired."""
         moment = self._second / self.count
         floor = self.ridge * moment.diagonal().mean()
         inverse = torch.linalg.inv(moment + floor * torch.eye(len(moment)).to(moment))
-        for kind, paired in enumerate(self._pairs):
+        for kind, pairs in enumerate(self._pairs):
             matrix = inverse
             if self.pairs:
-                if isinstance(paired, float) or not bool(paired.any()):
+                if isinstance(pairs, float) or not bool(pairs.any()):
                     raise DataError(
                         "whiten_pairs: no example has a paraphrase; set `whiten_pairs: false`"
                     )
-                by_pairs = inverse @ paired @ inverse
-                if float((by_pairs * moment).sum()) > 0:  # else wordings share nothing
-                    matrix = by_pairs
+                paired = inverse @ pairs @ inverse
+                if float((paired * moment).sum()) > 0:  # else wordings share nothing
+                    matrix = paired
             scale = (matrix @ moment @ matrix).diagonal().mean().sqrt()
             self.matrix[kind] = matrix / scale
             self.response[kind] = (matrix * moment).sum() / scale
@@ -187,7 +180,7 @@ class Whitening(nn.Module):
         first: Bool[Tensor, " n"] | None = None,
         floor: float = 0.0,
     ) -> Float[Tensor, "n d"]:
-        """Keys of the rows, clipped to ±clip; `first` tokens if `pairs` (`floor` is for moments)."""
+        """Keys of the rows, clipped to ±clip; `floor` is for moments."""
         key, mean = x @ self.matrix[0].to(x.dtype), self.response[0]
         if self.pairs:
             key = torch.where(first[:, None], x @ self.matrix[1].to(x.dtype), key)

@@ -1,21 +1,17 @@
-"""A weight change as a low-rank side branch; no dense ΔW appears.
+"""A weight change ΔW = −α Σ_t δ̃_t ũ_tᵀ (MEND, section 3.1) as a low-rank side branch: y += c (x ũᵀ) δ̃.
 
-MEND's update at a site is ΔW = −α Σ_t δ̃_t ũ_tᵀ (Mitchell et al., 2022, section 3.1 and Algorithm 2), of rank at most
-the number of tokens t. While it is in force, a forward hook on the layer adds its branch to the output:
-
-    y += c (x ũᵀ) δ̃,    c = sign · α · strength (the sign is −1)
-
-One branch per edit in the batch, so that many independent edits are read in one pass.
+c = sign · α · strength. A forward hook adds one branch per edit in the batch, and no dense ΔW appears.
 Axes: b independent edits, t tokens of an edit, i layer input, o layer output.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
 from ..errors import MendkitError
 from ..models.base import BaseModel
@@ -24,7 +20,7 @@ from ..models.sites import Site
 
 @dataclass(frozen=True)
 class LowRankUpdate:
-    """ΔW of b independent edits at one site: ΔW_b = coefficient · Σ_t delta_bt u_btᵀ (padding tokens are zero rows)."""
+    """ΔW_b = coefficient · Σ_t delta_bt u_btᵀ of b edits at one site; padding tokens are zero."""
 
     u: Float[Tensor, "b t i"]
     delta: Float[Tensor, "b t o"]
@@ -34,9 +30,7 @@ class LowRankUpdate:
         return len(self.u)
 
     def __repr__(self) -> str:
-        edits, tokens, width = self.u.shape
-        shape = f"{self.delta.shape[2]} x {width}"
-        return f"LowRankUpdate({edits} edits of {tokens} tokens, {shape})"
+        return f"LowRankUpdate(u {tuple(self.u.shape)}, delta {tuple(self.delta.shape)})"
 
     def scaled(self, factor: float) -> "LowRankUpdate":
         """The same update, `factor` times as strong."""
@@ -46,19 +40,13 @@ class LowRankUpdate:
         """The updates of some of the edits."""
         return replace(self, u=self.u[index], delta=self.delta[index])
 
-    def to(self, device: torch.device) -> "LowRankUpdate":
-        """The same update on a device."""
-        c = self.coefficient
-        if isinstance(c, Tensor):
-            c = c.to(device)
-        return replace(self, u=self.u.to(device), delta=self.delta.to(device), coefficient=c)
-
     def dense(self) -> Float[Tensor, "o i"]:
         """Σ_b ΔW_b as a matrix in (output, input) orientation."""
         return self.coefficient * torch.einsum("bto,bti->oi", self.delta, self.u)
 
     def inner(self, other: "LowRankUpdate") -> Float[Tensor, " b"]:
-        """⟨ΔW_b, ΔW'_b⟩ of every edit, in float64 and without ΔW: c c' Σ_st (u_s · u'_t)(delta_s · delta'_t)."""
+        """⟨ΔW_b, ΔW'_b⟩ of every edit, in float64."""
+        # c c' Σ_st (u_s · u'_t)(delta_s · delta'_t)
         keys = torch.bmm(self.u.double(), other.u.double().mT)
         values = torch.bmm(self.delta.double(), other.delta.double().mT)
         return (keys * values).sum((1, 2)) * (float(self.coefficient) * float(other.coefficient))
@@ -74,15 +62,14 @@ class LowRankUpdate:
         return replace(self, u=u, delta=self.delta.reshape(n, -1, self.delta.shape[2]))
 
     def branch(self, x: Float[Tensor, "*n i"]) -> Float[Tensor, "*n o"]:
-        """What the update adds to the layer's output for inputs x: (n, l, i), row r under edit r // (n / b).
+        """What is added to the layer's output for inputs x, (n, l, i) or (n · l, i).
 
-        Some models' layers see rows and positions as one axis, (n · l, i): the order is the same.
+        Row r is under edit r // (n / b). Raises MendkitError if b does not divide n.
         """
         b, width = len(self.u), x.shape[-1]
         if x.shape[0] % b:
             raise MendkitError(
-                f"{x.shape[0]} rows cannot be shared by {b} edits; "
-                "give every edit the same number of texts"
+                f"{x.shape[0]} rows cannot be shared by {b} edits; give each as many texts"
             )
         keys = torch.bmm(x.reshape(b, -1, width).to(self.u.dtype), self.u.transpose(1, 2))
         return torch.bmm(keys * self.coefficient, self.delta).view(*x.shape[:-1], -1)
@@ -95,7 +82,7 @@ Updates = dict[str, LowRankUpdate]
 def padded(
     values: Float[Tensor, "n d"], rows: Int[Tensor, " n"], n_edits: int
 ) -> Float[Tensor, "{n_edits} t d"]:
-    """Packed per-token values (rows ascending) as one zero-padded matrix per edit."""
+    """Packed values (rows ascending) as one zero-padded matrix an edit."""
     counts = torch.bincount(rows, minlength=n_edits)
     starts = counts.cumsum(0) - counts
     slots = torch.arange(len(rows), device=rows.device) - starts[rows]
@@ -104,7 +91,7 @@ def padded(
 
 
 def side_by_side(parts: Sequence[LowRankUpdate]) -> LowRankUpdate:
-    """The sum of several updates of the same b edits at one site: their tokens side by side, with coefficient 1."""
+    """The sum of several updates of the same b edits at one site, with coefficient 1."""
     u = torch.cat([part.u for part in parts], 1)
     delta = torch.cat([part.delta * part.coefficient for part in parts], 1)
     return LowRankUpdate(u, delta, 1.0)
@@ -121,24 +108,19 @@ def scaled(updates: Updates, strength: float) -> Updates:
 
 
 def select(updates: Updates, index: Sequence[int]) -> Updates:
-    """The updates of some of the edits, in the order of `index`; a single edit serves them all as it is."""
+    """The updates of some of the edits; a single edit serves them all as it is."""
     chosen = list(index)
     return {name: u if len(u) == 1 else u.select(chosen) for name, u in updates.items()}
 
 
-def relative_norms(
-    base: BaseModel, updates: Mapping[str, LowRankUpdate]
-) -> dict[str, Float[Tensor, " b"]]:
+def relative_norms(base: BaseModel, updates: Updates) -> dict[str, Float[Tensor, " b"]]:
     """‖ΔW_b‖_F / ‖W‖_F of every site and edit."""
     shares = {}
     for site in base.sites:
         if site.name in updates:
-            weight = float(base.site_weight(site).double().norm())
-            shares[site.name] = updates[site.name].norms() / weight
+            norm = float(base.site_weight(site).double().norm())
+            shares[site.name] = updates[site.name].norms() / norm
     return shares
-
-
-# ------------------------------------------------------------------------------------ in force
 
 
 class SideBranch:
@@ -151,21 +133,19 @@ class SideBranch:
         return output + self.update.branch(args[0].to(self.update.u.device)).to(output)
 
 
-def attach(
-    base: BaseModel, updates: Mapping[str, LowRankUpdate]
-) -> list[torch.utils.hooks.RemovableHandle]:
-    """Let every site add its update's branch from now on, until the handles are removed."""
+def attach(base: BaseModel, updates: Updates) -> list[RemovableHandle]:
+    """Let every site add its update's branch until the handles are removed."""
     handles = []
     for site in base.sites:
         if site.name in updates:
-            module = base.site_module(site)
-            handles.append(module.register_forward_hook(SideBranch(updates[site.name])))
+            branch = SideBranch(updates[site.name])
+            handles.append(base.site_module(site).register_forward_hook(branch))
     return handles
 
 
 @contextmanager
-def side_branches(base: BaseModel, updates: Mapping[str, LowRankUpdate]) -> Iterator[None]:
-    """Within the context every site adds its update's branch; afterwards the hooks are gone. Contexts nest (add up)."""
+def side_branches(base: BaseModel, updates: Updates) -> Iterator[None]:
+    """Within the context every site adds its update's branch. Contexts nest (add up)."""
     handles = attach(base, updates)
     try:
         yield
@@ -176,7 +156,7 @@ def side_branches(base: BaseModel, updates: Mapping[str, LowRankUpdate]) -> Iter
 
 @contextmanager
 def unedited(base: BaseModel) -> Iterator[None]:
-    """Within the context no site adds a branch; afterwards those that did do so again, in their order."""
+    """Within the context no site adds a branch; afterwards they do so again, in their order."""
     modules = [base.site_module(site) for site in base.sites]
     before = [dict(module._forward_hooks) for module in modules]
     try:
@@ -201,10 +181,10 @@ def in_force(base: BaseModel, site: Site) -> Float[Tensor, "o i"]:
 
 
 def capped(base: BaseModel, updates: Updates, most: float, *, strength: float = 1.0) -> Updates:
-    """Updates that, at their `strength`, leave ‖T + ΔW_b‖_F / ‖W‖_F ≤ `most` at every site.
+    """Updates with ‖T + ΔW_b‖_F / ‖W‖_F ≤ `most` at their `strength`, T being the edits in force.
 
-    T is the sum of the edits in force. An update that goes beyond is made c times as strong, with the largest c in
-    [0, 1] that does not. Where none does, as T is too large, c gives the least norm.
+    An update that goes beyond is made c times as strong, with the largest c in [0, 1] that does not,
+    or, as T is too large, the c of the least norm.
     """
     out = dict(updates)
     for site in base.sites:

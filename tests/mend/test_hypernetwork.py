@@ -166,9 +166,13 @@ def test_unit_response_makes_every_token_answer_itself_alike():
 # ------------------------------------------------------------------------------------------------- blocks
 
 
+def new_block(width: int, rank: int, n_layers: int, init: str = "id_xavier") -> LowRankResidual:
+    h = hparams(init=init).replace(rank=rank)
+    return LowRankResidual(width, n_layers, h, torch.Generator().manual_seed(0))
+
+
 def test_block_is_equation_3_in_a_plain_loop():
-    generator = torch.Generator().manual_seed(1)
-    block = LowRankResidual(6, 3, 2, init="id_xavier", generator=generator).double()
+    block, generator = new_block(6, 3, 2).double(), torch.Generator().manual_seed(1)
     with torch.no_grad():
         for parameter in block.parameters():
             parameter.copy_(torch.randn(parameter.shape, generator=generator, dtype=torch.float64))
@@ -184,7 +188,7 @@ def test_block_is_equation_3_in_a_plain_loop():
 
 
 def test_identity_at_the_start_but_not_a_dead_one():
-    block = LowRankResidual(6, 3, 1, init="id_xavier", generator=torch.Generator().manual_seed(0))
+    block = new_block(6, 3, 1)
     z = torch.randn(4, 6)
     assert torch.equal(block(z, [4]), z)
     block(z, [4]).square().sum().backward()
@@ -195,9 +199,7 @@ def test_xavier_keeps_the_scale_that_the_old_normal_start_inflates():
     width = 2000
     stds = {}
     for init in ("id_xavier", "id"):
-        block = LowRankResidual(
-            width, width, 1, init=init, generator=torch.Generator().manual_seed(0)
-        )
+        block = new_block(width, width, 1, init)
         stds[init] = float((torch.randn(64, width) @ block.V.detach().T).std())
     assert stds["id_xavier"] < 1.5 and stds["id"] > 30
 
@@ -222,11 +224,11 @@ def test_blocks_of_their_own_leave_what_they_do_not_transform(llama, way):
 
 
 def test_xavier_has_no_residual_path_and_starts_alive():
-    block = LowRankResidual(6, 3, 1, init="xavier", generator=torch.Generator().manual_seed(0))
+    block = new_block(6, 3, 1, "xavier")
     z = torch.randn(4, 6)
     expected = ((z @ block.V.T) @ block.U.T).clamp(min=0)
     torch.testing.assert_close(block(z, [4]), expected)
-    large = LowRankResidual(400, 100, 1, init="xavier", generator=torch.Generator().manual_seed(0))
+    large = new_block(400, 100, 1, "xavier")
     assert float(large.V.detach().std()) == pytest.approx((2 / 500) ** 0.5, rel=0.02)
     assert float(large.U.detach().std()) == pytest.approx(
         (2 * 2 / 500) ** 0.5, rel=0.02
