@@ -1,4 +1,4 @@
-"""The files in configs/ against the real architectures, at their published sizes and without weights (meta device)."""
+"""The files in configs/ against the real architectures, without weights (meta device)."""
 
 import re
 from pathlib import Path
@@ -66,11 +66,12 @@ def test_the_sites_are_the_mlps_of_the_real_architecture(name):
 
 @pytest.mark.parametrize("name", ARCHITECTURES)
 def test_the_numbers_in_the_comments_are_true(name):
-    model, hparams, text = (
-        build(name),
-        read(name),
-        (CONFIGS / f"{name}.yaml").read_text(encoding="utf-8"),
-    )
+    model, hparams = build(name), read(name)
+    text = (CONFIGS / f"{name}.yaml").read_text(encoding="utf-8")
+    if name not in ("gpt2", "smollm2-135m"):  # the large files state their sites and sizes
+        assert re.search(r" [BM] parameters\. Every key", text) and "# Hypernetwork: " in text
+        assert re.search(r"[\d.]+ GB of weights in", text)
+        assert isinstance(hparams.inner_params, tuple)
     count = sum(value.numel() for value in model.parameters())
     bytes_of = {"float32": 4, "bfloat16": 2}
     for stated in re.findall(r", ([\d.]+ [BM]) parameters\. Every", text):
@@ -83,27 +84,9 @@ def test_the_numbers_in_the_comments_are_true(name):
         assert close(stated, sum(value.numel() for value in mend.parameters()))
 
 
-@pytest.mark.parametrize(
-    "name", [name for name in ARCHITECTURES if name not in ("gpt2", "smollm2-135m")]
-)
-def test_the_large_files_state_sites_and_sizes(name):
-    text = (CONFIGS / f"{name}.yaml").read_text(encoding="utf-8")
-    assert re.search(r" [BM] parameters\. Every key", text) and re.search(
-        r"[\d.]+ GB of weights in", text
-    )
-    assert "# Hypernetwork: " in text and isinstance(read(name).inner_params, tuple)
-
-
-@pytest.mark.parametrize("name", ["gpt2-xl", "t5-3b", "bart-base", "bert-base"])
-def test_a_wrong_name_is_noticed(name):
-    model, names = build(name), read(name).inner_params
-    for index in range(len(names)):
-        wrong = [
-            *names[:index],
-            names[index].removesuffix("weight") + "wieght",
-            *names[index + 1 :],
-        ]
-        with pytest.raises(
-            ModelError, match=f"no parameter '{wrong[index]}'; nearest: .*{names[index]}"
-        ):
-            resolve_sites(model, wrong)
+def test_a_wrong_name_is_noticed():
+    model, names = build("bert-base"), list(read("bert-base").inner_params)
+    for index, right in enumerate(names):
+        wrong = right.removesuffix("weight") + "wieght"
+        with pytest.raises(ModelError, match=f"no parameter '{wrong}'; nearest: .*{right}"):
+            resolve_sites(model, [*names[:index], wrong, *names[index + 1 :]])

