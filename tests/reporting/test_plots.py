@@ -12,7 +12,7 @@ import pytest
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 
 from mendkit.evaluation.results import Interval
-from mendkit.reporting import figures, plots
+from mendkit.reporting import comparison_plots, figures, plots
 from mendkit.reporting.figures import Chart
 
 PACKAGE = Path(plots.__file__).parents[1]
@@ -114,12 +114,8 @@ SETTINGS = {"rank": {"2": [0.3, 0.5], "null": [0.6]}, "inner_params": {f"[{'a.w,
 MAKE: dict[str, Callable[[], Chart]] = {
     "losses": lambda: plots.loss_curves(history()),
     "validation": lambda: plots.validation_curves(history(), best(history()), n=10),
-    "validation, bad": lambda: plots.validation_curves(
-        history(good=False), best(history(good=False)), n=10
-    ),
     "control": lambda: plots.control_curve(ALPHAS, best(history()), n=10),
     "steps": lambda: plots.step_sizes({SITES[0]: 1e-7, SITES[1]: -1e-2}, start=1e-4),
-    "steps, none moved": lambda: plots.step_sizes(dict.fromkeys(SITES, 1e-4), start=1e-4),
     "one fact": lambda: plots.next_token_bars([FACT]),
     "three facts": lambda: plots.next_token_bars([FACT] * 3),
     "editors": lambda: plots.editors(
@@ -136,19 +132,19 @@ MAKE: dict[str, Callable[[], Chart]] = {
     "shifts": lambda: plots.probability_shifts(SHIFTS),
     "one shift": lambda: plots.probability_shifts([{"log_p.new": -1.0, "before.log_p.new": -3.0}]),
     "strength": lambda: plots.strength_curve(STRENGTHS, n=10),
-    "ranks": lambda: plots.ranks(RANKS),
-    "signs": lambda: plots.signs(SIZES, UPHILL, n=5),
-    "normalisers": lambda: plots.normalisers({"raw": SIZES, "whitened": SIZES[:2]}, n=5),
-    "alignment": lambda: plots.alignment(COSINES, n=5),
-    "spectra": lambda: plots.spectra(ENERGY, n=5),
+    "ranks": lambda: comparison_plots.ranks(RANKS),
+    "signs": lambda: comparison_plots.signs(SIZES, UPHILL, n=5),
+    "normalisers": lambda: comparison_plots.normalisers({"raw": SIZES, "whitened": SIZES[:2]}, n=5),
+    "alignment": lambda: comparison_plots.alignment(COSINES, n=5),
+    "spectra": lambda: comparison_plots.spectra(ENERGY, n=5),
     "costs": lambda: plots.charts_of_costs(COSTS)[0],
     "memory": lambda: plots.charts_of_costs(COSTS)[1],
     "depth": lambda: plots.charts_of_costs(COSTS)[2],
-    "runs": lambda: plots.success_against_locality(RUNS, {"Run 1 ($rank$ 2)": 0.7, "Run 3": 0.9}),
-    "curves": lambda: plots.curves_of_runs(
+    "runs": lambda: comparison_plots.success_against_locality(RUNS, {"Run 1": 0.7, "Run 3": 0.9}),
+    "curves": lambda: comparison_plots.curves_of_runs(
         {"Run 1": history(), "Run 3": history(good=False), "Run 4": []}
     ),
-    "settings": lambda: plots.scores_by_setting(SETTINGS),
+    "settings": lambda: comparison_plots.scores_by_setting(SETTINGS),
 }  # fmt: skip
 
 
@@ -267,9 +263,9 @@ def test_every_share_has_a_line_for_each_run_that_was_validated() -> None:
 
 
 def test_figures_of_nothing_can_be_drawn() -> None:
-    plots.success_against_locality({}, {}).png()
-    plots.scores_by_setting({}).png()
-    plots.curves_of_runs({}).png()
+    comparison_plots.success_against_locality({}, {}).png()
+    comparison_plots.scores_by_setting({}).png()
+    comparison_plots.curves_of_runs({}).png()
 
 
 def test_the_next_tokens_shown_are_both_answers_and_the_most_probable() -> None:
@@ -288,5 +284,5 @@ def test_only_the_drawing_modules_import_matplotlib_and_none_pyplot() -> None:
             elif isinstance(node, ast.ImportFrom) and node.module:
                 names.append(node.module)
         used = any(name.startswith("matplotlib") for name in names)
-        assert not used or path.name in ("figures.py", "plots.py")
+        assert not used or path.name in ("comparison_plots.py", "figures.py", "plots.py")
         assert "pyplot" not in text.replace("no pyplot", "")
