@@ -32,8 +32,9 @@ from pydantic import BaseModel, Field, ValidationError
 from ..data.examples import headline_mean
 from ..errors import MendkitError
 from ..evaluation.results import HEADLINE, Summary
-from ..hparams import Bytes, CountFrom1, read_yaml
+from ..hparams import Bytes, CountFrom1
 from ..runs import file_sha256, locked, provenance, sha256, write_json
+from ..strict_yaml import read_yaml
 from . import tables
 from .notebook import Failure, run_notebook
 from .report import TRAIN, ReportPlan, default_notebook, export_page, plan_report, read_json
