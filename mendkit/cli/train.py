@@ -40,10 +40,12 @@ def train(
     from ..cost.plan import check_memory
     from ..mend.batches import usable
     from ..mend.distributed import Team
+    from ..mend.loggers import check_logger
     from ..mend.training import finished
     from ..models.load import load_for_training
 
     hparams = cli.hyperparameters(words)
+    check_logger(hparams.logger)
     run = out or Path(hparams.results_dir) / "train"
     team = Team(hparams.device)
     logger.setLevel(logging.ERROR if team.rank else logging.INFO)

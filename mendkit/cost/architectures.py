@@ -1,4 +1,4 @@
-"""The published architectures of the models in configs/: what a plan needs of them where there is no network."""
+"""Published architectures of the models in configs/: what a plan needs without a network."""
 
 from __future__ import annotations
 
