@@ -34,7 +34,7 @@ test: lint
 	$(BIN)/python -m pytest -q --durations=10
 
 soak: .venv/.installed-test
-	MENDKIT_CYCLES=10000 MENDKIT_EDITS=2000 $(BIN)/python -m pytest -q tests/mend/test_soak.py -o log_cli=true -o log_cli_level=INFO
+	MENDKIT_CYCLES=10000 MENDKIT_EDITS=2000 MENDKIT_ATTACKS=8 $(BIN)/python -m pytest -q tests/mend/test_soak.py tests/mend/test_attacks.py -o log_cli=true -o log_cli_level=INFO
 	MENDKIT_KILLS=20 $(BIN)/python -m pytest -q tests/mend/test_checkpoint.py -k random_moments
 
 test-browser: .venv/.installed-browser
