@@ -1,5 +1,5 @@
 # make report   train, edit and report under $(OUT), with CONFIG=, ARGS="key=value ..."
-# make test     lint and tests            make lint   lint only
+# make test     lint and tests, in two processes     make lint   ruff only     make types   mypy
 # make soak     10,000 edits applied and taken back, 2,000 in a row: memory stays flat, the model its bits; 8 minutes
 # make test-browser   the playground in Chromium, on JupyterLab and Voilà; as root on Debian it installs Chromium
 # make bench    what training and editing cost against a textbook MEND, under runs/bench (OUT=, ARGS=)
@@ -18,7 +18,7 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check
 PINS := pyproject.toml constraints.txt
 
 .DELETE_ON_ERROR:
-.PHONY: help report bench test soak test-browser lint lab playground clean
+.PHONY: help report bench test soak test-browser lint types lab playground clean
 
 help:
 	@sed -n '/^#/!q; s/^# \{0,1\}//p' Makefile
@@ -31,7 +31,7 @@ bench: .venv/.installed-notebooks
 	$(BIN)/python -m mendkit bench $(ARGS) --out "$(OUT)"
 
 test: lint
-	$(BIN)/python -m pytest -q --durations=10
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2 --dist worksteal --durations=10
 
 soak: .venv/.installed-test
 	MENDKIT_CYCLES=10000 MENDKIT_EDITS=2000 MENDKIT_ATTACKS=8 $(BIN)/python -m pytest -q tests/mend/test_soak.py tests/mend/test_attacks.py -o log_cli=true -o log_cli_level=INFO
@@ -43,6 +43,9 @@ test-browser: .venv/.installed-browser
 lint: .venv/.installed-test
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+
+types: .venv/.installed-test
+	$(BIN)/mypy
 
 lab: .venv/.installed-notebooks
 	$(BIN)/python -m jupyter lab notebooks

@@ -1,72 +1,59 @@
-"""Imports inside the package go down only."""
+"""Who may import whom inside the package, by folder, and that no import goes round in a circle."""
 
 import ast
+from graphlib import TopologicalSorter
 from pathlib import Path
 
 import mendkit
 
-LEVELS = [
-    {"errors", "findings", "runs"},
-    {
-        "scores",
-        "hparams",
-        "losses",
-        "plots",
-        "checkpoints",
-        "sites",
-        "distributed",
-        "architectures",
-        "dryrun",
-    },
-    {"bundled", "data", "families", "hollow", "loggers"},
-    {"text_model", "cache", "layouts"},
-    {"models", "listing", "readers"},
-    {"texts", "trunk", "files"},
-    {"factors", "adapter", "merge", "least_squares"},
-    {"edit"},
-    {"mend", "scoring", "many"},
-    {"archive", "heldout", "metrics", "decoding", "resume"},
-    {"editor", "foreign"},
-    {"conformance"},
-    {"validation", "evaluate"},
-    {"baselines", "inspection", "training", "textbook"},
-    {"ways", "plan", "rome"},
-    {"gauss_newton"},
-    {"tuning"},
-    {
-        *(
-            "tables",
-            "notebook",
-            "report_page",
-            "report",
-            "bench",
-            "sweep",
-            "compare",
-            "edit_command",
-        ),
-        *("playground", "widgets", "__init__"),
-    },
-    {"commands"},
-    {"__main__"},
-]
-LEVEL = {name: level for level, names in enumerate(LEVELS) for name in names}
+FOLDER = Path(mendkit.__file__).parent
+FREE = {"errors", "hparams", "runs", "data"}  # what every folder may import
+MAY_IMPORT = {
+    "data": set(),
+    "models": set(),
+    "mend": {"models"},
+    "evaluation": {"models", "mend"},
+    "interop": {"models", "mend"},
+    "cost": {"models", "mend"},
+    "baselines": {"models", "mend", "evaluation"},
+    "reporting": {"evaluation.results"},
+    "playground": {"models", "mend", "evaluation", "reporting"},
+    "cli": {"models", "mend", "evaluation", "interop", "cost", "baselines", "reporting"},
+}
 
 
-def imports(path: Path) -> set[str]:
-    found = set()
+def module_name(path: Path) -> str:
+    return ".".join(path.relative_to(FOLDER).with_suffix("").parts)
+
+
+MODULES = {module_name(path) for path in FOLDER.rglob("*.py")} - {"__init__"}
+
+
+def imported(path: Path) -> set[str]:
+    """The package's modules that a file imports, inside functions too."""
+    package, found = module_name(path).split(".")[:-1], set()
     for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
-        if isinstance(node, ast.ImportFrom) and (
-            node.level or (node.module or "").startswith("mendkit")
-        ):
-            module = (node.module or "").removeprefix("mendkit").strip(".")
-            found |= {module.split(".")[0]} if module else {alias.name for alias in node.names}
-    return found & set(LEVEL)
+        if isinstance(node, ast.ImportFrom) and node.level:
+            folder = package[: len(package) + 1 - node.level]
+            target = ".".join([*folder, *(node.module or "").split(".")]).strip(".")
+            found |= {target} if target in MODULES else set()
+            found |= {f"{target}.{alias.name}".strip(".") for alias in node.names} & MODULES
+    return found
 
 
-def test_imports_go_down_only():
-    upward = []
-    for path in Path(mendkit.__file__).parent.glob("*.py"):
-        for name in imports(path):
-            if LEVEL[name] >= LEVEL[path.stem] and LEVEL[path.stem] < LEVEL["tables"]:
-                upward.append(f"{path.stem} imports {name}")
-    assert upward == []
+def test_every_folder_imports_what_lies_below_it_only():
+    wrong = set()
+    for path in FOLDER.rglob("*.py"):
+        folder = module_name(path).split(".")[0]
+        for target in imported(path) if folder in MAY_IMPORT else ():
+            above = target.split(".")[0]
+            allowed = {target, above} & (MAY_IMPORT[folder] | FREE | {folder})
+            if not allowed:
+                wrong.add(f"{module_name(path)} imports {target}")
+    assert wrong == set()
+
+
+def test_no_import_goes_round_in_a_circle():
+    graph = {module_name(path): imported(path) for path in FOLDER.rglob("*.py")}
+    TopologicalSorter(graph).prepare()  # raises CycleError, which names the circle
+    assert len(graph) > 50 and graph["mend.training"]
