@@ -79,12 +79,12 @@ def _check_report(plan: "ReportPlan", *, ignore_memory: bool) -> None:
     from ..mend.loggers import check_logger
     from ..reporting.report import check_report
 
-    train, validation, *_ = check_report(plan)
+    data = check_report(plan)
     check_logger(plan.hparams.logger)
     if plan.hparams.archive is not None:
         mendkit.inspect_archive(plan.hparams.archive)
     elif not ignore_memory:
-        check_memory(plan.hparams, train, validation, keep_trunk=True)
+        check_memory(plan.hparams, *data[:2], keep_trunk=True)
 
 
 @cli.command("bench --models smollm2-135m --depths 12,24,48 --out runs/bench")

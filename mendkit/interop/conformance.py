@@ -17,9 +17,9 @@ from ..errors import DataError, HyperParamError
 from ..mend.hypernetwork import MEND
 from ..mend.updates import side_branches
 from .foreign import from_foreign, read_foreign
-from .reference import Record, ReferenceModel, load_reference_model
+from .reference import Recording, ReferenceModel, load_reference_model
 
-TOLERANCE, LOSS_TOLERANCE = 1e-5, 1e-4
+NUMBER_TOLERANCE, LOSS_TOLERANCE = 1e-5, 1e-4
 MISS, ROUNDING = "MISS", "rounding"
 FILES = ("config.json", "base_model.safetensors", "meta.json", "vectors.safetensors", "archive.pt")
 
@@ -27,7 +27,7 @@ FILES = ("config.json", "base_model.safetensors", "meta.json", "vectors.safetens
 # tolerance, an error counts as rounding up to so many times our own, and never beyond the limit.
 ROUNDING_ALLOWED, ROUNDING_LIMIT, ROUNDING_SAMPLES = 4.0, 1e-3, 3
 
-Values = dict[str, dict[str, Tensor]]
+RecordedValues = dict[str, dict[str, Tensor]]
 """By comparison: our numbers under the names that the record has for them."""
 
 
@@ -68,7 +68,7 @@ def conformance(folder: str | Path) -> tuple[Check, ...]:
     if absent:
         raise DataError(f"{folder}: no folder of reference vectors, it lacks {', '.join(absent)}")
     try:
-        record = Record.read(folder)
+        record = Recording.read(folder)
         base = load_reference_model(folder, record.hparams.inner_params)
         archive, final = read_foreign(folder / "archive.pt").state, record.state("final")
         same = [name for name in final if torch.equal(final[name], archive[name])]
@@ -82,10 +82,10 @@ def conformance(folder: str | Path) -> tuple[Check, ...]:
     return tuple(checks)
 
 
-def _compare(name: str, ours: Mapping[str, Tensor], spread: float, record: Record) -> Check:
+def _compare(name: str, ours: Mapping[str, Tensor], spread: float, record: Recording) -> Check:
     known = [key for key in ours if key in record.tensors or not name.startswith("scalars")]
     error = max(relative_error(ours[key], record.tensors[key]) for key in known)
-    tolerance = LOSS_TOLERANCE if name.startswith("training") else TOLERANCE
+    tolerance = LOSS_TOLERANCE if name.startswith("training") else NUMBER_TOLERANCE
     return Check(name, error, tolerance, spread, sum(ours[key].numel() for key in known))
 
 
@@ -98,7 +98,9 @@ def relative_error(ours: Tensor, theirs: Tensor) -> float:
 
 
 @torch.no_grad()
-def recorded_values(base: ReferenceModel, record: Record, archive: Mapping[str, Tensor]) -> Values:
+def recorded_values(
+    base: ReferenceModel, record: Recording, archive: Mapping[str, Tensor]
+) -> RecordedValues:
     """All that a folder records, computed by us in the base model's dtype."""
     init = {name: value.to(base.dtype) for name, value in record.state("init").items()}
     trained = from_foreign(archive, base.sites, record.hparams)
@@ -106,12 +108,12 @@ def recorded_values(base: ReferenceModel, record: Record, archive: Mapping[str, 
     return _evaluation(base, trained, record) | _training(base, fresh, record)
 
 
-def _evaluation(base: ReferenceModel, mend: MEND, record: Record) -> Values:
+def _evaluation(base: ReferenceModel, mend: MEND, record: Recording) -> RecordedValues:
     """Factors, updates, logits and scores of the trained hypernetwork."""
     outer, loc = record.batch("eval/outer"), record.batch("eval/loc")
     everywhere, factors = base.factors(record.batch("eval/inner"))
     updates = mend(factors, 1)
-    values: Values = {
+    values: RecordedValues = {
         "factors x": {f"eval/factors/{name}/x": u for name, (u, _) in everywhere.items()},
         "factors delta": {f"eval/factors/{name}/delta": d for name, (_, d) in everywhere.items()},
         "updates": base.dense(updates, "eval/update"),
@@ -131,10 +133,10 @@ def _evaluation(base: ReferenceModel, mend: MEND, record: Record) -> Values:
     return values
 
 
-def _training(base: ReferenceModel, mend: MEND, record: Record) -> Values:
+def _training(base: ReferenceModel, mend: MEND, record: Recording) -> RecordedValues:
     """Losses of the micro-batches before the first optimiser step, the statistics running."""
     h = record.hparams
-    values: Values = {"training edit": {}, "training loc": {}, "training total": {}}
+    values: RecordedValues = {"training edit": {}, "training loc": {}, "training total": {}}
     for step in range(record.first_step + 1):
         roles = ("inner", "outer", "loc")
         inner, outer, loc = (record.batch(f"train/{step}/{role}") for role in roles)
@@ -151,7 +153,7 @@ def _training(base: ReferenceModel, mend: MEND, record: Record) -> Values:
 
 @torch.no_grad()
 def rounding(
-    base: ReferenceModel, record: Record, archive: Mapping[str, Tensor], values: Values
+    base: ReferenceModel, record: Recording, archive: Mapping[str, Tensor], values: RecordedValues
 ) -> dict[str, float]:
     """By comparison: how far float32 may take our numbers. Turns the base model to float64.
 

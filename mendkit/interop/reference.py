@@ -35,7 +35,7 @@ from ..models.sites import resolve_sites
 
 
 @dataclass(frozen=True)
-class Batch:
+class RecordedTexts:
     """Texts of one role, right-padded; `labels` is -100 where nothing is scored."""
 
     input_ids: Int[Tensor, "n t"]
@@ -44,7 +44,7 @@ class Batch:
 
 
 @dataclass(frozen=True)
-class Record:
+class Recording:
     """What a folder holds: tensors and scalars by name, and the hyperparameters."""
 
     hparams: MENDHyperParams
@@ -52,7 +52,7 @@ class Record:
     first_step: int  # the micro-batch after which the optimiser first stepped
 
     @classmethod
-    def read(cls, folder: Path) -> "Record":
+    def read(cls, folder: Path) -> "Recording":
         """Raises KeyError or a reader's error for another layout."""
         meta = json.loads((folder / "meta.json").read_text(encoding="utf-8"))
         known = MENDHyperParams.model_fields
@@ -74,9 +74,9 @@ class Record:
         names = [name for name in self.tensors if name.startswith(f"{when}/")]
         return {name.removeprefix(f"{when}/"): self.tensors[name] for name in names}
 
-    def batch(self, role: str) -> Batch:
+    def batch(self, role: str) -> RecordedTexts:
         names = ("input_ids", "attention_mask", "labels")
-        return Batch(*(self.tensors[f"{role}/{name}"] for name in names))
+        return RecordedTexts(*(self.tensors[f"{role}/{name}"] for name in names))
 
 
 class OneLogitClassifier(PreTrainedModel):
@@ -107,7 +107,7 @@ class ReferenceModel(BaseModel):
         self.sites, self.blocks = resolve_sites(model, inner_params), None
         self.seq2seq = bool(model.config.is_encoder_decoder)
 
-    def logits(self, batch: Batch) -> Tensor:
+    def logits(self, batch: RecordedTexts) -> Tensor:
         """(n, t, v), (n, t', v) of a decoder, or (n, 2) classes."""
         inputs = {"input_ids": batch.input_ids, "attention_mask": batch.attention_mask}
         if self.seq2seq:
@@ -116,7 +116,7 @@ class ReferenceModel(BaseModel):
         return self.model(**inputs, use_cache=False).logits
 
     def scored(
-        self, logits: Tensor, batch: Batch
+        self, logits: Tensor, batch: RecordedTexts
     ) -> tuple[Float[Tensor, "s v"], Int[Tensor, " s"], Int[Tensor, " s"]]:
         """Logits that predict labels, these labels, and each one's text."""
         labels = batch.labels
@@ -127,12 +127,12 @@ class ReferenceModel(BaseModel):
         mask = labels != -100
         return logits[mask], labels[mask], mask.nonzero()[:, 0]
 
-    def nll(self, logits: Tensor, batch: Batch) -> Float[Tensor, ""]:
+    def nll(self, logits: Tensor, batch: RecordedTexts) -> Float[Tensor, ""]:
         """The recorded edit loss: one mean over all label tokens of the batch."""
         chosen, targets, rows = self.scored(logits, batch)
         return edit_nll(chosen, targets, torch.zeros_like(rows), 1)[0]
 
-    def kl(self, before: Tensor, after: Tensor, batch: Batch) -> Float[Tensor, ""]:
+    def kl(self, before: Tensor, after: Tensor, batch: RecordedTexts) -> Float[Tensor, ""]:
         """The recorded locality loss: one mean over all positions that its mask keeps."""
         if before.dim() == 2:
             before, after = as_classes(before), as_classes(after)
@@ -141,7 +141,7 @@ class ReferenceModel(BaseModel):
             before, after = before[mask], after[mask]
         return locality_kl(before, after, torch.zeros(len(before), dtype=torch.long), 1)[0]
 
-    def scores(self, logits: Tensor, batch: Batch) -> dict[str, Tensor]:
+    def scores(self, logits: Tensor, batch: RecordedTexts) -> dict[str, Tensor]:
         """The recorded scores: accuracy counts texts whose every scored token is right."""
         chosen, targets, rows = self.scored(logits, batch)
         log_prob = chosen.log_softmax(-1).gather(1, targets[:, None])[:, 0]
@@ -154,7 +154,7 @@ class ReferenceModel(BaseModel):
             "n_tokens": torch.tensor(float(len(targets))),
         }
 
-    def factors(self, batch: Batch) -> tuple[dict[str, tuple[Tensor, Tensor]], Factors]:
+    def factors(self, batch: RecordedTexts) -> tuple[dict[str, tuple[Tensor, Tensor]], Factors]:
         """u and delta of the edit loss at every position, and as one edit where they count."""
         everywhere = record_factors(self, lambda: self.nll(self.logits(batch), batch))
         packed: Factors = {}

@@ -21,7 +21,7 @@ IOPUB_SECONDS = 60  # a busy machine may be late with a cell's last output
 ANSI = re.compile(r"\x1b\[[0-9;]*[A-Za-z]")
 
 # how a value of each kind is read from JSON, and what is expected in words
-KINDS: dict[str, tuple[Any, str]] = {
+PARAMETER_KINDS: dict[str, tuple[Any, str]] = {
     "bool": (bool, "true or false"),
     "int": (PositiveInt, "an integer of at least 1"),
     "limit": (NonNegativeInt, "an integer of at least 0"),  # 0: no limit
@@ -36,7 +36,7 @@ class Parameter:
     """A name that a notebook's cell tagged `parameters` assigns, with its annotation."""
 
     name: str
-    kind: str  # of KINDS
+    kind: str  # of PARAMETER_KINDS
     optional: bool  # may be null
     default: Any
 
@@ -46,7 +46,7 @@ class Parameter:
             return None
         if self.kind == "str" and text.strip():
             return text
-        annotation, expected = KINDS[self.kind]
+        annotation, expected = PARAMETER_KINDS[self.kind]
         try:
             return TypeAdapter(annotation).validate_json(text, strict=True)
         except ValidationError:

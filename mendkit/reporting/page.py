@@ -30,7 +30,7 @@ def render(template: str, **values: Any) -> str:
     return environment.get_template(template).render(**values)
 
 
-def write_page(folder: Path, run: Mapping[str, Any], results: Mapping[str, Any]) -> Path:
+def write_index(folder: Path, run: Mapping[str, Any], results: Mapping[str, Any]) -> Path:
     """Write `index.html` over a report's folder; `run` is run.json, `results` the flat results."""
     model = run["hparams"]["model_name"]
     defaults = MENDHyperParams(model_name=model).to_dict()

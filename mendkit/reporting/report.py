@@ -21,30 +21,20 @@ from ..errors import MendkitError
 from ..hparams import MENDHyperParams, parse_overrides
 from ..runs import Progress, locked, provenance, write_json
 from .notebook import Failure, Parameter, export_html, read_parameters, run_notebook
-from .page import write_page
+from .page import write_index
 
 logger = logging.getLogger(__name__)
 
 CHECKOUT = Path(__file__).resolve().parents[2]
-CONFIG = Path("configs/smollm2-135m.yaml")
-TRAIN, EDIT = "01_train_without_archive", "02_edit_with_archive"
-ARCHIVE = "archive.safetensors"
+TRAINING, EDITING = "01_train_without_archive", "02_edit_with_archive"
+ARCHIVE_FILE = "archive.safetensors"
 SET_HERE = ("config", "overrides", "archive", "out")  # notebook parameters that the report sets
-
-
-def default_config() -> Path:
-    """The default model's configuration: below the working directory, else in the checkout."""
-    return _of_the_kit(CONFIG)
 
 
 def default_notebook(stem: str) -> Path:
     """A notebook of the kit: below the working directory, else in the checkout."""
-    return _of_the_kit(Path("notebooks", f"{stem}.ipynb"))
-
-
-def _of_the_kit(path: Path) -> Path:
-    inside = CHECKOUT / path
-    return inside if inside.is_file() and not path.is_file() else path
+    here = Path("notebooks", f"{stem}.ipynb")
+    return here if here.is_file() else CHECKOUT / here
 
 
 @dataclass(frozen=True)
@@ -71,7 +61,7 @@ class ReportPlan:
 
 
 @dataclass(frozen=True)
-class Report:
+class FinishedReport:
     """A finished report, or one that stopped at `failure`."""
 
     index: Path
@@ -87,8 +77,8 @@ def plan_report(config: str | Path, settings: Sequence[str] = (), *, out: str | 
 
     Raises MendkitError for unknown names and mistyped values; looks at no data, archive or folder.
     """
-    known = {stem: read_parameters(default_notebook(stem)) for stem in (TRAIN, EDIT)}
-    parameters = known[TRAIN] | known[EDIT]
+    known = {stem: read_parameters(default_notebook(stem)) for stem in (TRAINING, EDITING)}
+    parameters = known[TRAINING] | known[EDITING]
     for name in SET_HERE:
         parameters.pop(name, None)
     given: dict[str, Any] = {}
@@ -106,9 +96,9 @@ def plan_report(config: str | Path, settings: Sequence[str] = (), *, out: str | 
             raise MendkitError(f"unknown name {key!r}; the nearest is a notebook's {near[0]!r}")
     hparams = MENDHyperParams.from_hparams(config, **parse_overrides(overrides))
     if hparams.archive is not None:
-        del known[TRAIN]
-        for name in set(given) - set(known[EDIT]):
-            raise MendkitError(f"{name} is of {TRAIN}, which runs only with `archive=null`")
+        del known[TRAINING]
+        for name in set(given) - set(known[EDITING]):
+            raise MendkitError(f"{name} is of {TRAINING}, which runs only with `archive=null`")
     return ReportPlan(Path(config), overrides, given, hparams, known, Path(out))
 
 
@@ -121,7 +111,7 @@ def check_report(plan: ReportPlan) -> list[Examples]:
     with locked(plan.out):
         _earlier_report(plan.out)
     inputs = [plan.config, *(Path(source) for source, _ in plan.data())]
-    if plan.hparams.archive and not _same(plan.hparams.archive, plan.out / ARCHIVE):
+    if plan.hparams.archive and not _same(plan.hparams.archive, plan.out / ARCHIVE_FILE):
         inputs.append(Path(plan.hparams.archive))
     for path in inputs:
         if path.resolve().is_relative_to(plan.out.resolve()):
@@ -145,8 +135,8 @@ def _earlier_report(out: Path) -> list[Path]:
         raise MendkitError(
             f"{out} holds files but no report; nothing was touched: give --out a new folder"
         )
-    names = ["run.json", "results.json", "index.html", ARCHIVE]
-    for stem in (TRAIN, EDIT):
+    names = ["run.json", "results.json", "index.html", ARCHIVE_FILE]
+    for stem in (TRAINING, EDITING):
         names += [stem, f"{stem}.ipynb", f"{stem}.html", f"{stem}.log"]
     return [out / name for name in names if (out / name).exists()]
 
@@ -163,7 +153,9 @@ def read_json(path: Path) -> dict[str, Any]:
 # ------------------------------------------------------------------------------------------ running
 
 
-def run_report(plan: ReportPlan, *, command: str = "", cell_seconds: int | None = None) -> Report:
+def run_report(
+    plan: ReportPlan, *, command: str = "", cell_seconds: int | None = None
+) -> FinishedReport:
     """Run a plan; `command` is the command line that the page shows.
 
     A notebook that fails keeps what it did, later ones do not run, and the page is written anyway.
@@ -175,15 +167,15 @@ def run_report(plan: ReportPlan, *, command: str = "", cell_seconds: int | None 
         start, failure, archive = time.perf_counter(), None, plan.hparams.archive
         results: dict[str, Any] = {}
         for stem in plan.notebooks:
-            if archive and not _same(archive, plan.out / ARCHIVE):
-                shutil.copy2(archive, plan.out / ARCHIVE)
+            if archive and not _same(archive, plan.out / ARCHIVE_FILE):
+                shutil.copy2(archive, plan.out / ARCHIVE_FILE)
             logger.info("%s: running", stem)
             failure = _run_one(plan, stem, archive, cell_seconds)
             results |= read_json(plan.out / stem / "results.json")
             if failure:
                 results["failed"] = stem
                 break
-            archive = archive or str(plan.out / stem / ARCHIVE)
+            archive = archive or str(plan.out / stem / ARCHIVE_FILE)
         peaks = [results.get(name, 0.0) for name in ("train.peak_memory_gb", "peak_memory_gb")]
         results["report.seconds"] = time.perf_counter() - start
         results["report.peak_memory_gb"] = max(peaks)
@@ -191,7 +183,7 @@ def run_report(plan: ReportPlan, *, command: str = "", cell_seconds: int | None 
         run["failure"] = asdict(failure) if failure else None
         write_json(plan.out / "run.json", run)
         write_json(plan.out / "results.json", results)
-        return Report(write_page(plan.out, run, results), results, failure)
+        return FinishedReport(write_index(plan.out, run, results), results, failure)
 
 
 def _begin(plan: ReportPlan, command: str) -> dict[str, Any]:
@@ -220,7 +212,7 @@ def _run_one(
     folder, executed = plan.out / stem, plan.out / f"{stem}.ipynb"
     folder.mkdir()
     overrides = [*plan.settings]
-    if stem == EDIT:  # which has `archive` as a parameter
+    if stem == EDITING:  # which has `archive` as a parameter
         overrides = [text for text in overrides if text.partition("=")[0].strip() != "archive"]
     values = {"config": str(plan.config), "overrides": overrides, **plan.given}
     values |= {"archive": archive, "out": str(folder)}
@@ -233,7 +225,7 @@ def _run_one(
         cell_seconds=cell_seconds,
     )
     progress.close()
-    for name in ("results.json", ARCHIVE) if stem == TRAIN else ("results.json",):
+    for name in ("results.json", ARCHIVE_FILE) if stem == TRAINING else ("results.json",):
         if failure is None and not (folder / name).is_file():
             failure = Failure(stem, None, f"it ended without writing {folder / name}")
     return export_page(executed, executed.with_suffix(".html"), failure)

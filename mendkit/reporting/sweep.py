@@ -37,7 +37,7 @@ from ..runs import file_sha256, locked, provenance, sha256, write_json
 from ..strict_yaml import read_yaml
 from . import tables
 from .notebook import Failure, run_notebook
-from .report import TRAIN, ReportPlan, default_notebook, export_page, plan_report, read_json
+from .report import TRAINING, ReportPlan, default_notebook, export_page, plan_report, read_json
 
 logger = logging.getLogger(__name__)
 
@@ -90,7 +90,7 @@ class SweepRun:
     @property
     def history(self) -> list[dict[str, float]]:
         """The rows of its training; none if it edited with an archive."""
-        path = self.folder / TRAIN / "history.jsonl"
+        path = self.folder / TRAINING / "history.jsonl"
         lines = path.read_text(encoding="utf-8").splitlines() if path.is_file() else []
         return [json.loads(line) for line in lines]
 

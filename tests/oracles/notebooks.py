@@ -7,17 +7,17 @@ from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
-from mendkit.reporting.report import ARCHIVE, EDIT, TRAIN
+from mendkit.reporting.report import ARCHIVE_FILE, EDITING, TRAINING
 
 PARAMETERS = {
-    TRAIN: """config: str = "c.yaml"  # a file
+    TRAINING: """config: str = "c.yaml"  # a file
 overrides: list = []
 train_data: str = "facts:train"
 validation_data: str = "facts:validation"
 train_limit: int = 0  # 0 takes all
 validation_limit: int = 0
 out: str = "runs/1" """,
-    EDIT: """config: str = "c.yaml"
+    EDITING: """config: str = "c.yaml"
 overrides: list = []
 archive: "Optional[str]" = None
 test_data: str = "facts:test"
@@ -33,10 +33,10 @@ folder = Path(out)
 secret_code = 1"""
 SAID = "print('said before the end')"
 WRITE = {
-    TRAIN: f"""(folder / '{ARCHIVE}').write_bytes(b'trained now')
+    TRAINING: f"""(folder / '{ARCHIVE_FILE}').write_bytes(b'trained now')
 values = {{'train.seconds': 1.5, 'train.peak_memory_gb': 3.0, 'identity.edit_lr': 1}}
 (folder / 'results.json').write_text(json.dumps(values))""",
-    EDIT: """names = 'config overrides archive test_limit max_new_tokens shown out'.split()
+    EDITING: """names = 'config overrides archive test_limit max_new_tokens shown out'.split()
 seen = {n: globals()[n] for n in names} | {'python': sys.executable, 'cwd': os.getcwd()}
 (folder / 'seen.json').write_text(json.dumps(seen))
 (folder / 'figures').mkdir()
@@ -56,12 +56,12 @@ def write_notebooks(folder: Path, *, last: str | None = None, **cells: str) -> P
     shows.
     """
     folder.mkdir(exist_ok=True)
-    for stem, extra in ((TRAIN, cells.get("train")), (EDIT, cells.get("edit"))):
+    for stem, extra in ((TRAINING, cells.get("train")), (EDITING, cells.get("edit"))):
         kernel = {"name": "python3", "display_name": "Python 3", "language": "python"}
         notebook = new_notebook(metadata={"kernelspec": kernel})
         notebook.cells = [new_markdown_cell(f"# {stem}"), new_code_cell(PARAMETERS[stem])]
         notebook.cells[1].metadata["tags"] = ["parameters"]
-        end = last if last and stem == EDIT else WRITE[stem]
+        end = last if last and stem == EDITING else WRITE[stem]
         for text in (IMPORTS, SAID, extra, end):
             if text:
                 notebook.cells.append(new_code_cell(text))

@@ -18,8 +18,15 @@ from nbformat.v4 import new_code_cell, new_notebook
 from mendkit.__main__ import main
 from mendkit.errors import DataError, HyperParamError, MendkitError
 from mendkit.reporting.notebook import Parameter, read_parameters, run_notebook
-from mendkit.reporting.page import write_page
-from mendkit.reporting.report import ARCHIVE, EDIT, TRAIN, check_report, plan_report, run_report
+from mendkit.reporting.page import write_index
+from mendkit.reporting.report import (
+    ARCHIVE_FILE,
+    EDITING,
+    TRAINING,
+    check_report,
+    plan_report,
+    run_report,
+)
 from tests.oracles.notebooks import write_notebooks
 
 
@@ -48,28 +55,33 @@ def test_both_notebooks_run_and_the_page_links_what_they_leave(here):
     expected = {"train.seconds": 1.5, "identity.edit_lr": 2, name: 0.75, f"{name}.n": 8}
     assert done.results.items() >= expected.items()
     assert done.results["report.peak_memory_gb"] == 3.0 and done.results["report.seconds"] > 0
-    assert read(out / EDIT / "seen.json") == {
+    assert read(out / EDITING / "seen.json") == {
         "config": "tiny.yaml",
         "overrides": ["lr=1e-3"],
-        "archive": str(out / TRAIN / ARCHIVE),
+        "archive": str(out / TRAINING / ARCHIVE_FILE),
         "test_limit": 7,
         "max_new_tokens": 50,
         "shown": 2,
-        "out": str(out / EDIT),
+        "out": str(out / EDITING),
         "python": sys.executable,
         "cwd": str(here),
     }
-    assert (out / ARCHIVE).read_bytes() == b"trained now"
+    assert (out / ARCHIVE_FILE).read_bytes() == b"trained now"
     run = read(out / "run.json")
     assert run["kind"] == "report" and run["status"] == "done" and run["failure"] is None
-    html = (out / f"{EDIT}.html").read_text(encoding="utf-8")
+    html = (out / f"{EDITING}.html").read_text(encoding="utf-8")
     assert "said before the end" in html and "secret_code" not in html
-    assert "secret_code" in (out / f"{EDIT}.ipynb").read_text(encoding="utf-8")
+    assert "secret_code" in (out / f"{EDITING}.ipynb").read_text(encoding="utf-8")
 
     page = done.index.read_text(encoding="utf-8")
-    for link in (f"{TRAIN}.html", f"{EDIT}.ipynb", ARCHIVE, f"{EDIT}/figures/a%20b.csv"):
+    for link in (
+        f"{TRAINING}.html",
+        f"{EDITING}.ipynb",
+        ARCHIVE_FILE,
+        f"{EDITING}/figures/a%20b.csv",
+    ):
         assert f'href="{link}"' in page
-    assert f'src="{EDIT}/figures/a%20b.png" alt="It &lt;works&gt;"' in page
+    assert f'src="{EDITING}/figures/a%20b.png" alt="It &lt;works&gt;"' in page
     assert "make &lt;report&gt;" in page and "<script" not in page and "http" not in page
     assert "0.750" in page and "[0.500, 1.000], n = 8" in page and "by definition" in page
     assert "rank: 4" in page and "seed: 42" not in page and 'class="failed"' not in page
@@ -78,15 +90,15 @@ def test_both_notebooks_run_and_the_page_links_what_they_leave(here):
 def test_with_an_archive_only_the_second_notebook_runs_and_a_report_may_replace_itself(here):
     done = report("archive=given.safetensors", "lr=1e-3")
     assert done.failure is None and "train.seconds" not in done.results
-    seen = read(f"out/{EDIT}/seen.json")
+    seen = read(f"out/{EDITING}/seen.json")
     assert (seen["archive"], seen["overrides"]) == ("given.safetensors", ["lr=1e-3"])
-    assert not Path("out", TRAIN).exists() and not Path("out", f"{TRAIN}.ipynb").exists()
+    assert not Path("out", TRAINING).exists() and not Path("out", f"{TRAINING}.ipynb").exists()
     Path("given.safetensors").unlink()
-    assert report(f"archive=out/{ARCHIVE}").failure is None  # this one is kept
-    assert Path("out", ARCHIVE).read_bytes() == b"an archive"
-    Path("out", EDIT, ARCHIVE).write_bytes(b"inside")
+    assert report(f"archive=out/{ARCHIVE_FILE}").failure is None  # this one is kept
+    assert Path("out", ARCHIVE_FILE).read_bytes() == b"an archive"
+    Path("out", EDITING, ARCHIVE_FILE).write_bytes(b"inside")
     with pytest.raises(MendkitError, match=r"would be replaced.*--out"):
-        checked(f"archive=out/{EDIT}/{ARCHIVE}")
+        checked(f"archive=out/{EDITING}/{ARCHIVE_FILE}")
 
 
 FAULTS = {
@@ -109,24 +121,31 @@ def test_a_failing_notebook_keeps_what_it_did_and_says_where(here, fault):
     write_notebooks(here / "notebooks", train=cell)
     Path("out", "notes").mkdir(parents=True)
     Path("out", "run.json").write_text('{"kind": "report", "notebooks": ["../notebooks"]}')
-    Path("out", EDIT).mkdir()  # of an earlier report
+    Path("out", EDITING).mkdir()  # of an earlier report
     done = report(cell_seconds=4)
-    assert done.failure.where == f"{TRAIN}, code cell {number}" and message in done.failure.error
-    assert done.results == read("out/results.json") and done.results["failed"] == TRAIN
+    assert done.failure.where == f"{TRAINING}, code cell {number}" and message in done.failure.error
+    assert done.results == read("out/results.json") and done.results["failed"] == TRAINING
     run = read("out/run.json")
     assert run["status"] == "failed" and run["failure"]["cell"] == number
     for suffix in (".ipynb", ".html"):
-        text = Path("out", TRAIN).with_suffix(suffix).read_text(encoding="utf-8")
+        text = Path("out", TRAINING).with_suffix(suffix).read_text(encoding="utf-8")
         assert "said before the end" in text
     page = Path("out/index.html").read_text(encoding="utf-8")
     assert 'class="failed"' in page and "<b>no</b>" not in page
-    assert f"{TRAIN} failed, code cell {number}" in page
-    log = Path("out", f"{TRAIN}.log")
-    assert log.is_file() == (f'href="{TRAIN}.log"' in page)
+    assert f"{TRAINING} failed, code cell {number}" in page
+    log = Path("out", f"{TRAINING}.log")
+    assert log.is_file() == (f'href="{TRAINING}.log"' in page)
     assert fault != "dies" or log.read_bytes() == b"last words"
     # Nothing is left that could be mistaken, and nothing is removed that is no report's.
     left = {path.name for path in Path("out").iterdir() if path.suffix != ".log"}
-    written = {"run.json", "results.json", "index.html", TRAIN, f"{TRAIN}.ipynb", f"{TRAIN}.html"}
+    written = {
+        "run.json",
+        "results.json",
+        "index.html",
+        TRAINING,
+        f"{TRAINING}.ipynb",
+        f"{TRAINING}.html",
+    }
     assert left == written | {"notes"} and Path("notebooks").is_dir()
 
 
@@ -134,15 +153,15 @@ def test_an_end_without_results_or_archive_is_a_failure(here):
     write_notebooks(here / "notebooks", last="pass")
     done = report()
     assert done.failure.cell is None and "results.json" in done.failure.error
-    assert done.results["train.seconds"] == 1.5 and done.results["failed"] == EDIT
-    assert Path("out", ARCHIVE).is_file()
-    path = here / "notebooks" / f"{TRAIN}.ipynb"
+    assert done.results["train.seconds"] == 1.5 and done.results["failed"] == EDITING
+    assert Path("out", ARCHIVE_FILE).is_file()
+    path = here / "notebooks" / f"{TRAINING}.ipynb"
     notebook = nbformat.read(path, as_version=4)
-    notebook.cells.append(new_code_cell(f"(folder / '{ARCHIVE}').unlink()"))
+    notebook.cells.append(new_code_cell(f"(folder / '{ARCHIVE_FILE}').unlink()"))
     nbformat.write(notebook, path)
     done = report()
-    assert done.failure.notebook == TRAIN and ARCHIVE in done.failure.error
-    assert not Path("out", EDIT).exists() and not Path("out", ARCHIVE).exists()
+    assert done.failure.notebook == TRAINING and ARCHIVE_FILE in done.failure.error
+    assert not Path("out", EDITING).exists() and not Path("out", ARCHIVE_FILE).exists()
 
 
 def test_the_live_line_is_passed_on(here):
@@ -153,7 +172,7 @@ def test_the_live_line_is_passed_on(here):
     Path("o").mkdir()
     lines, given = [], {"out": "o"}
     assert not run_notebook(
-        Path(f"notebooks/{EDIT}.ipynb"), Path("o/x.ipynb"), given, show=lines.append
+        Path(f"notebooks/{EDITING}.ipynb"), Path("o/x.ipynb"), given, show=lines.append
     )
     assert lines == ["cell 6/7: step 1", "cell 6/7: step 2"]
 
@@ -186,8 +205,8 @@ def test_an_interrupt_ends_kernel_and_report_which_had_its_folder_to_itself(
     process.send_signal(signal.SIGINT)
     stdout, stderr = process.communicate(timeout=60)
     assert process.returncode == 130, stderr
-    assert f"error: {TRAIN}, code cell 5: interrupted" in stderr and "Traceback" not in stderr
-    assert stdout.strip() == "out/index.html" and read("out/results.json")["failed"] == TRAIN
+    assert f"error: {TRAINING}, code cell 5: interrupted" in stderr and "Traceback" not in stderr
+    assert stdout.strip() == "out/index.html" and read("out/results.json")["failed"] == TRAINING
     with pytest.raises(ProcessLookupError):
         os.kill(int(Path("pid").read_text()), 0)
 
@@ -215,10 +234,10 @@ MISTAKES = {
     "raank=5": (HyperParamError, r"unknown key 'raank'.*'rank'"),
     "test_limit=1.5": (MendkitError, r"test_limit must be an integer of at least 0"),
     "train_limit": (MendkitError, r"train_limit must be an integer of at least 0"),
-    "train_data=facts:all": (DataError, r"no such split"),
+    "train_data=facts:all": (DataError, r"facts:all: no such facts"),
     "out=elsewhere": (HyperParamError, r"unknown key 'out'"),
     "shown=2 shown=3": (MendkitError, "shown is given twice"),
-    "archive=given.safetensors train_limit=5": (MendkitError, rf"train_limit is of {TRAIN}"),
+    "archive=given.safetensors train_limit=5": (MendkitError, rf"train_limit is of {TRAINING}"),
 }
 
 
@@ -301,18 +320,18 @@ def test_parameters_are_read_with_their_types(here):
 
 
 def notebook_of(*cells) -> Path:
-    path = Path("notebooks", f"{EDIT}.ipynb")
+    path = Path("notebooks", f"{EDITING}.ipynb")
     kernel = {"name": "python3", "language": "python", "display_name": "Python 3"}
     nbformat.write(new_notebook(cells=[*cells], metadata={"kernelspec": kernel}), path)
     return path
 
 
 def test_the_page_stands_without_results(tmp_path):
-    run = {"notebooks": [EDIT], "hparams": {"model_name": "<m>", "rank": 3}, "started": "now"}
+    run = {"notebooks": [EDITING], "hparams": {"model_name": "<m>", "rank": 3}, "started": "now"}
     run |= {"command": "", "config": "c", "settings": [], "versions": {"torch": None}}
     run |= {"machine": {"cores": 1, "threads": 1, "processor": "p"}}
-    run |= {"failure": {"notebook": EDIT, "cell": None, "error": "<e>", "source": ""}}
-    page = write_page(tmp_path, run, {"odd": float("nan"), "text": "<t>"}).read_text("utf-8")
+    run |= {"failure": {"notebook": EDITING, "cell": None, "error": "<e>", "source": ""}}
+    page = write_index(tmp_path, run, {"odd": float("nan"), "text": "<t>"}).read_text("utf-8")
     for text in ("&lt;m&gt;", "&lt;e&gt;", "&lt;t&gt;", "did not run", "rank: 3"):
         assert text in page
     assert "<t>" not in page and "<table>" in page
