@@ -5,7 +5,7 @@ every prompt, which changes no weight.
 """
 
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from statistics import fmean
 
@@ -37,10 +37,13 @@ class Baseline:
         base: BaseModel,
         hparams: MENDHyperParams,
         name: str,
-        settings: dict[str, float | str],
+        settings: Mapping[str, float | str],
     ) -> None:
         self.base, self.name, self.settings = base, name, settings
         self.hparams = hparams.replace(lr_scale=1.0)  # which is for MEND's updates
+
+    def __repr__(self) -> str:
+        return f"<{self.name} of {self.base.name}, {self.settings}>"
 
     def updates(
         self, texts: Sequence[Tokens], *, trunk: FrozenTrunk | None = None, at_once: bool = False
@@ -110,7 +113,8 @@ def fact_in_context(on: EvaluationSet) -> EvaluationReport:
 
 def _scores_in_context(on: EvaluationSet, context: EvaluationSet, i: int) -> Scores:
     """What example i comes to with the fact before each prompt, and agreement with f without it."""
-    told_scores, agreements = [], {}
+    told_scores: list[dict[str, float]] = []
+    agreements: dict[str, list[float]] = {}
     pairs = zip(context.read_before[i], on.read_before[i], strict=False)  # none is reworded
     for k, (with_fact, without) in enumerate(pairs):
         role, scores = on.prompts[i][k].role, dict(context.before[i].scores[k])

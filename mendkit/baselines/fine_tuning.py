@@ -50,7 +50,8 @@ class FineTuning(Baseline):
             raise HyperParamError(
                 f"lr, cap must be positive and steps at least 1, got {lr}, {cap}, {steps}"
             )
-        name, settings = "fine-tuning", {"lr": lr, "steps": steps}
+        name = "fine-tuning"
+        settings: dict[str, float | str] = {"lr": lr, "steps": steps}
         if cap is not None:
             name, settings = "fine-tuning, capped", settings | {"cap": cap}
         super().__init__(base, hparams, name, settings)
@@ -117,7 +118,7 @@ class LocalisedFineTuning(Baseline):
                 "lr must be positive, epochs and batch_size at least 1, "
                 f"got {lr}, {epochs}, {batch_size}"
             )
-        settings = {"site": site, "lr": lr}
+        settings: dict[str, float | str] = {"site": site, "lr": lr}
         super().__init__(base.with_sites([site]), hparams, "localised fine-tuning", settings)
         self.site, self.lr, self.epochs = self.base.sites[0], lr, epochs
         self.batch_size, self.stop = batch_size, stop

@@ -136,7 +136,8 @@ class GaussNewton(Baseline):
 
     def _weakest(self, trunk: FrozenTrunk, draw: random.Random) -> list[Tokens]:
         """Of the latest edits and some drawn at random, those that the model holds least."""
-        latest, earlier = self.memory[-LATEST:], self.memory[:-LATEST]
+        memory = self.memory or []
+        latest, earlier = memory[-LATEST:], memory[:-LATEST]
         more = max(0, min(self.reread - len(latest), len(earlier)))
         chosen = [*latest, *draw.sample(earlier, more)]
         log_p = [sum(value.logp) for value in forced(trunk, [chosen], None)[0]]
@@ -165,7 +166,7 @@ class GaussNewton(Baseline):
             for at in range(0, len(order), self.batch_size):
                 edits = order[at : at + self.batch_size]
                 kept = self._others(edits, self.kept, draw) if others is None else others
-                losses, step = self._step(trunk, edits, kept, made, most)
+                losses, step = self._step(trunk, edits, kept, made=made, most=most)
                 epoch.append(losses)
                 made = together(made, step)
             losses = torch.cat(epoch)
@@ -182,6 +183,7 @@ class GaussNewton(Baseline):
         trunk: FrozenTrunk,
         edits: Sequence[Tokens],
         others: Sequence[Tokens],
+        *,
         made: Updates,
         most: float,
     ) -> tuple[Float[Tensor, " n"], Updates]:
@@ -206,7 +208,8 @@ class GaussNewton(Baseline):
 
     def _responses(self, factors: Factors, count: int) -> tuple[Float[Tensor, "n n"], Updates]:
         """G in float64, and −∇L C⁻¹ / s as updates whose tokens are still to be weighed by a."""
-        total, step = 0.0, {}
+        total = torch.zeros(count, count, dtype=torch.float64, device=self.base.device)
+        step: Updates = {}
         for name, f in factors.items():
             s = f.delta.square().mean().clamp(min=SMALLEST)
             u, delta = f.u @ self.inverse[name], f.delta / s

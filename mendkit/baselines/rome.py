@@ -93,7 +93,7 @@ class ROME(Baseline):
         u, z = [], []
         for text in texts:
             if not text.subject:
-                prompt = self.base.tokenizer.decode(text.ids)
+                prompt = self.base.tokenizer.decode(list(text.ids))
                 raise DataError(
                     f"ROME needs the subject, and {prompt!r} does not contain its example's "
                     "`subject`; give examples that name it, or use another editor"

@@ -85,7 +85,7 @@ def _tried(
     said = []
     for name, value in settings.items():
         said.append(f"{name} {value}" if isinstance(value, str) else f"{name} {value:g}")
-    row = {"editor": editor.name, "settings": ", ".join(said)}
+    row: dict[str, Any] = {"editor": editor.name, "settings": ", ".join(said)}
     for name in HEADLINE_KEYS:
         if name in report.summary:
             row[name] = report.summary[name].mean

@@ -7,6 +7,7 @@ cannot drop rows, or that is not causal, decodes with `generate`. Axes: b rows, 
 
 import inspect
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from jaxtyping import Int
@@ -74,7 +75,8 @@ def _write_causal(
     stops = frozenset() if endless else ends | base.stop_ids()
     written: list[list[int]] = [[] for _ in prompts]
     alive = list(range(len(prompts)))
-    positions, cache, left = (mask.cumsum(1) - 1).clamp(min=0), None, max_new_tokens
+    positions, left = (mask.cumsum(1) - 1).clamp(min=0), max_new_tokens
+    cache: Any = None
     last_only = {"logits_to_keep": 1} if "logits_to_keep" in _parameters(base) else {}
     while alive and left:
         over = [False] * len(alive)
@@ -82,14 +84,8 @@ def _write_causal(
             # Dropping rows copies the cache, so it waits until a quarter of them are over.
             while left and 4 * sum(over) < len(over):
                 # 1. One step of all rows.
-                output = base.model(
-                    input_ids=ids,
-                    attention_mask=mask,
-                    position_ids=positions,
-                    past_key_values=cache,
-                    use_cache=True,
-                    **last_only,
-                )
+                inputs = {"input_ids": ids, "attention_mask": mask, "position_ids": positions}
+                output = base.model(**inputs, past_key_values=cache, use_cache=True, **last_only)
                 logits, cache, left = output.logits[:, -1:], output.past_key_values, left - 1
                 # 2. The most probable token.
                 if endless:
@@ -130,7 +126,7 @@ def _cache_bytes(base: BaseModel) -> int:
         ):
             return 0
         ids: Int[Tensor, "b t"] = torch.tensor([[base.eos_id]], device=base.device)
-        cache = getattr(base.model(input_ids=ids, use_cache=True), "past_key_values", None)
+        cache: Any = getattr(base.model(input_ids=ids, use_cache=True), "past_key_values", None)
         if not hasattr(cache, "batch_select_indices"):
             return 0
         return sum(layer.keys.nbytes + layer.values.nbytes for layer in cache.layers)

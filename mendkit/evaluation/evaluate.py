@@ -62,8 +62,14 @@ def evaluate(
         )
     start = time.perf_counter()
     if not isinstance(examples, EvaluationSet):
-        options = {"max_new_tokens": max_new_tokens, "text": text, "fluency": fluency}
-        examples = EvaluationSet(editor.base, editor.hparams, examples, **options)
+        examples = EvaluationSet(
+            editor.base,
+            editor.hparams,
+            examples,
+            max_new_tokens=max_new_tokens,
+            text=text,
+            fluency=fluency,
+        )
     if not examples.to_edit:
         raise DataError(
             f"the unedited model already writes the new answer of all {len(examples)} examples; "

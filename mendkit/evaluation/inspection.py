@@ -71,7 +71,7 @@ def answer_tokens(base: BaseModel, example: EditExample) -> dict[str, str | None
             return None
         if base.labels:
             return base.said(answer)
-        return base.tokenizer.decode([base.tokenize(example.prompt, answer).targets[0]])
+        return str(base.tokenizer.decode([base.tokenize(example.prompt, answer).targets[0]]))
 
     return {
         "prompt": example.prompt,

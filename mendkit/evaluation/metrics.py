@@ -111,7 +111,7 @@ def _following(target: str, prompt: ScoredPrompt, read: Reading) -> dict[str, fl
 
 def _staying(prompt: ScoredPrompt, read: Reading, before: Reading) -> dict[str, float]:
     """Agreement with f on a prompt that should stay as it was."""
-    scores = {}
+    scores: dict[str, float] = {}
     if read.text.same:
         agreement = fmean(read.text.same)
         scores |= {"score": agreement, "argmax_agreement": agreement}

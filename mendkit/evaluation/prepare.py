@@ -110,8 +110,9 @@ class EvaluationSet:
             columns = zip(self.prompts[i], read[row], self.read_before[i], strict=True)
             scores = [prompt_scores(target, *column) for column in columns]
             values = example_values([prompt.role for prompt in self.prompts[i]], scores)
-            if self.coverage[i] is not None:
-                values["portability.coverage"] = self.coverage[i]
+            coverage = self.coverage[i]
+            if coverage is not None:
+                values["portability.coverage"] = coverage
             if fluency is not None:
                 values["fluency.entropy_bits"] = fluency[row]
             out.append(Scores(values, [reading.written for reading in read[row]], scores))
@@ -235,7 +236,7 @@ class EvaluationSet:
         unique = list(dict.fromkeys(starts))
         limit = self.max_new_tokens
         new = write(self.base, unique, None, range(len(unique)), max_new_tokens=limit)
-        if self.base.family != CLASSIFIER:
+        if self.base.eos_id is not None and self.base.family != CLASSIFIER:
             for ids in new:  # the end of text is part of what f wrote
                 stopped = STOP.search(self.base.new_text([], ids, stop=False))
                 if len(ids) < limit and not stopped:
@@ -261,8 +262,12 @@ class EvaluationSet:
             queue = iter(values)
             out.append([])
             for prompt in self.prompts[i]:
-                there = (prompt.text, prompt.rival, prompt.greedy)
-                out[-1].append(Reading(*(None if text is None else next(queue) for text in there)))
+                text, rival, greedy = next(queue), None, None
+                if prompt.rival is not None:
+                    rival = next(queue)
+                if prompt.greedy is not None:
+                    greedy = next(queue)
+                out[-1].append(Reading(text, rival, greedy))
         # 2. Write after each prompt where reading did not settle what is written.
         todo: list[tuple[int, int, Tokens]] = []
         for row, i in enumerate(index):
@@ -279,7 +284,7 @@ class EvaluationSet:
 
     def _settled(self, example: EditExample, prompt: ScoredPrompt, read: Reading) -> str | None:
         """What greedy decoding must write, if reading says so."""
-        if prompt.greedy is not None and all(read.greedy.same):
+        if prompt.greedy and read.greedy and all(read.greedy.same):
             return self.base.new_text(self.base.prompt_of(prompt.greedy), prompt.greedy.targets)
         target = example.target_new
         may_retrace = prompt.text.targets and prompt.role not in STAY and self.hparams.add_eos

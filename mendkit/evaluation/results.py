@@ -225,7 +225,7 @@ def compare(report_a: EvaluationReport, report_b: EvaluationReport, *metrics: st
     share no edit, or a metric is unknown.
     """
     pairs = _frame_of_edits(report_a).join(
-        _frame_of_edits(report_b), how="inner", suffixes=("", " of b")
+        _frame_of_edits(report_b).add_suffix(" of b"), how="inner"
     )
     if pairs.empty:
         raise MendkitError("the two reports share no edit; score both editors on the same examples")
@@ -248,8 +248,8 @@ def compare(report_a: EvaluationReport, report_b: EvaluationReport, *metrics: st
 def _frame_of_edits(report: EvaluationReport) -> pd.DataFrame:
     """A report's frame by edit; of several equal edits the k-th is another than the first."""
     frame, edit = report.frame(), ["id", "prompt", "target_new"]
-    repeat = frame.groupby(edit, dropna=False).cumcount()
-    return frame.set_index([*edit, repeat.rename("repeat")])
+    frame["repeat"] = frame.groupby(edit, dropna=False).cumcount()
+    return frame.set_index([*edit, "repeat"])
 
 
 def summarise(rows: Sequence[EditRow]) -> Summary:
