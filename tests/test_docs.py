@@ -12,7 +12,7 @@ NAMED = re.compile(r"`(?:tests/)?([\w/]+\.py)::(\w+)`")
 
 
 @cache
-def tests_of(path: str) -> set[str]:
+def names_in(path: str) -> set[str]:
     tree = ast.parse((ROOT / "tests" / path).read_text(encoding="utf-8"))
     return {node.name for node in tree.body if isinstance(node, ast.FunctionDef)}
 
@@ -26,7 +26,7 @@ def test_every_row_names_tests_and_every_test_that_is_named_is_there(page, rows)
         named = NAMED.findall(line)
         assert named, f"{page} names no test in: {line}"
         for path, name in named:
-            assert name in tests_of(path), f"{page} names {path}::{name}, which is not there"
+            assert name in names_in(path), f"{page} names {path}::{name}, which is not there"
     assert "::" not in NAMED.sub("", text)  # no test is named in a form that is not checked
 
 
@@ -36,7 +36,11 @@ def test_the_correctness_page_has_every_row_of_its_numbering():
 
 
 def test_links_between_pages_lead_somewhere():
-    pages = [ROOT / "README.md", *(ROOT / "docs").glob("*.md"), ROOT / "mendkit/data/facts/README.md"]
+    pages = [
+        ROOT / "README.md",
+        *(ROOT / "docs").glob("*.md"),
+        ROOT / "mendkit/data/facts/README.md",
+    ]
     for page in pages:
         for target in re.findall(r"\]\(([^)#:]+)(?:#[^)]*)?\)", page.read_text(encoding="utf-8")):
             assert (page.parent / target).exists(), f"{page.name} links to {target}"
