@@ -1,7 +1,8 @@
 """What the embedded facts leave out or rename by hand, with the reason.
 
-These are places and names where a plain statement would be doubtful, out of date or misleading although the
-sources contain it. Countries, languages and airports are given by ISO 3166, ISO 639 and IATA code.
+These are places and names where a plain statement would be doubtful, out of date or misleading
+although the sources contain it. Countries, languages and airports are given by ISO 3166, ISO 639
+and IATA code.
 """
 
 from __future__ import annotations
@@ -93,7 +94,7 @@ NO_CAPITAL = frozenset(
 )
 # Countries on two continents, or counted differently by different authors.
 NO_CONTINENT = frozenset(["AM", "AZ", "CY", "EG", "GE", "ID", "KZ", "RU", "TL", "TR", "YE"])
-# Several currencies side by side, a change about the date of the sources, or a misspelt name in them.
+# Several currencies at once, a change about the date of the sources, or a misspelt name there.
 NO_CURRENCY = frozenset(["BG", "CU", "GY", "KG", "SV", "ZW"])
 # A status that changed lately or is a matter of custom, or a language that is counted differently.
 NO_LANGUAGE = frozenset(
@@ -146,7 +147,7 @@ LANGUAGE_NAMES = {
     "Southern Sotho": "Sesotho",
 }
 SCRIPT_NAMES = {"Bangla": "Bengali", "Myanmar": "Burmese"}
-# Constructed, liturgical or extinct languages, and names that stand for several codes or for a family.
+# Constructed, liturgical or extinct languages; names that stand for several codes or a family.
 NO_LANGUAGE_CODE = frozenset(
     [
         "ae",
@@ -282,32 +283,32 @@ NO_SCRIPT = frozenset(
     ]
 )
 
-# Boroughs, districts and suburbs that the source lists as cities; disputed places; shared or odd names.
+# Boroughs and suburbs that the source lists as cities; disputed places; shared or odd names.
 NOT_CITIES = names(
     """
     Abobo, Ahwatukee Foothills, Al Ain City, Astoria, Balbala, Bannu, Battagram, Belmont Cragin,
-    Bensonhurst, Borama, Borough Park, Brick, Bronx, Brooklyn, Buda, Budta, Bukit Rahman Putra, Bushwick,
-    Calumbo, Camama, Camayenne, Canarsie, Carrefour, Casas Adobes, Centennial, Chunian, Clinton Township,
-    Coney Island, Cordova, Deer Valley, Donetsk, Dorchester, East Chattanooga, East Flatbush, East
-    Harlem, East Independence, East Jerusalem, East Norwalk, East Village, Enchanted Hills, Enterprise,
-    Esenler, Esenyurt, Evaton, Financial District, Flatbush, Flatlands, Fordham, Framingham Center,
-    Golfe, Gravesend, Gustavo Adolfo Madero, Hamilton, Hargeysa, Harlem, Hlaingthaya, Hoji ya Henda,
-    Homyel', Horlivka, Iztapalapa, Jackson Heights, Jamaica, Jammu, Jerusalem, Kakamega, Kampung Baru
-    Subang, Kananga, Kansas City, Kennedy, Khartoum North, Kikolo, Kimhae, Kings Bridge, Kira, Kota Kuala
-    Muda, Kowloon, Lexington-Fayette, Logan Square, Luhansk, Madinah, Maianga, Makiyivka, Makkah,
-    Malingao, Manhattan, Mariupol, Maryvale, Meads, Metairie Terrace, Mirpur Model Thana, Mohammadpur,
-    Mukim Pulai, Mulenvos, Nansana, Near North Side, New Kingston, New South Memphis, North Peoria, North
-    Stamford, Nova Vida, Pallabi, Paradise, Park Slope, Parkchester, Pelentong, Pest, Pikine, Plymouth,
-    Portage Park, Portsmouth Heights, Queens, Richmond Hill, Sadr City, San Tan Valley, Sancaktepe,
-    Sandy, Sandy Hills, Selayang Baru Utara, Sevastopol, Sheepshead Bay, Simferopol, Soshanguve, South
-    Boston, South Lawndale, South Ozone Park, South Suffolk, Srinagar, Staten Island, Stepanakert,
-    Sunrise Manor, Sunset Park, Surprise, Surrey, Takeo, Talatona, Tempe Junction, The Bronx, The Hague,
-    Thembisa, Tri-Cities, Umraniye, Upper West Side, Viana, Villa Nueva, Warder, Washington, West Albany,
-    West     Bloomfield Township, West Coon Rapids, West Gulfport, West Lynchburg, West Raleigh, West
-    Ridge, West     Town, Wuzhong
+    Bensonhurst, Borama, Borough Park, Brick, Bronx, Brooklyn, Buda, Budta, Bukit Rahman Putra,
+    Bushwick, Calumbo, Camama, Camayenne, Canarsie, Carrefour, Casas Adobes, Centennial, Chunian,
+    Clinton Township, Coney Island, Cordova, Deer Valley, Donetsk, Dorchester, East Chattanooga,
+    East Flatbush, East Harlem, East Independence, East Jerusalem, East Norwalk, East Village,
+    Enchanted Hills, Enterprise, Esenler, Esenyurt, Evaton, Financial District, Flatbush, Flatlands,
+    Fordham, Framingham Center, Golfe, Gravesend, Gustavo Adolfo Madero, Hamilton, Hargeysa, Harlem,
+    Hlaingthaya, Hoji ya Henda, Homyel', Horlivka, Iztapalapa, Jackson Heights, Jamaica, Jammu,
+    Jerusalem, Kakamega, Kampung Baru Subang, Kananga, Kansas City, Kennedy, Khartoum North, Kikolo,
+    Kimhae, Kings Bridge, Kira, Kota Kuala Muda, Kowloon, Lexington-Fayette, Logan Square, Luhansk,
+    Madinah, Maianga, Makiyivka, Makkah, Malingao, Manhattan, Mariupol, Maryvale, Meads, Metairie
+    Terrace, Mirpur Model Thana, Mohammadpur, Mukim Pulai, Mulenvos, Nansana, Near North Side, New
+    Kingston, New South Memphis, North Peoria, North Stamford, Nova Vida, Pallabi, Paradise, Park
+    Slope, Parkchester, Pelentong, Pest, Pikine, Plymouth, Portage Park, Portsmouth Heights, Queens,
+    Richmond Hill, Sadr City, San Tan Valley, Sancaktepe, Sandy, Sandy Hills, Selayang Baru Utara,
+    Sevastopol, Sheepshead Bay, Simferopol, Soshanguve, South Boston, South Lawndale, South Ozone
+    Park, South Suffolk, Srinagar, Staten Island, Stepanakert, Sunrise Manor, Sunset Park, Surprise,
+    Surrey, Takeo, Talatona, Tempe Junction, The Bronx, The Hague, Thembisa, Tri-Cities, Umraniye,
+    Upper West Side, Viana, Villa Nueva, Warder, Washington, West Albany, West Bloomfield Township,
+    West Coon Rapids, West Gulfport, West Lynchburg, West Raleigh, West Ridge, West Town, Wuzhong
     """
 )
-# Closed airports, those filed under a place they do not mainly serve, and names or cities that two share.
+# Closed airports, those filed under a place they do not mainly serve, names or cities of two.
 NOT_AIRPORTS = frozenset(
     [
         "ISL",

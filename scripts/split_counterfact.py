@@ -1,9 +1,9 @@
 """Training and validation files from CounterFact without any subject of its evaluation file.
 
-    python scripts/split_counterfact.py counterfact-train.json counterfact-val.json runs/counterfact [2000]
+    python scripts/split_counterfact.py counterfact-train.json counterfact-val.json OUT [2000]
 
-writes runs/counterfact/{train,validation}.jsonl: the first 2,000 (or so many) and the next 200 training records (in a
-seeded random order) whose subject is not in the evaluation file, sharing no subject with one another either.
+writes OUT/{train,validation}.jsonl: the first 2,000 (or so many) and the next 200 training records,
+in a seeded random order. Their subjects are not in the evaluation file, and the two share none.
 """
 
 import sys

@@ -8,8 +8,6 @@ from mendkit.mend.batches import edit_tokens
 from mendkit.models.tokens import collate, tokenize
 from tests.oracles.claims import EXAMPLES, hparams
 
-# ------------------------------------------------------------------------------------------------- tokens
-
 
 @pytest.mark.parametrize("prompt", ["The capital of France is", "Q: Who? A:", "He said: '"])
 @pytest.mark.parametrize("answer", ["Lima", "New York City", "N'Djamena", " Lima", "42", "東京"])

@@ -1,7 +1,7 @@
-"""Damaged and hostile variants of a safetensors file: what a test feeds to the reader of any kind of file.
+"""Damaged and hostile variants of a safetensors file, for the readers of all kinds of file.
 
-Each variant has a name for the report, and comes from a seeded generator. Containers are written by hand, since the
-library writes none of these.
+Each variant has a name for the report, and comes from a seeded generator. Containers are written by
+hand, since the library writes none of these.
 """
 
 import json
@@ -17,7 +17,22 @@ from safetensors.torch import load, save
 from mendkit.mend.files import CHECKSUM, content_sha256, old_checksums
 
 Variant = tuple[str, bytes]
-DTYPES = "F64 F32 F16 BF16 I64 I32 U8 BOOL U64 F8_E4M3 F8_E8M0 F4 C64 X".split()
+DTYPES = [
+    "F64",
+    "F32",
+    "F16",
+    "BF16",
+    "I64",
+    "I32",
+    "U8",
+    "BOOL",
+    "U64",
+    "F8_E4M3",
+    "F8_E8M0",
+    "F4",
+    "C64",
+    "X",
+]
 HUGE = (2**63 - 1, 2**64 - 1, 2**40, 2**31, 10**30, -1)
 
 

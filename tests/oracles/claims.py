@@ -1,4 +1,4 @@
-"""What several test files share: examples for the tiny models, and plain textbook MEND to compare with."""
+"""What several test files share: examples for the tiny models, and a plain textbook MEND."""
 
 from collections.abc import Mapping
 
@@ -44,7 +44,7 @@ LABELLED = tuple(
 def plain_logits(
     base: BaseModel, text: Tokens, weights: Mapping[str, torch.Tensor] | None = None
 ) -> torch.Tensor:
-    """(scored positions, vocabulary or classes) of one text, unpadded, read by the whole model with other weights."""
+    """(scored positions, vocabulary or classes) of one text, unpadded, from the whole model."""
     inputs = {"input_ids": torch.tensor([text.ids])}
     if text.decoder:
         inputs["decoder_input_ids"] = torch.tensor([text.decoder])

@@ -1,4 +1,4 @@
-"""What executes the annotations of mendkit while tests run: jaxtyping's shapes, and the types around them."""
+"""Checks the annotations of mendkit while tests run: jaxtyping's shapes and the other types."""
 
 from beartype import BeartypeConf, beartype
 
