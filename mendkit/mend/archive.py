@@ -1,8 +1,8 @@
 """The archive: a trained hypernetwork as one file (files.py).
 
-Tensors: transforms, statistics of the normaliser, log step sizes. Metadata: format, hyperparameters, base model,
-sign of the update, loss reduction, step sizes, training summary, SHA-256. It is refused on another base model than
-the one it was trained for (CORRECTNESS rows 3, 23, 24).
+Tensors: transforms, statistics of the normaliser, log step sizes.
+Metadata: hyperparameters, base model, sign of the update, step sizes, training summary, SHA-256.
+An archive is refused on another base model than its own (CORRECTNESS rows 3, 23, 24).
 """
 
 from collections.abc import Mapping
@@ -47,7 +47,7 @@ class Archive:
 def save_archive(
     path: str | Path, base: BaseModel, mend: MEND, *, training: Mapping[str, Any] | None = None
 ) -> Path:
-    """Write an archive. `training` is the summary kept in the metadata; raises as `save_tensors`."""
+    """Write an archive; `training` is its summary. Raises as `save_tensors`."""
     metadata = {
         "hparams": mend.hparams.replace(archive=None).to_dict(),
         "base_model": model_fingerprint(base),
@@ -70,7 +70,7 @@ def inspect_archive(path: str | Path) -> dict[str, Any]:
 def load_archive(path: str | Path, *, base: BaseModel) -> Archive:
     """Load a hypernetwork for `base`; the archive decides the edit sites of `Archive.base`.
 
-    Raises ArchiveError if it is missing or damaged, or naming what differs if it was trained for another model.
+    Raises ArchiveError if it is missing, damaged, or of another model, naming what differs.
     """
     metadata, tensors = read_tensors(ARCHIVE, path)
     with damage_named(path, "metadata"):

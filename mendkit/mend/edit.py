@@ -1,8 +1,8 @@
 """An edit: the weight change that MEND makes from one example, or from several at once.
 
-The last line of Algorithm 2 (Mitchell et al., 2022): W̃ = W + ΔW, with ΔW as updates.py holds it. The weights are
-never written; undoing an edit restores the model bit for bit (CORRECTNESS row 16). An edit leaves the process in three
-ways: as a LoRA adapter, merged into a copy of the weights (export.py), or as the kit's own file with every bit.
+The last line of Algorithm 2 (Mitchell et al., 2022): W̃ = W + ΔW, with ΔW as updates.py holds it.
+The weights are never written: undoing restores the model bit for bit (CORRECTNESS row 16).
+An edit can be kept as a LoRA adapter, in a merged copy (export.py), or as the kit's own file.
 """
 
 from collections.abc import Iterator, Sequence
@@ -41,9 +41,10 @@ EDIT = Kind(
 
 
 class Edit:
-    """A weight change of one base model, from one example or several at once (their updates are summed).
+    """A weight change of one base model; the updates of several examples are summed.
 
-    `applied()` is the way to use it; `apply()` and `undo()` are for interactive work. `strength` multiplies the update.
+    Use it with `applied()`; `apply()` and `undo()` are for interactive work.
+    `strength` multiplies the update.
     `archive` is the SHA-256 of the archive that made it, None if there is none.
     """
 
@@ -73,7 +74,7 @@ class Edit:
 
     @property
     def updates(self) -> Updates:
-        """The updates at the edit's strength, all examples' tokens side by side as one edit (b = 1)."""
+        """The updates at the edit's strength, all examples as one edit (b = 1)."""
         return {name: summed(u).scaled(self.strength) for name, u in self.unit_updates.items()}
 
     # ------------------------------------------------------------------------------- apply and undo
@@ -136,7 +137,7 @@ class Edit:
     def save_adapter(self, folder: str | Path, rank: int | None = None) -> tuple[AdapterSite, ...]:
         """Write the edit as a PEFT LoRA adapter, of `rank` at most (default: the edit's own).
 
-        `peft.PeftModel.from_pretrained(model, folder)` then gives the edited model's logits within rounding.
+        `peft.PeftModel.from_pretrained(model, folder)` gives the edited logits within rounding.
         Returns each site's rank and what truncation lost.
         """
         if rank is not None and rank < 1:
@@ -149,10 +150,10 @@ class Edit:
         return write_adapter(folder, self.base, loras)
 
     def merged(self) -> Merged:
-        """A new model with the edit added to its weights in float32, then rounded to the weights' dtype.
+        """A new model with the edit added to its weights in float32, then rounded to their dtype.
 
-        Both models share all weights but the edited ones: write to neither. Other edits in force are not taken
-        along. A rounding that loses much of the edit is reported, and warned of.
+        Both models share the other weights: write to neither. Other edits in force stay out.
+        A rounding that loses much of the edit is reported, and warned of.
         """
         with unedited(self.base):
             return merge(self.base, self.dense())
@@ -160,7 +161,7 @@ class Edit:
     def save_merged(self, folder: str | Path) -> tuple[MergedSite, ...]:
         """Write `merged()` as a model folder for transformers; returns what is left of the edit.
 
-        Raises MendkitError if the folder is a file, cannot be written to, or is the base model's own.
+        Raises MendkitError if the folder is a file, cannot be written to, or is the base model's.
         """
         merged = self.merged()
         write_model(folder, merged.base)
@@ -208,7 +209,7 @@ def _common_base(edits: Sequence[Edit]) -> BaseModel:
     return edits[0].base.with_sites(tuple(sites))
 
 
-# ---------------------------------------------------------------------------------------------- files
+# ---------------------------------------- files
 
 
 @dataclass(frozen=True)
@@ -268,7 +269,7 @@ def load_edits(path: str | Path, base: BaseModel) -> list[tuple[Edit, bool]]:
 def _take_update(
     tensors: dict[str, Tensor], place: str, site: Site, device: torch.device
 ) -> LowRankUpdate:
-    """The update at one site, taken out of a file's tensors. Raises ValueError or KeyError if it is none."""
+    """Take a site's update out of a file's tensors. Raises ValueError or KeyError."""
     u, delta, c = (tensors.pop(f"{place}/{part}") for part in ("u", "delta", "coefficient"))
     for tensor in (u, delta, c):
         if not tensor.is_floating_point() or not tensor.numel():

@@ -1,4 +1,4 @@
-"""The editor: an archive in, edits out. Algorithm 2 of MEND (Mitchell et al., 2022), and edits in sequence."""
+"""The editor: an archive in, edits out (MEND, Algorithm 2), and edits in sequence."""
 
 import logging
 from collections.abc import Iterator, Sequence
@@ -75,8 +75,8 @@ class MENDEditor:
     def remembering(self) -> "MENDEditor":
         """The same editor at the start of a sequence.
 
-        With `aggregate: least_squares`, editing in sequence gives the same weights as making all edits at once. With
-        `lifelong_norm`, its statistics run on, apart from this one's.
+        With `aggregate: least_squares`, a sequence gives the weights of all its edits at once.
+        With `lifelong_norm`, its statistics run on, apart from this one's.
         """
         editor = copy(self)
         editor.memory = Memory() if self.hparams.aggregate == "least_squares" else None
@@ -91,8 +91,8 @@ class MENDEditor:
     ) -> "MENDEditor":
         """The same hypernetwork with `aggregate: least_squares`, for which it was not trained.
 
-        The keys to spare are those of the examples' texts. A `ridge_shared` of 1e9 leaves out what a fact's wordings
-        share: edits then hold better, and paraphrases do not.
+        The keys to spare are those of the examples' texts. A `ridge_shared` of 1e9 leaves out
+        what a fact's wordings share: edits then hold better, and paraphrases do not.
         """
         trunk, texts = FrozenTrunk(self.base), []
         for example in prepare_texts(self.base, self.hparams, examples):
@@ -110,7 +110,7 @@ class MENDEditor:
     def updates(
         self, texts: Sequence[Tokens], *, trunk: FrozenTrunk | None = None, at_once: bool = False
     ) -> Updates:
-        """Updates of edits, one for each text of `tokens`: independent ones, or all made at once."""
+        """Updates of edits, one for each text: independent ones, or all made at once."""
         h, n = self.hparams, len(texts)
         trunk = trunk or FrozenTrunk(self.base)
         memory = self.memory if at_once else None
@@ -138,7 +138,7 @@ class MENDEditor:
     def edit(
         self, examples: EditExample | Sequence[EditExample] | str, target_new: str | None = None
     ) -> Edit:
-        """One edit: `edit(example)`, `edit("prompt", "new answer")`, or of a list of examples at once.
+        """One edit, of an example, of `edit("prompt", "new answer")`, or of several examples.
 
         Raises MendkitError if the weight change is not finite, or zero at every site.
         """
@@ -164,7 +164,7 @@ class MENDEditor:
 def as_examples(
     examples: EditExample | Sequence[EditExample] | str, target_new: str | None = None
 ) -> list[EditExample]:
-    """What `edit` is given, as a list. Raises MendkitError if it is empty, or a prompt without its answer."""
+    """What `edit` is given, as a list. Raises MendkitError if an example or answer is missing."""
     if isinstance(examples, str):
         if target_new is None:
             raise MendkitError(f"no new answer for {examples!r}; give `edit(prompt, new answer)`")
@@ -190,9 +190,10 @@ def _warn_of_contradictions(examples: Sequence[EditExample]) -> None:
 class EditSession:
     """A journal of edits made in sequence, each on the model as edited so far.
 
-    With `aggregate: least_squares` they are made as if at once with those in force. Any of them can be undone, put in
-    force again, scaled or dropped, in any order; later ones are not recomputed. What the model then computes depends
-    on the journal alone, to the bit. Indices count from the end if negative.
+    With `aggregate: least_squares` they are made as if at once with those in force.
+    Edits can be undone, reapplied, scaled or dropped, in any order; later ones stay as they are.
+    What the model computes depends on the journal alone, to the bit.
+    Negative indices count from the end.
     """
 
     def __init__(self, editor: MENDEditor) -> None:
@@ -205,7 +206,7 @@ class EditSession:
 
     @classmethod
     def load(cls, path: str | Path, editor: MENDEditor) -> "EditSession":
-        """The session that `save` wrote, with its edits in force; raises ArchiveError as `Edit.load`.
+        """The session that `save` wrote, with its edits in force; raises as `Edit.load`.
 
         With `aggregate: least_squares`, new edits do not spare the keys of those loaded.
         """
@@ -277,7 +278,7 @@ class EditSession:
 
     @contextmanager
     def suspended(self) -> Iterator[None]:
-        """Within the context the model is unedited; then the edits that were in force are so again."""
+        """Within the context no edit is in force; afterwards the same ones are again."""
         active = self.active
         for edit in active:
             edit.undo()
@@ -299,7 +300,7 @@ class EditSession:
         return index % len(self.journal)
 
     def _in_order(self) -> None:
-        """Let the edits in force act in the journal's order: sums in floating point depend on it."""
+        """Let the edits act in the journal's order: floating-point sums depend on it."""
         with self.suspended():
             pass
 

@@ -1,10 +1,10 @@
 """A weight change for other programs: as a PEFT LoRA adapter, or merged into a copy of the model.
 
-Adapter: ΔW = B A with scaling 1. δ̃ᵀ ũ is factored without a dense matrix, by QR of both factors and SVD of the small
-core, in float64. B and A share the singular values' square roots. A truncated adapter is the best one of its rank
-(Eckart & Young, 1936); its error is the singular values left out.
-Merge: W + ΔW in float32 at least, then rounded to the weight's dtype. Half-precision weights lose small changes by
-that rounding (CORRECTNESS row 16), so every merge reports what is left.
+Adapter: ΔW = B A with scaling 1. QR of both factors of δ̃ᵀ ũ and SVD of the small core, in float64,
+need no dense matrix. B and A share the singular values' square roots. A truncated adapter is the
+best one of its rank (Eckart & Young, 1936); its error is the singular values left out.
+Merge: W + ΔW in float32 at least, then rounded to the weight's dtype. Half precision loses small
+changes by that rounding (CORRECTNESS row 16), so every merge reports what is left.
 Axes: t tokens, i layer input, o layer output, r rank.
 """
 
@@ -36,7 +36,7 @@ ADAPTER_FILES = ("adapter_model.safetensors", "adapter_config.json")
 LITTLE_KEPT = 0.9
 """A merge that keeps less than this share of a change is warned of."""
 
-# -------------------------------------------------------------------------------------------- adapter
+# ---------------------------------------- adapter
 
 
 @dataclass(frozen=True)
@@ -117,7 +117,7 @@ def _peft_config(base: BaseModel, ranks: Mapping[str, int]) -> dict[str, Any]:
 
 
 def _peft_targets(base: BaseModel, modules: list[str]) -> list[str] | str:
-    """The modules as a list, or as one expression where another layer's name ends like one of them."""
+    """The modules, or one expression for them where another layer's name ends like one."""
     endings = tuple(f".{module}" for module in modules)
     if any(
         name.endswith(endings) and name not in modules for name, _ in base.model.named_modules()
@@ -133,7 +133,7 @@ def _peft_task(base: BaseModel) -> str | None:
     return "SEQ_2_SEQ_LM" if base.model.config.is_encoder_decoder else "CAUSAL_LM"
 
 
-# ---------------------------------------------------------------------------------------------- merge
+# ---------------------------------------- merge
 
 
 @dataclass(frozen=True)
@@ -154,7 +154,7 @@ class Merged:
 
 
 def merge(base: BaseModel, changes: Mapping[str, Float[Tensor, "m n"]]) -> Merged:
-    """A new model with each ΔW, by site name and in the weight's orientation; `base` stays as it is."""
+    """A new model with each site's ΔW, in the weight's orientation; `base` stays as it is."""
     shared = {id(parameter): parameter for parameter in base.model.parameters()}
     report = []
     for site in base.sites:

@@ -1,9 +1,10 @@
 """The kit's own files: safetensors with JSON metadata, tied to a base model.
 
-A file is whole or not there, for it is written to a temporary one and renamed. Its metadata hold one SHA-256 over
-themselves and all tensors, and name the base model; another model is refused (CORRECTNESS rows 23, 24).
-A file is not trusted. What it declares is compared with what it holds before anything is made from it, and whatever
-is wrong becomes one ArchiveError. Files of the first format, with a checksum for each tensor, are still read.
+A file is whole or not there: it is written to a temporary one and renamed.
+Its metadata hold one SHA-256 over themselves and all tensors, and name the base model.
+Another model is refused (CORRECTNESS rows 23, 24).
+A file is not trusted: what it declares is compared with what it holds before anything is built.
+Whatever is wrong becomes one ArchiveError. Files of the first format are still read.
 """
 
 import json
@@ -44,7 +45,7 @@ class Kind:
         return first, f"{first}, sealed"
 
 
-# ------------------------------------------------------------------------------------------ checksums
+# ---------------------------------------- checksums
 
 
 def content_sha256(metadata: Any, tensors: Mapping[str, Tensor]) -> str:
@@ -81,7 +82,7 @@ def is_finite(tensor: Tensor) -> bool:
     return bool(tensor.isfinite().all())
 
 
-# -------------------------------------------------------------------------------------------- writing
+# ---------------------------------------- writing
 
 
 def save_tensors(
@@ -111,11 +112,11 @@ def save_tensors(
         ) from None
 
 
-# -------------------------------------------------------------------------------------------- reading
+# ---------------------------------------- reading
 
 
 def read_metadata(kind: Kind, path: str | Path) -> dict[str, Any]:
-    """A file's metadata, with the shapes of its tensors under "tensors"; raises as `read_tensors`."""
+    """A file's metadata, its tensors' shapes under "tensors"; raises as `read_tensors`."""
     return read_tensors(kind, path)[0]
 
 
@@ -179,7 +180,7 @@ def _without_repeats(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 @contextmanager
 def damage_named(path: str | Path, what: str = "file") -> Iterator[None]:
-    """Within the context whatever damaged content raises becomes one ArchiveError naming the file."""
+    """Whatever damaged content raises in here becomes one ArchiveError naming the file."""
     try:
         yield
     except ArchiveError:
@@ -191,7 +192,7 @@ def damage_named(path: str | Path, what: str = "file") -> Iterator[None]:
         ) from None
 
 
-# ----------------------------------------------------------------------------------------- base model
+# ---------------------------------------- base model
 
 
 def matching_base(

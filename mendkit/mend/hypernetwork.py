@@ -80,8 +80,8 @@ class LowRankResidual(nn.Module):
 class MEND(nn.Module):
     """The hypernetwork for a tuple of edit sites.
 
-    The step size α of a site is `edit_lr_unit` · exp(`log_edit_lr`). The unit is 1, or an imported step
-    size, which may be negative.
+    The step size α of a site is `edit_lr_unit` · exp(`log_edit_lr`).
+    The unit is 1, or an imported step size, which may be negative.
     """
 
     def __init__(self, sites: Sequence[Site], hparams: MENDHyperParams) -> None:
@@ -152,8 +152,8 @@ class MEND(nn.Module):
     def normalise(self, factors: Factors, gather: Sequence[str] = ()) -> Pairs:
         """norm(u) and norm(delta) of every site.
 
-        With `gather`, all sites' names, the statistics run on (but those of `whiten`), as in the authors'
-        code: layer by layer in this order, tokens join them before they are normalised.
+        With `gather`, all sites' names, the statistics run on (but those of `whiten`), as in the
+        authors' code: layer by layer, tokens join them before they are normalised.
         """
         normalised: Pairs = {}
         for name in gather or self.stats_of:
@@ -192,7 +192,9 @@ class MEND(nn.Module):
     def _through(
         self, name: str, z: Float[Tensor, "n d"], counts: Sequence[int]
     ) -> Float[Tensor, "n d"]:
-        for block in self.blocks[name] if name in self.blocks else ():
+        if name not in self.blocks:
+            return z
+        for block in self.blocks[name]:
             z = block(z, counts)
         return z
 
@@ -236,8 +238,8 @@ class MEND(nn.Module):
     ) -> None:
         """Gather the statistics from training factors; they stay frozen afterwards.
 
-        `wordings` give those of u with `whiten_pairs`, and the keys to keep with least squares. Where
-        several processes gather, `total` sums a tensor over them.
+        `wordings` give those of u with `whiten_pairs`, and the keys to keep with least squares.
+        Where several processes gather, `total` sums a tensor over them.
         """
         for factors in batches:
             for name in self.stats_of:

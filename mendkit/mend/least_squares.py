@@ -1,13 +1,14 @@
 """Many edits in one weight change: least squares in place of the sum of MEND's updates.
 
-Each edit alone asks for a shift d = ΔW_e k of the layer's output at its keys k (inputs of the layer).
-In a sum of updates every key gets the shifts of all edits. One ΔW for the tokens t of all edits solves
+Each edit alone asks for a shift d = ΔW_e k of the layer's output at its keys k, the layer's inputs.
+In a sum of updates every key gets the shifts of all edits.
+Instead, one ΔW for the tokens t of all edits solves
 
     min_ΔW  Σ_t ‖ΔW k_t − d_t‖² / λ_k  +  Σ_t ‖ΔW ŷ_t − d_t‖² / λ_y  +  tr(ΔW C ΔWᵀ)
 
-as MEMIT (Meng et al., 2023, equation 14), with the values of MALMEN (Tan et al., 2024, section 4.1).
-ŷ = C ũ (k·ũ) / (ũᵀ C ũ) is the part of k along MEND's ũ, for what a fact's wordings share; C = E[x xᵀ]
-is over other prompts' keys, whose shift stays small. The ridges λ are learned, relative to their keys.
+as MEMIT (Meng et al., 2023, equation 14), with MALMEN's values (Tan et al., 2024, section 4.1).
+ŷ = C ũ (k·ũ) / (ũᵀ C ũ) is the part of k along MEND's ũ, for what a fact's wordings share.
+C = E[x xᵀ] is over other prompts' keys, whose shift stays small. The ridges λ are learned.
 Axes: b updates, t tokens of an update (zero rows are padding), i layer input, o layer output.
 """
 
@@ -84,8 +85,8 @@ def solve(
 ) -> tuple[Float[Tensor, "b 2*t i"], Float[Tensor, "b 2*t i"], Float[Tensor, "b 2*t"]]:
     """The u of the solution ΔW = Σ_t d_t u_tᵀ, its keys z = [k; ŷ], and their ridges.
 
-    `shared` is ũ; `ridge` is relative to the mean kᵀC⁻¹k of an update and each ŷᵀC⁻¹ŷ; `memory` is the
-    inverse of C with earlier keys.
+    `shared` is ũ; `ridge` is relative to the mean kᵀC⁻¹k of an update and each ŷᵀC⁻¹ŷ;
+    `memory` is the inverse of C with earlier keys.
     """
     k, s, c, t = keys.double(), shared.double(), other.moment.double(), keys.shape[1]
     # 1. The keys z = [k; ŷ].
@@ -127,8 +128,8 @@ def put_together(
 ) -> LowRankUpdate:
     """One update for each `at_once` edits in a row, from each one's update and keys at a site.
 
-    With `memory` a single one makes what earlier edits leave of its shifts, and joins them: recursive
-    least squares, so that edits in sequence give the solution for all at once.
+    With `memory` a single one makes what earlier edits leave of its shifts, and joins them.
+    This is recursive least squares: edits in sequence give the solution for all at once.
     """
     # 1. The shift that each edit asks for at its own keys.
     asked = LowRankUpdate(keys, update.branch(keys), 1.0).merged(at_once)

@@ -94,8 +94,9 @@ class StoredMoments(RunningMoments):
 class Whitening(nn.Module):
     """Keys of the layer's inputs, x ↦ M x (`whiten`; not in the paper).
 
-    M = K = (C + ridge · mean(diag C) · I)⁻¹ with C = E[x xᵀ], at unit mean square. With `pairs` M = K P K
-    with P = E[x yᵀ] over pairs of a group, and first tokens of an answer have an M of their own.
+    M = K = (C + ridge · mean(diag C) · I)⁻¹ with C = E[x xᵀ], at unit mean square.
+    With `pairs` M = K P K with P = E[x yᵀ] over pairs of a group, and first tokens of an answer
+    have an M of their own.
     `unit_response`: each key is divided by its response xᵀ M x.
     """
 

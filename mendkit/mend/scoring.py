@@ -1,6 +1,6 @@
-"""Texts read under edits, their answers given (teacher-forced): what validation and evaluation are made of.
+"""Texts read under edits with their answers given (teacher forcing), to validate and evaluate.
 
-Every text belongs to an edit; a batch of independent edits is one suffix pass with one side branch an edit.
+Every text belongs to an edit. A batch of edits is one suffix pass with one side branch an edit.
 """
 
 from collections.abc import Sequence
@@ -20,7 +20,7 @@ POSITIONS_PER_PASS = 1024
 
 @dataclass(frozen=True)
 class Forced:
-    """One text read under an edit, its given tokens as prefix. Tuples run over the text's scored positions."""
+    """One text read under an edit. Tuples run over the text's scored positions."""
 
     argmax: tuple[int, ...]
     logp: tuple[float, ...]  # log P(target), nats; empty if the text has no answer
@@ -92,10 +92,10 @@ def _by_text(column: Tensor, texts: Sequence[Tokens]) -> list[tuple]:
 def next_tokens(
     base: BaseModel, prompt: str, *, k: int = 8, among: Sequence[str] = ()
 ) -> dict[str, float]:
-    """The k most probable next tokens after a prompt and those of `among`, with probability, best first.
+    """The k most probable next tokens and those of `among`, with probability, best first.
 
-    Of a sequence-to-sequence model the answer's first tokens, of a classifier the labels. The model is read as it is:
-    with whatever edit is applied to it.
+    Of a sequence-to-sequence model the answer's first tokens, of a classifier the labels.
+    The model is read as it is, with whatever edit is applied to it.
     """
     text, labels, tokenizer = base.tokenize(prompt), base.labels, base.tokenizer
     batch = collate([text], base.pad_id, base.device)

@@ -1,6 +1,6 @@
-"""A weight change ΔW = −α Σ_t δ̃_t ũ_tᵀ (MEND, section 3.1) as a low-rank side branch: y += c (x ũᵀ) δ̃.
+"""A weight change ΔW = −α Σ_t δ̃_t ũ_tᵀ (MEND, section 3.1) as a side branch: y += c (x ũᵀ) δ̃.
 
-c = sign · α · strength. A forward hook adds one branch per edit in the batch, and no dense ΔW appears.
+c = sign · α · strength. A forward hook adds a branch for each edit; no dense ΔW appears.
 Axes: b independent edits, t tokens of an edit, i layer input, o layer output.
 """
 
@@ -183,8 +183,8 @@ def in_force(base: BaseModel, site: Site) -> Float[Tensor, "o i"]:
 def capped(base: BaseModel, updates: Updates, most: float, *, strength: float = 1.0) -> Updates:
     """Updates with ‖T + ΔW_b‖_F / ‖W‖_F ≤ `most` at their `strength`, T being the edits in force.
 
-    An update that goes beyond is made c times as strong, with the largest c in [0, 1] that does not,
-    or, as T is too large, the c of the least norm.
+    An update that goes beyond is made c times as strong, with the largest c in [0, 1] that
+    does not. If T is too large by itself, c is that of the least norm.
     """
     out = dict(updates)
     for site in base.sites:

@@ -1,6 +1,6 @@
-"""Files under attack: a damaged or hostile file gives one ArchiveError that names it, or what the whole file gives.
+"""Files under attack: a damaged file gives one ArchiveError that names it, or the whole content.
 
-Never another exception, no large allocation (the process may not grow by more than `ROOM`), nothing is run.
+Never another exception, no large allocation (at most `ROOM` more memory), and nothing is run.
 MENDKIT_ATTACKS says how many times as many variants to try; `make soak` tries the most.
 """
 
@@ -73,7 +73,7 @@ def journal(base, mend, tmp_path) -> Path:
 
 @contextmanager
 def little_memory() -> Iterator[None]:
-    """Within the context the process may not grow by more than ROOM: what asks for more raises or dies."""
+    """The process may not grow by more than ROOM in here: what asks for more raises or dies."""
     kept = resource.getrlimit(resource.RLIMIT_AS)
     resource.setrlimit(resource.RLIMIT_AS, (psutil.Process().memory_info().vms + ROOM, kept[1]))
     try:
@@ -98,7 +98,7 @@ def result(path: Path, load: Load, about: str) -> dict | None:
 
 
 def attacked(path: Path, variants: Iterable[Variant], load: Load) -> Counter[str]:
-    """What came of each variant: "refused", or the "same" as the whole file gives; all else fails."""
+    """What came of each variant: "refused", or the "same" as the whole file; all else fails."""
     whole, came = load(path), Counter()
     for about, content in dict(variants).items():
         path.write_bytes(content)
@@ -142,7 +142,7 @@ def as_session(editor: MENDEditor) -> Load:
     return load
 
 
-# ---------------------------------------------------------------------------------------------------- archives
+# ---------------------------------------- archives
 
 
 def test_damaged_archives_are_refused_or_the_same(base, archive):
@@ -206,9 +206,10 @@ def test_hostile_metadata_are_refused_although_every_checksum_is_right(base, arc
         assert result(archive, load, about) is None, about
     text = layout.header["__metadata__"]["mendkit"]
     texts = ["", "null", "[]", "3", '"x"', "[" * 99_999, "9" * 9_999, text + " x"]
-    for text in (*texts, text[:-1] + ', "update_sign": 1}'):
-        archive.write_bytes(layout.retold(text))
-        assert result(archive, load, text[:20]) is None
+    texts.append(text[:-1] + ', "update_sign": 1}')
+    for changed in texts:
+        archive.write_bytes(layout.retold(changed))
+        assert result(archive, load, changed[:20]) is None
 
 
 @pytest.mark.parametrize("kind", ["archive", "journal"])
@@ -250,7 +251,7 @@ def test_what_is_not_finite_is_not_written(base, mend, tmp_path):
     assert not any(tmp_path.iterdir())
 
 
-# ------------------------------------------------------------------------------------------ saved edits, the cache
+# ---------------------------------------- saved edits, the cache
 
 
 def test_damaged_journals_are_refused_or_the_same_and_leave_the_model_alone(base, mend, journal):
@@ -271,7 +272,7 @@ def test_wrong_tensors_of_an_edit_are_refused_although_every_checksum_is_right(b
             assert result(journal, load, about) is None, about
 
 
-# ----------------------------------------------------------------------------------------------- foreign archives
+# ---------------------------------------- foreign archives
 
 
 @pytest.fixture(scope="module")

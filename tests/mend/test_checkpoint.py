@@ -79,7 +79,7 @@ def whole(tmp_path_factory, llama) -> Path:
     return folder
 
 
-# -------------------------------------------------------------------------- the same bits
+# ---------------------------------------- the same bits
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -206,7 +206,7 @@ def test_a_process_killed_at_random_moments_ends_with_the_same_bits(tmp_path):
     assert said["kills"] == KILLS and (KILLS < 20 or said["went_on"] > 3)
 
 
-# ------------------------------------------------------------------------------- no room
+# ---------------------------------------- no room
 
 
 def test_where_a_file_cannot_grow_nothing_is_half_written_and_the_run_goes_on_later(
@@ -252,7 +252,7 @@ def test_a_full_disk_is_an_error_and_the_run_goes_on_when_there_is_room(llama, t
         subprocess.run(["umount", disk], check=True)
 
 
-# --------------------------------------------------------------- what is said and refused
+# ---------------------------------------- what is said and refused
 
 
 def test_an_interrupt_says_how_to_go_on(llama, tmp_path, caplog):

@@ -156,7 +156,7 @@ def test_the_command_line_in_two_processes(tmp_path):
     assert json.loads((out / "results.json").read_text())["train.examples"] == 6
 
 
-# --------------------------------------------------------------- statistics, in threads
+# ---------------------------------------- statistics, in threads
 
 
 def merge_together(modules: list) -> None:

@@ -1,4 +1,4 @@
-"""Side branches against dense weight changes; undo, merging and files against the bits (CORRECTNESS rows 10, 16)."""
+"""Side branches against dense weight changes; undo, merging and files to the bit (rows 10, 16)."""
 
 import json
 
@@ -109,7 +109,7 @@ def test_half_precision_models_take_edits(llama_bf16):
     assert torch.equal(logits(llama_bf16), before)
 
 
-# ------------------------------------------------------------------------------------------------- merged
+# ---------------------------------------- merged
 
 
 def constant_edit(value: float) -> Edit:
@@ -184,7 +184,7 @@ def test_no_merge_into_the_base_models_own_folder(tmp_path):
     assert {path: path.read_bytes() for path in (tmp_path / "model").iterdir()} == before
 
 
-# ------------------------------------------------------------------------------------------------- saved
+# ---------------------------------------- saved
 
 
 @pytest.fixture

@@ -1,4 +1,4 @@
-"""The journal: edits undone, put back, scaled, dropped in any order; the model depends on what is in force alone."""
+"""The journal: in whatever order it is changed, the model depends on what is in force alone."""
 
 import hashlib
 from contextlib import ExitStack
@@ -43,7 +43,7 @@ def test_session_edits_the_edited_model_and_undoes_in_order(llama):
 
 
 def capped_change(total, change, limit):
-    """The largest c in [0, 1] with ‖total + c change‖ ≤ limit, by bisection: one root, as the total is below it."""
+    """c change with the largest c in [0, 1] for ‖total + c change‖ ≤ limit, by bisection."""
     low, high = 0.0, 1.0
     for _ in range(60):
         middle = (low + high) / 2

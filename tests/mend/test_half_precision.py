@@ -1,4 +1,4 @@
-"""Base models in half precision: factors, losses and gradients are float32, and those of a float32 model."""
+"""Base models in half precision: factors, losses and gradients are those of a float32 model."""
 
 import pytest
 import torch

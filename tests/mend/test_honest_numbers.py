@@ -107,7 +107,7 @@ def test_no_steps_write_the_untrained_archive(llama, tmp_path):
     assert load_archive(run(llama, tmp_path, max_iters=0).archive, base=llama)
 
 
-# ------------------------------------------------------------------------ without effect
+# ---------------------------------------- without effect
 
 
 def cut(change):

@@ -15,7 +15,7 @@ from mendkit.models.tokens import collate
 from mendkit.models.trunk import FrozenTrunk
 from tests.oracles.claims import EXAMPLES, hparams, scrambled, with_statistics
 
-# ------------------------------------------------------------------------------------------------- normaliser
+# ---------------------------------------- normaliser
 
 
 def test_moments_are_numpys_and_do_not_depend_on_batching():
@@ -61,7 +61,7 @@ def test_a_unit_silent_in_training_does_not_blow_up():
 
 
 def keys_and_groups(n_groups: int = 60, width: int = 6) -> tuple[torch.Tensor, torch.Tensor]:
-    """Rows of n_groups groups of one to four: a row is what its group shares, noise, and a common offset."""
+    """Rows in groups of one to four: what the group shares, noise, and a common offset."""
     generator = torch.Generator().manual_seed(0)
     groups = torch.repeat_interleave(torch.arange(n_groups), torch.arange(n_groups) % 4 + 1)
     shared = torch.randn(n_groups, width, generator=generator, dtype=torch.float64) * torch.tensor(
@@ -163,7 +163,7 @@ def test_unit_response_makes_every_token_answer_itself_alike():
     torch.testing.assert_close(z, 0.1 * plain / LEAST_RESPONSE)
 
 
-# ------------------------------------------------------------------------------------------------- blocks
+# ---------------------------------------- blocks
 
 
 def new_block(width: int, rank: int, n_layers: int, init: str = "id_xavier") -> LowRankResidual:
@@ -255,7 +255,7 @@ def test_statistics_are_per_layer_unless_asked_otherwise(llama):
     assert len(MEND(llama.sites, hparams(norm_stats="shape")).moments) == 2
 
 
-# ------------------------------------------------------------------------------------------------- the update
+# ---------------------------------------- the update
 
 
 def loss_after(base, texts, updates) -> float:

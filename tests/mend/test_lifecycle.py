@@ -1,4 +1,4 @@
-"""A model of every family, with a tokenizer of its kind, from its folder to an exported archive and scored edits."""
+"""A model of every family, from its folder to an exported archive and scored edits."""
 
 import pytest
 import torch
@@ -20,7 +20,7 @@ from tests.oracles.tiny import save_tiny
 
 @pytest.fixture(scope="module", params=[*KIND_OF, *CAUSAL_KIND_OF])
 def trained(request, tmp_path_factory):
-    """A saved model of a family, loaded again and trained for three steps; the archive can be exported."""
+    """A saved model of a family, loaded again and trained for three steps, and its archive."""
     folder = tmp_path_factory.mktemp("family")
     saved = other_base(request.param)
     path = save_tiny(folder / "model", saved)

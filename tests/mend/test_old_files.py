@@ -1,4 +1,4 @@
-"""Files written before the format had one checksum (tests/oracles/old, made at 5c0057d) still load, and are verified."""
+"""Files of the first format (tests/oracles/old, made at 5c0057d) still load, and are verified."""
 
 from pathlib import Path
 

@@ -1,6 +1,6 @@
-"""Claims about sequence-to-sequence models and classifiers: what holds for a causal model holds for them.
+"""Sequence-to-sequence models and classifiers: what holds for a causal model holds for them.
 
-Oracles: the tokens' own spelling, one text at a time through the whole model, a plain loop with dense weights.
+Oracles: the tokens' spelling, single texts through the whole model, a loop with dense weights.
 """
 
 import json
@@ -47,7 +47,7 @@ def examples_of(base):
     return tuple(replace(e, target_new=e.target_new.lower(), **own) for e in LABELLED)
 
 
-# ------------------------------------------------------------------------------------------------- alignment
+# ---------------------------------------- alignment
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -109,7 +109,7 @@ def test_padding_on_either_side_does_not_change_the_loss(kind, case):
             logits = base.model(
                 input_ids=ids, attention_mask=mask, decoder_input_ids=batch.decoder_ids
             ).logits
-        else:  # absolute ones; the head would read the padding, so it is handed what stands in its place
+        else:  # absolute ones; the head is handed what stands in place of the padding
             where = (mask.cumsum(1) - 1).clamp(min=0)
             hidden = base.model.bert(
                 input_ids=ids, attention_mask=mask, position_ids=where
@@ -148,11 +148,11 @@ def test_the_trunk_gives_the_whole_models_logits(case, count):
             )
 
 
-# ------------------------------------------------------------------------------------------- the textbook loop
+# ---------------------------------------- the textbook loop
 
 
 def textbook_losses(base, mend, example, texts):
-    """One edit the plain way: gradient on the weights, dense update, full passes of the edited and the base model."""
+    """One edit the plain way: gradient on the weights, dense update, full passes."""
 
     def nll(text, weights):
         batch = collate([text], base.pad_id)
@@ -280,11 +280,11 @@ def test_scores_of_free_and_held_out_text_need_a_causal_model(case, asked):
 
 def test_the_textbook_reads_causal_models_only():
     base = other_base("t5")
-    with pytest.raises(MendkitError, match="causal models only"):
+    with pytest.raises(MendkitError, match="the textbook edits causal ones"):
         check_recipe(base, hparams())
 
 
-# ------------------------------------------------------------------------------------------------- decoding
+# ---------------------------------------- decoding
 
 
 @SEQ2SEQ
@@ -354,7 +354,7 @@ def test_a_text_without_tokens_or_too_long_is_refused():
         bart.generate("The capital of the United Kingdom is", max_new_tokens=2)
 
 
-# ------------------------------------------------------------------------------------------------- classifiers
+# ---------------------------------------- classifiers
 
 
 def test_labels_are_found_in_any_spelling_and_an_unknown_one_names_the_legal_ones():
@@ -547,7 +547,7 @@ def test_the_config_decides_how_a_model_is_loaded(kind, architectures, more, loa
         assert loader_of(config, "x").__name__ == loader
 
 
-# ------------------------------------------------------------------------------------------------- command line
+# ---------------------------------------- command line
 
 
 @pytest.mark.parametrize("case", ["bart", "bert"])

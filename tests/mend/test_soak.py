@@ -1,4 +1,4 @@
-"""Editing for long: memory stays flat, and taking everything back leaves the model's bits. `make soak` does it all."""
+"""Editing for long: memory stays flat, and undoing leaves the model's bits; see `make soak`."""
 
 import gc
 import logging
@@ -25,7 +25,7 @@ CYCLES = int(os.environ.get("MENDKIT_CYCLES", "300"))
 EDITS = int(os.environ.get("MENDKIT_EDITS", "60"))
 BLOCK = 20
 BLOCKS, BYTES = 1000, 16_000_000
-"""How much memory may grow from a tenth of the way to its end: caches fill and allocators round up, a leak goes on."""
+"""How much memory may grow after the first tenth: caches fill, a leak goes on."""
 
 
 def editor(base: BaseModel) -> MENDEditor:
@@ -46,7 +46,7 @@ def memory() -> tuple[int, int]:
 
 
 def soaked(base: BaseModel, times: int, act: Callable[[int], object]) -> None:
-    """Act so often; from a tenth of the way on, tensors and hooks must be as many, and memory must not grow."""
+    """Act so often; after a tenth of it, tensors and hooks stay as many, and memory flat."""
     early, start = max(times // 10, 1), time.perf_counter()
     for i in range(early):
         act(i)
@@ -113,7 +113,7 @@ def test_sessions_one_after_another_leave_memory_flat(kind):
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_long_session_that_is_undone_leaves_the_bits_and_nothing_else(kind):
-    """Every edit is made on top of all earlier ones; the journal keeps each, and with it they are gone."""
+    """Every edit is made on top of all earlier ones; the journal keeps each."""
     base = tiny_llama(layers=2).with_sites(
         ["model.layers.1.mlp.down_proj.weight"]
     )  # where each edit adds a branch

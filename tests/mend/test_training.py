@@ -42,7 +42,7 @@ def scores(monkeypatch, values) -> None:
     )
 
 
-# ------------------------------------------------------------------------------- losses
+# ---------------------------------------- losses
 
 
 @pytest.mark.parametrize(("family", "cached"), [("llama64", True), ("gpt264", False)])
@@ -135,7 +135,7 @@ def test_schedule():
     assert learning_rate_factor(99, h.replace(schedule="constant"), 100) == 1.0
 
 
-# ---------------------------------------------------------------------- caches and draws
+# ---------------------------------------- caches and draws
 
 
 def test_the_factor_cache_keeps_the_shortest_texts_within_its_budget(llama):
@@ -224,7 +224,7 @@ def test_fewer_texts_per_role_keep_the_first(llama):
     assert [len(getattr(some, role)) for role in roles] == [2, 1, 1]
 
 
-# ------------------------------------------------------------------------------- statistics
+# ---------------------------------------- statistics
 
 
 def test_statistics_may_come_from_examples_held_out_of_training(llama, tmp_path):
@@ -255,7 +255,7 @@ def test_paired_statistics_are_of_the_answer_tokens_of_all_texts(llama):
     assert all(int(m["u"].count) == tokens for m in mend.moments.values())
 
 
-# ------------------------------------------------------------------------------ whole runs
+# ---------------------------------------- whole runs
 
 
 def test_accumulating_is_one_large_batch(llama, tmp_path):
