@@ -5,6 +5,7 @@ puts it in the place of `python` in the kernel's command.
 """
 
 import ast
+import asyncio
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -156,6 +157,7 @@ def run_notebook(
 def _engine(show: Callable[[str], None], log: BinaryIO) -> type:
     """papermill's engine, which passes the live line on and keeps the kernel's last words."""
     import zmq
+    from jupyter_core.utils import ensure_event_loop
     from papermill.clientwrap import PapermillNotebookClient
     from papermill.engines import Engine
 
@@ -167,6 +169,19 @@ def _engine(show: Callable[[str], None], log: BinaryIO) -> type:
             if line and content.get("transient", {}).get("display_id"):
                 show(f"cell {cell_index + 1}/{len(self.nb.cells)}: {line.strip()}")
             return super().process_message(msg, cell, cell_index)
+
+        def papermill_execute_cells(self) -> None:
+            try:
+                super().papermill_execute_cells()
+            except KeyboardInterrupt:
+                # The cell's tasks are still on the loop, on which the kernel is ended next. They
+                # would see it dead and fail with nobody to hear of it.
+                loop = ensure_event_loop()
+                tasks = asyncio.all_tasks(loop)
+                for task in tasks:
+                    task.cancel()
+                loop.run_until_complete(asyncio.gather(*tasks, return_exceptions=True))
+                raise
 
     class LiveEngine(Engine):
         @classmethod

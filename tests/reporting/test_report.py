@@ -3,6 +3,8 @@
 The notebooks are stubs that take the real ones' parameters and compute nothing.
 """
 
+import asyncio
+import gc
 import json
 import os
 import signal
@@ -175,6 +177,24 @@ def test_the_live_line_is_passed_on(here):
         Path(f"notebooks/{EDITING}.ipynb"), Path("o/x.ipynb"), given, show=lines.append
     )
     assert lines == ["cell 6/7: step 1", "cell 6/7: step 2"]
+
+
+def test_an_interrupted_cell_leaves_nobody_who_sees_its_kernel_die(here, monkeypatch, caplog):
+    cell = "from IPython.display import Markdown, display\n"
+    cell += "display(Markdown('step 1'), display_id=True)\ntime.sleep(600)"
+    write_notebooks(here / "notebooks", edit=cell)
+    sleep = asyncio.sleep  # the kernel is looked at all the time, not once in a second
+    monkeypatch.setattr("asyncio.sleep", lambda seconds: sleep(min(seconds, 0.001)))
+
+    def interrupt(line: str) -> None:
+        raise KeyboardInterrupt
+
+    failure = run_notebook(
+        Path(f"notebooks/{EDITING}.ipynb"), Path("x.ipynb"), {"out": "."}, show=interrupt
+    )
+    assert failure.interrupted and failure.cell == 5
+    gc.collect()  # only now does asyncio tell of an error that nobody has asked for
+    assert [record for record in caplog.records if record.name == "asyncio"] == []
 
 
 def test_an_interrupt_ends_kernel_and_report_which_had_its_folder_to_itself(

@@ -223,15 +223,14 @@ def test_an_interrupt_is_passed_on_once_and_what_waits_does_not_start(here):
     Path("mendkit.py").write_text(
         "import time, sys, signal\n"
         "signal.signal(signal.SIGINT, signal.default_int_handler)\n"
-        "open('seen', 'a').write('started\\n')\n"
-        "try: time.sleep(60)\n"
+        "try: open('seen', 'a').write('started\\n'); time.sleep(60)\n"
         "except KeyboardInterrupt: open('seen', 'a').write('ended\\n'); time.sleep(0.5)\n"
     )
     sweep = Sweep(grid={"shown": [1, 2, 3]}, workers=1, memory=1)
     runs = [SweepRun(n, Path(f"run{n}"), {}, []) for n in (1, 2, 3)]
 
     def interrupted(seconds: float) -> None:
-        if Path("seen").is_file():
+        if Path("seen").is_file() and Path("seen").read_text():
             raise KeyboardInterrupt
 
     with pytest.MonkeyPatch.context() as patch, pytest.raises(KeyboardInterrupt):
