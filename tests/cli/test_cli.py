@@ -85,7 +85,7 @@ MISTAKES = {  # what a user types, and a part of the last line of stderr
     "evaluate nowhere.yaml --out run": "nowhere.yaml: cannot be read",
     "evaluate tiny.yaml archive=nowhere.safetensors": "nowhere.safetensors: no such archive",
     "evaluate tiny.yaml archive=archive.safetensors inner_params=[no.weight]": "no.weight",
-    "evaluate tiny.yaml archive=archive.safetensors --data facts:all": "no such split",
+    "evaluate tiny.yaml archive=archive.safetensors --data facts:all": "no such facts",
     "edit tiny.yaml": "give --prompt and --target, or --data",
     "edit tiny.yaml --prompt P": "give --prompt and --target, or --data",
     "edit tiny.yaml raank=5 --prompt P --target T": "unknown key 'raank'",
