@@ -30,7 +30,7 @@ def row_of(
     before = base.generate_batch(prompts, max_new_tokens=max_new_tokens)
     with edit.applied():
         after = base.generate_batch(prompts, max_new_tokens=max_new_tokens)
-    row = {"prompt": example.prompt, "target_new": example.target_new}
+    row: dict[str, Any] = {"prompt": example.prompt, "target_new": example.target_new}
     row |= {"before": before[0], "after": after[0]}
     row["success"] = normalise(after[0]) == normalise(base.said(example.target_new))
     heading = f"{example.prompt} → {example.target_new}"

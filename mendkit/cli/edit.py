@@ -15,6 +15,7 @@ from . import app as cli
 from .app import Json, Limit, MaxNewTokens, Out, Overwrite, SkipInvalid, Words, logger
 
 if TYPE_CHECKING:
+    from ..data.examples import EditExample
     from ..mend.edit import Edit
 
 MODEL_FILES = ("config.json", "model.safetensors", "model.safetensors.index.json")
@@ -67,14 +68,15 @@ def edit(
     hparams = cli.hyperparameters(words)
     place = cli.RunFolder(out, "results.json", "rows.jsonl", overwrite=overwrite)
     _check_places(save_merged, save_adapter, [save_edit, save_report], overwrite=overwrite)
-    examples = [mendkit.EditExample(prompt, target)]
+    examples: Sequence[EditExample] = [mendkit.EditExample(prompt, target)]
     if data:
         examples = mendkit.read_examples(data, limit=limit, skip_invalid=skip_invalid)
     if len(examples) > 1 and (save_merged or save_adapter or save_edit) and not together:
         raise MendkitError("one edit can be saved; give --together, or --limit 1")
     editor = mendkit.MENDEditor.from_hparams(hparams)
     if skip_invalid:
-        examples = usable(editor.base, editor.hparams, examples)
+        kept = usable(editor.base, editor.hparams, examples)
+        examples, skipped = kept, len(kept.skipped)
     for example in examples:
         editor.tokens(example)  # an example that cannot be edited stops the command here
     rows, tables = [], []
@@ -97,7 +99,7 @@ def edit(
     results = {"edit.free_exact": sum(row["success"] for row in rows) / len(rows)}
     results["edit.free_exact.n"] = len(rows)
     if skip_invalid:
-        results["edit.skipped"] = len(examples.skipped)
+        results["edit.skipped"] = skipped
     results |= _save(change, save_merged, save_adapter, save_edit, adapter_rank)
     if save_report:
         write_page(save_report, tables, rows, command=context.obj)
@@ -138,10 +140,10 @@ def _save(
         results["edit.merged.kept"] = min(site.kept for site in sites)
         results["edit.merged.relative_error"] = max(site.relative_error for site in sites)
     if adapter:
-        sites = change.save_adapter(adapter, rank)
+        adapted = change.save_adapter(adapter, rank)
         results["edit.adapter"] = str(adapter)
-        results["edit.adapter.rank"] = max(site.rank for site in sites)
-        results["edit.adapter.relative_error"] = max(site.relative_error for site in sites)
+        results["edit.adapter.rank"] = max(site.rank for site in adapted)
+        results["edit.adapter.relative_error"] = max(site.relative_error for site in adapted)
     if file:
         results["edit.saved"] = str(change.save(file))
     for name, value in results.items():

@@ -77,7 +77,8 @@ def evaluate(
         mend = mendkit.MENDEditor.from_hparams(hparams)
         hparams = mend.hparams
     base = mend.base if mend else mendkit.load_model(hparams)
-    chosen, tuning = mend, {}
+    chosen: Editor | None = mend
+    tuning: dict[str, Any] = {}
     if editor not in ("mend", "context"):
         tuning_edits = mendkit.read_examples(tune_data, limit=tune_limit)
         tuning_set = mendkit.EvaluationSet(

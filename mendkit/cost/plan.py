@@ -17,6 +17,7 @@ from typing import Any
 
 import psutil
 import torch
+from torch import Tensor
 from transformers import PreTrainedModel
 
 from ..data.examples import HEADLINE_ROLES, EditExample, Probe, join
@@ -183,14 +184,18 @@ class _Needs:
 
     def __init__(self, h: MENDHyperParams, model: PreTrainedModel, texts: _Texts) -> None:
         self.h, self.texts, self.sites = h, texts, resolve_sites(model, h.inner_params)
-        self.number = (DTYPES.get(h.dtype) or model.config.dtype or torch.float32).itemsize
-        self.width = model.get_input_embeddings().weight.shape[1]
+        dtype = DTYPES.get(h.dtype) or model.config.dtype
+        self.number: int = dtype.itemsize if isinstance(dtype, torch.dtype) else 4
+        embeddings = model.get_input_embeddings().weight
+        assert isinstance(embeddings, Tensor)
+        self.width = embeddings.shape[1]
         output = model.get_output_embeddings()
         self.vocabulary = len(output.weight) if output is not None else 2  # classes
         stacks = find_stacks(model)
         blocks = [block for stack in stacks.values() for block in stack] or [model]
-        chained = len(stacks) == 1 and all(site.block is not None for site in self.sites)
-        first = min(site.block for site in self.sites) if chained else 0
+        numbers = [site.block for site in self.sites if site.block is not None]
+        chained = len(stacks) == 1 and len(numbers) == len(self.sites)
+        first = min(numbers) if chained else 0
         counts = {name: value.numel() for name, value in model.named_parameters()}
         below = trunk_names(model, next(iter(stacks)), first) if first else []
         self.parameters, self.suffix = sum(counts.values()), len(blocks) - first

@@ -68,7 +68,10 @@ def logits(base: BaseModel, batch: TextBatch, weights: Weights) -> Float[Tensor,
 def factors(base: BaseModel, edit: Tokens) -> dict[str, Pair]:
     """(u, delta) of every site at the tokens that contribute, by the gradient on the weights."""
     batch = collate([edit], base.pad_id, base.device)
-    leaves, seen, deltas, handles = {}, {}, {}, []
+    leaves: Weights = {}
+    seen: Weights = {}
+    deltas: Weights = {}
+    handles = []
 
     def hook_for(name: str):
         def hook(_, args, output: Tensor) -> None:
@@ -106,7 +109,7 @@ def normalised(
     std = (moments.m2 / (moments.count - 1)).sqrt()
     std = torch.maximum(std, hparams.std_floor * std.median())
     z = (x - moments.mean.to(x.dtype)) / std.to(x.dtype)
-    return z.clamp(-hparams.z_clip, hparams.z_clip)
+    return z if hparams.z_clip is None else z.clamp(-hparams.z_clip, hparams.z_clip)
 
 
 def entering(mend: MEND, site: Site, u: Tensor, delta: Tensor) -> Float[Tensor, "t d"]:

@@ -132,7 +132,7 @@ class Way:
 
     def backward(self) -> dict[str, float]:
         """Add the gradient of the batch's loss to the hypernetwork; the mean loss of each role."""
-        parts = [[row] for row in self.rows] if self.name == TEXTBOOK else [self.rows]
+        parts = [[row] for row in self.rows] if self.name == TEXTBOOK else [list(self.rows)]
         sums: dict[str, float] = {}
         for part in parts:
             share = len(part) / len(self.rows)

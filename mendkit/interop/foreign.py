@@ -32,7 +32,13 @@ from ..models.sites import Site
 from ..runs import DAMAGE, atomically
 
 EPS = 1e-7  # published code adds it to every standard deviation
-CONVENTIONS = {"update_sign": -1, "std_floor": 0.0, "std_eps": EPS, "z_clip": None, "whiten": None}
+CONVENTIONS: dict[str, Any] = {
+    "update_sign": -1,
+    "std_floor": 0.0,
+    "std_eps": EPS,
+    "z_clip": None,
+    "whiten": None,
+}
 CONVENTIONS |= {"edit_tokens": "all", "loss_reduction": "batch"}
 CONFIG_CLASS = re.compile(r"transformers\.([A-Za-z0-9_]+\.)*[A-Za-z0-9_]+Config")
 ARCHITECTURE_SIZE = re.compile(r"layer|head|embd|hidden|intermediate|vocab|position|^d_|ffn_dim")
@@ -99,7 +105,9 @@ def read_foreign(path: str | Path) -> ForeignArchive:
         raise ArchiveError(
             f"{path}: refused, and nothing of it was run: its pickle names {', '.join(odd)}"
         )
-    model = content.get("model") if isinstance(content, dict) else None
+    if not isinstance(content, dict):
+        content = {}
+    model = content.get("model")
     if not isinstance(model, dict) or not isinstance(model.get("edit_lrs"), Tensor):
         raise ArchiveError(f"{path}: no archive of MEND: it lacks `model` with `edit_lrs`")
     state = {name: v.detach() for name, v in model.items() if isinstance(v, Tensor)}
@@ -143,7 +151,7 @@ def foreign_hparams(
     if not transforms or max(blocks) >= len(state):
         raise ArchiveError("the archive holds no transforms of MEND")
     shared = all(key.startswith("(") for key, _ in transforms)
-    structure = {"shared": shared, "norm_stats": "shape" if shared else "layer"}
+    structure: dict[str, Any] = {"shared": shared, "norm_stats": "shape" if shared else "layer"}
     structure |= {"rank": max(ranks), "n_hidden": max(blocks)}
     # Several options may give the same transforms: the configuration's word comes first.
     options = ["combine", "", "one_sided", "x_only", "delta_only"]

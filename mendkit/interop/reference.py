@@ -6,7 +6,7 @@ v vocabulary (or one logit).
 """
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -178,7 +178,7 @@ def as_classes(logits: Tensor) -> Float[Tensor, "n 2"]:
     return two_classes(logits) if logits.shape[1] == 1 else logits
 
 
-def load_reference_model(folder: Path, inner_params: tuple[str, ...]) -> ReferenceModel:
+def load_reference_model(folder: Path, inner_params: str | Sequence[str]) -> ReferenceModel:
     """The folder's base model. Raises ModelError if the weights are not of its configuration."""
     weights = load_file(folder / "base_model.safetensors")
     config = AutoConfig.from_pretrained(folder)

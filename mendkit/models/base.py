@@ -4,11 +4,12 @@ import copy
 import logging
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import Any
+from typing import Any, cast
 
 from accelerate.utils import align_module_device
 from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers.pytorch_utils import Conv1D
 
 from ..errors import ModelError
 from .families import SEQ2SEQ, encoder_sites
@@ -65,8 +66,8 @@ class BaseModel(TextModel):
 
     def _find_blocks(self) -> Blocks | None:
         found = find_blocks(self.model)
-        numbers = [site.block for site in self.sites]
-        if found is None or None in numbers:
+        numbers = [site.block for site in self.sites if site.block is not None]
+        if found is None or len(numbers) < len(self.sites):
             return None
         path, blocks = found
         token = self.pad_id if self.eos_id is None else self.eos_id
@@ -97,9 +98,9 @@ class BaseModel(TextModel):
         )
         return site.name in names
 
-    def site_module(self, site: Site) -> nn.Module:
-        """The Linear or Conv1D of a site."""
-        return self.model.get_submodule(site.module)
+    def site_module(self, site: Site) -> nn.Linear | Conv1D:
+        """The layer of a site."""
+        return cast("nn.Linear | Conv1D", self.model.get_submodule(site.module))
 
     def site_weight(self, site: Site) -> Tensor:
         """A site's weight, from wherever it is kept."""
@@ -143,7 +144,7 @@ class BaseModel(TextModel):
                     "released or is streamed (`release_trunk`, `stream_trunk`): load it again"
                 )
 
-        released = self.released
-        if released:
-            for block in find_blocks(self.model)[1][:released]:
+        released, found = self.released, find_blocks(self.model)
+        if released and found is not None:
+            for block in found[1][:released]:
                 block.register_forward_pre_hook(refuse)

@@ -19,7 +19,7 @@ def tensors_sha256(tensors: Iterable[tuple[str, Tensor]]) -> str:
     for name, tensor in tensors:
         value = tensor.detach().cpu().contiguous()
         digest.update(f"{name} {value.dtype} {tuple(value.shape)}\n".encode())
-        digest.update(value.reshape(-1).view(torch.uint8).numpy())
+        digest.update(value.reshape(-1).view(torch.uint8).numpy().data)
     return digest.hexdigest()
 
 

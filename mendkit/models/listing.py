@@ -63,11 +63,12 @@ def describe(
         chosen = {site.name for site in resolve_sites(model, inner_params)}
     layers = []
     for site in resolve_sites(model, names):
+        rows, columns = model.get_parameter(site.name).shape
         layers.append(
             Layer(
                 name=site.name,
                 kind="Conv1D" if site.transposed else "Linear",
-                shape=tuple(model.get_parameter(site.name).shape),
+                shape=(rows, columns),
                 block=site.block,
                 parameters=site.d_in * site.d_out,
                 mlp=site.name in mlp,

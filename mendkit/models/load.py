@@ -83,7 +83,8 @@ def load_model(
         loader = loader_of(read_config(place, **remote), place)
         # 2. What is wrong with the tokenizer shows before the weights are read.
         found = read_tokenizer(place, tokenizer, **remote)
-        model = read_model(place, loader, dtype=dtype, **remote).to(target)
+        model = read_model(place, loader, dtype=dtype, **remote)
+        model.to(target)  # type: ignore[arg-type]  # transformers wraps `to` and loses its type
         # 3. The edit sites, and the files that single weights may be read from later.
         weights = Weights.of(place, model.base_model_prefix)
         base = BaseModel(
@@ -125,9 +126,9 @@ def load_streamed(hparams: MENDHyperParams) -> BaseModel:
         place = locate(hparams.model_name)
         name = _name_of(place)
         model, weights = hollow_model(place, dtype=hparams.dtype, **remote)
-        numbers = [site.block for site in resolve_sites(model, hparams.inner_params)]
-        found = find_blocks(model)
-        if found is None or None in numbers or min(numbers) < 1:
+        sites, found = resolve_sites(model, hparams.inner_params), find_blocks(model)
+        numbers = [site.block for site in sites if site.block is not None]
+        if found is None or len(numbers) < len(sites) or min(numbers) < 1:
             raise ModelError(
                 f"{name}: no list of blocks lies below the edits, so nothing can be streamed; "
                 f"{WHOLE}"

@@ -239,8 +239,8 @@ class TextModel:
                 "cannot generate from a prompt without tokens; give at least one character"
             )
         ones = [[1] * len(row) for row in rows]
-        options = {"left": left, "device": self.device}
-        return pad_rows(rows, self.pad_id, **options), pad_rows(ones, 0, **options)
+        ids = pad_rows(rows, self.pad_id, left=left, device=self.device)
+        return ids, pad_rows(ones, 0, left=left, device=self.device)
 
     def new_text(
         self, prompt: Tokens | Sequence[int], new_ids: Sequence[int], *, stop: bool = True
@@ -252,15 +252,17 @@ class TextModel:
         if self.labels is not None:
             return self.labels.names[new_ids[0]]
         before = (prompt.decoder or prompt.ids) if isinstance(prompt, Tokens) else prompt
-        options = {"skip_special_tokens": True, "clean_up_tokenization_spaces": False}
         # Decoded together with the prompt: alone, some tokenizers drop the first word's space.
-        head = self.tokenizer.decode(list(before), **options)
-        whole = self.tokenizer.decode([*before, *new_ids], **options)
-        if whole.startswith(head):
-            text = whole[len(head) :]
-        else:
-            text = self.tokenizer.decode(list(new_ids), **options)
+        head, whole = self._decoded(before), self._decoded([*before, *new_ids])
+        text = whole[len(head) :] if whole.startswith(head) else self._decoded(new_ids)
         return STOP.split(text, maxsplit=1)[0] if stop else text
+
+    def _decoded(self, ids: Sequence[int]) -> str:
+        text = self.tokenizer.decode(
+            list(ids), skip_special_tokens=True, clean_up_tokenization_spaces=False
+        )
+        assert isinstance(text, str)  # a list only for several rows
+        return text
 
     def check_lengths(self, attention_mask: Int[Tensor, "b t"], max_new_tokens: int) -> None:
         """Raises DataError for a prompt that is too long for the model's positions."""

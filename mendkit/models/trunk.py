@@ -95,8 +95,9 @@ class FrozenTrunk:
         Hooks and side branches on the edit sites take effect, and gradients flow to them.
         """
         below: AbstractContextManager[None] = nullcontext()
-        if self.split and self.holds(texts):
-            states, blocks = self.states(texts, batch.input_ids.shape[1]), self.base.blocks
+        blocks = self.base.blocks
+        if blocks is not None and self.split and self.holds(texts):
+            states = self.states(texts, batch.input_ids.shape[1])
             below = standing_in(self.base.model, blocks, first=blocks.first, states=states)
         with only_scored(self.base, batch.scored), below:
             return self._forward(batch)
@@ -112,6 +113,7 @@ class FrozenTrunk:
         references, blocks = self.references(texts), self.base.blocks
         if self.base.family == CLASSIFIER:
             return references
+        assert blocks is not None  # else no text has values
         hidden = references[:, None]
         ids = torch.zeros(hidden.shape[:2], dtype=torch.long, device=self.base.device)
         with standing_in(self.base.model, blocks, first=blocks.last + 1, states=hidden):
@@ -131,7 +133,7 @@ class FrozenTrunk:
         missing.sort(key=lambda text: (len(text.ids), text.key))
         # 2. Those on disk are read.
         left = self._read(missing)
-        if len(left) < len(missing):
+        if self.cache is not None and len(left) < len(missing):
             logger.info("trunk: %d texts read from %s", len(missing) - len(left), self.cache.folder)
         # 3. The others are computed by shards. A streamed model takes all of them at once, because
         #    each call reads its blocks from the disk.
@@ -196,8 +198,8 @@ class FrozenTrunk:
             # Packed rows are cut into texts again.
             states = packed.split([len(text.ids) for text in group])
             references = reference.cpu().split([len(text.scored) for text in group])
-            for text, *values in zip(group, states, references, strict=True):
-                self._values[text.key] = tuple(values)
+            for text, entered, kept in zip(group, states, references, strict=True):
+                self._values[text.key] = entered, kept
         if self.cache is not None:
             for shard in self._shards(texts):
                 self.cache.add({_digest(text): self._values[text.key] for text in shard})
@@ -208,7 +210,9 @@ class FrozenTrunk:
 
         Each block below is read from the checkpoint, run on all batches, and freed.
         """
-        base, path, first = self.base, self.base.blocks.path, self.base.blocks.first
+        base, blocks = self.base, self.base.blocks
+        assert blocks is not None  # `fill` computes nothing without a chain of blocks
+        path, first = blocks.path, blocks.first
         if base.weights is None or base.released < first:
             raise ModelError(
                 f"{base.name} was released and {sum(map(len, batches))} texts are not cached; "
@@ -239,6 +243,7 @@ class FrozenTrunk:
         the place of both. The output layer runs on no position.
         """
         blocks = self.base.blocks
+        assert blocks is not None
         first, last = blocks.first, blocks.last
         if alone is not None:
             first = last = alone

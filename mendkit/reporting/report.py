@@ -189,7 +189,8 @@ def run_report(
 def _begin(plan: ReportPlan, command: str) -> dict[str, Any]:
     """Remove the earlier report, mark the folder as a report; what run.json holds."""
     given = [f"{name}={value}" for name, value in plan.given.items()]
-    run = {"kind": "report", "status": "running", "command": command, "config": str(plan.config)}
+    run: dict[str, Any] = {"kind": "report", "status": "running", "command": command}
+    run |= {"config": str(plan.config)}
     run |= {"settings": [*plan.settings, *given], "notebooks": list(plan.notebooks)}
     run |= {"hparams": plan.hparams.to_dict(), **provenance()}
     old = _earlier_report(plan.out)

@@ -98,7 +98,8 @@ class SweepRun:
     def score(self) -> float | None:
         """Harmonic mean of the four headline shares."""
         means = [self.results.get(f"single.{name}") for name in HEADLINE.values()]
-        return None if None in means else headline_mean(means)
+        known = [mean for mean in means if mean is not None]
+        return headline_mean(known) if len(known) == len(means) else None
 
     @property
     def title(self) -> str:
@@ -318,7 +319,8 @@ def runs_frame(runs: Sequence[SweepRun]) -> pd.DataFrame:
     records = []
     for run in runs:
         results, summary = run.results, run.summary
-        record = {"run": run.number} | {key: _setting(value) for key, value in run.values.items()}
+        record: dict[str, Any] = {"run": run.number}
+        record |= {key: _setting(value) for key, value in run.values.items()}
         record |= {"status": run.status, "error": run.error, "score": run.score}
         record |= {role: summary.get(name) for role, name in HEADLINE.items()}
         record["seconds"] = results.get("report.seconds")
