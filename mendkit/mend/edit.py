@@ -9,6 +9,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from reprlib import Repr
 
 import torch
 from pydantic import FiniteFloat, StrictBool, TypeAdapter
@@ -65,7 +66,9 @@ class Edit:
     def __repr__(self) -> str:
         what = "no example"
         if self.examples:
-            what = f"{self.examples[0].prompt!r} → {self.examples[0].target_new!r}"
+            first, shorten = self.examples[0], Repr()
+            shorten.maxstring = 60
+            what = f"{shorten.repr(first.prompt)} → {shorten.repr(first.target_new)}"
         if len(self.examples) > 1:
             what += f" and {len(self.examples) - 1} more"
         state = "applied" if self.active else "not applied"

@@ -3,6 +3,7 @@
 import hashlib
 from contextlib import ExitStack
 from copy import deepcopy
+from dataclasses import replace
 from random import Random
 from statistics import median
 
@@ -210,6 +211,32 @@ def test_a_saved_journal_goes_on_as_it_was(llama, tmp_path):
         assert torch.equal(logits(llama), whole)
     with pytest.raises(MendkitError, match="expected one edit"):
         editor.session().save(tmp_path / "empty")
+
+
+def test_a_prompt_and_its_answer_make_the_edit_of_their_example(llama):
+    editor, example = editor_for(llama), EXAMPLES[0]
+    edit, wanted = editor.edit(example.prompt, example.target_new), editor.edit(example)
+    for name, change in edit.dense().items():
+        assert torch.equal(change, wanted.dense()[name]) and float(change.norm()) > 0
+    other = editor.edit(example.prompt, EXAMPLES[1].target_new)
+    assert not torch.equal(other.dense()[name], change)
+    with pytest.raises(MendkitError, match="no new answer"):
+        editor.edit(example.prompt)
+
+
+def test_what_one_works_with_is_shown_in_one_line(llama):
+    editor = editor_for(llama)
+    long = replace(EXAMPLES[0], prompt="Line one.\n" * 40)
+    edit = editor.edit([EXAMPLES[0], EXAMPLES[1]])
+    with editor.session() as session:
+        shown = {"Edit(": session.edit(long), "EditSession(1 edits, 1 in force": session}
+        shown |= {"MENDEditor(MEND on ": editor, f"BaseModel({llama.name!r}": llama}
+        for start, thing in shown.items():
+            line = repr(thing)
+            assert line.startswith(start) and len(line) < 200 and len(line.splitlines()) == 1
+        assert repr(session.journal[0]).endswith("applied)")
+    told = f"{EXAMPLES[0].prompt!r} → {EXAMPLES[0].target_new!r} and 1 more"
+    assert repr(edit) == f"Edit({told}; {len(llama.sites)} sites, strength 1, not applied)"
 
 
 def test_an_edit_knows_its_archive(llama, tmp_path):
