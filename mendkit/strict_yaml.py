@@ -15,7 +15,7 @@ _YAML_ERRORS = (yaml.YAMLError, AttributeError, LookupError, RecursionError, Val
 class _StrictLoader(yaml.SafeLoader):
     """SafeLoader with the scalars of YAML 1.2 (and `_` in integers), without merge keys."""
 
-    yaml_implicit_resolvers: ClassVar = {
+    yaml_implicit_resolvers: ClassVar = {  # type: ignore[misc]  # the stubs: an instance's
         None: [
             (f"tag:yaml.org,2002:{kind}", re.compile(rf"({pattern})\Z"))
             for kind, pattern in (

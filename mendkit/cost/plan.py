@@ -17,7 +17,6 @@ from typing import Any
 
 import psutil
 import torch
-from torch import Tensor
 from transformers import PreTrainedModel
 
 from ..data.examples import HEADLINE_ROLES, EditExample, Probe, join
@@ -39,7 +38,7 @@ from ..models.checkpoints import (
     silence_transformers,
 )
 from ..models.load import locate, skeleton
-from ..models.sites import find_stacks, resolve_sites
+from ..models.sites import embedding_matrix, find_stacks, resolve_sites
 from ..models.streaming import trunk_names
 from ..models.trunk import TOKENS_PER_PASS
 from ..runs import free_memory
@@ -186,9 +185,7 @@ class _Needs:
         self.h, self.texts, self.sites = h, texts, resolve_sites(model, h.inner_params)
         dtype = DTYPES.get(h.dtype) or model.config.dtype
         self.number: int = dtype.itemsize if isinstance(dtype, torch.dtype) else 4
-        embeddings = model.get_input_embeddings().weight
-        assert isinstance(embeddings, Tensor)
-        self.width = embeddings.shape[1]
+        self.width = embedding_matrix(model).shape[1]
         output = model.get_output_embeddings()
         self.vocabulary = len(output.weight) if output is not None else 2  # classes
         stacks = find_stacks(model)

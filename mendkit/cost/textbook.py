@@ -124,6 +124,7 @@ def entering(mend: MEND, site: Site, u: Tensor, delta: Tensor) -> Float[Tensor, 
 
 def hidden(block: LowRankResidual, layer: int, z: Float[Tensor, "t d"]) -> Float[Tensor, "t d"]:
     """What a block clamps: s ⊙ (U V z + b) + o (equation 3)."""
+    assert block.scale is not None and block.shift is not None  # they are where layers share
     return block.scale[layer] * (z @ block.V.T @ block.U.T + block.bias) + block.shift[layer]
 
 

@@ -115,7 +115,7 @@ def read_questions(path: str | Path) -> tuple[Probe, ...]:
             question = required(record, "question").removesuffix("?") + "?"
         except DataError as error:
             raise DataError(f"{where}: {error}") from None
-        found.append(Probe(question, *names[:1], aliases=names[1:]))
+        found.append(Probe(question, next(iter(names), None), names[1:]))
     if not found:
         expected = "JSON lines with `question` and `answer`"
         raise DataError(f"{path}: no question in it; expected {expected}")

@@ -131,14 +131,14 @@ def _probes(value: Any) -> tuple[Probe, ...]:
         return (Probe(required(value, "prompt"), optional(value, "answer"), aliases),)
     if not isinstance(value.get("prompt"), list):
         names = answers(value, "ground_truth")
-        return (Probe(required(value, "prompt"), *names[:1], aliases=names[1:]),)
+        return (Probe(required(value, "prompt"), next(iter(names), None), names[1:]),)
     prompts, truths = items(value, "prompt"), value.get("ground_truth")
     if isinstance(truths, str):
         truths = [truths]
     if not isinstance(truths, list) or len(truths) != len(prompts):
         expected = f"an answer for each of {len(prompts)} prompts"
         raise DataError(f"field `ground_truth` must have {expected}, is {shown(truths)}")
-    found = []
+    found: list[Probe] = []
     for prompt, truth in zip(prompts, truths, strict=True):
         found += _probes({"prompt": prompt, "ground_truth": truth})
     return tuple(found)

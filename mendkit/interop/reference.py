@@ -20,6 +20,7 @@ from transformers import (
     AutoModel,
     AutoModelForCausalLM,
     AutoModelForSeq2SeqLM,
+    PreTrainedConfig,
     PreTrainedModel,
 )
 from transformers.modeling_outputs import SequenceClassifierOutput
@@ -82,7 +83,7 @@ class Recording:
 class OneLogitClassifier(PreTrainedModel):
     """An encoder with one logit on its pooled output, as the authors' fact checker."""
 
-    config_class = AutoConfig
+    config_class = PreTrainedConfig
 
     def __init__(self, config: Any) -> None:
         super().__init__(config)
@@ -102,7 +103,9 @@ class OneLogitClassifier(PreTrainedModel):
 class ReferenceModel(BaseModel):
     """A base model whose texts come as batches; without a tokenizer, and so made another way."""
 
-    def __init__(self, model: PreTrainedModel, inner_params: tuple[str, ...], *, name: str) -> None:
+    def __init__(
+        self, model: PreTrainedModel, inner_params: str | Sequence[str], *, name: str
+    ) -> None:
         self.model, self.name = model.eval().requires_grad_(False), name
         self.sites, self.blocks = resolve_sites(model, inner_params), None
         self.seq2seq = bool(model.config.is_encoder_decoder)

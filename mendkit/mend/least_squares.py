@@ -37,6 +37,9 @@ class Memory:
 class OtherKeys(nn.Module):
     """C = E[x xᵀ] of a layer's inputs, with a floor on its eigenvalues."""
 
+    count: Tensor
+    moment: Tensor
+
     def __init__(self, width: int) -> None:
         super().__init__()
         self.register_buffer("count", torch.zeros((), dtype=torch.int64))

@@ -23,6 +23,10 @@ class RunningMoments(nn.Module):
     Merged batch by batch (Chan, Golub & LeVeque 1979): batching does not matter.
     """
 
+    count: Tensor
+    mean: Tensor
+    m2: Tensor
+
     def __init__(self, width: int) -> None:
         super().__init__()
         self.register_buffer("count", torch.zeros((), dtype=torch.int64))
@@ -70,6 +74,8 @@ class RunningMoments(nn.Module):
 
 class StoredMoments(RunningMoments):
     """As published code has them: with `eps` added to the std, which is stored to keep its bits."""
+
+    stored_std: Tensor
 
     def __init__(self, width: int, eps: float) -> None:
         super().__init__(width)

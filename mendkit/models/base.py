@@ -13,7 +13,7 @@ from transformers.pytorch_utils import Conv1D
 
 from ..errors import ModelError
 from .families import SEQ2SEQ, encoder_sites
-from .sites import Blocks, Site, find_blocks, resolve_sites
+from .sites import Blocks, Site, embedding_matrix, find_blocks, resolve_sites
 from .streaming import Weights, is_hollow, probe_hollow
 from .text import TextModel
 
@@ -37,7 +37,7 @@ class BaseModel(TextModel):
         weights: Weights | None = None,
     ) -> None:
         spread = hasattr(model, "hf_device_map")
-        if spread and model.get_input_embeddings().weight.is_meta:
+        if spread and embedding_matrix(model).is_meta:
             raise ModelError(
                 f"{name}: the device map keeps the input embeddings on no device; "
                 "give them cpu or a GPU"
@@ -50,7 +50,7 @@ class BaseModel(TextModel):
 
     def __repr__(self) -> str:
         layers = getattr(self.model.config.get_text_config(), "num_hidden_layers", "?")
-        width = self.model.get_input_embeddings().weight.shape[1]
+        width = embedding_matrix(self.model).shape[1]
         dtype = str(self.dtype).removeprefix("torch.")
         return (
             f"BaseModel({self.name!r}, {type(self.model).__name__}, {layers} layers, "
@@ -93,8 +93,9 @@ class BaseModel(TextModel):
         """Whether a site sees the encoder's positions while the decoder has others."""
         if self.family != SEQ2SEQ:
             return False
+        token = self.pad_id if self.eos_id is None else self.eos_id
         names = self.remembered(
-            ("encoder", self.sites), lambda: encoder_sites(self.model, self.sites, self.eos_id)
+            ("encoder", self.sites), lambda: encoder_sites(self.model, self.sites, token)
         )
         return site.name in names
 

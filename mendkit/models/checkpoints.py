@@ -8,7 +8,7 @@ import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeGuard
 
 import torch
 from transformers import (
@@ -103,7 +103,7 @@ def choose_device(device: str) -> torch.device:
     return chosen
 
 
-def is_gguf(place: str | Path) -> bool:
+def is_gguf(place: str | Path) -> TypeGuard[Path]:
     return isinstance(place, Path) and place.is_file()
 
 

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from ..errors import DataError, ModelError
-from .sites import Site, find_stacks, hidden_states
+from .sites import Site, embedding_matrix, find_stacks, hidden_states
 
 CAUSAL, SEQ2SEQ, CLASSIFIER = "causal", "seq2seq", "classifier"
 ONE_LOGIT = (("REFUTES", "false", "0"), ("SUPPORTS", "true", "1"))
@@ -139,7 +139,7 @@ def encoder_sites(model: PreTrainedModel, sites: Sequence[Site], token: int) -> 
 
             module = model.get_submodule(site.module)
             stack.enter_context(module.register_forward_pre_hook(count))
-        ids = torch.full((1, 3), token, device=model.get_input_embeddings().weight.device)
+        ids = torch.full((1, 3), token, device=embedding_matrix(model).device)
         mask = torch.ones_like(ids)
         model(input_ids=ids, attention_mask=mask, decoder_input_ids=ids[:, :2], use_cache=False)
     return frozenset(name for name, seen in tokens.items() if seen == 3)

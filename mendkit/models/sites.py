@@ -65,6 +65,13 @@ class Blocks:
 # ------------------------------------------------------------------------------------------ blocks
 
 
+def embedding_matrix(model: PreTrainedModel) -> torch.Tensor:
+    """The weight of the input embeddings, (vocabulary, width)."""
+    weight = model.get_input_embeddings().weight
+    assert isinstance(weight, torch.Tensor)
+    return weight
+
+
 def find_blocks(model: PreTrainedModel) -> tuple[str, nn.ModuleList] | None:
     """Name and list of the blocks. None without such a list, or with an encoder and a decoder."""
     stacks = find_stacks(model)
@@ -127,7 +134,7 @@ def probe_chain(model: PreTrainedModel, blocks: nn.ModuleList, token: int) -> bo
     with ExitStack() as stack:
         for block in blocks:
             stack.enter_context(block.register_forward_hook(record))
-        ids = torch.full((1, 2), token, device=model.get_input_embeddings().weight.device)
+        ids = torch.full((1, 2), token, device=embedding_matrix(model).device)
         model(input_ids=ids, attention_mask=torch.ones_like(ids), use_cache=False)
     if [id(block) for block, _, _ in calls] != [id(block) for block in blocks]:
         return None
@@ -176,7 +183,9 @@ def editable_names(model: PreTrainedModel) -> list[str]:
     for path, module in model.named_modules():
         weight = parameters.get(f"{path}.weight")
         # A weight that several layers share is left out: an edit would change all of them.
-        if _is_linear(module) and weight.dtype in _FLOATS and uses[id(weight)] == 1:
+        if weight is None or not _is_linear(module):
+            continue
+        if weight.dtype in _FLOATS and uses[id(weight)] == 1:
             names.append(f"{path}.weight")
     return names
 
@@ -184,7 +193,7 @@ def editable_names(model: PreTrainedModel) -> list[str]:
 def mlp_names(model: PreTrainedModel, *, everywhere: bool = False) -> list[str]:
     """The weights of the MLPs that `auto` means or, if `everywhere`, of all blocks."""
     stacks, editable = find_stacks(model), set(editable_names(model))
-    names = []
+    names: list[str] = []
     for path, blocks in stacks.items():
         by_block = []
         for index, block in enumerate(blocks):
@@ -268,7 +277,7 @@ def _site(model: PreTrainedModel, name: str, stacks: dict[str, nn.ModuleList]) -
     path = name.rpartition(".")[0]
     module = model.get_submodule(path)
     transposed = isinstance(module, Conv1D)
-    d_out, d_in = module.weight.shape
+    d_out, d_in = model.get_parameter(name).shape
     if transposed:
         d_in, d_out = d_out, d_in
     index, scored_only = None, False

@@ -11,7 +11,7 @@ from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from huggingface_hub import snapshot_download
@@ -47,8 +47,9 @@ class Weights:
     @classmethod
     def of(cls, place: str | Path, prefix: str = "") -> "Weights | None":
         """Those of a folder that has such files, else None."""
-        held = isinstance(place, Path) and any((place / name).is_file() for name in (INDEX, SINGLE))
-        return cls(place, prefix) if held else None
+        if isinstance(place, Path) and any((place / name).is_file() for name in (INDEX, SINGLE)):
+            return cls(place, prefix)
+        return None
 
     def __contains__(self, name: str) -> bool:
         return self._key(name) is not None
@@ -113,9 +114,10 @@ def hollow_model(
             return value
         return nn.Parameter(value.to("meta"), requires_grad=False)
 
-    options = {"dtype": DTYPES.get(dtype) or config.dtype or weights.dtype()}
+    options: dict[str, Any] = {"dtype": DTYPES.get(dtype) or config.dtype or weights.dtype()}
     options["trust_remote_code"] = trust_remote_code
-    hook = register_module_parameter_registration_hook(on_meta)
+    # torch's annotation says that the hook returns nothing; what it returns is registered.
+    hook = register_module_parameter_registration_hook(on_meta)  # type: ignore[arg-type]
     with explained("a model from the configuration of", place), hook:
         model = AutoModelForCausalLM.from_config(config, **options)
     weights.prefix = model.base_model_prefix
@@ -248,14 +250,16 @@ def standing_in(
 
 def probe_hollow(model: PreTrainedModel, first: int, token: int) -> bool | None:
     """As `probe_chain`; stand-ins run for the blocks below `first`, which are hollow."""
-    path, modules = find_blocks(model)
+    blocks_found = find_blocks(model)
+    assert blocks_found is not None
+    path, modules = blocks_found
     if first == 0:
         return probe_chain(model, modules, token)
     for as_tuple in (False, True):
         blocks = Blocks(path, first, len(modules) - 1, as_tuple)
         with standing_in(model, blocks, first=first):
             try:
-                found = probe_chain(model, model.get_submodule(path), token)
+                found = probe_chain(model, cast(nn.ModuleList, model.get_submodule(path)), token)
             except (AttributeError, IndexError, RuntimeError, TypeError, ValueError):
                 continue  # the decoder expects the other kind
         if found is as_tuple:

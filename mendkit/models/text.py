@@ -107,11 +107,15 @@ class TextModel:
         """
         if self.head is not None:
             label = None if answer is None else self.head.labels.id(answer)
-            options = {"position": self.head.position or 0, "max_length": max_length}
+            options: dict[str, Any] = {
+                "position": self.head.position or 0,
+                "max_length": max_length,
+            }
             return tokenize_claim(self.tokenizer, prompt, label, **options)
         options = {"add_eos": add_eos, "max_length": max_length}
         if self.family == CAUSAL:
             return tokenize(self.tokenizer, prompt, answer, subject=subject, **options)
+        assert self.start_id is not None  # a decoder has a token to start with
         return tokenize_pair(self.tokenizer, prompt, answer, start=self.start_id, **options)
 
     def prompt_of(self, text: Tokens) -> Tokens:
@@ -145,7 +149,8 @@ class TextModel:
         if self.family == CLASSIFIER:
             logits = self.model(input_ids=input_ids, attention_mask=attention_mask).logits
             return two_classes(logits) if logits.shape[1] == 1 else logits
-        inputs = {"input_ids": input_ids, "attention_mask": attention_mask}
+        inputs: dict[str, Tensor | None] = {"input_ids": input_ids}
+        inputs["attention_mask"] = attention_mask
         if self.family == SEQ2SEQ:
             inputs["decoder_input_ids"] = decoder_ids
         return self.model(**inputs, use_cache=False).logits

@@ -28,7 +28,7 @@ from .base import BaseModel
 from .cache import SHARD_BYTES, TextCache
 from .families import CLASSIFIER
 from .fingerprint import weights_sha256
-from .sites import hidden_states
+from .sites import embedding_matrix, hidden_states
 from .streaming import present, standing_in, trunk_names
 from .tokens import TextBatch, Tokens, collate
 
@@ -161,13 +161,13 @@ class FrozenTrunk:
             return list(texts)
         by_digest = {_digest(text): text for text in texts}
         found = self.cache.find(by_digest)
-        for digest, values in found.items():
-            self._values[by_digest[digest].key] = values
+        for digest, (states, references) in found.items():
+            self._values[by_digest[digest].key] = states, references
         return [text for digest, text in by_digest.items() if digest not in found]
 
     def _shards(self, texts: Sequence[Tokens]) -> Iterator[list[Tokens]]:
         """Whole passes, joined until their states fill a shard of the cache."""
-        width = self.base.model.get_input_embeddings().weight.shape[1]
+        width = embedding_matrix(self.base.model).shape[1]
         enough = SHARD_BYTES // (width * self.base.dtype.itemsize)
         shard: list[Tokens] = []
         for group in passes(texts):

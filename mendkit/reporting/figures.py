@@ -44,7 +44,7 @@ STYLE: dict[str, Any] = {
     "savefig.dpi": 150,
     "text.parse_math": False,  # a dollar sign in a prompt is a dollar sign
 }
-in_style = rc_context(STYLE)
+in_style = rc_context(STYLE)  # type: ignore[arg-type]  # the stubs want literal keys
 """Decorates what draws; matplotlib's settings are the user's again after it."""
 
 

@@ -144,7 +144,7 @@ def run_notebook(
     except Exception as error:  # whatever it is, the report must be finished and say so
         lines = str(error).strip().splitlines() or [""]
         fault = f"{type(error).__name__}: {lines[0]}"
-        if hasattr(error, "ename"):  # of a cell
+        if hasattr(error, "ename") and hasattr(error, "evalue"):  # of a cell
             fault = ANSI.sub("", f"{error.ename}: {error.evalue}").strip()
     cell, source, ended = _reached(executed)
     if not fault and not ended:  # papermill takes `exit()` for an end

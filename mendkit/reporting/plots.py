@@ -279,7 +279,7 @@ def probability_shifts(rows: Rows) -> Chart:
     """Each edit's log P of the new and the old answer, before (x) and after (y)."""
     frame = pd.DataFrame(rows).filter(regex=r"log_p\.(new|old)$")
     kinds = [kind for kind in ("new", "old") if f"log_p.{kind}" in frame]
-    lowest = frame.min(axis=None)
+    lowest = frame.min().min()
     axes = panels(len(kinds), 2.8)
     for ax, kind in zip(axes, kinds, strict=True):
         both = frame[[f"before.log_p.{kind}", f"log_p.{kind}"]].dropna()

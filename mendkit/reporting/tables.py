@@ -84,7 +84,7 @@ def plan(
     hparams: MENDHyperParams, folder: Path, *, examples: Mapping[str, Sequence[EditExample]]
 ) -> Styler:
     """What is going to run."""
-    rows = {"base model": hparams.model_name, "edit sites": hparams.inner_params}
+    rows: dict[str, Any] = {"base model": hparams.model_name, "edit sites": hparams.inner_params}
     rows |= {"archive": hparams.archive, "seed": hparams.seed, "run folder": folder}
     if hparams.archive is None:
         rows["archive"] = "none: a hypernetwork is initialised and trained"
@@ -162,13 +162,18 @@ def before_after(asked: Sequence[Asked], before: Sequence[str], after: Sequence[
     """Completions before and after one edit; what changed is marked, what is as wanted ticked."""
     rows = []
     for (role, prompt, wanted), old, new in zip(asked, before, after, strict=True):
-        row = {"role": role, "prompt": prompt, "before": old.strip(), "after": new.strip()}
+        row: dict[str, Any] = {
+            "role": role,
+            "prompt": prompt,
+            "before": old.strip(),
+            "after": new.strip(),
+        }
         row["wanted"] = "as before" if wanted is None else wanted
         row["good"] = normalise(new) == normalise(old if wanted is None else wanted)
         rows.append(row)
-    style = table(rows)
-    changed = style.data["after"] != style.data["before"]
-    return style.apply(lambda _: changed.map({True: CHANGED, False: ""}), subset=["after"])
+    frame = pd.DataFrame(rows)
+    changed = frame["after"] != frame["before"]
+    return table(rows).apply(lambda _: changed.map({True: CHANGED, False: ""}), subset=["after"])
 
 
 def editors(reports: Mapping[str, EvaluationReport]) -> Styler:
