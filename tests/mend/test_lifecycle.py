@@ -12,8 +12,7 @@ from mendkit.mend.batches import edit_tokens, prepare_texts
 from mendkit.mend.editor import MENDEditor
 from mendkit.mend.training import train
 from mendkit.models.load import load_model
-from tests.mend.test_seq2seq_and_classifiers import examples_of
-from tests.oracles.claims import hparams, plain_logits
+from tests.oracles.claims import examples_of, hparams, plain_logits
 from tests.oracles.families import CAUSAL_KIND_OF, KIND_OF, other_base
 from tests.oracles.tiny import save_tiny
 
@@ -37,9 +36,8 @@ def trained(request, tmp_path_factory):
 
 def reading(base):
     """Logits of some texts, each by itself."""
-    texts = [
-        text for e in prepare_texts(base, hparams(), examples_of(base)[:2]) for text in e.all()
-    ]
+    examples = prepare_texts(base, hparams(), examples_of(base)[:2])
+    texts = [text for example in examples for text in example.all()]
     with torch.no_grad():
         return torch.cat([plain_logits(base, text) for text in texts])
 
@@ -48,10 +46,8 @@ def test_edits_are_made_added_up_undone_and_merged(trained):
     h, base, _ = trained
     editor = MENDEditor.from_hparams(h, base=base)
     a, b, c, *_ = examples_of(base)
-    before, bits = (
-        reading(base),
-        {name: value.clone() for name, value in base.model.state_dict().items()},
-    )
+    before = reading(base)
+    bits = {name: value.clone() for name, value in base.model.state_dict().items()}
     for edit in (editor.edit(a), editor.edit([a, b, c])):
         with edit.applied():
             edited = reading(base)
@@ -62,9 +58,8 @@ def test_edits_are_made_added_up_undone_and_merged(trained):
         first = session.edit(a)
         once = reading(base)
         second = session.edit(b)
-        assert not torch.equal(
-            second.updates[base.sites[-1].name].u, editor.edit(b).updates[base.sites[-1].name].u
-        )
+        last = base.sites[-1].name
+        assert not torch.equal(second.updates[last].u, editor.edit(b).updates[last].u)
         session.undo()
         assert torch.equal(reading(base), once) and first.active
     assert torch.equal(reading(base), before)
@@ -98,8 +93,8 @@ def test_evaluation_reads_and_writes_under_each_edit(trained):
         with editor.edit(example).applied(), torch.no_grad():
             log_p = plain_logits(base, text).log_softmax(-1)
             alone = base.generate_batch(asked, max_new_tokens=4)
-        own = len(text.targets) - text.ends
-        nll = nn.functional.nll_loss(log_p[:own], torch.tensor(text.targets[:own]))
+        length = len(text.targets) - text.ends
+        nll = nn.functional.nll_loss(log_p[:length], torch.tensor(text.targets[:length]))
         assert found.values["log_p.new"] == pytest.approx(-float(nll), rel=1e-3, abs=1e-4)
         written = [pair for pair in zip(found.written, alone, strict=False) if pair[0] is not None]
         assert all(one.strip() == other.strip() for one, other in written) and len(written) > 3
@@ -109,8 +104,7 @@ def test_evaluation_reads_and_writes_under_each_edit(trained):
         greedy = next(p.greedy for p in prepared.prompts[0] if p.greedy is not None)
         prompt = base.prompt_of(greedy)
         assert plain_logits(base, greedy).argmax(-1).tolist() == list(greedy.targets)
-        assert base.write([prompt], max_new_tokens=4, stop=True)[0] == [
-            t for t in greedy.targets if t != base.eos_id
-        ]
+        wanted = [token for token in greedy.targets if token != base.eos_id]
+        assert base.write([prompt], max_new_tokens=4, stop=True)[0] == wanted
     report = evaluate(editor, prepared, strength=0.0)
     assert report.summary["neighbourhood.argmax_agreement"].mean == 1.0

@@ -28,23 +28,13 @@ from mendkit.models.base import BaseModel
 from mendkit.models.checkpoints import loader_of
 from mendkit.models.tokens import collate, tokenize_pair
 from mendkit.models.trunk import FrozenTrunk
-from tests.oracles.claims import EXAMPLES, LABELLED, hparams, plain_logits, scrambled
+from tests.oracles.claims import EXAMPLES, examples_of, hparams, plain_logits, scrambled
 from tests.oracles.families import KIND_OF, other_base
 from tests.oracles.kinds import ANSWERS, BOS, EOS, KINDS, PROMPTS, UNK, spelling, tokenizer_of
 from tests.oracles.tiny import save_tiny, tiny_tokenizer
 
 CASE = pytest.mark.parametrize("case", KIND_OF)
 SEQ2SEQ = pytest.mark.parametrize("case", ["t5", "bart"])
-
-
-def examples_of(base):
-    """Examples that suit the family; labels in the model's own words for three classes."""
-    if base.labels is None:
-        return EXAMPLES
-    if len(base.labels.names) == 2:
-        return LABELLED
-    own = {"unrelated": LABELLED[0].unrelated[:1]}
-    return tuple(replace(e, target_new=e.target_new.lower(), **own) for e in LABELLED)
 
 
 # ---------------------------------------- alignment
@@ -54,11 +44,9 @@ def examples_of(base):
 @pytest.mark.parametrize("add_eos", [False, True])
 def test_a_decoders_scored_positions_predict_exactly_the_answers_characters(kind, add_eos):
     tokenizer, start, count = tokenizer_of(kind), 77, 0
-    plain = (
-        (lambda s: "".join(s.lower().split()).encode())
-        if kind.startswith("WordPiece")
-        else str.encode
-    )
+    plain = str.encode
+    if kind.startswith("WordPiece"):
+        plain = lambda s: "".join(s.lower().split()).encode()  # noqa: E731
     for prompt, answer in ((p, a) for p in PROMPTS[:2] for a in ANSWERS):
         text = tokenize_pair(tokenizer, prompt, answer, start=start, add_eos=add_eos)
         assert list(text.ids) == tokenizer(prompt)["input_ids"]
@@ -74,11 +62,8 @@ def test_a_decoders_scored_positions_predict_exactly_the_answers_characters(kind
         lead = tokenizer.convert_ids_to_tokens(list(text.decoder[1 : first + 1]))
         assert lead == ([BOS] if tokenizer("a")["input_ids"][0] == tokenizer.bos_token_id else [])
         bare = tokenize_pair(tokenizer, prompt, start=start)
-        assert (bare.decoder, bare.scored, bare.targets) == (
-            text.decoder[: first + 1],
-            (first,),
-            (),
-        )
+        assert bare.decoder == text.decoder[: first + 1]
+        assert bare.scored == (first,) and bare.targets == ()
     assert count >= 6
 
 
@@ -86,19 +71,17 @@ def test_a_decoders_scored_positions_predict_exactly_the_answers_characters(kind
 @pytest.mark.parametrize("case", ["t5", "bert"])
 def test_padding_on_either_side_does_not_change_the_loss(kind, case):
     base = other_base(case, kind)
-    pairs = zip(
-        PROMPTS, ANSWERS if case == "t5" else ["true", "REFUTES", "0", "Supports"], strict=False
-    )
-    texts = [base.tokenize(prompt, answer, add_eos=True) for prompt, answer in pairs]
+    answers = ANSWERS if case == "t5" else ["true", "REFUTES", "0", "Supports"]
+    texts = []
+    for prompt, answer in zip(PROMPTS, answers, strict=False):
+        texts.append(base.tokenize(prompt, answer, add_eos=True))
     assert len({len(text.ids) for text in texts}) > 2
     targets = [torch.tensor(text.targets) for text in texts]
     with torch.no_grad():
-        alone = torch.stack(
-            [
-                nn.functional.cross_entropy(plain_logits(base, t), y)
-                for t, y in zip(texts, targets, strict=True)
-            ]
-        )
+        losses = []
+        for text, target in zip(texts, targets, strict=True):
+            losses.append(nn.functional.cross_entropy(plain_logits(base, text), target))
+        alone = torch.stack(losses)
         trunk, batch = FrozenTrunk(base), collate(texts, base.pad_id)
         for _ in range(2):  # without and with a cache
             got = edit_nll(trunk.suffix(texts, batch), batch.targets, batch.rows, len(texts))
@@ -118,10 +101,8 @@ def test_padding_on_either_side_does_not_change_the_loss(kind, case):
             logits = base.model.classifier(base.model.bert.pooler(first))
             logits = torch.stack([logits * 0, logits], 2)
         for row, text in enumerate(texts):
-            own = logits[row, list(text.scored)]
-            torch.testing.assert_close(
-                nn.functional.cross_entropy(own, targets[row]), alone[row], rtol=1e-4, atol=1e-5
-            )
+            loss = nn.functional.cross_entropy(logits[row, list(text.scored)], targets[row])
+            torch.testing.assert_close(loss, alone[row], rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize(
@@ -129,23 +110,17 @@ def test_padding_on_either_side_does_not_change_the_loss(kind, case):
 )
 def test_the_trunk_gives_the_whole_models_logits(case, count):
     base = other_base(case)
-    texts = [
-        text for e in prepare_texts(base, hparams(), examples_of(base)[:2]) for text in e.all()
-    ]
+    examples = prepare_texts(base, hparams(), examples_of(base)[:2])
+    texts = [text for example in examples for text in example.all()]
     trunk, batch = FrozenTrunk(base), collate(texts, base.pad_id)
-    assert trunk.split == bool(count) and trunk.fill(texts) == count * len(
-        {text.key for text in texts}
-    )
+    different = len({text.key for text in texts})
+    assert trunk.split == bool(count) and trunk.fill(texts) == count * different
     with torch.no_grad():
         expected = torch.cat([plain_logits(base, text) for text in texts])
-        for got in (
-            trunk.suffix(texts, batch),
-            trunk.before(texts, batch),
-            FrozenTrunk(base).suffix(texts, batch),
-        ):
-            torch.testing.assert_close(
-                got, expected, rtol=1e-4, atol=1e-4 * float(expected.abs().max())
-            )
+        uncached = FrozenTrunk(base).suffix(texts, batch)
+        near = 1e-4 * float(expected.abs().max())
+        for got in (trunk.suffix(texts, batch), trunk.before(texts, batch), uncached):
+            torch.testing.assert_close(got, expected, rtol=1e-4, atol=near)
 
 
 # ---------------------------------------- the textbook loop
@@ -183,11 +158,8 @@ def textbook_losses(base, mend, example, texts):
             for kind, x in (("u", u[t]), ("delta", delta[0, t])):
                 std = (moments[kind].m2 / (moments[kind].count - 1)).sqrt()
                 std = torch.maximum(std, mend.hparams.std_floor * std.median())
-                z.append(
-                    ((x - moments[kind].mean) / std).clamp(
-                        -mend.hparams.z_clip, mend.hparams.z_clip
-                    )
-                )
+                most = mend.hparams.z_clip
+                z.append(((x - moments[kind].mean) / std).clamp(-most, most))
             z = torch.cat(z)
             group = next(g for g, names in mend.groups.items() if site.name in names)
             layer = mend.groups[group].index(site.name)
@@ -234,13 +206,11 @@ def test_losses_and_gradients_are_the_textbooks(case, monkeypatch):
         {role: getattr(e, role)[0] for role in ("paraphrases", "neighbours", "unrelated")}
         for e in examples
     ]
-    rows = [[("edit", e.edit), *own.items()] for e, own in zip(examples, texts, strict=True)]
+    rows = [[("edit", e.edit), *t.items()] for e, t in zip(examples, texts, strict=True)]
     losses = batch_losses(trunk, mend, factors.get([e.edit for e in examples]), rows)
     gradients = torch.autograd.grad(total_loss(losses, h), list(mend.parameters()))
 
-    plain = [
-        textbook_losses(base, mend, e.edit, own) for e, own in zip(examples, texts, strict=True)
-    ]
+    plain = [textbook_losses(base, mend, e.edit, t) for e, t in zip(examples, texts, strict=True)]
     expected = {role: torch.stack([p[role] for p in plain]).mean() for role in losses}
     for role, value in expected.items():
         torch.testing.assert_close(losses[role], value, rtol=1e-9, atol=1e-11)
@@ -262,16 +232,16 @@ def test_factors_rebuild_the_gradient_of_the_weights(case, monkeypatch):
         nn.functional.cross_entropy(plain_logits(base, t, weights), torch.tensor(t.targets))
         for t in texts
     ]
-    for name, gradient in zip(
-        weights, torch.autograd.grad(sum(nlls), list(weights.values())), strict=True
-    ):
+    gradients = torch.autograd.grad(sum(nlls), list(weights.values()))
+    for name, gradient in zip(weights, gradients, strict=True):
         assert float(gradient.abs().max()) > 0
         torch.testing.assert_close(factors[name].weight_gradient(), gradient, rtol=1e-9, atol=1e-12)
         assert (factors[name].delta != 0).any(1).all()  # and no token is there for nothing
 
 
-@pytest.mark.parametrize("case", ["t5", "bert"])
-@pytest.mark.parametrize("asked", [{"fluency": True}, {"text": "Rome is a city in Italy."}])
+@pytest.mark.parametrize(
+    ("case", "asked"), [("t5", {"fluency": True}), ("bert", {"text": "Rome is a city in Italy."})]
+)
 def test_scores_of_free_and_held_out_text_need_a_causal_model(case, asked):
     base = other_base(case)
     with pytest.raises(MendkitError, match="need a causal model"):
@@ -291,25 +261,15 @@ def test_the_textbook_reads_causal_models_only():
 def test_decoding_is_greedy_whatever_the_checkpoint_says(case):
     base = other_base(case)
     settings = base.model.generation_config
-    settings.repetition_penalty, settings.num_beams, settings.do_sample, settings.max_length = (
-        5.0,
-        3,
-        True,
-        3,
-    )
-    settings.forced_bos_token_id, settings.forced_eos_token_id, settings.no_repeat_ngram_size = (
-        5,
-        6,
-        1,
-    )
+    settings.update(repetition_penalty=5.0, num_beams=3, do_sample=True, max_length=3)
+    settings.update(forced_bos_token_id=5, forced_eos_token_id=6, no_repeat_ngram_size=1)
     prompts = [prompt for e in EXAMPLES[:3] for prompt in (e.prompt, *e.paraphrases)]
     expected = []
     for prompt in prompts:
         text, new = base.tokenize(prompt), []
         for _ in range(7):
-            longer = replace(
-                text, decoder=(*text.decoder, *new), scored=(len(text.decoder) + len(new) - 1,)
-            )
+            decoder = (*text.decoder, *new)
+            longer = replace(text, decoder=decoder, scored=(len(decoder) - 1,))
             new.append(int(plain_logits(base, longer).argmax()))
             if new[-1] == base.eos_id:
                 break
@@ -324,14 +284,11 @@ def test_next_tokens_are_those_of_the_answer(case):
     base = other_base(case)
     prompt = examples_of(base)[0].prompt
     p = plain_logits(base, base.tokenize(prompt))[0].softmax(-1)
-    names = (
-        base.labels.names if base.labels else [base.tokenizer.decode([i]) for i in range(len(p))]
-    )
-    word, at = (
-        ("Refutes", 0)
-        if base.labels
-        else ("Lima", base.tokenizer("Lima", add_special_tokens=False).input_ids[0])
-    )
+    if base.labels:
+        names, word, at = base.labels.names, "Refutes", 0
+    else:
+        names, word = [base.tokenizer.decode([i]) for i in range(len(p))], "Lima"
+        at = base.tokenizer("Lima", add_special_tokens=False).input_ids[0]
     told = next_tokens(base, prompt, k=1, among=[word])
     best = int(p.argmax())
     assert told == {names[i]: pytest.approx(float(p[i]), rel=1e-4) for i in (best, at)}
@@ -342,11 +299,8 @@ def test_a_text_without_tokens_or_too_long_is_refused():
     t5, bart, bert = (other_base(case) for case in ("t5", "bart", "bert"))
     with pytest.raises(DataError, match=r"answer '' of prompt 'a' has no token"):
         t5.tokenize("a", "")
-    for base, text in (
-        (t5, ("Lima " * 30, "Rome")),
-        (t5, ("a", "Lima " * 30)),
-        (bert, ("Lima " * 30,)),
-    ):
+    long = "Lima " * 30
+    for base, text in ((t5, (long, "Rome")), (t5, ("a", long)), (bert, (long,))):
         with pytest.raises(DataError, match=r"Lima.*tokens, the limit is 20; raise `max_length`"):
             base.tokenize(*text, max_length=20)
     bart.model.config.max_position_embeddings = 8
@@ -365,14 +319,10 @@ def test_labels_are_found_in_any_spelling_and_an_unknown_one_names_the_legal_one
     }.items():
         assert all(one.tokenize("Gold is dry", word).targets == (label,) for word in text)
         assert {one.said(word) for word in text} == {("REFUTES", "SUPPORTS")[label]}
-    assert [three.tokenize("Gold", word).targets[0] for word in ("REFUTES", "supports", "nei")] == [
-        0,
-        1,
-        2,
-    ]
-    with pytest.raises(
-        DataError, match=r"label 'maybe' is none.*refutes, false, 0, supports, true, 1"
-    ):
+    found = [three.tokenize("Gold", word).targets for word in ("REFUTES", "supports", "nei")]
+    assert found == [(0,), (1,), (2,)]
+    legal = "refutes, false, 0, supports, true, 1"
+    with pytest.raises(DataError, match=f"label 'maybe' is none.*{legal}"):
         one.tokenize("Gold is dry", "maybe")
     with pytest.raises(DataError, match=r"label 'true' is none.*refutes, supports, nei"):
         three.tokenize("Gold is dry", "true")
@@ -448,51 +398,40 @@ def test_a_head_that_reads_all_tokens_has_factors_everywhere_and_no_scored_ones(
     base = BaseModel(model, other_base("bert").tokenizer, name="mean")
     assert base.head.position is None and not any(site.scored_only for site in base.sites)
     texts = [base.tokenize("Gold is a metal", "true")]
-    assert all(
-        len(f.u) == len(texts[0].ids) for f in capture_factors(FrozenTrunk(base), texts).values()
-    )
-    with pytest.raises(
-        HyperParamError,
-        match=r"scored has no meaning.*reads several tokens; set `edit_tokens: all`",
-    ):
+    factors = capture_factors(FrozenTrunk(base), texts)
+    assert {len(f.u) for f in factors.values()} == {len(texts[0].ids)}
+    said = r"scored has no meaning.*reads several tokens; set `edit_tokens: all`"
+    with pytest.raises(HyperParamError, match=said):
         capture_factors(FrozenTrunk(base), texts, tokens="scored")
 
 
 def test_scored_tokens_are_a_decoders_or_the_one_that_a_head_reads():
     t5, bert = other_base("t5"), other_base("bert")
     texts = [edit_tokens(t5, hparams(), example) for example in EXAMPLES[:2]]
-    for call in (lambda: capture_factors(FrozenTrunk(t5), texts, tokens="scored"),
-                 lambda: capture_inputs(FrozenTrunk(t5), texts)):  # fmt: skip
-        with pytest.raises(
-            HyperParamError,
-            match=r"no meaning for encoder\.block\.1.*`inner_params` of the decoder",
-        ):
-            call()
+    said = r"no meaning for encoder\.block\.1.*`inner_params` of the decoder"
+    with pytest.raises(HyperParamError, match=said):
+        capture_factors(FrozenTrunk(t5), texts, tokens="scored")
+    with pytest.raises(HyperParamError, match=said):
+        capture_inputs(FrozenTrunk(t5), texts)
     decoder = t5.with_sites([site.name for site in t5.sites if not t5.sees_encoder(site)])
     cross = t5.with_sites(["decoder.block.2.layer.1.EncDecAttention.k.weight"])
     count = sum(len(text.scored) for text in texts)
-    assert {
-        len(f.u) for f in capture_factors(FrozenTrunk(decoder), texts, tokens="scored").values()
-    } == {count}
+    factors = capture_factors(FrozenTrunk(decoder), texts, tokens="scored")
+    assert {len(f.u) for f in factors.values()} == {count}
     (f,) = capture_factors(FrozenTrunk(cross), texts).values()
     assert len(f.u) == sum(len(text.ids) for text in texts)  # keys are made of the encoder's output
     claim = [bert.tokenize("Gold is a metal", "true")]
     for name, f in capture_factors(FrozenTrunk(bert), claim, tokens="scored").items():
         whole = capture_factors(FrozenTrunk(bert), claim)[name]
-        torch.testing.assert_close(f.u[0], whole.u[0]) and torch.testing.assert_close(
-            f.delta[0], whole.delta[0]
-        )
+        torch.testing.assert_close(f.u[0], whole.u[0])
+        torch.testing.assert_close(f.delta[0], whole.delta[0])
         assert len(f.u) == 1
 
 
 def test_a_layer_that_runs_twice_is_refused():
-    sizes = {
-        "num_hidden_layers": 3,
-        "num_attention_heads": 2,
-        "intermediate_size": 24,
-        "vocab_size": 400,
-    }
-    config = AlbertConfig(embedding_size=16, hidden_size=16, **sizes)  # three times one layer
+    sizes = {"embedding_size": 16, "hidden_size": 16, "num_attention_heads": 2}
+    sizes |= {"num_hidden_layers": 3, "intermediate_size": 24, "vocab_size": 400}
+    config = AlbertConfig(**sizes)  # three times one layer
     base = BaseModel(
         transformers.AlbertForSequenceClassification(config), tiny_tokenizer(), name="albert"
     )
@@ -510,9 +449,8 @@ def test_classes_without_names_and_several_labels_at_once_are_refused():
     with pytest.raises(ModelError, match="several labels at once"):
         BaseModel(base.model, base.tokenizer, name="x")
     t5 = other_base("t5")
-    t5.model.config.decoder_start_token_id = t5.model.generation_config.decoder_start_token_id = (
-        None
-    )
+    for config in (t5.model.config, t5.model.generation_config):
+        config.decoder_start_token_id = None
     with pytest.raises(ModelError, match="no decoder_start_token_id"):
         BaseModel(t5.model, t5.tokenizer, name="x")
 
@@ -559,20 +497,13 @@ def test_the_command_line_trains_edits_and_evaluates(case, tmp_path, monkeypatch
     write_examples(examples, "data.jsonl")
     assert tuple(read_examples("data.jsonl")) == examples  # claims are the kit's own form
     sites = "".join(f"- {site.name}\n" for site in base.sites)
-    sizes = (
-        "rank: 4\nbatch_size: 2\nmax_iters: 2\nval_interval: 1\nnorm_stats: shape\nz_clip: null\n"
-    )
+    sizes = "rank: 4\nbatch_size: 2\nmax_iters: 2\nval_interval: 1\n"
+    sizes += "norm_stats: shape\nz_clip: null\n"
     (tmp_path / "c.yaml").write_text(f"model_name: model\n{sizes}inner_params:\n{sites}")
     data = ["--train-data", "data.jsonl", "--validation-data", "data.jsonl"]
     archive = "archive=run/archive.safetensors"
-    edit = [
-        "--prompt",
-        examples[0].prompt,
-        "--target",
-        examples[0].target_new,
-        "--max-new-tokens",
-        "4",
-    ]
+    edit = ["--prompt", examples[0].prompt, "--target", examples[0].target_new]
+    edit += ["--max-new-tokens", "4"]
     assert main(["train", "c.yaml", "--out", "run", *data]) == 0
     assert main(["inspect", "run/archive.safetensors"]) == 0
     assert type(base.model).__name__ in capsys.readouterr().out
@@ -583,13 +514,10 @@ def test_the_command_line_trains_edits_and_evaluates(case, tmp_path, monkeypatch
     capsys.readouterr()
     assert main(["edit", "c.yaml", "archive=in/archive.safetensors", *edit, "--json"]) == 0
     assert json.loads(capsys.readouterr().out) == before
-    assert (
-        main(["evaluate", "c.yaml", archive, "--data", "data.jsonl", "--max-new-tokens", "4"]) == 0
-    )
+    evaluate = ["evaluate", "c.yaml", archive, "--data", "data.jsonl", "--max-new-tokens", "4"]
+    assert main(evaluate) == 0
     assert re.search(r"edit_success\.free_exact +\d", capsys.readouterr().out)
     if case == "bert":
-        assert (
-            main(["edit", "c.yaml", archive, "--prompt", "Gold is a metal", "--target", "perhaps"])
-            == 2
-        )
+        edit[1], edit[3] = "Gold is a metal", "perhaps"
+        assert main(["edit", "c.yaml", archive, *edit]) == 2
         assert "legal labels" in capsys.readouterr().err

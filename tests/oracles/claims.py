@@ -1,6 +1,7 @@
 """What several test files share: examples for the tiny models, and a plain textbook MEND."""
 
 from collections.abc import Mapping
+from dataclasses import replace
 
 import torch
 
@@ -85,6 +86,16 @@ EXAMPLES = tuple(
         ]
     )
 )
+
+
+def examples_of(base: BaseModel) -> tuple[EditExample, ...]:
+    """Examples that suit the family; labels in the model's words for three classes."""
+    if base.labels is None:
+        return EXAMPLES
+    if len(base.labels.names) == 2:
+        return LABELLED
+    unrelated = LABELLED[0].unrelated[:1]
+    return tuple(replace(e, target_new=e.target_new.lower(), unrelated=unrelated) for e in LABELLED)
 
 
 def with_statistics(base: BaseModel, mend: MEND) -> MEND:
