@@ -31,7 +31,7 @@ bench: .venv/.installed-notebooks
 	$(BIN)/python -m mendkit bench $(ARGS) --out "$(OUT)"
 
 test: lint
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2 --dist worksteal --durations=10
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2 --dist loadfile --durations=10
 
 soak: .venv/.installed-test
 	MENDKIT_CYCLES=10000 MENDKIT_EDITS=2000 MENDKIT_ATTACKS=8 $(BIN)/python -m pytest -q tests/mend/test_soak.py tests/mend/test_attacks.py -o log_cli=true -o log_cli_level=INFO
