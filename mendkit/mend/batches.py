@@ -21,12 +21,12 @@ RIVALS = "rivals"
 
 def role_weights(h: MENDHyperParams) -> dict[str, float]:
     """The weight of each role's loss: `cpara` defaults to `cedit`, `cneigh` to `cloc`."""
-    weights = {"edit": h.cedit, "paraphrases": h.cpara}
-    weights |= {"neighbours": h.cneigh, "unrelated": h.cloc, RIVALS: h.cmargin}
-    if h.cpara is None:
-        weights["paraphrases"] = h.cedit
-    if h.cneigh is None:
-        weights["neighbours"] = h.cloc
+    weights = {"edit": h.cedit, "paraphrases": h.cedit, "neighbours": h.cloc}
+    weights |= {"unrelated": h.cloc, RIVALS: h.cmargin}
+    if h.cpara is not None:
+        weights["paraphrases"] = h.cpara
+    if h.cneigh is not None:
+        weights["neighbours"] = h.cneigh
     return weights
 
 
@@ -167,7 +167,7 @@ def _rivals(
 MOST_TRIES = 10
 
 # For each edit the same number of (role, text), the edit first; the role "" only fills up.
-DrawnRows = list[list[tuple[str, Tokens]]]
+DrawnRows = Sequence[list[tuple[str, Tokens]]]
 
 
 @dataclass(frozen=True)

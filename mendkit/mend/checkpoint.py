@@ -75,7 +75,7 @@ class Checkpoint:
         settings = {key: value for key, value in hparams.to_dict().items() if key not in FREE}
         examples = repr((tuple(train), tuple(validation[: hparams.val_steps])))
         versions = provenance()["versions"]
-        self.run_of = {
+        self.run_of: dict[str, Any] = {
             "hparams": settings,
             "examples_sha256": sha256(examples),
             "versions": {name: versions[name] for name in VERSIONS},

@@ -94,7 +94,8 @@ class MENDEditor:
         The keys to spare are those of the examples' texts. A `ridge_shared` of 1e9 leaves out
         what a fact's wordings share: edits then hold better, and paraphrases do not.
         """
-        trunk, texts = FrozenTrunk(self.base), []
+        trunk = FrozenTrunk(self.base)
+        texts: list[Tokens] = []
         for example in prepare_texts(self.base, self.hparams, examples):
             texts += example.first(1).all()
         batches = (texts[at : at + KEYS_BATCH] for at in range(0, len(texts), KEYS_BATCH))

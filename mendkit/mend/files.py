@@ -50,7 +50,7 @@ class Kind:
 
 def content_sha256(metadata: Any, tensors: Mapping[str, Tensor]) -> str:
     """One SHA-256 over metadata and the name, dtype, shape and bytes of every tensor."""
-    parts = [json.dumps(metadata, sort_keys=True)]
+    parts: list[str | memoryview] = [json.dumps(metadata, sort_keys=True)]
     for name in sorted(tensors):
         parts += [name, *_tensor_parts(tensors[name])]
     return sha256(*parts)

@@ -18,6 +18,7 @@ Axes: n tokens of all edits (packed), i layer input, o layer output, d = i + o.
 # learned with a learning rate of its own, the sign is fixed (CORRECTNESS rows 1–9).
 
 from collections.abc import Callable, Iterable, Sequence
+from typing import Any
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -70,7 +71,7 @@ class LowRankResidual(nn.Module):
     def forward(self, z: Float[Tensor, "n d"], counts: Sequence[int]) -> Float[Tensor, "n d"]:
         """Transform tokens sorted by layer, `counts[l]` of layer l."""
         hidden = (z @ self.V.T) @ self.U.T + self.bias
-        if self.scale is not None:
+        if self.scale is not None and self.shift is not None:
             layers = zip(hidden.split(counts), self.scale, self.shift, strict=True)
             hidden = torch.cat([h * scale + shift for h, scale, shift in layers])
         hidden = hidden.clamp(min=0)
@@ -83,6 +84,12 @@ class MEND(nn.Module):
     The step size α of a site is `edit_lr_unit` · exp(`log_edit_lr`).
     The unit is 1, or an imported step size, which may be negative.
     """
+
+    edit_lr_unit: Tensor
+    # torch does not say what its containers hold:
+    blocks: Any  # LowRankResidual, by group and part, in a list
+    moments: Any  # RunningMoments or Whitening, by statistics' name and then "u" or "delta"
+    others: Any  # OtherKeys, by statistics' name
 
     def __init__(self, sites: Sequence[Site], hparams: MENDHyperParams) -> None:
         super().__init__()
@@ -205,7 +212,7 @@ class MEND(nn.Module):
         if not h.norm:
             return factors.u, factors.delta
         moments = self.moments[self.stats_of[name]]
-        limits = {"floor": h.std_floor, "clip": h.z_clip}
+        limits: dict[str, Any] = {"floor": h.std_floor, "clip": h.z_clip}
         delta = moments["delta"].normalise(factors.delta, **limits)
         if h.whiten_pairs:
             # only scored tokens make the update: an edit's first one predicts its answer's first
@@ -221,8 +228,9 @@ class MEND(nn.Module):
         for (name, each), log_ridge in zip(updates.items(), self.log_ridge, strict=True):
             keys = padded(factors[name].u, factors[name].rows, len(each))
             other, ridge = self.others[self.stats_of[name]], log_ridge.exp().double()
-            options = {"at_once": at_once, "memory": memory}
-            solved[name] = put_together(name, each, keys, other, ridge, **options)
+            solved[name] = put_together(
+                name, each, keys, other, ridge, at_once=at_once, memory=memory
+            )
         if memory is not None and len(each) == at_once:
             memory.edits += at_once
         return solved
@@ -250,9 +258,9 @@ class MEND(nn.Module):
                     self.moments[stats]["u"].add(inputs[name], groups, first)
             self._add_keys(inputs)
         for module in self.modules():
-            if total is not None and hasattr(module, "merge"):
+            if total is not None and isinstance(module, RunningMoments | Whitening | OtherKeys):
                 module.merge(total)
-            if hasattr(module, "fit"):
+            if isinstance(module, Whitening | OtherKeys):
                 module.fit()
 
     def with_least_squares(

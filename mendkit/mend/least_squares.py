@@ -12,7 +12,7 @@ C = E[x xᵀ] is over other prompts' keys, whose shift stays small. The ridges �
 Axes: b updates, t tokens of an update (zero rows are padding), i layer input, o layer output.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import torch
@@ -31,7 +31,7 @@ class Memory:
 
     inverse: dict[str, Tensor] = field(default_factory=dict)  # (C + Σ z zᵀ / λ)⁻¹, (i, i), float64
     edits: int = 0
-    held: Mapping[str, Tensor] = field(default_factory=dict)  # ΔW (o, i) in force before a new edit
+    held: dict[str, Tensor] = field(default_factory=dict)  # ΔW (o, i) in force before a new edit
 
 
 class OtherKeys(nn.Module):

@@ -113,6 +113,10 @@ class Whitening(nn.Module):
     # wordings share. First tokens carry the fact, later ones its spelling.
     # With `unit_response` an edit acts alike at all its tokens.
 
+    count: Tensor
+    matrix: Tensor
+    response: Tensor
+
     def __init__(
         self, width: int, ridge: float, *, pairs: bool = False, unit_response: bool = False
     ) -> None:
@@ -190,6 +194,7 @@ class Whitening(nn.Module):
         """Keys of the rows, clipped to ±clip; `floor` is for moments."""
         key, mean = x @ self.matrix[0].to(x.dtype), self.response[0]
         if self.pairs:
+            assert first is not None
             key = torch.where(first[:, None], x @ self.matrix[1].to(x.dtype), key)
             mean = self.response[first.long()]
         if self.unit_response:

@@ -116,9 +116,11 @@ class Preparation:
         if saved:
             mend = MEND(self.base.sites, h).to(self.base.device)
             mend.load_state_dict(saved)
+        elif chosen or self.loaded is None:
+            mend = self._with_statistics(chosen, h)
         else:
-            mend = self._with_statistics(chosen, h) if chosen else self.loaded
-            mend.hparams = h
+            mend = self.loaded
+        mend.hparams = h
         cache = {"trunk_seconds": filled - start, "factor_seconds": captured - filled}
         cache |= {"factor_bytes": self.factors.bytes, "factor_examples": len(self.factors.kept)}
         return mend, cache | {"statistics_seconds": time.perf_counter() - captured}

@@ -107,4 +107,4 @@ def next_tokens(
         else:
             chosen.add(tokenizer.encode(token, add_special_tokens=False)[0])
     ranked = sorted(chosen, key=lambda i: -float(p[i]))
-    return {labels.names[i] if labels else tokenizer.decode([i]): float(p[i]) for i in ranked}
+    return {labels.names[i] if labels else str(tokenizer.decode([i])): float(p[i]) for i in ranked}

@@ -112,7 +112,8 @@ def learning_rate_factor(step: int, h: MENDHyperParams, steps: int) -> float:
 
 def make_optimiser(mend: MEND, h: MENDHyperParams) -> torch.optim.Optimizer:
     """One optimiser, two groups: transforms (`lr`) and logarithms, as of step sizes (`lr_lr`)."""
-    transforms, logarithms = [], []
+    transforms: list[Tensor] = []
+    logarithms: list[Tensor] = []
     for name, parameter in mend.named_parameters():
         (logarithms if name.startswith("log_") else transforms).append(parameter)
     groups = [
@@ -138,13 +139,13 @@ class Learner:
         None if one of them is not finite: then nothing has changed. Raises MendkitError in the
         first step if the loss does not depend on the step size of a site.
         """
-        sums: Counter[str] = Counter()
+        sums: dict[str, float] = {}
         for _ in range(self.h.accumulate_bs):
             # 1. Draw edits, and of each the texts that judge it.
             batch = self.sampler.draw()
             # 2. Make the edits, read the texts under them, and add up the loss's gradient.
             for name, loss in self._backward(batch).items():
-                sums[name] += loss / self.h.accumulate_bs
+                sums[name] = sums.get(name, 0.0) + loss / self.h.accumulate_bs
         # 3. Add up what the processes have of gradients and losses.
         parameters = list(self.mend.parameters())
         self.team.sum_gradients(parameters)
@@ -194,8 +195,9 @@ class Learner:
         return batch_losses(self.trunk, self.mend, factors, rows, before=before, memory=memory)
 
     def _check_sites(self) -> None:
-        gradients = self.mend.log_edit_lr.grad.tolist()
-        by_site = zip(self.mend.sites, gradients, strict=True)
+        gradients = self.mend.log_edit_lr.grad
+        assert gradients is not None
+        by_site = zip(self.mend.sites, gradients.tolist(), strict=True)
         idle = ", ".join(site.name for site, gradient in by_site if gradient == 0)
         if idle:
             raise MendkitError(

@@ -115,12 +115,13 @@ class Playground:
     def next_tokens(self, index: int = 0) -> Row:
         """Next-token probabilities after one of the prompts, before and after: a fact of `plots.next_token_bars`."""
         fact = answer_tokens(self.editor.base, self._asked()[index][1])
+        prompt = str(fact["prompt"])
         among = tuple(token for token in (fact["new_token"], fact["old_token"]) if token)
 
         def read() -> dict[str, float]:
-            return next_tokens(self.editor.base, fact["prompt"], k=MOST_TOKENS, among=among)
+            return next_tokens(self.editor.base, prompt, k=MOST_TOKENS, among=among)
 
-        return {**fact, "before": self._before((fact["prompt"], *among), read), "after": read()}
+        return {**fact, "before": self._before((prompt, *among), read), "after": read()}
 
     def _before(self, key: Hashable, read: Callable[[], Any]) -> Any:
         """What `read` says of the unedited model, remembered by `key`."""

@@ -21,7 +21,7 @@ from ..errors import MendkitError
 from ..evaluation.inspection import about
 from ..hparams import MENDHyperParams, parse_overrides
 from ..reporting import plots, tables
-from ..reporting.figures import WIDTH
+from ..reporting.figures import WIDTH, Chart
 from ..reporting.findings import Row
 from ..runs import project_path
 from .session import Playground
@@ -68,7 +68,8 @@ class Panel:
         folder: str = "runs/06_playground/adapter",
     ) -> None:
         self.playground, self.facts = playground, tuple(facts)
-        self._quiet, self._rows, self._chart = False, list[_Row](), None
+        self._quiet, self._rows = False, list[_Row]()
+        self._chart: Chart | None = None
         self.said, self.about, self.journal, self.table = w.HTML(), w.HTML(), w.VBox(), w.HTML()
         self.figure = w.Image(format="png", layout=w.Layout(width=f"{FIGURE}px"))
         self.watch = _field(w.Dropdown(), "after")
@@ -120,7 +121,7 @@ class Panel:
             "<h4>Before and after</h4>",
             self.table.value,
         ]
-        if self.playground.shown is not None:
+        if self.playground.shown is not None and self._chart is not None:
             picture = base64.b64encode(self.figure.value).decode()
             alt = tables.escape(self._chart.finding)
             parts.append(
@@ -291,8 +292,8 @@ class Panel:
             self._quiet = False
 
     def _draw(self) -> None:
-        self._chart = plots.next_token_bars([self.playground.next_tokens(self.watch.value or 0)])
-        self.figure.value = self._chart.png()
+        chart = plots.next_token_bars([self.playground.next_tokens(self.watch.value or 0)])
+        self._chart, self.figure.value = chart, chart.png()
 
     def _on_watch(self, change: Row) -> None:
         if not self._quiet:
