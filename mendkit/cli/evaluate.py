@@ -1,6 +1,7 @@
 """The command `evaluate`."""
 
 import time
+from functools import partial
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from typer import Option
@@ -16,6 +17,7 @@ if TYPE_CHECKING:
     from ..evaluation.many import Editor
     from ..evaluation.results import EvaluationReport
     from ..mend.editor import MENDEditor
+    from ..models.base import BaseModel
 
 Mode = Annotated[Literal["single", "batch", "sequential"], Option()]
 BatchSize = Annotated[int | None, Option(min=1, help="edits at once in mode batch (25)")]
@@ -55,8 +57,33 @@ def evaluate(
 
     Each edit is made on a fresh model (single), k at once (batch), or all in a row (sequential).
     """
-    from ..runs import peak_memory_gb
+    k = _edits_at_once(editor, mode, k)
+    hparams = cli.hyperparameters(words)
+    place = cli.RunFolder(out, "results.json", "rows.jsonl", overwrite=overwrite)
+    examples = mendkit.read_examples(data, limit=limit, skip_invalid=skip_invalid)
+    held_out = mendkit.read_text(text) if text else None
+    if unrelated:
+        examples = mendkit.with_unrelated(examples, mendkit.read_questions(unrelated))
+    base, mend = _model(editor, hparams)
+    hparams = mend.hparams if mend else hparams
+    score_on = partial(mendkit.EvaluationSet, base, hparams, max_new_tokens=max_new_tokens)
+    chosen: Editor | None = mend
+    tuning: dict[str, Any] = {}
+    if editor not in ("mend", "context"):
+        validation = score_on(mendkit.read_examples(tune_data, limit=tune_limit))
+        chosen, tuning = _tuned(editor, validation, key_text=key_text, mend=mend)
+    logger.info("scoring %d edits, mode %s", len(examples), mode)
+    started = time.perf_counter()
+    test = score_on(examples, text=held_out, text_tokens=text_tokens, fluency=fluency)
+    report = _report(chosen, test, mode=mode, k=k)
+    results = report.to_dict() | tuning | _costs(started)
+    place.write(results, [vars(row) for row in report.rows])
+    cli.show(results, _table(report), as_json=as_json)
+    return 0
 
+
+def _edits_at_once(editor: str, mode: str, k: int | None) -> int | None:
+    """Edits at once in mode batch. Raises MendkitError for options that contradict each other."""
     if editor not in ("mend", "context", *mendkit.KINDS):
         kinds = ", ".join(mendkit.KINDS)
         raise MendkitError(f"--editor must be mend, context, {kinds}, got {editor!r}")
@@ -64,47 +91,31 @@ def evaluate(
         raise MendkitError("--editor context edits nothing; it goes with --mode single")
     if k and mode != "batch":
         raise MendkitError("--k goes with --mode batch")
-    if mode == "batch":
-        k = k or 25
-    hparams = cli.hyperparameters(words)
-    place = cli.RunFolder(out, "results.json", "rows.jsonl", overwrite=overwrite)
-    examples = mendkit.read_examples(data, limit=limit, skip_invalid=skip_invalid)
-    held_out = mendkit.read_text(text) if text else None
-    if unrelated:
-        examples = mendkit.with_unrelated(examples, mendkit.read_questions(unrelated))
-    mend = None
-    if editor in ("mend", "identity"):
-        mend = mendkit.MENDEditor.from_hparams(hparams)
-        hparams = mend.hparams
-    base = mend.base if mend else mendkit.load_model(hparams)
-    chosen: Editor | None = mend
-    tuning: dict[str, Any] = {}
-    if editor not in ("mend", "context"):
-        tuning_edits = mendkit.read_examples(tune_data, limit=tune_limit)
-        tuning_set = mendkit.EvaluationSet(
-            base, hparams, tuning_edits, max_new_tokens=max_new_tokens
-        )
-        chosen, tuning = _tuned(editor, tuning_set, key_text=key_text, mend=mend)
-    logger.info("scoring %d edits, mode %s", len(examples), mode)
-    started = time.perf_counter()
-    test = mendkit.EvaluationSet(
-        base,
-        hparams,
-        examples,
-        max_new_tokens=max_new_tokens,
-        text=held_out,
-        text_tokens=text_tokens,
-        fluency=fluency,
-    )
-    if chosen is None:
-        report = mendkit.fact_in_context(test)
-    else:
-        report = mendkit.evaluate(chosen, test, mode=mode, k=k)
-    results = report.to_dict() | tuning | {"seconds": time.perf_counter() - started}
-    results["peak_memory_gb"] = peak_memory_gb()
-    place.write(results, [vars(row) for row in report.rows])
-    cli.show(results, _table(report), as_json=as_json)
-    return 0
+    return k or 25 if mode == "batch" else None
+
+
+def _report(
+    editor: "Editor | None", test: "EvaluationSet", *, mode: "Mode", k: int | None
+) -> "EvaluationReport":
+    """The scores of an editor, or of the fact in the prompt where there is none."""
+    if editor is None:
+        return mendkit.fact_in_context(test)
+    return mendkit.evaluate(editor, test, mode=mode, k=k)
+
+
+def _costs(started: float) -> dict[str, float]:
+    """Seconds since `started`, and the most memory that the process had, by name."""
+    from ..runs import peak_memory_gb
+
+    return {"seconds": time.perf_counter() - started, "peak_memory_gb": peak_memory_gb()}
+
+
+def _model(kind: str, hparams: mendkit.MENDHyperParams) -> tuple["BaseModel", "MENDEditor | None"]:
+    """The model, and its MEND where the kind of editor has one."""
+    if kind not in ("mend", "identity"):
+        return mendkit.load_model(hparams), None
+    mend = mendkit.MENDEditor.from_hparams(hparams)
+    return mend.base, mend
 
 
 def _tuned(

@@ -1,6 +1,7 @@
 """The commands `train` and `plan`."""
 
 import logging
+from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -15,6 +16,7 @@ from .app import Data, Json, Limit, Out, Overwrite, SkipInvalid, Words, logger
 
 if TYPE_CHECKING:
     from ..mend.training import TrainingResult
+    from ..models.base import BaseModel
 
 
 @cli.command("train configs/smollm2-135m.yaml max_iters=500 --out runs/first")
@@ -38,11 +40,8 @@ def train(
     is written to <results_dir>/train.
     """
     from ..cost.plan import check_memory
-    from ..mend.batches import usable
     from ..mend.distributed import Team
     from ..mend.loggers import check_logger
-    from ..mend.training import finished
-    from ..models.load import load_for_training
 
     hparams = cli.hyperparameters(words)
     check_logger(hparams.logger)
@@ -56,18 +55,12 @@ def train(
         validation = read(validation_data, limit=validation_limit)
         if not ignore_memory:
             team.first(lambda: check_memory(hparams, examples, validation))
-        base = load_for_training(hparams)
-        if hparams.archive is not None:
-            mendkit.load_archive(hparams.archive, base=base)
-        if skip_invalid:  # only the tokenizer can tell which examples are too long
-            examples = usable(base, hparams, examples)
-            validation = usable(base, hparams, validation)
-        result = None
-        if resume:
-            result = team.first(lambda: finished(hparams, examples, validation, run_dir=run))
-        if result is not None:
-            logger.info("%s is a run that has ended; nothing is left to do", run)
-        else:
+        base = _model(hparams)
+        if skip_invalid:
+            examples, validation = _usable(base, hparams, examples, validation)
+        ended = partial(_ended, hparams, examples, validation, run=run)
+        result = team.first(ended) if resume else None
+        if result is None:
             team.first(lambda: place.clear(keep=hparams.archive))
             logger.info("training on %d examples, in %s", len(examples), run)
             result = mendkit.train(
@@ -75,11 +68,53 @@ def train(
             )
     team.leave()
     if team.rank == 0:
-        results = _results(result) | {"train.examples": len(examples)}
-        logger.info("%s", result.stopped)
-        cli.RunFolder(run, overwrite=True).write(results)
-        cli.show(results, str(result.archive), as_json=as_json)
+        _tell(result, run, examples=len(examples), as_json=as_json)
     return 0
+
+
+def _usable(
+    base: "BaseModel",
+    hparams: mendkit.MENDHyperParams,
+    *lists: Sequence[mendkit.EditExample],
+) -> list[Sequence[mendkit.EditExample]]:
+    """The lists without the examples that are too long, which only the tokenizer can tell."""
+    from ..mend.batches import usable
+
+    return [usable(base, hparams, examples) for examples in lists]
+
+
+def _tell(result: "TrainingResult", run: Path, *, examples: int, as_json: bool) -> None:
+    """Write results.json and print it, or the archive's path."""
+    results = _results(result) | {"train.examples": examples}
+    logger.info("%s", result.stopped)
+    cli.RunFolder(run, overwrite=True).write(results)
+    cli.show(results, str(result.archive), as_json=as_json)
+
+
+def _model(hparams: mendkit.MENDHyperParams) -> "BaseModel":
+    """The model to train for. The archive that training starts from is looked at, too."""
+    from ..models.load import load_for_training
+
+    base = load_for_training(hparams)
+    if hparams.archive is not None:
+        mendkit.load_archive(hparams.archive, base=base)
+    return base
+
+
+def _ended(
+    hparams: mendkit.MENDHyperParams,
+    examples: Sequence[mendkit.EditExample],
+    validation: Sequence[mendkit.EditExample],
+    *,
+    run: Path,
+) -> "TrainingResult | None":
+    """The result of the run in the folder, or None if it has not ended."""
+    from ..mend.training import finished
+
+    result = finished(hparams, examples, validation, run_dir=run)
+    if result is not None:
+        logger.info("%s is a run that has ended; nothing is left to do", run)
+    return result
 
 
 def _place(run: Path, *, resume: bool, overwrite: bool) -> cli.RunFolder:
