@@ -61,17 +61,15 @@ def test_a_journals_edits_are_one_adapter(gpt2, tmp_path):
 def test_peft_finds_the_base_model_by_the_adapters_config(tmp_path):
     base = load_model(save_tiny(tmp_path / "model"))
     editor_for(base).edit(EXAMPLES[0]).save_adapter(tmp_path / "adapter")
-    assert json.loads((tmp_path / "adapter/adapter_config.json").read_text())[
-        "base_model_name_or_path"
-    ] == str(tmp_path / "model")
+    config = json.loads((tmp_path / "adapter/adapter_config.json").read_text())
+    assert config["base_model_name_or_path"] == str(tmp_path / "model")
     with editor_for(base).edit(EXAMPLES[0]).applied():
         wanted = logits(base)
     model = AutoPeftModelForCausalLM.from_pretrained(tmp_path / "adapter")
     torch.testing.assert_close(peft_logits(model, base), wanted, rtol=1e-4, atol=5e-6)
 
 
-@pytest.mark.parametrize("family", ["llama64", "gpt264"])
-@pytest.mark.parametrize("rank", [1, 3])
+@pytest.mark.parametrize(("family", "rank"), [("llama64", 1), ("gpt264", 3)])
 def test_truncation_is_the_best_of_its_rank_and_its_error_the_tail(family, rank, request, tmp_path):
     edit = editor_for(request.getfixturevalue(family)).edit(EXAMPLES[0])
     for site in edit.save_adapter(tmp_path, rank):
@@ -98,9 +96,8 @@ def test_more_tokens_than_features_and_repeated_tokens_have_no_more_rank_than_th
 
 def test_a_layer_whose_name_ends_like_an_edited_ones_is_left_alone(tmp_path):
     base = tiny_llama()
-    base.model.draft = (
-        tiny_llama().model
-    )  # draft.model.layers.3.mlp.down_proj ends with the site's whole name
+    # draft.model.layers.3.mlp.down_proj ends with the site's whole name.
+    base.model.draft = tiny_llama().model
     editor_for(base).edit(EXAMPLES[0]).save_adapter(tmp_path)
     model = with_adapter(base, tmp_path)
     adapted = {

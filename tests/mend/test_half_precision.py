@@ -32,8 +32,10 @@ def one_step(base, mend):
     )
 
 
-@pytest.mark.parametrize("build", [tiny_llama, tiny_gpt2])
-@pytest.mark.parametrize(("dtype", "rounding"), [(torch.bfloat16, 2**-8), (torch.float16, 2**-11)])
+@pytest.mark.parametrize(
+    ("build", "dtype", "rounding"),
+    [(tiny_llama, torch.bfloat16, 2**-8), (tiny_gpt2, torch.float16, 2**-11)],
+)
 def test_factors_losses_and_gradients_are_float32_and_those_of_a_float32_model(
     build, dtype, rounding
 ):
@@ -61,9 +63,8 @@ def test_factors_losses_and_gradients_are_float32_and_those_of_a_float32_model(
 
     factors, losses, gradients = errors(half)
     assert 0 < max(factors) < 5 * rounding and max(losses) < 5 * rounding
-    assert (
-        0 < max(gradients) < 80 * rounding
-    )  # the normaliser divides by small deviations, and ReLUs are near 0
+    # The normaliser divides by small deviations, and ReLUs are near 0.
+    assert 0 < max(gradients) < 80 * rounding
     assert min(*errors(another)[0], *errors(another)[2]) > 250 * rounding
 
 
@@ -71,13 +72,13 @@ def test_factors_losses_and_gradients_are_float32_and_those_of_a_float32_model(
 def test_statistics_are_float64_and_the_optimisers_moments_float32(dtype, rounding):
     half, same = tiny_llama(dtype=dtype), tiny_llama()
     same.model.load_state_dict(half.model.state_dict())
-    own, expected = (with_statistics(base, MEND(base.sites, hparams())) for base in (half, same))
-    for key, moments in own.moments.items():
+    mend, expected = (with_statistics(base, MEND(base.sites, hparams())) for base in (half, same))
+    for key, moments in mend.moments.items():
         for part in ("u", "delta"):
             assert moments[part].mean.dtype == moments[part].m2.dtype == torch.float64
             assert 0 < distance(moments[part].m2, expected.moments[key][part].m2) < 5 * rounding
-    optimiser = make_optimiser(own, hparams())
-    total_loss(one_step(half, own)[1], hparams()).backward()
+    optimiser = make_optimiser(mend, hparams())
+    total_loss(one_step(half, mend)[1], hparams()).backward()
     optimiser.step()
     state = [value for kept in optimiser.state.values() for value in kept.values() if value.dim()]
-    assert state and {value.dtype for value in (*state, *own.parameters())} == {torch.float32}
+    assert state and {value.dtype for value in (*state, *mend.parameters())} == {torch.float32}

@@ -66,8 +66,8 @@ def soaked(base: BaseModel, times: int, act: Callable[[int], object]) -> None:
 @pytest.mark.parametrize("build", [tiny_llama, tiny_gpt2])
 def test_applying_and_undoing_leaves_memory_flat_and_the_bits(build):
     base = build(layers=2)
-    own = editor(base)
-    edits, before = [own.edit(EXAMPLES[0]), own.edit(EXAMPLES[:3])], weights_sha256(base)
+    mender = editor(base)
+    edits, before = [mender.edit(EXAMPLES[0]), mender.edit(EXAMPLES[:3])], weights_sha256(base)
     ids = torch.arange(12)[None]
     with torch.no_grad():
         logits = base.model(ids).logits
@@ -91,16 +91,16 @@ def fresh(base: BaseModel) -> BaseModel:
     return BaseModel(base.model, base.tokenizer, name=base.name)
 
 
-KINDS = {"sum": lambda own: own, "least squares": lambda own: own.by_least_squares(EXAMPLES)}
+KINDS = {"sum": lambda made: made, "least squares": lambda made: made.by_least_squares(EXAMPLES)}
 
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_sessions_one_after_another_leave_memory_flat(kind):
     base = tiny_llama(layers=2)
-    own, before = KINDS[kind](editor(base)), weights_sha256(base)
+    mender, before = KINDS[kind](editor(base)), weights_sha256(base)
 
     def block(_: int) -> None:
-        with own.session() as session:
+        with mender.session() as session:
             for k in range(BLOCK):
                 session.edit(EXAMPLES[k % len(EXAMPLES)])
             session.undo()
@@ -114,15 +114,14 @@ def test_sessions_one_after_another_leave_memory_flat(kind):
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_long_session_that_is_undone_leaves_the_bits_and_nothing_else(kind):
     """Every edit is made on top of all earlier ones; the journal keeps each."""
-    base = tiny_llama(layers=2).with_sites(
-        ["model.layers.1.mlp.down_proj.weight"]
-    )  # where each edit adds a branch
-    own, before, ids = KINDS[kind](editor(base)), weights_sha256(base), torch.arange(12)[None]
+    # Each edit adds a branch at this site.
+    base = tiny_llama(layers=2).with_sites(["model.layers.1.mlp.down_proj.weight"])
+    mender, before, ids = KINDS[kind](editor(base)), weights_sha256(base), torch.arange(12)[None]
     with torch.no_grad():
         logits = base.model(ids).logits
-    own.session().edit(EXAMPLES[0]).undo()
+    mender.session().edit(EXAMPLES[0]).undo()
     alive = living(base)
-    session = own.session()
+    session = mender.session()
     for k in range(EDITS):
         session.edit(EXAMPLES[k % len(EXAMPLES)])
     assert len(session.active) == EDITS
@@ -137,13 +136,9 @@ def test_a_long_session_that_is_undone_leaves_the_bits_and_nothing_else(kind):
 
 def test_a_leak_of_one_list_an_edit_is_noticed():
     base = tiny_llama(layers=2)
-    own, kept = editor(base), []
+    mender, kept = editor(base), []
     with pytest.raises(AssertionError):
-        soaked(
-            base,
-            20,
-            lambda i: kept.append([u.delta for u in own.edit(EXAMPLES[0]).updates.values()]),
-        )
+        soaked(base, 20, lambda i: kept.append(list(mender.edit(EXAMPLES[0]).updates.values())))
     for leak in (lambda i: list(map(float, range(100))), lambda i: b"x" * 1_000_000):
         with pytest.raises(AssertionError):
             soaked(base, 20, lambda i, leak=leak: kept.append(leak(i)))
