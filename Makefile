@@ -1,5 +1,5 @@
 # make report   train, edit and report under $(OUT), with CONFIG=, ARGS="key=value ..."
-# make test     lint and tests, in two processes     make lint   ruff only     make types   mypy
+# make test     lint and tests, in two processes     make lint   ruff and mypy
 # make soak     10,000 edits applied and taken back, 2,000 in a row: memory stays flat, the model its bits; 8 minutes
 # make test-browser   the playground in Chromium, on JupyterLab and Voilà; as root on Debian it installs Chromium
 # make bench    what training and editing cost against a textbook MEND, under runs/bench (OUT=, ARGS=)
@@ -18,7 +18,7 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check
 PINS := pyproject.toml constraints.txt
 
 .DELETE_ON_ERROR:
-.PHONY: help report bench test soak test-browser lint types lab playground clean
+.PHONY: help report bench test soak test-browser lint lab playground clean
 
 help:
 	@sed -n '/^#/!q; s/^# \{0,1\}//p' Makefile
@@ -43,8 +43,6 @@ test-browser: .venv/.installed-browser
 lint: .venv/.installed-test
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-
-types: .venv/.installed-test
 	$(BIN)/mypy
 
 lab: .venv/.installed-notebooks

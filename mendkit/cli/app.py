@@ -87,6 +87,8 @@ def configuration(words: Sequence[str] | None) -> tuple[Path, list[str]]:
     words = list(words or ())
     if words and ("=" not in words[0] or Path(words[0]).is_file()):
         return Path(words[0]), words[1:]
+    from ..runs import CHECKOUT
+
     default = Path("configs/smollm2-135m.yaml")
     if not default.is_file() and (CHECKOUT / default).is_file():
         default = CHECKOUT / default

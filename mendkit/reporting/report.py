@@ -19,13 +19,12 @@ from typing import Any
 from ..data.files import Examples, read_examples
 from ..errors import MendkitError
 from ..hparams import MENDHyperParams, parse_overrides
-from ..runs import Progress, locked, provenance, write_json
+from ..runs import CHECKOUT, Progress, locked, provenance, write_json
 from .notebook import Failure, Parameter, export_html, read_parameters, run_notebook
 from .page import write_index
 
 logger = logging.getLogger(__name__)
 
-CHECKOUT = Path(__file__).resolve().parents[2]
 TRAINING, EDITING = "01_train_without_archive", "02_edit_with_archive"
 ARCHIVE_FILE = "archive.safetensors"
 SET_HERE = ("config", "overrides", "archive", "out")  # notebook parameters that the report sets

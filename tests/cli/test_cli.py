@@ -11,6 +11,7 @@ import torch
 
 import mendkit
 from mendkit.__main__ import main
+from mendkit.cli.app import configuration
 from mendkit.cost.plan import check_memory
 from mendkit.data.files import write_examples
 from tests.oracles.claims import EXAMPLES
@@ -28,6 +29,13 @@ def read(path: str | Path):
 
 def files(folder: Path) -> dict[Path, bytes]:
     return {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+def test_the_default_configuration_is_found_from_any_folder(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    path, settings = configuration(["seed=1"])
+    assert path == ROOT / "configs/smollm2-135m.yaml" and path.is_file()
+    assert settings == ["seed=1"]
 
 
 # -------------------------------------------------------------------------------------- mistakes
