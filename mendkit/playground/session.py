@@ -1,7 +1,8 @@
-"""The playground without its widgets: an editor, the journal of its edits, what the model says before and after.
+"""The playground without its widgets: an editor, its journal, and what the model says.
 
-*Before* is the unedited model, *after* the model with all edits of the journal that are in force. One edit is shown:
-its prompts are those that are read. Code may use the journal (`session`) beside the panel of `widgets.py`.
+*Before* is the unedited model, *after* the model with all edits of the journal that are in force.
+One edit is shown: its prompts are those that are read. Code may use the journal (`session`) beside
+the panel of `widgets.py`.
 """
 
 from collections.abc import Callable, Hashable, Sequence
@@ -25,8 +26,9 @@ MOST_TOKENS = 200  # whose probabilities are read; a chart shows the most probab
 class Playground:
     """A model, its editor and a journal.
 
-    Where `archive` is null a MEND that was never trained stands in (`open_editor`, with the statistics of
-    `statistics`), and `inspection.about` says so. `max_new_tokens` limits what is written after a prompt.
+    Where `archive` is null a MEND that was never trained stands in (`open_editor`, with the
+    statistics of `statistics`), and `inspection.about` says so. `max_new_tokens` limits what is
+    written after a prompt.
     """
 
     def __init__(
@@ -45,9 +47,10 @@ class Playground:
         self._shown, self._unedited = 0, dict[Hashable, Any]()
 
     def load(self, hparams: MENDHyperParams) -> None:
-        """Go on with another archive or model, and an empty journal; if that fails all stays as it is.
+        """Go on with another archive or model, and an empty journal; if that fails all stays.
 
-        A model that the settings do not change is kept; another one is in memory beside it until it is loaded.
+        A model that the settings do not change is kept; another one is in memory beside it until it
+        is loaded.
         """
         same = all(getattr(hparams, key) == getattr(self.hparams, key) for key in SAME_MODEL)
         with self.session.suspended():
@@ -55,7 +58,7 @@ class Playground:
         self.session.close()
         self._open(hparams, editor)
 
-    # ------------------------------------------------------------------------------------------------- journal
+    # -------------------------------------------------------------------------------------- journal
 
     @property
     def shown(self) -> int | None:
@@ -68,7 +71,10 @@ class Playground:
         self._shown = self.session._place(index)
 
     def apply(self, example: EditExample) -> Edit:
-        """Edit the model as it is now, write it down and show it. Raises DataError for a blank prompt or answer."""
+        """Edit the model as it is now, write it down and show it.
+
+        Raises DataError for a blank prompt or answer.
+        """
         for name, text in (("prompt", example.prompt), ("new answer", example.target_new)):
             if not text.strip():
                 raise DataError(
@@ -96,7 +102,7 @@ class Playground:
             for index, edit in enumerate(self.session.journal)
         ]
 
-    # ------------------------------------------------------------------------------------------------- reading
+    # -------------------------------------------------------------------------------------- reading
 
     def asked(self) -> list[tables.Asked]:
         """All prompts of the edit that is shown. Raises MendkitError if there is none."""
@@ -113,7 +119,10 @@ class Playground:
         return asked, self._before(prompts, write), write()
 
     def next_tokens(self, index: int = 0) -> Row:
-        """Next-token probabilities after one of the prompts, before and after: a fact of `plots.next_token_bars`."""
+        """Next-token probabilities after one of the prompts, before and after.
+
+        A fact of `plots.next_token_bars`.
+        """
         fact = answer_tokens(self.editor.base, self._asked()[index][1])
         prompt = str(fact["prompt"])
         among = tuple(token for token in (fact["new_token"], fact["old_token"]) if token)
@@ -131,7 +140,7 @@ class Playground:
         return self._unedited[key]
 
     def _asked(self) -> list[tuple[tables.Asked, EditExample]]:
-        """Each prompt with the answers whose probabilities are looked at there: the edit's, and the prompt's own."""
+        """Each prompt, and the answers whose probabilities are read: the edit's, and its own."""
         if self.shown is None:
             raise MendkitError("the journal is empty; apply an edit first")
         out = []

@@ -1,8 +1,9 @@
 """The playground's panel, for JupyterLab and Voilà; needs the extra `notebooks`.
 
-A thin layer over `Playground`: fields and buttons call it, and `tables` and `plots` draw what it returns. Errors appear
-in the panel, and all text of models and data is escaped. Where no kernel runs (a notebook that papermill executed,
-exported HTML) a panel is blank: `snapshot()` shows the same without widgets.
+A thin layer over `Playground`: fields and buttons call it, and `tables` and `plots` draw what it
+returns. Errors appear in the panel, and all text of models and data is escaped. Where no kernel
+runs (a notebook that papermill executed, exported HTML) a panel is blank: `snapshot()` shows the
+same without widgets.
 """
 
 import base64
@@ -34,9 +35,11 @@ OWN = "(a fact of your own)"
 STYLE = """<style>
 .mendkit {max-width: 1120px}
 .mendkit, .mendkit .widget-html-content {line-height: 1.45}
-.mendkit h4 {margin: 16px 0 6px; padding-bottom: 3px; border-bottom: 1px solid #8885; font-size: 15px}
+.mendkit h4 {margin: 16px 0 6px; padding-bottom: 3px; border-bottom: 1px solid #8885;
+  font-size: 15px}
 .mendkit table {border-collapse: collapse; font-size: 13px; margin: 4px 0}
-.mendkit :is(th, td) {padding: 3px 14px 3px 0; border-bottom: 1px solid #8883; overflow-wrap: anywhere}
+.mendkit :is(th, td) {padding: 3px 14px 3px 0; border-bottom: 1px solid #8883;
+  overflow-wrap: anywhere}
 .mendkit :is(th, td):is(:first-child, :nth-child(n+5)) {white-space: nowrap; overflow-wrap: normal}
 .mendkit .widget-textarea {flex-direction: column; align-items: stretch; height: auto}
 .mendkit .widget-textarea label {width: auto; text-align: left}
@@ -50,10 +53,12 @@ STYLE = """<style>
 
 
 class Panel:
-    """Widgets over a `Playground`: a model, a fact, the journal, before and after. `display(panel.ui)` shows it.
+    """Widgets over a `Playground`: a model, a fact, the journal, before and after.
 
-    `facts` are there to be picked. `config`, `archive`, `overrides` and `folder` (of the adapter) are what the fields
-    hold at first; relative paths are those of `project_path`.
+    `display(panel.ui)` shows it.
+
+    `facts` are there to be picked. `config`, `archive`, `overrides` and `folder` (of the adapter)
+    are what the fields hold at first; relative paths are those of `project_path`.
     """
 
     def __init__(
@@ -90,7 +95,7 @@ class Panel:
         self.refresh()
 
     def refresh(self) -> None:
-        """Draw everything anew, as after changes made by code: the probabilities first, then what is written."""
+        """Draw everything anew, as after changes by code: probabilities first, then the writing."""
         self._sync()
         if self.playground.shown is None:
             self.table.value = "<i>Nothing to show yet: apply an edit.</i>"
@@ -129,7 +134,7 @@ class Panel:
             )
         return HTML(f'{STYLE}<div class="mendkit">{"".join(parts)}</div>')
 
-    # ---------------------------------------------------------------------------------------------------- parts
+    # ---------------------------------------------------------------------------------------- parts
 
     def _model(self, config: str, archive: str, overrides: str) -> list[w.Widget]:
         configs = sorted(
@@ -175,12 +180,12 @@ class Panel:
         button.on_click(lambda _: self._do(f"{label} …", action))
         return button
 
-    # -------------------------------------------------------------------------------------------------- actions
+    # -------------------------------------------------------------------------------------- actions
 
     def _do(
         self, doing: str, action: Callable[[], str], draw: Callable[[], None] | None = None
     ) -> None:
-        """Act, then draw (default: everything); what `action` returns is said. An error is shown, whatever it is."""
+        """Act, then draw (default: everything); what `action` returns is said. Errors are shown."""
         self._say(doing)
         buttons = (self.load, self.apply, self.save)
         for button in buttons:
@@ -253,13 +258,15 @@ class Panel:
             raise MendkitError("the adapter's folder is blank; name one")
         edit = self.playground.session.combined()
         rank = max(site.rank for site in edit.save_adapter(project_path(folder)))
-        return f"{len(edit.examples)} fact(s) in force saved in {folder}, a LoRA adapter of rank {rank} for PEFT."
+        saved = f"{len(edit.examples)} fact(s) in force saved in {folder}"
+        return f"{saved}, a LoRA adapter of rank {rank} for PEFT."
 
-    # -------------------------------------------------------------------------------------------------- drawing
+    # -------------------------------------------------------------------------------------- drawing
 
     def _say(self, text: str, *, bad: bool = False) -> None:
         kind, role = ("bad", "alert") if bad else ("", "status")
-        self.said.value = f'<div class="mendkit-said {kind}" role="{role}">{tables.escape(text) or "&nbsp;"}</div>'
+        shown = tables.escape(text) or "&nbsp;"
+        self.said.value = f'<div class="mendkit-said {kind}" role="{role}">{shown}</div>'
 
     def _sync(self) -> None:
         """Let model, journal and choices show what the playground holds, without acting on it."""
@@ -300,7 +307,7 @@ class Panel:
             self._do("Reading …", lambda: "", self._draw)
 
     def _on_pick(self, change: Row | None = None) -> None:
-        """Fill the fields with the fact that is picked; for one's own, leave the unrelated prompts."""
+        """Fill the fields with the fact picked; for one's own, leave the unrelated prompts."""
         e = None if self.pick.value is None else self.facts[self.pick.value]
         self.prompt.value, self.answer.value = (e.prompt, e.target_new) if e else ("", "")
         self.lines["paraphrases"].value = "\n".join(e.paraphrases) if e else ""

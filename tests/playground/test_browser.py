@@ -1,4 +1,4 @@
-"""The playground in a real browser: Debian's Chromium, driven by Playwright, on JupyterLab and on Voilà."""
+"""The playground in Debian's Chromium, driven by Playwright, on JupyterLab and on Voilà."""
 
 import json
 import os
@@ -73,7 +73,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(params=SERVERS)
 def page(request: pytest.FixtureRequest, folder: Path) -> Iterator["playwright.Page"]:
-    """A page on the running notebook; afterwards nothing that it said on the console was an error."""
+    """A page on the running notebook; afterwards its console must hold no error."""
     command, path = SERVERS[request.param]
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))

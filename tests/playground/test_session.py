@@ -1,4 +1,4 @@
-"""The playground without a browser: what it reads against the model itself, its panel by pressing buttons."""
+"""The playground without a browser: what it reads, and its panel by pressing buttons."""
 
 import subprocess
 import sys
@@ -51,7 +51,7 @@ def panel(playground: Playground, hparams: MENDHyperParams, tmp_path: Path) -> w
     )
 
 
-# ------------------------------------------------------------------------------------------------ plain Python
+# ------------------------------------------------------------------------------------- plain Python
 
 
 def test_before_is_the_unedited_model_and_after_all_edits_in_force(playground: Playground) -> None:
@@ -158,7 +158,7 @@ def test_a_blank_fact_is_refused(playground: Playground, example: EditExample) -
     assert playground.shown is None
 
 
-# --------------------------------------------------------------------------------------------------- the panel
+# ---------------------------------------------------------------------------------------- the panel
 
 
 def said(panel: widgets.Panel) -> str:
@@ -260,7 +260,8 @@ def test_a_snapshot_has_no_widget_and_shows_journal_table_and_figure(panel: widg
 
 
 def test_the_package_does_not_import_widgets() -> None:
-    code = "import sys, mendkit; sys.exit(any(m in sys.modules for m in ('ipywidgets', 'matplotlib', 'IPython')))"
+    heavy = ("ipywidgets", "matplotlib", "IPython")
+    code = f"import sys, mendkit; sys.exit(any(m in sys.modules for m in {heavy}))"
     assert (
         subprocess.run([sys.executable, "-c", code], cwd=Path(__file__).parents[2]).returncode == 0
     )
