@@ -135,7 +135,7 @@ def test_the_first_process_decides_for_all(two):
     assert "batch_size: 1" in said[0]["small"] and "2 processes" in said[0]["small"]
     assert said[0]["used"] == said[0]["edit"] == 2
     errors = (two / "stderr").read_text()
-    assert errors.count("holds archive.safetensors") == 2
+    assert errors.count("holds an earlier run; give another --out") == 2
     assert errors.count("edit runs in one process") == 2
 
 
