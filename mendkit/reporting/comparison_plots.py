@@ -60,9 +60,9 @@ def _sweeps(name: str, title: str, sweeps: Mapping[str, Sequence[Row]], *, n: in
     frame = pd.concat(parts, ignore_index=True)
     axes = panels(2, 3.5)
     edited = frame[frame["size"] != 0].assign(size=frame["size"].abs())
-    for ax, (loss, unit) in zip(
-        axes, {"loss.edit": NATS, "loss.neighbours": KL}.items(), strict=True
-    ):
+    units = {"loss.edit": NATS, "loss.neighbours": KL}
+    for ax, (loss, unit) in zip(axes, units.items(), strict=True):
+        # A logarithmic axis cannot show a loss of zero.
         lines(ax, edited[edited[loss] >= TINY], "size", loss, "series")
         logarithmic(ax, "x", "y")
         ax.set_ylabel(unit)
@@ -114,7 +114,7 @@ def success_against_locality(runs: Mapping[str, Summary], scores: Mapping[str, f
         up, across = (HEADLINE[role] for role in roles)
         for number, summary in enumerate(runs.values(), 1):
             if up in summary and across in summary:
-                x, y = (pd.DataFrame([summary[name]]) for name in (across, up))
+                x, y = pd.DataFrame([summary[across]]), pd.DataFrame([summary[up]])
                 ax.errorbar(x["mean"], y["mean"], xerr=whiskers(x), yerr=whiskers(y), ms=5.5)
                 ax.annotate(f" {number}", (x["mean"][0], y["mean"][0]), va="bottom")
         shares(ax, "x", "y")
@@ -127,19 +127,20 @@ def success_against_locality(runs: Mapping[str, Summary], scores: Mapping[str, f
 @in_style
 def curves_of_runs(histories: Mapping[str, Sequence[Row]]) -> Chart:
     """Validation shares of several runs by training step, a panel a share, a line a run."""
-    validated = {run: [r for r in rows if "val.score" in r] for run, rows in histories.items()}
-    validated = {run: rows for run, rows in validated.items() if rows}
-    curves = [
-        share_rows(rows, "step", prefix="val.").assign(run=run) for run, rows in validated.items()
-    ]
-    frame = pd.concat([pd.DataFrame(columns=["share", "run"]), *curves])
+    best: dict[str, float] = {}
+    curves = [pd.DataFrame(columns=["share", "run"])]  # where no run has validated
+    for run, history in histories.items():
+        rows = [row for row in history if "val.score" in row]
+        if rows:
+            best[run] = max(row["val.score"] for row in rows)
+            curves.append(share_rows(rows, "step", prefix="val.").assign(run=run))
+    frame = pd.concat(curves)
     names = frame["share"].unique()
     axes = panels(len(names), 1.8)
     for ax, name in zip(axes, names, strict=False):
         lines(ax, frame[frame["share"] == name], "step", "value", "run")
         shares(ax, "y")
         ax.set_ylabel(name)
-    best = {run: max(row["val.score"] for row in rows) for run, rows in validated.items()}
     note = f"n = {len(best)} runs; shares of each run's validation edits, {ALONE}"
     title = findings.runs(best)
     return finish("curves_of_runs", title, axes, frame, note=note, xlabel="training step")

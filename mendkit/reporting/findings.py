@@ -24,13 +24,16 @@ def short_site(name: str) -> str:
 
 def relation_name(relation: str) -> str:
     """A relation's name for people."""
-    return "(no relation given)" if relation == "None" else relation.replace("_", " ")
+    if relation == "None":
+        return "(no relation given)"
+    return relation.replace("_", " ")
 
 
 def _ends(values: Mapping[str, float], form: str = ".2f") -> str:
     """The least and the greatest value, with their names."""
-    ends = (min(values, key=values.__getitem__), max(values, key=values.__getitem__))
-    return " to ".join(f"{values[name]:{form}} ({name})" for name in ends)
+    least = min(values, key=values.__getitem__)
+    most = max(values, key=values.__getitem__)
+    return f"{values[least]:{form}} ({least}) to {values[most]:{form}} ({most})"
 
 
 # ---- training
@@ -39,8 +42,10 @@ def _ends(values: Mapping[str, float], form: str = ".2f") -> str:
 def losses(history: Sequence[Row]) -> str:
     """How the edit loss moved, in training (its running mean) and in validation."""
     frame = pd.DataFrame(history).reindex(columns=["edit", "val.loss.edit"])
-    train, held_out = smooth(frame["edit"].dropna()), frame["val.loss.edit"].dropna()
-    moved = [f"from {x.iloc[0]:.2f} to {x.iloc[-1]:.2f}" for x in (train, held_out) if len(x)]
+    moved = []
+    for loss in (smooth(frame["edit"].dropna()), frame["val.loss.edit"].dropna()):
+        if len(loss):
+            moved.append(f"from {loss.iloc[0]:.2f} to {loss.iloc[-1]:.2f}")
     return f"The edit loss went {', on validation edits '.join(moved)} nats"
 
 
@@ -52,7 +57,9 @@ def smooth(values: "pd.Series[float]") -> "pd.Series[float]":
 def validation(history: Sequence[Row], best: Row) -> str:
     """Whether training raised the validation score, up to the row of the kept archive."""
     before, kept = next(r["val.score"] for r in history if "val.score" in r), best["val.score"]
-    verb = "raised" if kept > before else "did not raise"
+    verb = "raised"
+    if kept <= before:
+        verb = "did not raise"
     scores = f"{before:.2f} before the first step, {kept:.2f} at step {best['step']:g}"
     return f"Training {verb} the validation score: {scores}, whose archive was kept"
 
@@ -66,8 +73,12 @@ def step_sizes(edit_lrs: Mapping[str, float], *, start: float) -> str:
 def control(rows: Sequence[Row], best: Row) -> str:
     """Whether some step size brings the untrained editor to the trained one's validation score."""
     top, trained = max(rows, key=lambda row: row["score"]), best["val.score"]
-    verb = "beats" if trained > top["score"] else "does not beat"
-    at_end = " (the end of the range tried)" if top in (rows[0], rows[-1]) else ""
+    verb, at_end = "beats", ""
+    if trained <= top["score"]:
+        verb = "does not beat"
+    # A best value at the end of a range may not be the best there is.
+    if top in (rows[0], rows[-1]):
+        at_end = " (the end of the range tried)"
     scores = f"{trained:.2f} against {top['score']:.2f} at α = {top['edit_lr']:.1e}{at_end}"
     return f"The trained editor {verb} the identity control at its best step size: {scores}"
 
@@ -118,8 +129,12 @@ def decoding(summary: Summary) -> str:
 
 
 def _said(summary: Summary, prefix: str, names: Mapping[str, str]) -> str:
-    known = {f"{prefix}{name}": words for name, words in names.items() if prefix + name in summary}
-    return ", ".join(f"{words} {summary[name].mean:.2f}" for name, words in known.items())
+    """Each of `names` that is known, in words, with its mean."""
+    said = []
+    for name, words in names.items():
+        if prefix + name in summary:
+            said.append(f"{words} {summary[prefix + name].mean:.2f}")
+    return ", ".join(said)
 
 
 def next_tokens(facts: Sequence[Row]) -> str:
@@ -171,8 +186,11 @@ def many(rows: Rows, *, at_once: bool) -> str:
 def rank_one(frame: pd.DataFrame) -> str:
     """Whether gradients are sums of their tokens' rank-one terms, and of what rank."""
     worst, above = frame["error"].max(), (frame["rank"] > frame["tokens"]).sum()
-    claim = f"{len(frame)} gradients {'are' if worst < 1e-3 else 'are not'} sums of their tokens'"
-    return f"{claim} rank-one terms (error at most {worst:.0e}); {above} exceed that rank"
+    verb = "are"
+    if not worst < 1e-3:  # a missing error proves nothing, either
+        verb = "are not"
+    claim = f"{len(frame)} gradients {verb} sums of their tokens' rank-one terms"
+    return f"{claim} (error at most {worst:.0e}); {above} exceed that rank"
 
 
 def signs(minus: Sequence[Row], plus: Sequence[Row]) -> str:
@@ -188,7 +206,10 @@ def normalisers(sweeps: Mapping[str, Sequence[Row]]) -> str:
     said = []
     for name, rows in sweeps.items():
         sizes = [row["size"] for row in rows if row["edit_success"] >= 0.5]
-        said.append(f"{name} {f'{min(sizes):g}' if sizes else 'none tried'}")
+        least = "none tried"
+        if sizes:
+            least = f"{min(sizes):g}"
+        said.append(f"{name} {least}")
     return f"Half of the edits are written at a relative norm of: {', '.join(said)}"
 
 
@@ -224,7 +245,9 @@ def costs(results: Mapping[str, Any]) -> str:
     said = []
     for name, found in results.items():
         if "train_ratio" in found:
-            doubt = "" if found["equal"] else ", but not the same numbers"
+            doubt = ""
+            if not found["equal"]:
+                doubt = ", but not the same numbers"
             said.append(f"{found['train_ratio']:.1f} ({name}{doubt})")
     return f"Edits trained per second, kit over textbook: {', '.join(said)}"
 
@@ -237,14 +260,18 @@ def memory(results: Mapping[str, Any]) -> str:
 
 def depth(rows: Sequence[Row]) -> str:
     """Whether a step costs more on a deeper model."""
-    time, work = (rows[-1][k] / rows[0][k] for k in ("seconds_per_edit", "gflop_per_edit"))
-    ends = f"From {rows[0]['layers']} to {rows[-1]['layers']} layers"
+    first, last = rows[0], rows[-1]
+    time = last["seconds_per_edit"] / first["seconds_per_edit"]
+    work = last["gflop_per_edit"] / first["gflop_per_edit"]
+    ends = f"From {first['layers']} to {last['layers']} layers"
     return f"{ends} a step takes {time:.2f} times as long, with {work:.2f} times the operations"
 
 
 def runs(scores: Mapping[str, float]) -> str:
     """Between which runs of a sweep the score ranges; `scores` by what was varied."""
-    return f"Score of {len(scores)} runs: {_ends(scores)}" if scores else "No run was scored"
+    if not scores:
+        return "No run was scored"
+    return f"Score of {len(scores)} runs: {_ends(scores)}"
 
 
 def settings(by_setting: Mapping[str, Mapping[str, Sequence[float]]]) -> str:

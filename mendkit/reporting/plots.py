@@ -187,7 +187,9 @@ def next_token_bars(facts: Sequence[Row]) -> Chart:
             ax.barh(y, table[state], 0.38, color=colour, label=f"{state} the edit")
         categories(ax, [_token_label(str(token), fact) for token in table.index])
         shares(ax, "x")
-        width = 38 if len(facts) > 1 else 90
+        width = 90
+        if len(facts) > 1:
+            width = 38  # two panels share the figure's width
         ax.set_title(textwrap.fill(drawable(f"{fact['prompt']} → {fact['new']}"), width))
         about = {key: fact[key] for key in ("prompt", "new", "old")}
         tables.append(table.rename_axis("token").reset_index().assign(**about))
@@ -199,7 +201,9 @@ def next_token_bars(facts: Sequence[Row]) -> Chart:
 def _token_label(token: str, fact: Row) -> str:
     text = drawable(token.replace("\n", "⏎").replace(" ", "␣")) or "(empty)"
     answers = [kind for kind in ("new", "old") if token == fact[f"{kind}_token"]]
-    return f"{text} ({' and '.join(answers)})" if answers else text
+    if answers:
+        text += f" ({' and '.join(answers)})"
+    return text
 
 
 @in_style
@@ -268,7 +272,9 @@ def many_edits(rows: Rows, *, at_once: bool) -> Chart:
             ax.set_ylim(bottom=1.1 * min(values["mean"].min(), 0))
         else:
             shares(ax, "y")
-    name, how = ("at_once", "at once") if at_once else ("in_a_row", "in a row")
+    name, how = "in_a_row", "in a row"
+    if at_once:
+        name, how = "at_once", "at once"
     note = f"bands: 95 % intervals over up to n = {frame['n'].max():.0f} edits; free decoding"
     title = findings.many(frame, at_once=at_once)
     return finish(name, title, axes, frame, note=note, xlabel=f"edits made {how}")
@@ -335,11 +341,11 @@ def memory_of_training(results: Mapping[str, Any]) -> Chart:
 def _bars(name: str, title: str, results: Mapping[str, Any], what: tuple[str, str, str]) -> Chart:
     """A bar for each way to train; `what`: the part of a model's results, its number, the unit."""
     part, number, unit = what
-    rows = [
-        pd.DataFrame(found[part]).T.rename_axis("way").reset_index().assign(model=model)
-        for model, found in results.items()
-        if part in found
-    ]
+    rows = []
+    for model, found in results.items():
+        if part in found:
+            bars = pd.DataFrame(found[part]).T.rename_axis("way").reset_index()
+            rows.append(bars.assign(model=model))
     axes = panels(len(rows), 0.8 + 0.26 * len(rows[0]), columns=1)
     for ax, bars in zip(axes, rows, strict=True):
         drawn = ax.barh(bars.index, bars[number], 0.7)

@@ -52,7 +52,8 @@ def table(data: pd.DataFrame | Sequence[Row], formats: Mapping[str, str] | None 
 
 def listed(values: Mapping[str, Any]) -> Styler:
     """A table of names and values."""
-    return table([{"what": name, "value": value} for name, value in values.items()])
+    columns = {"what": list(values), "value": list(values.values())}
+    return table(pd.DataFrame(columns, dtype=object))
 
 
 def bullets(sentences: Sequence[str]) -> str:
@@ -65,10 +66,12 @@ def cell_text(value: Any) -> str:
     if isinstance(value, Interval):
         return f"{value.mean:.3f} [{value.low:.3f}, {value.high:.3f}]"
     if isinstance(value, bool):
-        return "✓" if value else "✗"
+        return {True: "✓", False: "✗"}[value]
     if value is None or value != value:  # NaN is unlike itself
         return ""
-    return f"{value:.3g}" if isinstance(value, float) else escape(value)
+    if isinstance(value, float):
+        return f"{value:.3g}"
+    return escape(value)
 
 
 def _is_number(value: object) -> bool:
@@ -88,16 +91,21 @@ def plan(
     rows |= {"archive": hparams.archive, "seed": hparams.seed, "run folder": folder}
     if hparams.archive is None:
         rows["archive"] = "none: a hypernetwork is initialised and trained"
-        steps = hparams.max_epochs or hparams.max_iters
-        unit = "epochs" if hparams.max_epochs else "steps"
-        rows["training"] = f"{steps} {unit} of {hparams.batch_size} edits, rank {hparams.rank}"
-    return listed(rows | {f"{name} examples": len(split) for name, split in examples.items()})
+        length = f"{hparams.max_iters} steps"
+        if hparams.max_epochs:
+            length = f"{hparams.max_epochs} epochs"
+        rows["training"] = f"{length} of {hparams.batch_size} edits, rank {hparams.rank}"
+    for name, split in examples.items():
+        rows[f"{name} examples"] = len(split)
+    return listed(rows)
 
 
 def relations(examples: Mapping[str, Sequence[EditExample]]) -> Styler:
     """How many examples each split has of each relation, the most frequent first."""
-    splits = {name: pd.Series([str(e.relation) for e in split]) for name, split in examples.items()}
-    frame = pd.DataFrame({name: split.value_counts() for name, split in splits.items()})
+    counts = {}
+    for name, split in examples.items():
+        counts[name] = pd.Series([str(e.relation) for e in split]).value_counts()
+    frame = pd.DataFrame(counts)
     frame = frame.fillna(0).astype(int).rename(relation_name)
     frame = frame.loc[frame.sum(axis=1).sort_values(ascending=False, kind="stable").index]
     total, rest = frame.sum(), frame[MOST_RELATIONS:]
@@ -139,9 +147,11 @@ def prompts_of(e: EditExample, *, most: int | None = 2) -> list[Asked]:
     """The prompts that show one edit, at most so many of each role (None: all)."""
     asked: list[Asked] = []
     for role in HEADLINE_ROLES:
-        follows = role in ("edit", "paraphrases")
+        wanted = None
+        if role in ("edit", "paraphrases"):
+            wanted = e.target_new
         for probe in e.roles()[role][:most]:
-            asked.append((role, probe.prompt, e.target_new if follows else None))
+            asked.append((role, probe.prompt, wanted))
     return asked
 
 
@@ -155,25 +165,26 @@ def archive(metadata: Mapping[str, Any]) -> Styler:
     rows["kept at step"] = best.get("step", "unknown")
     for name, alpha in metadata["edit_lr"].items():
         rows[f"edit site {short_site(name)}"] = f"α = {alpha:.2e}"
-    return listed(rows | {name: value for name, value in best.items() if "val." in name})
+    for name, value in best.items():
+        if "val." in name:
+            rows[name] = value
+    return listed(rows)
 
 
 def before_after(asked: Sequence[Asked], before: Sequence[str], after: Sequence[str]) -> Styler:
     """Completions before and after one edit; what changed is marked, what is as wanted ticked."""
     rows = []
     for (role, prompt, wanted), old, new in zip(asked, before, after, strict=True):
-        row: dict[str, Any] = {
-            "role": role,
-            "prompt": prompt,
-            "before": old.strip(),
-            "after": new.strip(),
-        }
-        row["wanted"] = "as before" if wanted is None else wanted
-        row["good"] = normalise(new) == normalise(old if wanted is None else wanted)
+        row: dict[str, Any] = {"role": role, "prompt": prompt}
+        row |= {"before": old.strip(), "after": new.strip(), "wanted": "as before"}
+        expected = old
+        if wanted is not None:
+            row["wanted"] = expected = wanted
+        row["good"] = normalise(new) == normalise(expected)
         rows.append(row)
-    frame = pd.DataFrame(rows)
-    changed = frame["after"] != frame["before"]
-    return table(rows).apply(lambda _: changed.map({True: CHANGED, False: ""}), subset=["after"])
+    frame = pd.DataFrame(rows, dtype=object)
+    style, changed = table(frame), frame["after"] != frame["before"]
+    return style.apply(lambda _: changed.map({True: CHANGED, False: ""}), subset=["after"])
 
 
 def editors(reports: Mapping[str, EvaluationReport]) -> Styler:
@@ -208,7 +219,11 @@ def many(reports: Mapping[str, Sequence[EvaluationReport]]) -> pd.DataFrame:
     """
     rows = []
     for editor, last in reports.items():
-        for report in [each for final in last for each in (*final.earlier, final)]:
+        measured: list[EvaluationReport] = []
+        for final in last:
+            measured += [*final.earlier, final]
+        for report in measured:
+            # The mode ends with the number of edits, as in `batch_25`.
             where = {"editor": editor, "edits": int(report.mode.rpartition("_")[2])}
             for metric, value in report.summary.items():
                 rows.append({**where, "metric": metric, **vars(value), "value": value})
