@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from .before_after import HeadedTable
 
 MODEL_FILES = ("config.json", "model.safetensors", "model.safetensors.index.json")
-ADAPTER_FILES = ("adapter_config.json", "adapter_model.safetensors")
+ADAPTER_OUTPUTS = ("adapter_config.json", "adapter_model.safetensors")
 
 Together = Annotated[bool, Option("--together", help="make one edit of all examples")]
 Adapter = Annotated[Path | None, Option(metavar="DIR", help="write a PEFT LoRA adapter")]
@@ -164,7 +164,7 @@ def _check_places(
         raise MendkitError("--adapter-rank needs --save-adapter")
     # transformers reads a model and an adapter in one folder as one
     for option, folder in (("--save-merged", merged), ("--save-adapter", adapter)):
-        cli.RunFolder(folder, *MODEL_FILES, *ADAPTER_FILES, overwrite=overwrite, option=option)
+        cli.RunFolder(folder, *MODEL_FILES, *ADAPTER_OUTPUTS, overwrite=overwrite, option=option)
     for option, path in zip(("--save-edit", "--save-report"), files, strict=True):
         if path and path.is_dir():
             raise MendkitError(f"{path} is a folder; give {option} a file")

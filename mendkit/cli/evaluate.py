@@ -21,10 +21,10 @@ if TYPE_CHECKING:
 
 Mode = Annotated[Literal["single", "batch", "sequential"], Option()]
 BatchSize = Annotated[int | None, Option(min=1, help="edits at once in mode batch (25)")]
-Kind = Annotated[str, Option(help="mend, context, or a baseline at the best of its settings")]
+EditorKind = Annotated[str, Option(help="mend, context, or a baseline at the best of its settings")]
 TuneData = Annotated[str, Option(metavar="FILE", help="edits that choose these settings")]
 TuneLimit = Annotated[int, Option(min=1, metavar="N", help="use the first N of them")]
-Text = Annotated[str, Option(metavar="FILE", help="held-out text, for drawdown (slow)")]
+TextFile = Annotated[str, Option(metavar="FILE", help="held-out text, for drawdown (slow)")]
 TextTokens = Annotated[int, Option(min=1, metavar="N", help="how many of its tokens")]
 KeyText = Annotated[str, Option(metavar="FILE", help="text for covariances (or facts:train)")]
 Fluency = Annotated[bool, Option("--fluency", help="entropy of 100 free tokens, too (slow)")]
@@ -40,11 +40,11 @@ def evaluate(
     skip_invalid: SkipInvalid = False,
     mode: Mode = "single",
     k: BatchSize = None,
-    editor: Kind = "mend",
+    editor: EditorKind = "mend",
     tune_data: TuneData = "facts:validation",
     tune_limit: TuneLimit = 12,
     key_text: KeyText = "",
-    text: Text = "",
+    text: TextFile = "",
     text_tokens: TextTokens = 2048,
     fluency: Fluency = False,
     unrelated: Unrelated = "",

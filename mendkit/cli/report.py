@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 SweepFile = Annotated[Path | None, Option(metavar="FILE", help="YAML with a `grid` of settings")]
 Seconds = Annotated[int | None, Option(min=1, metavar="S", help="fail if a cell takes longer")]
 Models = Annotated[str, Option(metavar="A,B", help="of these, or YAML files")]
-Number = Annotated[int, Option(min=1, metavar="N")]
+Count = Annotated[int, Option(min=1, metavar="N")]
 Depths = Annotated[str, Option(metavar="A,B", help="random models of so many layers, too")]
 Quick = Annotated[bool, Option("--quick", help="a trial: small models, few repeats")]
 
@@ -91,9 +91,9 @@ def _check_report(plan: "ReportPlan", *, ignore_memory: bool) -> None:
 def bench(
     *,
     models: Models = "smollm2-135m,gpt2-xl-shape",
-    repeats: Number = 3,
-    batch: Number = 16,
-    rank: Number = 1920,
+    repeats: Count = 3,
+    batch: Count = 16,
+    rank: Count = 1920,
     depths: Depths = "",
     quick: Quick = False,
     out: Out = None,

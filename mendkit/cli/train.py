@@ -51,11 +51,11 @@ def train(
     with team.alone_in(run):
         place = team.first(lambda: _place(run, resume=resume, overwrite=overwrite))
         read = partial(mendkit.read_examples, skip_invalid=skip_invalid)
-        examples = read(train_data, limit=train_limit)
-        validation = read(validation_data, limit=validation_limit)
+        examples: Sequence[mendkit.EditExample] = read(train_data, limit=train_limit)
+        validation: Sequence[mendkit.EditExample] = read(validation_data, limit=validation_limit)
         if not ignore_memory:
             team.first(lambda: check_memory(hparams, examples, validation))
-        base = _model(hparams)
+        base = _model_to_train(hparams)
         if skip_invalid:
             examples, validation = _usable(base, hparams, examples, validation)
         ended = partial(_ended, hparams, examples, validation, run=run)
@@ -91,7 +91,7 @@ def _tell(result: "TrainingResult", run: Path, *, examples: int, as_json: bool) 
     cli.show(results, str(result.archive), as_json=as_json)
 
 
-def _model(hparams: mendkit.MENDHyperParams) -> "BaseModel":
+def _model_to_train(hparams: mendkit.MENDHyperParams) -> "BaseModel":
     """The model to train for. The archive that training starts from is looked at, too."""
     from ..models.load import load_for_training
 

@@ -48,11 +48,11 @@ from .ways import (
 
 logger = logging.getLogger(__name__)
 
-ALONE = "kit_alone"
+KIT_ALONE = "kit_alone"
 EDITS = {
     TEXTBOOK: TEXTBOOK,
     KIT: "kit, several independent ones in one pass",
-    ALONE: "kit, one alone",
+    KIT_ALONE: "kit, one alone",
 }
 """Ways to edit: key and name."""
 
@@ -185,7 +185,7 @@ def edit_in_turn(
     expected = answer()
     textbook.put(base, clean)
     # 2. The kit, one alone.
-    seconds[ALONE], edit = timed(lambda: editor.edit(example).apply())
+    seconds[KIT_ALONE], edit = timed(lambda: editor.edit(example).apply())
     errors.append(distance(answer(), expected))
     edit.undo()
     # 3. All examples in one pass; the one of this turn is read under its own update.

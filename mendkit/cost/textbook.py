@@ -24,7 +24,7 @@ from ..models.families import CAUSAL
 from ..models.sites import Site
 from ..models.tokens import TextBatch, Tokens, collate
 
-Weights = dict[str, Tensor]
+SiteWeights = dict[str, Tensor]
 """Weights of the edit sites by name, each in the orientation that the model stores."""
 
 Pair = tuple[Float[Tensor, "t i"], Float[Tensor, "t o"]]
@@ -55,7 +55,7 @@ def check_recipe(base: BaseModel, hparams: MENDHyperParams) -> None:
             raise MendkitError(f"{key}: the textbook knows {value!r} only, got {given!r}")
 
 
-def logits(base: BaseModel, batch: TextBatch, weights: Weights) -> Float[Tensor, "n t v"]:
+def logits(base: BaseModel, batch: TextBatch, weights: SiteWeights) -> Float[Tensor, "n t v"]:
     """A full pass of the model with these weights at the sites."""
     inputs = {
         "input_ids": batch.input_ids,
@@ -68,9 +68,9 @@ def logits(base: BaseModel, batch: TextBatch, weights: Weights) -> Float[Tensor,
 def factors(base: BaseModel, edit: Tokens) -> dict[str, Pair]:
     """(u, delta) of every site at the tokens that contribute, by the gradient on the weights."""
     batch = collate([edit], base.pad_id, base.device)
-    leaves: Weights = {}
-    seen: Weights = {}
-    deltas: Weights = {}
+    leaves: SiteWeights = {}
+    seen: SiteWeights = {}
+    deltas: SiteWeights = {}
     handles = []
 
     def hook_for(name: str):
@@ -138,7 +138,7 @@ def change(mend: MEND, site: Site, u: Tensor, delta: Tensor) -> Float[Tensor, "o
     return mend.hparams.update_sign * alpha * (z[:, site.d_in :].T @ z[:, : site.d_in])
 
 
-def edited_weights(base: BaseModel, mend: MEND, edit: Tokens) -> Weights:
+def edited_weights(base: BaseModel, mend: MEND, edit: Tokens) -> SiteWeights:
     """The weights after one edit; gradients flow to the hypernetwork."""
     check_recipe(base, mend.hparams)
     pairs, edited = factors(base, edit), {}
@@ -175,7 +175,7 @@ def textbook_losses(base: BaseModel, mend: MEND, texts: TextRow) -> dict[str, Te
     return losses
 
 
-def put(base: BaseModel, weights: Mapping[str, Tensor]) -> Weights:
+def put(base: BaseModel, weights: Mapping[str, Tensor]) -> SiteWeights:
     """Make these the model's weights at the sites; returns those that were there."""
     old = {}
     for site in base.sites:

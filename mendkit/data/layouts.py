@@ -168,7 +168,7 @@ FIELDS: dict[str, Callable[[Record, str], Any]] = {
 """The fields of an example, and how each is read. These are also the kit's own JSON lines."""
 
 
-def _read(record: Record, **names: str) -> EditExample:
+def _read_record(record: Record, **names: str) -> EditExample:
     """An example whose fields stand under these `names`, the others under their own."""
     values = {field: read(record, names.get(field, field)) for field, read in FIELDS.items()}
     return EditExample(**values)
@@ -184,7 +184,7 @@ def _own(record: Record) -> EditExample:
     unknown = sorted(set(record) - set(legal))
     if unknown:
         raise DataError(f"unknown field `{unknown[0]}`; legal fields: {', '.join(legal)}")
-    return _read(record)
+    return _read_record(record)
 
 
 def _counterfact(record: Record) -> EditExample:
@@ -194,7 +194,7 @@ def _counterfact(record: Record) -> EditExample:
     """
     answer = required(record, "locality_ground_truth")
     neighbour = Probe(required(record, "locality_prompt"), answer)
-    example = _read(record, paraphrases="rephrase_prompt", id="case_id")
+    example = _read_record(record, paraphrases="rephrase_prompt", id="case_id")
     return replace(example, neighbours=(neighbour,))
 
 
@@ -211,7 +211,9 @@ def _rome(record: Record) -> EditExample:
         value = rewrite.get(key)
         flat[name] = value.get("str") if isinstance(value, dict) else value
     flat["prompt"] = required(rewrite, "prompt").replace("{}", required(rewrite, "subject"))
-    example = _read(flat, paraphrases="paraphrase_prompts", relation="relation_id", id="case_id")
+    example = _read_record(
+        flat, paraphrases="paraphrase_prompts", relation="relation_id", id="case_id"
+    )
 
     def neighbour(value: Any) -> Probe:
         if isinstance(value, dict):
@@ -223,7 +225,7 @@ def _rome(record: Record) -> EditExample:
 
 def _zsre(record: Record) -> EditExample:
     """MEND's zsRE, and EasyEdit's with portability: `loc` is a question of Natural Questions."""
-    example = _read(
+    example = _read_record(
         record, prompt="src", target_new="alt", ground_truth="answers", paraphrases="rephrase"
     )
     truths = answers(record, "answers")
@@ -246,7 +248,7 @@ def _structured(record: Record) -> EditExample:
     if not others:
         raise DataError("field `alternatives` has no answer other than `output`: nothing to edit")
     flat = {**record, "target_new": others[0], "ground_truth": list(truths)}
-    example = _read(flat, prompt="input", paraphrases="filtered_rephrases")
+    example = _read_record(flat, prompt="input", paraphrases="filtered_rephrases")
     others = [prompt for prompt in example.paraphrases if prompt != example.prompt]
     return replace(example, paraphrases=tuple(others))
 
@@ -256,7 +258,7 @@ def _knowedit(record: Record) -> EditExample:
     names = {"paraphrases": "rephrase_prompt", "unrelated": "locality", "id": "case_id"}
     if "labels" in record:  # WikiBio: a passage, and the sentence that should follow
         names |= {"prompt": "text", "target_new": "labels", "subject": "concept"}
-    example = _read(record, **names)
+    example = _read_record(record, **names)
     truths = answers(record, "ground_truth")
     _check_new(example.target_new, truths, names.get("target_new", "target_new"), "ground_truth")
     return example
@@ -277,7 +279,7 @@ def _hallu(record: Record) -> EditExample:
             hops.append(Probe(question, answer))
     locality = cell(record, "locality_question")
     flat = {**record, "ground_truth": said, "unrelated": [locality] if locality else []}
-    example = _read(
+    example = _read_record(
         flat, prompt="question", target_new="object", paraphrases="paraphrased_question"
     )
     _check_new(example.target_new, said, "object", "output_…")

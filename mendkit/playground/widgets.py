@@ -32,7 +32,7 @@ logger = logging.getLogger(__name__)
 STRONGEST = 3.0  # on a slider, unless an edit is stronger
 FIGURE = round(WIDTH * 100)  # pixels
 OWN = "(a fact of your own)"
-STYLE = """<style>
+PANEL_STYLE = """<style>
 .mendkit {max-width: 1120px}
 .mendkit, .mendkit .widget-html-content {line-height: 1.45}
 .mendkit h4 {margin: 16px 0 6px; padding-bottom: 3px; border-bottom: 1px solid #8885;
@@ -89,7 +89,7 @@ class Panel:
         )
         end = [_heading("Before and after"), self.table, self._results]
         journal = [_heading("Journal of edits"), self.journal, w.HBox([self.folder, self.save])]
-        self.ui = w.VBox([w.HTML(STYLE), *model, *fact, self.said, *journal, *end])
+        self.ui = w.VBox([w.HTML(PANEL_STYLE), *model, *fact, self.said, *journal, *end])
         self.ui.add_class("mendkit")
         self._say("")
         self.refresh()
@@ -132,7 +132,7 @@ class Panel:
             parts.append(
                 f'<img alt="{alt}" width="{FIGURE}" src="data:image/png;base64,{picture}">'
             )
-        return HTML(f'{STYLE}<div class="mendkit">{"".join(parts)}</div>')
+        return HTML(f'{PANEL_STYLE}<div class="mendkit">{"".join(parts)}</div>')
 
     # ---------------------------------------------------------------------------------------- parts
 
