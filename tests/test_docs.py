@@ -49,3 +49,10 @@ def test_links_between_pages_lead_somewhere():
 def test_the_first_pages_are_short():
     assert len((ROOT / "README.md").read_text(encoding="utf-8").splitlines()) <= 120
     assert len((ROOT / "docs/CODE.md").read_text(encoding="utf-8").splitlines()) <= 80
+
+
+def test_no_test_module_imports_another():
+    for path in (ROOT / "tests").rglob("test_*.py"):
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("tests."):
+                assert ".test_" not in node.module, f"{path.name} imports {node.module}"

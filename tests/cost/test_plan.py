@@ -1,6 +1,7 @@
 """What a plan says, against bytes of shapes, recorded measurements, and on the command line."""
 
 import json
+from pathlib import Path
 
 import pytest
 
@@ -17,8 +18,8 @@ from mendkit.mend.training import train
 from mendkit.models.trunk import FrozenTrunk
 from tests.oracles.claims import EXAMPLES, hparams
 from tests.oracles.tiny import save_tiny, tiny_llama
-from tests.test_configs import CONFIGS
 
+CONFIGS = Path(__file__).parents[2] / "configs"
 GB = 10**9
 IDLE = 0.42  # GB of a process without weights, when these were measured
 MEASURED = {  # resident GB above IDLE of loading, trunk pass, … (docs/LOG.md, 2026-11-25)
