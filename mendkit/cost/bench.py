@@ -63,7 +63,7 @@ One edit brings one to three rows of logits to the output layer. Its backward pa
 whole vocabulary. For so few rows, and for the rows left over by blocks of four, the machine's
 product sums one by one: delta is then off by up to 6e-4 although the forward pass has the same
 bits. Held against float64 on SmolLM2, textbook and kit are both off by 2e-5 to 4e-4, each on other
-edits. An edit itself moves the logits by .2 to .6. In float64 all ways agree to 1e-10 (tests).
+edits. An edit itself moves the logits by .2 to .6. In float64 all ways to train agree to 1e-10.
 """
 
 
