@@ -1,9 +1,8 @@
 """The commands `inspect`, `import`, `export`, `conformance` and `sites`."""
 
 import math
-from dataclasses import asdict
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import yaml
 from typer import Argument, Option
@@ -96,32 +95,15 @@ def conformance(
     Factors, updates, logits, scalars and training losses are compared. The exit status is 1 if one
     missed.
     """
-    from ..interop.conformance import MISS, conformance_table, reference_folders
-    from ..interop.conformance import conformance as compare
-    from ..models.checkpoints import silence_transformers
+    from ..interop.conformance import MISS, compare_folders, conformance_table
 
     place = cli.RunFolder(out, "results.json", overwrite=overwrite)
-    checks, rows = {}, []
-    with silence_transformers():
-        for given in folders:
-            for folder in reference_folders(given):
-                checks[str(folder)] = compare(folder)
-    for name, found in checks.items():
-        for check in found:
-            row = asdict(check) | {"folder": name, "verdict": check.verdict or "ok"}
-            rows.append({key: _json_number(value) for key, value in row.items()})
+    rows = compare_folders(folders)
     missed = sum(row["verdict"] == MISS for row in rows)
     results = {"comparisons": len(rows), "missed": missed, "rows": rows}
     place.write({f"conformance.{key}": value for key, value in results.items()})
-    cli.show(rows, conformance_table(checks), as_json=as_json)
+    cli.show(rows, conformance_table(rows), as_json=as_json)
     return int(missed > 0)
-
-
-def _json_number(value: Any) -> Any:
-    """The value, or None for infinity and NaN, which JSON has not."""
-    if isinstance(value, float) and not math.isfinite(value):
-        return None
-    return value
 
 
 @cli.command("sites openai-community/gpt2 --all")
@@ -130,13 +112,16 @@ def sites(words: ModelWords = None, *, everything: All = False, as_json: Json = 
 
     It reads the model's configuration and no weights.
     """
-    from ..models.listing import list_layers, table
+    import pandas as pd
+
+    from ..models.load import site_rows
 
     first, *settings = words or [""]
     if not first or "=" in first or Path(first).suffix in (".yaml", ".yml"):
         hparams = cli.hyperparameters(words)
     else:
         hparams = mendkit.MENDHyperParams(model_name=first).replace(**parse_overrides(settings))
-    listing = list_layers(hparams)
-    cli.show(asdict(listing), table(listing, everything=everything), as_json=as_json)
+    rows = site_rows(hparams)
+    shown = [row for row in rows if everything or row["mlp"] or row["chosen"]]
+    cli.show(rows, pd.DataFrame(shown, dtype=object).to_string(index=False), as_json=as_json)
     return 0

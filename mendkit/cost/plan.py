@@ -28,16 +28,15 @@ from ..mend.files import damage_named
 from ..mend.hypernetwork import MEND
 from ..mend.preparation import STRUCTURE
 from ..mend.scoring import POSITIONS_PER_PASS
-from ..models.bundled import bundled_model
 from ..models.cache import SHARD_BYTES
 from ..models.checkpoints import (
-    BUNDLED,
     DTYPES,
     choose_device,
+    locate_tokenizer,
     read_tokenizer,
     silence_transformers,
 )
-from ..models.load import locate, skeleton
+from ..models.load import skeleton
 from ..models.sites import embedding_matrix, find_stacks, resolve_sites
 from ..models.streaming import trunk_names
 from ..models.trunk import TOKENS_PER_PASS
@@ -106,12 +105,11 @@ def plan(
     if not train or not validation:
         raise MendkitError("a plan needs at least one training and one validation example")
     h = _own_settings(hparams)
-    source = bundled_model() if h.model_name == BUNDLED else locate(h.model_name)
-    folder = Path(h.tokenizer_name or source)
+    place = locate_tokenizer(h)
     with silence_transformers():
         model = published(h.model_name)
-        model = model or skeleton(source, trust_remote_code=h.trust_remote_code)
-        tokenizer = read_tokenizer(folder) if folder.is_dir() else None
+        model = model or skeleton(h.model_name, trust_remote_code=h.trust_remote_code)
+        tokenizer = read_tokenizer(place) if isinstance(place, Path) else None
     texts = _Texts(tokenizer, h, train, validation)
     needs = _Needs(h, model, texts)
     return Plan(

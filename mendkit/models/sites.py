@@ -123,8 +123,7 @@ def _relatives(path: str) -> tuple[str, str]:
 def probe_chain(model: PreTrainedModel, blocks: nn.ModuleList, token: int) -> bool | None:
     """Send two tokens through the model: do its blocks return their hidden states in a tuple?
 
-    None if the blocks are no plain chain, each called once with the states of the one before. Then
-    nothing may be cached below the lowest edited block.
+    None if they are no plain chain, each called once with the states of the one before.
     """
     calls: list[tuple[nn.Module, Any, Any]] = []
 
@@ -150,12 +149,11 @@ def probe_chain(model: PreTrainedModel, blocks: nn.ModuleList, token: int) -> bo
 
 
 def resolve_sites(model: PreTrainedModel, inner_params: str | Sequence[str]) -> tuple[Site, ...]:
-    """The edit sites that `inner_params` names ("auto" or weight parameters), in module order.
+    """The edit sites that `inner_params` names ("auto" or weights), in module order.
 
-    Raises ModelError for an unknown name, one that is no weight of a Linear or Conv1D, a weight
-    that another layer shares, and if "auto" finds no layer.
+    Raises ModelError for a name that cannot be edited, and if "auto" finds no layer.
     """
-    parameters = dict(model.named_parameters(remove_duplicate=False))
+    editable, names = editable_names(model), inner_params
     if inner_params == "auto":
         names = mlp_names(model)
         if not names:
@@ -167,25 +165,24 @@ def resolve_sites(model: PreTrainedModel, inner_params: str | Sequence[str]) -> 
         raise ModelError(
             f'inner_params must be "auto" or a list of parameter names, got {inner_params!r}'
         )
-    else:
-        names = list(inner_params)
-    for name in names:
-        _check_site(model, parameters, name)
-    stacks, chosen = find_stacks(model), set(names)
-    return tuple(_site(model, name, stacks) for name in parameters if name in chosen)
+    for name in set(names) - set(editable):
+        near = difflib.get_close_matches(name, editable, n=3, cutoff=0)
+        raise ModelError(
+            f"inner_params: {name!r} cannot be edited: it is no weight of a Linear or Conv1D in "
+            f"floating point that no other layer shares; nearest: {', '.join(near)}; or use auto"
+        )
+    stacks = find_stacks(model)
+    return tuple(_site(model, name, stacks) for name in editable if name in names)
 
 
 def editable_names(model: PreTrainedModel) -> list[str]:
     """Every weight that `inner_params` may name, in module order."""
-    parameters = dict(model.named_parameters(remove_duplicate=False))
-    uses = Counter(map(id, parameters.values()))
+    # A weight that several layers share is left out: an edit would change all of them.
+    uses = Counter(id(value) for _, value in model.named_parameters(remove_duplicate=False))
     names = []
     for path, module in model.named_modules():
-        weight = parameters.get(f"{path}.weight")
-        # A weight that several layers share is left out: an edit would change all of them.
-        if weight is None or not _is_linear(module):
-            continue
-        if weight.dtype in _FLOATS and uses[id(weight)] == 1:
+        weight = getattr(module, "weight", None) if _is_linear(module) else None
+        if weight is not None and weight.dtype in _FLOATS and uses[id(weight)] == 1:
             names.append(f"{path}.weight")
     return names
 
@@ -248,29 +245,6 @@ def _attention_count(module: nn.Module) -> int:
         else:
             count += _attention_count(child)
     return count
-
-
-def _check_site(model: PreTrainedModel, parameters: dict[str, nn.Parameter], name: str) -> None:
-    if name not in parameters:
-        near = difflib.get_close_matches(name, parameters, n=3, cutoff=0.5)
-        hint = f"nearest: {', '.join(near)}" if near else f"others: {next(iter(parameters))}, …"
-        raise ModelError(
-            f"inner_params: the model has no parameter {name!r}; {hint}; or use "
-            "`inner_params: auto`"
-        )
-    path, _, kind = name.rpartition(".")
-    module, weight = model.get_submodule(path), parameters[name]
-    if kind != "weight" or not _is_linear(module) or weight.dtype not in _FLOATS:
-        raise ModelError(
-            f"inner_params: {name} is the {kind} of a {type(module).__name__} in {weight.dtype}; "
-            "only the `weight` of a Linear or Conv1D in floating point can be edited"
-        )
-    shared = [other for other, value in parameters.items() if value is weight and other != name]
-    if shared:
-        raise ModelError(
-            f"inner_params: {name} shares its weight with {', '.join(shared)}, so an edit would "
-            "change both; choose another layer"
-        )
 
 
 def _site(model: PreTrainedModel, name: str, stacks: dict[str, nn.ModuleList]) -> Site:

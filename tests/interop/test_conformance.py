@@ -1,6 +1,5 @@
 """Conformance with recorded numbers: the reference folders where they are, our own everywhere."""
 
-import itertools
 import json
 import shutil
 from pathlib import Path
@@ -13,9 +12,8 @@ from transformers import BertConfig, T5Config, T5ForConditionalGeneration
 from mendkit.__main__ import main
 from mendkit.errors import DataError, ModelError
 from mendkit.hparams import MENDHyperParams
-from mendkit.interop.conformance import MISS, ROUNDING, Check, conformance, conformance_table
+from mendkit.interop.conformance import MISS, ROUNDING, Check, OneLogitClassifier, conformance
 from mendkit.interop.foreign import from_foreign
-from mendkit.interop.reference import OneLogitClassifier
 from mendkit.mend.factors import GradientFactors
 from mendkit.models.sites import Site
 from tests.oracles.textbook import (
@@ -91,7 +89,7 @@ def test_the_recorded_numbers_of_the_published_code(name):
     if not REFERENCE.is_dir():
         pytest.skip(f"no reference vectors at {REFERENCE}")
     checks = conformance(REFERENCE / name)
-    assert len(checks) == 15 and [check for check in checks if not check.passed] == []
+    assert len(checks) == 15 and [check for check in checks if check.verdict == MISS] == []
     assert sum(check.verdict == "" for check in checks) >= 12
 
 
@@ -101,7 +99,7 @@ def test_a_plain_loop_in_float64_with_the_options_of_the_published_code(
 ):
     checks = conformance(made(tmp_path / "made", family, n_edits, options))
     assert len(checks) == 15
-    assert max(check.error for check in checks) < 1e-8, conformance_table({"made": checks})
+    assert max(check.error for check in checks) < 1e-8
 
 
 def test_a_record_in_float32_tells_its_rounding(recorded, tmp_path):
@@ -115,15 +113,8 @@ def test_a_record_in_float32_tells_its_rounding(recorded, tmp_path):
     state = {k.removeprefix("final/"): v for k, v in single.items() if k.startswith("final/")}
     save_published(folder / "archive.pt", state, tiny_gpt2().model.config)
     checks = conformance(folder)
-    assert all(check.passed for check in checks)
+    assert all(check.verdict != MISS for check in checks)
     assert all(1e-9 < check.rounding < 1e-3 for check in checks if check.name != "archive")
-
-
-def test_the_options_hold_every_pair_of_values():
-    every = list(every_option())
-    for a, b in itertools.combinations(("shared", "norm", "n_hidden", "init", "rank"), 2):
-        values = [{options[key] for options in every} for key in (a, b)]
-        assert {(options[a], options[b]) for options in every} == set(itertools.product(*values))
 
 
 @pytest.mark.parametrize("options", list(every_option()), ids=label)
@@ -222,6 +213,28 @@ def test_rounding_excuses_little_and_never_much():
     assert [verdict(1e-4, 1e-5), verdict(2e-3, 1.0), verdict(float("nan"), 1e-5)] == [MISS] * 3
 
 
+def test_a_kl_is_compared_with_an_absolute_floor(recorded, tmp_path):
+    """In float32 a KL of 1e-9 is rounding; in float64 it is a number."""
+
+    def verdict(dtype: torch.dtype, by: float) -> str:
+        folder = tmp_path / f"{dtype}-{by}"
+        shutil.copytree(recorded, folder)
+        for file in ("base_model", "vectors"):
+            tensors = load_file(recorded / f"{file}.safetensors")
+            for name, value in tensors.items():
+                # Without steps the edit changes nothing, so the KL is 0.
+                value = value * 0 if name.endswith("/edit_lrs") else value
+                tensors[name] = value.to(dtype) if value.dtype == torch.float64 else value
+            save_file(tensors, folder / f"{file}.safetensors")
+        state = {k.removeprefix("final/"): v for k, v in tensors.items() if k.startswith("final/")}
+        save_published(folder / "archive.pt", state, tiny_gpt2().model.config)
+        changed("eval_kl_loc", to=lambda _: by)(folder)
+        return {check.name: check.verdict for check in conformance(folder)}["locality KL"]
+
+    assert [verdict(torch.float32, by) for by in (0.0, 9e-7, 2e-6)] == ["", "", MISS]
+    assert [verdict(torch.float64, by) for by in (0.0, 1e-9)] == ["", MISS]
+
+
 def test_what_is_no_such_folder_is_said(recorded, tmp_path):
     with pytest.raises(DataError, match=r"lacks config\.json, base_model"):
         conformance(tmp_path)
@@ -231,17 +244,11 @@ def test_what_is_no_such_folder_is_said(recorded, tmp_path):
     with pytest.raises(DataError, match="hparams"):
         conformance(folder)
     shutil.copy(recorded / "meta.json", folder)
-    weights, name = (
-        load_file(recorded / "base_model.safetensors"),
-        "transformer.h.0.mlp.c_fc.weight",
-    )
+    weights = load_file(recorded / "base_model.safetensors")
+    name = "transformer.h.0.mlp.c_fc.weight"
     fewer = {key: value for key, value in weights.items() if key != name}
-    for other in (
-        fewer,
-        weights | {"extra": weights[name].clone()},
-        fewer | {name: weights[name][1:]},
-    ):
-        save_file(other, folder / "base_model.safetensors")
+    for other in (fewer, weights | {"extra": weights[name]}, fewer | {name: weights[name][1:]}):
+        save_file({k: v.clone() for k, v in other.items()}, folder / "base_model.safetensors")
         with pytest.raises(ModelError, match=f"(?s)do not fit config.json: .*({name}|extra)"):
             conformance(folder)
 

@@ -3,10 +3,9 @@
 import json
 import os
 import pickle
-import subprocess
 import sys
 import zipfile
-from collections import OrderedDict, defaultdict
+from collections import OrderedDict
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -16,15 +15,14 @@ import torch
 from mendkit.__main__ import main
 from mendkit.errors import ArchiveError
 from mendkit.hparams import MENDHyperParams
+from mendkit.interop.conformance import load_recorded_model
 from mendkit.interop.foreign import (
     export_archive,
-    foreign_hparams,
     from_foreign,
     import_archive,
     read_foreign,
     to_foreign,
 )
-from mendkit.interop.reference import load_reference_model
 from mendkit.mend.archive import inspect_archive, load_archive, save_archive
 from mendkit.mend.batches import edit_tokens
 from mendkit.mend.editor import MENDEditor
@@ -87,18 +85,16 @@ class Payload:
         return self.call, self.arguments
 
 
-PAYLOADS = {  # by the name in the pickle; the first five would run
+PAYLOADS = {  # by the name in the pickle
     "posix.mkdir": lambda mark: Payload(os.mkdir, mark),
     "posix.system": lambda mark: Payload(os.system, f"mkdir {mark}"),
-    "subprocess.check_call": lambda mark: Payload(subprocess.check_call, ["mkdir", mark]),
-    "builtins.exec": lambda mark: Payload(exec, f"import os; os.mkdir({mark!r})"),
     "builtins.eval": lambda mark: Payload(eval, f"__import__('os').mkdir({mark!r})"),
-    "builtins.getattr": lambda mark: Payload(getattr, "text", "upper"),
 }
-PLACES = ["model", "model_config", "top", "opt", "model", "model_config"]
 
 
-@pytest.mark.parametrize(("name", "place"), [*zip(PAYLOADS, PLACES, strict=True)])
+@pytest.mark.parametrize(
+    ("name", "place"), [*zip(PAYLOADS, ("model", "model_config", "opt"), strict=True)]
+)
 def test_a_payload_is_refused_by_name_and_does_not_run(gpt2, published, tmp_path, name, place):
     mark, path = tmp_path / "ran", tmp_path / "hostile.pt"
     model = OrderedDict(published[1].state, model_config=gpt2.model.config)
@@ -109,9 +105,8 @@ def test_a_payload_is_refused_by_name_and_does_not_run(gpt2, published, tmp_path
         import_archive(path, hparams(), out=tmp_path / "out" / "a.safetensors", base=gpt2)
     assert "nothing of it was run" in str(error.value)
     assert not mark.exists() and not (tmp_path / "out").exists()
-    if name != "builtins.getattr":  # the control: it would run
-        torch.load(path, weights_only=False)
-        assert mark.is_dir()
+    torch.load(path, weights_only=False)  # the control: it would run
+    assert mark.is_dir()
 
 
 @pytest.mark.parametrize(
@@ -137,9 +132,6 @@ def test_a_plain_pickle_and_other_files_are_refused(tmp_path):
     torch.save({"x": torch.ones(1)}, path)
     with pytest.raises(ArchiveError, match="no archive of MEND"):
         read_foreign(path)
-    torch.save({"model": {"edit_lrs": torch.ones(1)}}, path)
-    with pytest.raises(ArchiveError, match="no transforms"):
-        foreign_hparams(read_foreign(path).state, (), hparams(["a.weight"]))
     with pytest.raises(ArchiveError, match="no such file"):
         read_foreign(tmp_path / "none.pt")
     assert not mark.exists()
@@ -157,7 +149,6 @@ def test_a_configuration_is_never_the_live_class(published, tmp_path, monkeypatc
     config = GoneConfig()
     config.n_layer = 7
     content = {"model": OrderedDict(published[1].state, model_config=config)}
-    content["val_stats"] = defaultdict(list, {"loss": [1.0]})
     torch.save(content, tmp_path / "a.pt")
     monkeypatch.delitem(sys.modules, module)  # as where transformers no longer has the model
     foreign = read_foreign(tmp_path / "a.pt")
@@ -225,7 +216,7 @@ def test_the_reference_archives_come_back_as_they_were(name):
     meta = json.loads((REFERENCE / name / "meta.json").read_text())
     known = {k: v for k, v in meta["hparams"].items() if k in MENDHyperParams.model_fields}
     h = MENDHyperParams(model_name="tiny", inner_params=tuple(meta["inner_params"]), **known)
-    base = load_reference_model(REFERENCE / name, h.inner_params)
+    base = load_recorded_model(REFERENCE / name, h.inner_params)
     state = read_foreign(REFERENCE / name / "archive.pt").state
     back = to_foreign(from_foreign(state, base.sites, h))
     assert list(back) == list(state)
@@ -271,16 +262,24 @@ def test_what_the_published_format_cannot_say_is_refused(gpt2, tmp_path, change)
 
 
 @pytest.mark.parametrize(
-    ("names", "words"),
+    ("change", "words"),
     [
-        (LAYERS[:2], "transforms|edit_lrs"),
-        ((*LAYERS, "transformer.h.0.mlp.c_fc.weight"), "edit_lrs has shape"),
-        (("transformer.h.1.attn.c_attn.weight", *LAYERS[1:]), "not those of the 4 layers"),
-        ("auto", "not `auto`"),
+        ({"inner_params": LAYERS[:2]}, "edit_lrs: expected real numbers of shape"),
+        (
+            {"inner_params": ("transformer.h.1.attn.c_attn.weight", *LAYERS[1:])},
+            "give all settings",
+        ),
+        ({"inner_params": "auto"}, "not `auto`"),
+        ({"rank": 5}, r"expected real numbers of shape \(\d+, 5\), found"),
+        ({"n_hidden": 0}, r"layers\.1\.\w+ is no layer's"),
+        ({"n_hidden": 2}, r"layers\.2\.u: expected .*found nothing"),
+        ({"shared": False}, "found nothing; give all settings"),
+        ({"combine": False, "x_only": True}, "mlp1.*found nothing"),
     ],
+    ids=str,
 )
-def test_other_layers_than_the_archives_are_refused(gpt2, published, tmp_path, names, words):
-    h = hparams().replace(inner_params=names)
+def test_other_settings_than_the_archives_are_refused(gpt2, published, tmp_path, change, words):
+    h = hparams().replace(**change)
     with pytest.raises(ArchiveError, match=words):
         import_archive(published[0], h, out=tmp_path / "a.safetensors", base=gpt2)
     assert not (tmp_path / "a.safetensors").exists()
@@ -288,18 +287,14 @@ def test_other_layers_than_the_archives_are_refused(gpt2, published, tmp_path, n
 
 def test_another_base_model_is_refused(published, tmp_path):
     out = tmp_path / "a.safetensors"
-    with pytest.raises(ArchiveError, match="GPT2Config, here LlamaConfig"):
+    with pytest.raises(ArchiveError, match="class GPT2Config, here LlamaConfig"):
         import_archive(published[0], hparams(NAMES["llama"]), out=out, base=tiny_llama())
     with pytest.raises(ArchiveError, match="n_layer"):
         import_archive(published[0], hparams(), out=out, base=tiny_gpt2(layers=5))
 
 
-def test_the_archive_decides_what_its_tensors_show(published):
+def test_a_std_that_does_not_follow_from_its_sum_has_the_last_word(published):
     sites = sites_of(published[1].shapes, LAYERS)
-    other = hparams(rank=99, n_hidden=4, shared=False)
-    h = foreign_hparams(published[1].state, sites, other)
-    assert (h.rank, h.n_hidden, h.shared, h.combine, h.norm_stats) == (6, 1, True, True, "shape")
-    # a std that does not follow from its sum has the last word
     state, prefix = dict(published[1].state), published[1].prefix(LAYERS[0])
     state[f"{prefix}u_std"] = state[f"{prefix}u_std"] * 2
     mend = from_foreign(state, sites, hparams())

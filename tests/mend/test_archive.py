@@ -60,7 +60,7 @@ def test_the_archive_decides_the_sites(llama, tmp_path):
     ("other", "words"),
     [
         (lambda: tiny_llama(seed=5), "other weights"),
-        (lambda: tiny_gpt2(), "no parameter"),
+        (lambda: tiny_gpt2(), "cannot be edited"),
         (lambda: tiny_llama(d=48), "shape|d_in|d_out"),
     ],
 )

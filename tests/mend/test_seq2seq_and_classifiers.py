@@ -3,9 +3,9 @@
 Oracles: the tokens' spelling, single texts through the whole model, a loop with dense weights.
 """
 
-import json
 import re
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -21,7 +21,7 @@ from mendkit.evaluation.prepare import EvaluationSet
 from mendkit.mend.batches import edit_tokens, prepare_texts
 from mendkit.mend.factors import FactorCache, capture_factors, capture_inputs
 from mendkit.mend.hypernetwork import MEND
-from mendkit.mend.losses import edit_nll, locality_kl
+from mendkit.mend.losses import edit_nll
 from mendkit.mend.scoring import next_tokens
 from mendkit.mend.steps import batch_losses, total_loss
 from mendkit.models.base import BaseModel
@@ -126,56 +126,19 @@ def test_the_trunk_gives_the_whole_models_logits(case, count):
 # ---------------------------------------- the textbook loop
 
 
-def textbook_losses(base, mend, example, texts):
-    """One edit the plain way: gradient on the weights, dense update, full passes."""
-
-    def nll(text, weights):
-        batch = collate([text], base.pad_id)
-        rows = torch.zeros(len(text.scored), dtype=torch.long)
-        return edit_nll(plain_logits(base, text, weights), batch.targets, rows, 1)[0]
-
-    clean = {site.name: base.site_module(site).weight for site in base.sites}
-    seen = {}
-    handles = [
-        base.site_module(s).register_forward_hook(
-            lambda m, a, o, n=s.name: seen.__setitem__(n, (a[0], o))
-        )
-        for s in base.sites
-    ]
-    leaves = {name: w.clone().requires_grad_() for name, w in clean.items()}
-    loss = nll(example, leaves)
-    deltas = torch.autograd.grad(loss, [seen[s.name][1] for s in base.sites])
-    for handle in handles:
-        handle.remove()
-    edited = {}
-    for i, (site, delta) in enumerate(zip(base.sites, deltas, strict=True)):
-        u = seen[site.name][0].detach()[0]
-        keep = delta[0].any(1).nonzero()[:, 0].tolist()  # exactly zero where no gradient can come
-        change = torch.zeros(site.d_out, site.d_in, dtype=torch.float64)
-        moments = mend.moments[site.name.replace(".", "-")]
-        for t in keep:
-            z = []
-            for kind, x in (("u", u[t]), ("delta", delta[0, t])):
-                std = (moments[kind].m2 / (moments[kind].count - 1)).sqrt()
-                std = torch.maximum(std, mend.hparams.std_floor * std.median())
-                most = mend.hparams.z_clip
-                z.append(((x - moments[kind].mean) / std).clamp(-most, most))
-            z = torch.cat(z)
-            group = next(g for g, names in mend.groups.items() if site.name in names)
-            layer = mend.groups[group].index(site.name)
-            for block in mend.blocks[group]:
-                inner = (
-                    block.scale[layer] * (block.U @ (block.V @ z) + block.bias) + block.shift[layer]
-                )
-                z = z + torch.relu(inner)
-            change = change + torch.outer(z[site.d_in :], z[: site.d_in])
-        change = -mend.log_edit_lr[i].exp() * change
-        edited[site.name] = clean[site.name] + (change.T if site.transposed else change)
-    losses = {"edit": nll(example, edited), "paraphrases": nll(texts["paraphrases"], edited)}
+def losses_with_dense_weights(base, mend, edit, texts):
+    """One edit the plain way: added to the weights, and whole passes."""
+    clean, edited = {}, {}
+    for name, update in mend(capture_factors(FrozenTrunk(base), [edit]), 1).items():
+        clean[name] = base.model.get_parameter(name)
+        edited[name] = clean[name] + update.dense()
+    losses = {}
+    for role, text in {"edit": edit, "paraphrases": texts["paraphrases"]}.items():
+        logits = plain_logits(base, text, edited)
+        losses[role] = nn.functional.cross_entropy(logits, torch.tensor(text.targets))
     for role in ("neighbours", "unrelated"):
-        rows = torch.zeros(len(texts[role].scored), dtype=torch.long)
-        before, after = (plain_logits(base, texts[role], weights) for weights in (clean, edited))
-        losses[role] = locality_kl(before.detach(), after, rows, 1)[0]
+        p, q = (plain_logits(base, texts[role], w).log_softmax(-1) for w in (clean, edited))
+        losses[role] = (p.exp() * (p - q)).sum(-1).mean()
     return losses
 
 
@@ -192,7 +155,7 @@ def exact(base: BaseModel, monkeypatch) -> BaseModel:
 
 
 @CASE
-def test_losses_and_gradients_are_the_textbooks(case, monkeypatch):
+def test_losses_and_gradients_are_those_of_dense_weights(case, monkeypatch):
     base = exact(other_base(case), monkeypatch)
     h = hparams(edit_lr=1e-3)
     examples = prepare_texts(base, h, examples_of(base)[:3])
@@ -210,7 +173,10 @@ def test_losses_and_gradients_are_the_textbooks(case, monkeypatch):
     losses = batch_losses(trunk, mend, factors.get([e.edit for e in examples]), rows)
     gradients = torch.autograd.grad(total_loss(losses, h), list(mend.parameters()))
 
-    plain = [textbook_losses(base, mend, e.edit, t) for e, t in zip(examples, texts, strict=True)]
+    plain = [
+        losses_with_dense_weights(base, mend, e.edit, t)
+        for e, t in zip(examples, texts, strict=True)
+    ]
     expected = {role: torch.stack([p[role] for p in plain]).mean() for role in losses}
     for role, value in expected.items():
         torch.testing.assert_close(losses[role], value, rtol=1e-9, atol=1e-11)
@@ -220,38 +186,37 @@ def test_losses_and_gradients_are_the_textbooks(case, monkeypatch):
         torch.testing.assert_close(gradient, value, rtol=1e-7, atol=1e-10)
 
 
+def assert_factors_rebuild_the_gradient(base, texts, rtol, atol):
+    factors = capture_factors(FrozenTrunk(base), texts)
+    weights = {}
+    for site in base.sites:
+        weights[site.name] = base.site_module(site).weight.detach().requires_grad_()
+    loss = 0
+    for text in texts:
+        logits = plain_logits(base, text, weights)
+        loss = loss + nn.functional.cross_entropy(logits, torch.tensor(text.targets))
+    gradients = torch.autograd.grad(loss, list(weights.values()))
+    for site, gradient in zip(base.sites, gradients, strict=True):
+        gradient, f = gradient.T if site.transposed else gradient, factors[site.name]
+        assert float(gradient.abs().max()) > 0
+        torch.testing.assert_close(f.weight_gradient(), gradient, rtol=rtol, atol=atol)
+        assert (f.delta != 0).any(1).all()  # and no token is there for nothing
+
+
 @CASE
 def test_factors_rebuild_the_gradient_of_the_weights(case, monkeypatch):
     base = exact(other_base(case), monkeypatch)
     texts = [edit_tokens(base, hparams(), example) for example in examples_of(base)[:3]]
-    factors = capture_factors(FrozenTrunk(base), texts)
-    weights = {
-        site.name: base.site_module(site).weight.detach().requires_grad_() for site in base.sites
-    }
-    nlls = [
-        nn.functional.cross_entropy(plain_logits(base, t, weights), torch.tensor(t.targets))
-        for t in texts
-    ]
-    gradients = torch.autograd.grad(sum(nlls), list(weights.values()))
-    for name, gradient in zip(weights, gradients, strict=True):
-        assert float(gradient.abs().max()) > 0
-        torch.testing.assert_close(factors[name].weight_gradient(), gradient, rtol=1e-9, atol=1e-12)
-        assert (factors[name].delta != 0).any(1).all()  # and no token is there for nothing
+    assert_factors_rebuild_the_gradient(base, texts, 1e-9, 1e-12)
 
 
-@pytest.mark.parametrize(
-    ("case", "asked"), [("t5", {"fluency": True}), ("bert", {"text": "Rome is a city in Italy."})]
-)
-def test_scores_of_free_and_held_out_text_need_a_causal_model(case, asked):
-    base = other_base(case)
-    with pytest.raises(MendkitError, match="need a causal model"):
-        EvaluationSet(base, hparams(), examples_of(base)[:1], **asked)
-
-
-def test_the_textbook_reads_causal_models_only():
-    base = other_base("t5")
+def test_what_reads_causal_models_only_says_so():
+    t5, bert = other_base("t5"), other_base("bert")
+    for base, asked in ((t5, {"fluency": True}), (bert, {"text": "Rome is a city in Italy."})):
+        with pytest.raises(MendkitError, match="need a causal model"):
+            EvaluationSet(base, hparams(), examples_of(base)[:1], **asked)
     with pytest.raises(MendkitError, match="the textbook edits causal ones"):
-        check_recipe(base, hparams())
+        check_recipe(t5, hparams())
 
 
 # ---------------------------------------- decoding
@@ -337,16 +302,11 @@ def test_one_logit_is_two_classes():
     assert base.generate("Gold is a metal") == ("SUPPORTS" if z > 0 else "REFUTES")
 
 
-_SMALL = {"num_attention_heads": 2, "hidden_size": 16, "num_hidden_layers": 2}
+_SMALL = {"num_attention_heads": 2, "hidden_size": 16, "num_hidden_layers": 2, "vocab_size": 400}
+_SMALL |= {"intermediate_size": 24, "num_labels": 3}
 OTHER_HEADS = {  # class -> its configuration, the position that its head reads
-    "GPT2ForSequenceClassification": (
-        GPT2Config(n_embd=16, n_layer=2, n_head=2, vocab_size=400),
-        -1,
-    ),
-    "LlamaForSequenceClassification": (
-        LlamaConfig(**_SMALL, intermediate_size=24, vocab_size=400, num_labels=3),
-        -1,
-    ),
+    "GPT2ForSequenceClassification": (GPT2Config(**_SMALL), -1),
+    "LlamaForSequenceClassification": (LlamaConfig(**_SMALL), -1),
     "DistilBertForSequenceClassification": (
         DistilBertConfig(dim=16, n_layers=2, n_heads=2, hidden_dim=24),
         0,
@@ -368,21 +328,7 @@ def test_the_position_that_a_head_reads_is_found_and_factors_follow_it(name):
     trunk.fill(texts)
     expected = torch.cat([plain_logits(base, text) for text in texts])
     torch.testing.assert_close(trunk.suffix(texts, batch), expected, rtol=1e-4, atol=1e-5)
-    factors = capture_factors(trunk, texts)
-    weights = {
-        site.name: base.site_module(site).weight.detach().requires_grad_() for site in base.sites
-    }
-    nlls = [
-        nn.functional.cross_entropy(plain_logits(base, t, weights), torch.tensor(t.targets))
-        for t in texts
-    ]
-    gradients = torch.autograd.grad(sum(nlls), list(weights.values()))
-    for site, gradient in zip(base.sites, gradients, strict=True):
-        gradient = gradient.T if site.transposed else gradient
-        torch.testing.assert_close(
-            factors[site.name].weight_gradient(), gradient, rtol=1e-3, atol=1e-6
-        )
-        assert (factors[site.name].delta != 0).any(1).all()
+    assert_factors_rebuild_the_gradient(base, texts, 1e-3, 1e-6)
 
 
 class _Mean(nn.Module):
@@ -488,36 +434,19 @@ def test_the_config_decides_how_a_model_is_loaded(kind, architectures, more, loa
 # ---------------------------------------- command line
 
 
-@pytest.mark.parametrize("case", ["bart", "bert"])
-def test_the_command_line_trains_edits_and_evaluates(case, tmp_path, monkeypatch, capsys):
+def test_the_command_line_edits_and_evaluates_a_classifier(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
-    base = other_base(case)
+    base = other_base("bert")
     save_tiny("model", base)
     examples = examples_of(base)
     write_examples(examples, "data.jsonl")
     assert tuple(read_examples("data.jsonl")) == examples  # claims are the kit's own form
-    sites = "".join(f"- {site.name}\n" for site in base.sites)
-    sizes = "rank: 4\nbatch_size: 2\nmax_iters: 2\nval_interval: 1\n"
-    sizes += "norm_stats: shape\nz_clip: null\n"
-    (tmp_path / "c.yaml").write_text(f"model_name: model\n{sizes}inner_params:\n{sites}")
+    Path("c.yaml").write_text("model_name: model\nrank: 4\nmax_iters: 1\nval_interval: 1\n")
     data = ["--train-data", "data.jsonl", "--validation-data", "data.jsonl"]
-    archive = "archive=run/archive.safetensors"
-    edit = ["--prompt", examples[0].prompt, "--target", examples[0].target_new]
-    edit += ["--max-new-tokens", "4"]
     assert main(["train", "c.yaml", "--out", "run", *data]) == 0
-    assert main(["inspect", "run/archive.safetensors"]) == 0
-    assert type(base.model).__name__ in capsys.readouterr().out
-    assert main(["edit", "c.yaml", archive, *edit, "--json"]) == 0
-    before = json.loads(capsys.readouterr().out)
-    assert main(["export", "run/archive.safetensors", "c.yaml", "--out", "out"]) == 0
-    assert main(["import", "out/archive.pt", "c.yaml", "--out", "in"]) == 0
-    capsys.readouterr()
-    assert main(["edit", "c.yaml", "archive=in/archive.safetensors", *edit, "--json"]) == 0
-    assert json.loads(capsys.readouterr().out) == before
-    evaluate = ["evaluate", "c.yaml", archive, "--data", "data.jsonl", "--max-new-tokens", "4"]
-    assert main(evaluate) == 0
+    archive = "archive=run/archive.safetensors"
+    assert main(["evaluate", "c.yaml", archive, "--data", "data.jsonl"]) == 0
     assert re.search(r"edit_success\.free_exact +\d", capsys.readouterr().out)
-    if case == "bert":
-        edit[1], edit[3] = "Gold is a metal", "perhaps"
-        assert main(["edit", "c.yaml", archive, *edit]) == 2
-        assert "legal labels" in capsys.readouterr().err
+    edit = ["edit", "c.yaml", archive, "--prompt", "Gold is a metal", "--target"]
+    assert main([*edit, "false"]) == 0 and main([*edit, "perhaps"]) == 2
+    assert "legal labels" in capsys.readouterr().err

@@ -191,10 +191,9 @@ def test_explicit_sites_come_in_module_order_and_share_the_model(llama):
     ("name", "words"),
     [
         ("transformer.h.3.mlp.c_fx.weight", "nearest: transformer.h.3.mlp.c_fc.weight"),
-        ("zzz", "others: transformer.wte.weight"),
-        ("transformer.h.3.mlp.c_fc.bias", "bias of a Conv1D"),
-        ("transformer.h.3.ln_1.weight", "weight of a LayerNorm"),
-        ("lm_head.weight", "shares its weight with transformer.wte.weight"),
+        ("transformer.h.3.mlp.c_fc.bias", "nearest: transformer.h.3.mlp.c_fc.weight"),
+        ("transformer.h.3.ln_1.weight", "no weight of a Linear or Conv1D"),
+        ("lm_head.weight", "that no other layer shares"),
     ],
 )
 def test_a_name_that_is_no_site_is_explained(gpt2, name, words):
