@@ -36,44 +36,38 @@ def model_fingerprint(base: BaseModel) -> dict[str, Any]:
         "class": type(base.model).__name__,
         "sites": [{"name": name, "shape": list(weight.shape)} for name, weight in edited],
         "sites_sha256": tensors_sha256((name, weight.float()) for name, weight in edited),
-        "trunk_sha256": _trunk_sha256(base),
+        "trunk_sha256": _base_sha256(base, whole=False),
         "tokenizer_sha256": base.remembered("tokenizer", lambda: _tokenizer_sha256(base)),
     }
 
 
 def weights_sha256(base: BaseModel) -> str:
     """SHA-256 over all parameters and buffers in their dtype, whatever the sites."""
-    tensors = [*base.model.named_parameters(), *base.model.named_buffers()]
-    return base.remembered(("all", _state(base)), lambda: _values_sha256(base, tensors))
+    return _base_sha256(base, whole=True)
 
 
-def _trunk_sha256(base: BaseModel) -> str:
-    sites = {site.name for site in base.sites}
-    others = [item for item in base.model.named_parameters() if item[0] not in sites]
-    return base.remembered(_trunk_key(base), lambda: _values_sha256(base, others))
+def _base_sha256(base: BaseModel, *, whole: bool, known: str | None = None) -> str:
+    """Of all parameters and buffers or, if not `whole`, of the parameters besides the sites."""
+    sites = set() if whole else {site.name for site in base.sites}
+    tensors = [item for item in base.model.named_parameters() if item[0] not in sites]
+    # The key changes when a parameter is replaced or written to in place.
+    state = tuple((name, value.data_ptr(), value._version) for name, value in tensors)
+    if whole:
+        tensors += base.model.named_buffers()
+
+    def compute() -> str:
+        return known or tensors_sha256((name, base.value_of(name, x)) for name, x in tensors)
+
+    return base.remembered(("sha256", whole, state), compute)
 
 
 @contextmanager
 def keeping_digests(base: BaseModel) -> Iterator[None]:
     """Within the context weights may leave memory; the digests stay those from before."""
-    trunk, every = _trunk_sha256(base), weights_sha256(base)
+    digests = {whole: _base_sha256(base, whole=whole) for whole in (True, False)}
     yield
-    base.remembered(_trunk_key(base), lambda: trunk)
-    base.remembered(("all", _state(base)), lambda: every)
-
-
-def _trunk_key(base: BaseModel) -> tuple[Any, ...]:
-    sites = {site.name for site in base.sites}
-    return ("trunk", tuple(item for item in _state(base) if item[0] not in sites))
-
-
-def _state(base: BaseModel) -> tuple[tuple[str, int, int], ...]:
-    """Changes when a parameter is replaced or written to in place."""
-    return tuple((n, p.data_ptr(), p._version) for n, p in base.model.named_parameters())
-
-
-def _values_sha256(base: BaseModel, tensors: Iterable[tuple[str, Tensor]]) -> str:
-    return tensors_sha256((name, base.value_of(name, tensor)) for name, tensor in tensors)
+    for whole, known in digests.items():
+        _base_sha256(base, whole=whole, known=known)
 
 
 def _tokenizer_sha256(base: BaseModel) -> str:

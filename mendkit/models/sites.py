@@ -9,11 +9,11 @@ MEND's experiments.
 import difflib
 import re
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from itertools import chain
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from torch import nn
@@ -153,14 +153,11 @@ def resolve_sites(model: PreTrainedModel, inner_params: str | Sequence[str]) -> 
 
     Raises ModelError for a name that cannot be edited, and if "auto" finds no layer.
     """
-    editable, names = editable_names(model), inner_params
+    editable, names, stacks = editable_names(model), inner_params, find_stacks(model)
     if inner_params == "auto":
         names = mlp_names(model)
         if not names:
-            raise ModelError(
-                f"inner_params: auto found no MLP of linear layers in {type(model).__name__}; list "
-                "the weights to edit by name: `python -m mendkit sites MODEL --all` shows them"
-            )
+            _refuse_auto(model, editable, stacks)
     elif isinstance(inner_params, str) or not inner_params:
         raise ModelError(
             f'inner_params must be "auto" or a list of parameter names, got {inner_params!r}'
@@ -171,8 +168,22 @@ def resolve_sites(model: PreTrainedModel, inner_params: str | Sequence[str]) -> 
             f"inner_params: {name!r} cannot be edited: it is no weight of a Linear or Conv1D in "
             f"floating point that no other layer shares; nearest: {', '.join(near)}; or use auto"
         )
-    stacks = find_stacks(model)
     return tuple(_site(model, name, stacks) for name in editable if name in names)
+
+
+def _refuse_auto(
+    model: PreTrainedModel, editable: Sequence[str], stacks: Mapping[str, nn.ModuleList]
+) -> NoReturn:
+    """Say what can be edited in a model whose MLPs are no linear layers."""
+    last = [f"{path}.{len(blocks) - 1}." for path, blocks in stacks.items()]
+    near = [name for name in editable if name.startswith(tuple(last))] or editable
+    fused = [n for n, value in model.named_parameters() if value.dim() == 3 and "expert" in n]
+    why = f": its experts are one parameter ({fused[-1]})" if fused else ""
+    raise ModelError(
+        f"inner_params: auto found no MLP of linear layers in {type(model).__name__}{why}; give a "
+        f"list of names instead, such as {', '.join(near[:6]) or 'none (nothing is editable)'}; "
+        "`python -m mendkit sites MODEL --all` shows all"
+    )
 
 
 def editable_names(model: PreTrainedModel) -> list[str]:
