@@ -10,7 +10,7 @@ Axes: n texts, t padded tokens, s scored positions, v vocabulary or classes.
 import json
 import math
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from itertools import product
 from pathlib import Path
@@ -116,22 +116,9 @@ def conformance(folder: str | Path) -> tuple[Check, ...]:
     try:
         with silence_transformers():
             record = Recording(folder)
-            archive, final = read_foreign(folder / "archive.pt").state, record.state("final")
-            differ = sum(not torch.equal(final[name], archive[name]) for name in archive)
-            checks = [Check("archive", float(differ), 0.0, 0.0, len(archive))]
-            kl_floor = KL_FLOOR_UNITS * torch.finfo(record.base.dtype).eps
-            values = record.values(archive)
-            spread = record.rounding(archive, values)
+        return tuple(record.checks(read_foreign(folder / "archive.pt").state))
     except (KeyError, TypeError, json.JSONDecodeError, SafetensorError, HyperParamError) as error:
         raise DataError(f"{folder}: not the layout of reference vectors: {error!r}") from None
-    for name, ours in values.items():
-        tolerance = LOSS_TOLERANCE if name.startswith("training") else NUMBER_TOLERANCE
-        floor = kl_floor / tolerance if name in ("locality KL", "training loc") else 0.0
-        known = [key for key in ours if key in record.tensors or not name.startswith("scalars")]
-        error = max(relative_error(ours[key], record.tensors[key], floor) for key in known)
-        n = sum(ours[key].numel() for key in known)
-        checks.append(Check(name, error, tolerance, spread[name], n))
-    return tuple(checks)
 
 
 def relative_error(ours: Tensor, theirs: Tensor, floor: float = 0.0) -> float:
@@ -208,11 +195,10 @@ class Recording:
         self.tensors = load_file(folder / "vectors.safetensors")
         rows = {name: meta[name] for name in ("eval_pre", "eval_post")}
         rows |= {f"losses/{i}": row for i, row in enumerate(meta["losses"])}
-        scalars = {
-            f"{name}/{key}": value for name, row in rows.items() for key, value in row.items()
-        }
-        for name, value in (scalars | {"kl": meta["eval_kl_loc"]}).items():
-            self.tensors[name] = torch.tensor(value, dtype=torch.float64)
+        rows["kl"] = {"loc": meta["eval_kl_loc"]}
+        for name, row in rows.items():
+            for key, value in row.items():
+                self.tensors[f"{name}/{key}"] = torch.tensor(value, dtype=torch.float64)
         # The micro-batch after which the optimiser first stepped.
         steps = meta.get("optimizer_steps_after") or [[self.hparams.accumulate_bs]]
         self.first_step = min(steps[0][0], len(meta["losses"]) - 1)
@@ -226,6 +212,22 @@ class Recording:
 
     def batch(self, role: str) -> RecordedTexts:
         return RecordedTexts(*(self.tensors[f"{role}/{name}"] for name in RecordedTexts._fields))
+
+    def checks(self, archive: Mapping[str, Tensor]) -> Iterator[Check]:
+        """Every comparison, the archive's tensors with the recorded ones first."""
+        final = self.state("final")
+        differ = sum(not torch.equal(final[name], archive[name]) for name in archive)
+        yield Check("archive", float(differ), 0.0, 0.0, len(archive))
+        kl_floor = KL_FLOOR_UNITS * torch.finfo(self.base.dtype).eps
+        values = self.values(archive)
+        rounding = self.rounding(archive, values)
+        for name, ours in values.items():
+            tolerance = LOSS_TOLERANCE if name.startswith("training") else NUMBER_TOLERANCE
+            floor = kl_floor / tolerance if name in ("locality KL", "training loc") else 0.0
+            known = [key for key in ours if key in self.tensors or not name.startswith("scalars")]
+            error = max(relative_error(ours[key], self.tensors[key], floor) for key in known)
+            n = sum(ours[key].numel() for key in known)
+            yield Check(name, error, tolerance, rounding[name], n)
 
     # ------------------------------------------------------------------------------ our numbers
 
@@ -317,7 +319,7 @@ class Recording:
                 value = value[:, 1:]
             found[f"{when} logits {role}"] = {f"eval/{when}_logits_{role}": value}
         kl = self.kl(logits["pre loc"], logits["post loc"], batches["loc"])
-        return found | {"locality KL": {"kl": kl}} | self.training_losses()
+        return found | {"locality KL": {"kl/loc": kl}} | self.training_losses()
 
     def training_losses(self) -> RecordedValues:
         """Losses of the micro-batches before the first optimiser step, the statistics running."""
