@@ -156,7 +156,7 @@ class OneLogitClassifier(PreTrainedModel):
     def get_input_embeddings(self) -> nn.Module:
         return self.model.get_input_embeddings()
 
-    def forward(self, **inputs: Tensor) -> SequenceClassifierOutput:
+    def forward(self, **inputs: Any) -> SequenceClassifierOutput:
         return SequenceClassifierOutput(logits=self.classifier(self.model(**inputs).pooler_output))
 
 

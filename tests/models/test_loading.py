@@ -86,7 +86,7 @@ def test_a_path_that_is_not_there_is_explained(source, tmp_path, monkeypatch):
 
 
 def test_folders_and_files_that_are_no_model_are_explained(tmp_path):
-    with pytest.raises(ModelError, match=r"no config\.json; give a folder"):
+    with pytest.raises(ModelError, match=r"no config\.json; give a model folder"):
         load_model(tmp_path)
     (tmp_path / "m.gguf").write_bytes(b"GG")
     with pytest.raises(ModelError, match=r"it holds m\.gguf: give that file"):
