@@ -48,12 +48,12 @@ _MODULE_OF = {
     "read_text": "data.files",
     "running_text": "baselines.tuning",
     "save_archive": "mend.archive",
-    "split_examples": "data.files",
+    "split_examples": "data.sampling",
     "strength_curve": "mend.validation",
     "train": "mend.training",
     "tune": "baselines.tuning",
     "tune_identity": "baselines.base",
-    "with_unrelated": "data.files",
+    "with_unrelated": "data.sampling",
     "write_examples": "data.files",
 }
 

@@ -1,11 +1,8 @@
 """Hyperparameters: one frozen record, read from one strict YAML file.
 
 The keys are those of EasyEdit's MEND files, which load unmodified, and the kit's own; meanings and
-legal values stand in docs/HYPERPARAMETERS.md. Method and words: Mitchell et al., "Fast Model
-Editing at Scale", arXiv 2110.11309.
-
-Every key is honoured or refused, but for the few of `NO_EFFECT`. Scalars follow YAML 1.2: `1e-6`
-is a number and `no` is text. No key comes twice.
+legal values stand in docs/HYPERPARAMETERS.md. Every key is honoured or refused, but for the few of
+`NO_EFFECT`.
 """
 
 import difflib
@@ -17,6 +14,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from pydantic import (
+    AfterValidator,
     BaseModel,
     BeforeValidator,
     Field,
@@ -25,6 +23,7 @@ from pydantic import (
 )
 
 from .errors import HyperParamError, shown
+from .runs import archive_file, user_path
 from .strict_yaml import read_value, read_yaml
 
 logger = logging.getLogger(__name__)
@@ -38,16 +37,8 @@ EARLY_STOP_KEYS = {"loss/total_edit_val": "loss", "edit/acc_val": "edit_success"
 
 # keys of EasyEdit's files for image models: such a file is refused
 MULTIMODAL_KEYS = (
-    "name",
-    "qformer_checkpoint",
-    "qformer_name_or_path",
-    "freeze_qformer",
-    "state_dict_file",
-    "iedit",
-    "pretrained_ckpt",
-    "coco_image",
-    "rephrase_image",
-    "exact_match",
+    *("qformer_checkpoint", "qformer_name_or_path", "freeze_qformer", "state_dict_file", "iedit"),
+    *("pretrained_ckpt", "coco_image", "rephrase_image", "exact_match"),
 )
 
 # keys of EasyEdit that change nothing here but may say only this: other values would need code
@@ -55,20 +46,30 @@ ONLY_VALUES = {"dropout": 0.0, "train_base": False, "no_grad_layers": None, "hal
 
 NO_EFFECT = (
     *ONLY_VALUES,
-    "model_class",
-    "tokenizer_class",
-    "model_parallel",
-    "cbase",
-    "model_save_pt",
-    "eval_log_interval",
-    "final_eval",
-    "eval_only",
-    "save",
-    "max_output_length",
-    "silent",
-    "debug",
-    "verbose",
+    *("model_class", "tokenizer_class", "model_parallel", "cbase", "model_save_pt", "save"),
+    *("eval_log_interval", "final_eval", "eval_only", "max_output_length"),
+    *("silent", "debug", "verbose"),
 )
+
+# what other programs call a key, for the error; EasyEdit's image files say `name`, MALMEN's too
+SYNONYMS = {
+    "model_name": "model name name_or_path model_name_or_path base_model",
+    "archive": "checkpoint editor_path",
+    "dtype": "fp16 bf16 precision torch_dtype",
+    "inner_params": "layers target_modules edit_modules",
+    "n_hidden": "n_blocks num_layers",
+    "lr": "learning_rate meta_lr",
+    "batch_size": "bs train_batch_size per_device_train_batch_size n_edits",
+    "accumulate_bs": "gradient_accumulation_steps",
+    "max_iters": "steps max_steps num_steps iterations",
+    "max_epochs": "epochs num_epochs num_train_epochs n_epochs",
+    "warmup_iters": "warmup_steps",
+    "schedule": "scheduler lr_scheduler lr_scheduler_type",
+    "grad_clip": "max_grad_norm gradient_clip_val",
+    "opt": "optimizer optim",
+    "max_length": "max_len max_seq_length",
+    "results_dir": "output_dir out_dir out",
+}
 
 # texts whose characters an override keeps: `model_name=1e5` is a name
 PLAIN_TEXTS = ("archive", "model_name", "tokenizer_name", "cache_dir", "results_dir")
@@ -81,6 +82,27 @@ def _text(value: Any) -> str:
     if not isinstance(text, str) or not text.strip():
         raise ValueError("non-empty text")
     return text
+
+
+def _path(value: Any) -> str:
+    return str(user_path(value)) if _text(value).startswith("~") else _text(value)
+
+
+def _archive(path: str) -> str:
+    return str(archive_file(path)) if os.path.isdir(path) else path
+
+
+def _columns(value: Any) -> tuple[tuple[str, tuple[str, ...]], ...] | None:
+    try:
+        listed = [
+            (field, [name] if isinstance(name, str) else name)
+            for field, name in dict(value).items()
+        ]
+        return tuple((_text(field), tuple(map(_text, names))) for field, names in listed)
+    except (TypeError, ValueError):
+        if value is None:
+            return None
+        raise ValueError("names of a table by field, such as {prompt: question}, or null") from None
 
 
 def _no_bool(value: Any) -> Any:
@@ -143,7 +165,12 @@ Names = Annotated[tuple[str, ...] | str, PlainValidator(_names)]
 Counts = Annotated[tuple[int, ...] | int | None, PlainValidator(_counts)]
 Bytes = Annotated[int, PlainValidator(to_bytes)]
 Switch = bool | Literal["auto"]
-OtherTokenizer = Annotated[Text | None, BeforeValidator(lambda name: None if name == "." else name)]
+FilePath = Annotated[str, BeforeValidator(_path)]  # `~` is the home folder
+OtherTokenizer = Annotated[
+    FilePath | None, BeforeValidator(lambda name: None if name == "." else name)
+]
+ArchivePath = Annotated[FilePath, AfterValidator(_archive)]
+Columns = Annotated[tuple[tuple[str, tuple[str, ...]], ...] | None, PlainValidator(_columns)]
 StopKey = Annotated[
     Literal["score", "loss", "edit_success"],
     BeforeValidator(lambda key: EARLY_STOP_KEYS.get(key, key) if isinstance(key, str) else key),
@@ -153,19 +180,13 @@ StopKey = Annotated[
 class MENDHyperParams(BaseModel, frozen=True, extra="forbid", strict=True):
     """All settings of a model editor: model and sites, hypernetwork, training, data and caches.
 
-    A micro-batch is `batch_size` independent edits, each with its own update alone. The loss is
-    their mean of cedit * NLL(edit) + cpara * NLL(paraphrases) + cloc * KL(unrelated) + cneigh *
-    KL(neighbours) + cmargin * MARGIN. NLL is of the new target under the edited model, KL from
-    the unedited to the edited model, both in nats. MARGIN is what the new target lacks of being
-    `margin` nats a token less likely than a neighbour's own answer.
-
     Values are stored in normal form: `device: 0` is "cuda:0". Raises HyperParamError.
     """
 
     # identity
-    archive: Text | None = None  # only YAML's null is None: the text 'None' names a file
+    archive: ArchivePath | None = None  # only YAML's null is None: the text 'None' names a file
     alg_name: Literal["MEND"] = "MEND"
-    model_name: Text
+    model_name: FilePath
     tokenizer_name: OtherTokenizer = None
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     device: Device = "auto"
@@ -240,15 +261,16 @@ class MENDHyperParams(BaseModel, frozen=True, extra="forbid", strict=True):
     log_interval: CountFrom1 = 10
     logger: Literal["tensorboard", "wandb"] | None = None  # beside history.jsonl
     # data and caches
+    columns: Columns = None
     add_eos: bool = True
     max_target_tokens: CountFrom1 = 32
     max_length: Annotated[int, Field(ge=2)] = 512
-    cache_dir: Text | None = None
+    cache_dir: FilePath | None = None
     disk_cache_bytes: Bytes = 20_000_000_000
     cache_bytes: Bytes = 1_500_000_000
     release_trunk: Switch = "auto"
     stream_trunk: Switch = "auto"
-    results_dir: Text = "runs"
+    results_dir: FilePath = "runs"
 
     def __init__(self, **values: Any) -> None:
         try:
@@ -278,7 +300,10 @@ class MENDHyperParams(BaseModel, frozen=True, extra="forbid", strict=True):
 
     def to_dict(self) -> dict[str, Any]:
         """Every key and value in plain types, for JSON; `MENDHyperParams(**d)` equals this one."""
-        return {key: list(value) if isinstance(value, tuple) else value for key, value in self}
+        values = {key: list(value) if isinstance(value, tuple) else value for key, value in self}
+        if self.columns is not None:
+            values["columns"] = {field: list(names) for field, names in self.columns}
+        return values
 
 
 # words of pydantic's messages, and what a user of YAML calls that
@@ -330,6 +355,8 @@ def _check_together(h: MENDHyperParams) -> None:
 def _resolve(given: Mapping[str, Any]) -> dict[str, Any]:
     """Keys as fields of MENDHyperParams: aliases by their name, keys without effect left out."""
     values, without_effect = {}, []
+    for key in (key for key in given if key in MULTIMODAL_KEYS):
+        raise HyperParamError(f"{key} belongs to an image model; use a text model's file", key)
     for key, value in given.items():
         name = ALIASES.get(key, key)
         if name in MENDHyperParams.model_fields:
@@ -351,11 +378,9 @@ def _resolve(given: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _unknown_key(key: str, value: Any) -> HyperParamError:
-    if key in MULTIMODAL_KEYS:
-        reason = "belongs to an image model, which this kit does not edit; use a text model's file"
-        return HyperParamError(f"{key} {reason}", key)
+    ours = [name for name, others in SYNONYMS.items() if key.lower() in others.split()]
     known = sorted({*MENDHyperParams.model_fields, *NO_EFFECT, *ALIASES})
-    close = difflib.get_close_matches(key.lower(), known, 1, 0.5)
+    close = ours or difflib.get_close_matches(key.lower(), known, 1, 0.5)
     nearest = f"the nearest key is {close[0]!r}" if close else "no key resembles it"
     return HyperParamError(
         f"unknown key {key!r} (value {shown(value)}); {nearest}; see {PAGE}", key

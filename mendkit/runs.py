@@ -12,7 +12,7 @@ import re
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -42,9 +42,21 @@ DAMAGE = (
 """What reading a damaged file may raise."""
 
 
+def user_path(path: str | Path) -> Path:
+    """A path as a shell would read it: `~` is the home folder."""
+    return Path(os.path.expanduser(path))
+
+
+def archive_file(path: str | Path) -> Path:
+    """The path of an archive, given as such or as the run folder that holds it."""
+    path = user_path(path)
+    held = path / "archive.safetensors"
+    return held if path.is_dir() and held.is_file() else path
+
+
 def make_folder(path: str | Path) -> Path:
     """Make a folder if it is not there. Raises MendkitError if it cannot be made."""
-    path = Path(path)
+    path = user_path(path)
     try:
         path.mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -95,10 +107,10 @@ def project_path(path: str | Path) -> Path:
     """A path as seen from the project's root, also in JupyterLab, whose folder is `notebooks/`.
 
     There a relative path that does not exist is taken below the root, so that outputs go there,
-    too. Names of the kit's own facts (`facts:train`) are no paths and stay as they are.
+    too. Names of data (`facts:train`, `hf:owner/name`) are no paths and stay as they are.
     """
-    path, here = Path(path), Path.cwd()
-    meant = path.is_absolute() or path.exists() or str(path).startswith("facts:")
+    path, here = user_path(path), Path.cwd()
+    meant = path.is_absolute() or path.exists() or str(path).startswith(("facts:", "hf:"))
     return path if meant or here.name != "notebooks" else here.parent / path
 
 
@@ -115,7 +127,7 @@ def locked(folder: str | Path) -> Iterator[None]:
     """
     with ExitStack() as stack:
         try:
-            handle = os.open(folder, os.O_RDONLY)
+            handle = os.open(user_path(folder), os.O_RDONLY)
             stack.callback(os.close, handle)
             status = os.fstat(handle)
             inode = (status.st_dev, status.st_ino)
@@ -148,11 +160,12 @@ def file_sha256(path: str | Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def atomically(path: Path, write: Callable[[str], object]) -> Path:
+def atomically(path: str | Path, write: Callable[[str], object]) -> Path:
     """Let `write` fill a temporary file, and rename it to `path`.
 
     What was there stays if that, or the power, fails. Raises OSError that names `path`.
     """
+    path = user_path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = None
     try:
@@ -193,7 +206,7 @@ def write_json(path: str | Path, values: Any) -> Path:
 
 def write_text(path: str | Path, text: str) -> Path:
     """Write UTF-8 atomically."""
-    return atomically(Path(path), lambda name: Path(name).write_text(text, encoding="utf-8"))
+    return atomically(path, lambda name: Path(name).write_text(text, encoding="utf-8"))
 
 
 def peak_memory_gb() -> float:
@@ -229,7 +242,7 @@ def return_memory() -> None:
 
 
 class Progress:
-    """One live line: nothing if `silent`, else shown where it can be seen.
+    """One live line, unless `silent`.
 
     A terminal rewrites its line, a notebook (live, executed or exported) updates one display.
     Elsewhere a log line comes now and then.
@@ -238,64 +251,44 @@ class Progress:
     def __init__(self, title: str, *, silent: bool = False) -> None:
         self.title, self.silent = title, silent
         self._line: Any = None  # tqdm's, or a notebook's display
-        self._last = 0.0
+        self._next = 0.0
 
     def show(self, text: str, *, force: bool = False) -> None:
         """Show `text` as the live line, at most four times a second unless forced."""
         now, terminal = time.monotonic(), sys.stderr.isatty()
-        pause = 0.25 if terminal or _in_kernel() else 30.0
-        if self.silent or (not force and now - self._last < pause):
+        if self.silent or (now < self._next and not force):
             return
-        self._last = now
         line = f"{self.title}: {text}"
+        self._next = now + 0.25
         if _in_kernel():
-            self._display(line)
-        elif terminal:
+            from IPython.display import Markdown, display
+
             if self._line is None:
-                self._line = tqdm(bar_format="{desc}", dynamic_ncols=True)
+                self._line = display(Markdown(line), display_id=True)
+            else:
+                self._line.update(Markdown(line))
+        elif terminal:
+            self._line = self._line or tqdm(bar_format="{desc}", dynamic_ncols=True)
             self._line.set_description_str(line)
         else:
+            self._next = now + 30.0
             logger.info("%s", line)
 
-    def phase(self, name: str) -> Callable[[int, int], None]:
-        """A callback (done, total) for a phase of countable work."""
-        start = time.monotonic()
+    def phase(self, name: str, *, before: int = 0) -> Callable[..., None]:
+        """A callback (done, total, note) for a phase of work, `before` of which is done already."""
+        began = time.monotonic()
 
-        def update(done: int, total: int) -> None:
-            left = (time.monotonic() - start) / max(done, 1) * (total - done)
-            self.show(f"{name} {done}/{total}, {clock(left)} left", force=done == total)
+        def update(done: int, total: int, note: str = "") -> None:
+            pace = (time.monotonic() - began) / max(done - before, 1)
+            line = f"{name} {done}/{total} {note}".strip()
+            self.show(f"{line}, {clock(pace * (total - done))} left", force=done == total)
 
         return update
-
-    def step(
-        self,
-        step: int,
-        total: int,
-        losses: Mapping[str, float],
-        seconds: float,
-        best: Mapping[str, float],
-    ) -> None:
-        """The training line: step, losses, best validation, time left."""
-        parts = [f"step {step}/{total}"]
-        parts += [f"{name} {value:.3f}" for name, value in losses.items() if name != "grad_norm"]
-        if best:
-            score = best.get("val.score", float("nan"))
-            parts.append(f"best validation score {score:.3f} at step {int(best['step'])}")
-        parts.append(f"{clock(seconds / step * (total - step))} left")
-        self.show(" · ".join(parts), force=step == total)
 
     def close(self) -> None:
         """End the live line."""
         if isinstance(self._line, tqdm):
             self._line.close()
-
-    def _display(self, line: str) -> None:
-        from IPython.display import Markdown, display
-
-        if self._line is None:
-            self._line = display(Markdown(line), display_id=True)
-        else:
-            self._line.update(Markdown(line))
 
 
 def _in_kernel() -> bool:

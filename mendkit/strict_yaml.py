@@ -1,5 +1,6 @@
-"""YAML with the scalars of version 1.2 (`1e-6` is a number, `no` is text) and no key twice."""
+"""YAML with the scalars of version 1.2 (`1e-6` is a number, `no` is text)."""
 
+import logging
 import re
 from pathlib import Path
 from typing import Any, ClassVar
@@ -7,6 +8,9 @@ from typing import Any, ClassVar
 import yaml
 
 from .errors import HyperParamError, shown
+from .runs import user_path
+
+logger = logging.getLogger(__name__)
 
 # what PyYAML raises, a faulty explicit tag such as `!!int x` included
 _YAML_ERRORS = (yaml.YAMLError, AttributeError, LookupError, RecursionError, ValueError)
@@ -33,18 +37,15 @@ def read_value(text: str) -> Any:
     try:
         return yaml.load(text, _StrictLoader)
     except _YAML_ERRORS as error:
-        raise ValueError(f"not valid YAML: {_problem(error)}") from None
+        raise ValueError(f"not valid YAML: {getattr(error, 'problem', None) or error}") from None
 
 
-def _problem(error: Exception) -> object:
-    return getattr(error, "problem", None) or error
-
-
-def read_yaml(path: Path) -> tuple[dict[str, Any], dict[str, int]]:
+def read_yaml(path: str | Path) -> tuple[dict[str, Any], dict[str, int]]:
     """The top-level mapping of a YAML file, and the line of each key.
 
     Raises HyperParamError naming file and line.
     """
+    path = user_path(path)
     try:
         loader = _StrictLoader(path.read_bytes())
         root = loader.get_single_node()
@@ -57,7 +58,8 @@ def read_yaml(path: Path) -> tuple[dict[str, Any], dict[str, int]]:
     except _YAML_ERRORS as error:
         mark = getattr(error, "problem_mark", None)
         place = f"{path}:{mark.line + 1}" if mark else path
-        raise HyperParamError(f"{place}: not valid YAML: {_problem(error)}") from None
+        problem = getattr(error, "problem", None) or error
+        raise HyperParamError(f"{place}: not valid YAML: {problem}") from None
     if not pairs:
         found = "the file is empty" if root is None else "no keys found"
         raise HyperParamError(f"{path}: {found}; expected lines `key: value`")
@@ -68,8 +70,9 @@ def read_yaml(path: Path) -> tuple[dict[str, Any], dict[str, int]]:
         if node.tag != "tag:yaml.org,2002:str":
             raise HyperParamError(f"{path}:{line}: a key must be text, got {shown(key)}")
         if key in lines:
-            raise HyperParamError(
-                f"{path}:{line}: the key {key!r} is given twice, see line {lines[key]}"
-            )
+            told = f"{path}:{line}: the key {key!r} is given twice, see line {lines[key]}"
+            if value != values[key]:
+                raise HyperParamError(told)
+            logger.warning("%s, with the same value", told)
         values[key], lines[key] = value, line
     return values, lines

@@ -6,6 +6,7 @@ writes OUT/{train,validation}.jsonl: the first 2,000 (or so many) and the next 2
 in a seeded random order. Their subjects are not in the evaluation file, and the two share none.
 """
 
+import logging
 import sys
 from pathlib import Path
 
@@ -14,15 +15,11 @@ from mendkit import read_examples, split_examples, write_examples
 
 def main(train: str, evaluation: str, out: str, size: str = "2000") -> None:
     """Write the two files and say how many records were dropped."""
-    records = read_examples(train)
-    split = split_examples(
-        records, {"train": int(size), "validation": 200}, apart_from=read_examples(evaluation)
-    )
-    sys.stderr.write(
-        f"{split.dropped} of {len(records)} records dropped: subject in {evaluation}\n"
-    )
+    logging.basicConfig(level=logging.INFO, format="%(message)s")
+    sizes = {"train": int(size), "validation": 200}
+    parts = split_examples(read_examples(train), sizes, apart_from=read_examples(evaluation))
     Path(out).mkdir(parents=True, exist_ok=True)
-    for name, examples in split.parts.items():
+    for name, examples in parts.items():
         write_examples(examples, Path(out) / f"{name}.jsonl")
 
 

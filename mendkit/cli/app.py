@@ -9,6 +9,7 @@ import logging
 import os
 import sys
 from collections.abc import Callable, Mapping, Sequence
+from functools import wraps
 from importlib.metadata import version
 from pathlib import Path
 from typing import Annotated, Any
@@ -18,6 +19,7 @@ from typer import Argument, Option
 
 from ..errors import MendkitError
 from ..hparams import MENDHyperParams, parse_overrides
+from ..runs import user_path
 
 logger = logging.getLogger("mendkit")
 
@@ -50,7 +52,18 @@ app = typer.Typer(
 def command(example: str) -> Callable[[Callable[..., int]], Callable[..., int]]:
     """Register a command under the first word of `example`, which its `--help` shows."""
     epilog = f"\b\nExample:\n  {PROGRAM} {example}\n\n{EXIT_STATUS}"
-    return app.command(example.split()[0], epilog=epilog)
+
+    def register(run: Callable[..., int]) -> Callable[..., int]:
+        @wraps(run)
+        def with_home(**options: Any) -> int:
+            for name, value in options.items():
+                if isinstance(value, Path):
+                    options[name] = user_path(value)
+            return run(**options)
+
+        return app.command(example.split()[0], epilog=epilog)(with_home)
+
+    return register
 
 
 def _print_version(wanted: bool) -> None:
@@ -85,8 +98,8 @@ def show(values: Any, text: str, *, as_json: bool) -> None:
 def configuration(words: Sequence[str] | None) -> tuple[Path, list[str]]:
     """The path of the configuration, given or default, and the settings `key=value`."""
     words = list(words or ())
-    if words and ("=" not in words[0] or Path(words[0]).is_file()):
-        return Path(words[0]), words[1:]
+    if words and ("=" not in words[0] or user_path(words[0]).is_file()):
+        return user_path(words[0]), words[1:]
     from ..runs import CHECKOUT
 
     default = Path("configs/smollm2-135m.yaml")

@@ -67,7 +67,9 @@ def edit(
     _check_places(save_merged, save_adapter, adapter_rank, files, overwrite=overwrite)
     examples: Sequence[EditExample] = [mendkit.EditExample(prompt, target)]
     if data:
-        examples = mendkit.read_examples(data, limit=limit, skip_invalid=skip_invalid)
+        examples = mendkit.read_examples(
+            data, limit=limit, skip_invalid=skip_invalid, columns=hparams.columns
+        )
     if len(examples) > 1 and (save_merged or save_adapter or save_edit) and not together:
         raise MendkitError("one edit can be saved; give --together, or --limit 1")
     editor = mendkit.MENDEditor.from_hparams(hparams)

@@ -60,7 +60,8 @@ def evaluate(
     k = _edits_at_once(editor, mode, k)
     hparams = cli.hyperparameters(words)
     place = cli.RunFolder(out, "results.json", "rows.jsonl", overwrite=overwrite)
-    examples = mendkit.read_examples(data, limit=limit, skip_invalid=skip_invalid)
+    read = partial(mendkit.read_examples, columns=hparams.columns)
+    examples = read(data, limit=limit, skip_invalid=skip_invalid)
     held_out = mendkit.read_text(text) if text else None
     if unrelated:
         examples = mendkit.with_unrelated(examples, mendkit.read_questions(unrelated))
@@ -70,7 +71,7 @@ def evaluate(
     chosen: Editor | None = mend
     tuning: dict[str, Any] = {}
     if editor not in ("mend", "context"):
-        validation = score_on(mendkit.read_examples(tune_data, limit=tune_limit))
+        validation = score_on(read(tune_data, limit=tune_limit))
         chosen, tuning = _tuned(editor, validation, key_text=key_text, mend=mend)
     logger.info("scoring %d edits, mode %s", len(examples), mode)
     started = time.perf_counter()

@@ -45,12 +45,12 @@ def train(
 
     hparams = cli.hyperparameters(words)
     check_logger(hparams.logger)
-    run = out or Path(hparams.results_dir) / "train"
+    run = out or Path(hparams.results_dir, "train")
     team = Team(hparams.device)
     logger.setLevel(logging.ERROR if team.rank else logging.INFO)
     with team.alone_in(run):
         place = team.first(lambda: _place(run, resume=resume, overwrite=overwrite))
-        read = partial(mendkit.read_examples, skip_invalid=skip_invalid)
+        read = partial(mendkit.read_examples, skip_invalid=skip_invalid, columns=hparams.columns)
         examples: Sequence[mendkit.EditExample] = read(train_data, limit=train_limit)
         validation: Sequence[mendkit.EditExample] = read(validation_data, limit=validation_limit)
         if not ignore_memory:
@@ -176,7 +176,7 @@ def plan(
     from ..runs import free_memory
 
     hparams = cli.hyperparameters(words)
-    read = partial(mendkit.read_examples, skip_invalid=skip_invalid)
+    read = partial(mendkit.read_examples, skip_invalid=skip_invalid, columns=hparams.columns)
     examples = read(train_data, limit=train_limit)
     validation = read(validation_data, limit=validation_limit)
     budget = free_memory(choose_device(hparams.device))

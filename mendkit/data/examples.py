@@ -1,9 +1,10 @@
 """Edit examples: what is to be edited, and what should and should not follow from it."""
 
 import math
-from collections.abc import Iterable
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
 from statistics import harmonic_mean
+from typing import Any
 
 from ..errors import DataError
 
@@ -38,6 +39,7 @@ class EditExample:
     `unrelated` prompts should not. `portability` are questions whose answers the edit implies;
     `generation_prompts` begin free text about the subject. `ground_truth` is the answer before the
     edit (y° in the metrics). For a classifier a prompt is a claim, and an answer names a class.
+    `metadata` is kept beside the edit and changes nothing.
     """
 
     prompt: str
@@ -51,6 +53,7 @@ class EditExample:
     id: str | None = None
     portability: tuple[Probe, ...] = ()
     generation_prompts: tuple[str, ...] = ()
+    metadata: Mapping[str, Any] = field(default_factory=dict, compare=False, repr=False)
 
     def roles(self) -> dict[str, tuple[Probe, ...]]:
         """Every prompt of the example by its role; the headline roles come first.

@@ -1,22 +1,31 @@
-"""Files of examples, of questions to ask beside them, and of held-out text; lists of examples.
+"""Files of examples, of questions to ask beside them, and of held-out text.
 
 `layouts.py` says what one record means.
 """
 
+import ast
+import bz2
+import codecs
 import csv
+import difflib
+import gzip
 import io
 import json
 import logging
-import random
+import lzma
 import re
+import zlib
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from ..errors import DataError
+from ..runs import user_path
 from .examples import EditExample, Probe
-from .layouts import answers, parse, required
+from .layouts import LEAST, parse
+from .records import answers, text
 
 logger = logging.getLogger(__name__)
 
@@ -25,6 +34,17 @@ FACTS = {
     for split in ("train", "validation", "test")
 }
 """The kit's own facts."""
+
+READABLE = "JSON, JSON lines, CSV, TSV or parquet, plain or as .gz, .bz2 or .xz"
+COMPRESSED = {b"\x1f\x8b": gzip, b"BZh": bz2, b"\xfd7zXZ": lzma}
+# UTF-16's mark begins UTF-32's
+MARKS = {
+    codecs.BOM_UTF8: "utf-8-sig",
+    codecs.BOM_UTF32_LE: "utf-32",
+    codecs.BOM_UTF32_BE: "utf-32",
+    codecs.BOM_UTF16_LE: "utf-16",
+    codecs.BOM_UTF16_BE: "utf-16",
+}
 
 
 @dataclass(frozen=True)
@@ -36,9 +56,10 @@ class Skipped:
 
 
 class Examples(tuple[EditExample, ...]):
-    """A tuple of examples that knows which records were skipped."""
+    """A tuple of examples that knows which records were skipped, and which fields left out."""
 
     skipped: tuple[Skipped, ...] = ()
+    left_out: Mapping[str, int] = {}
 
     @classmethod
     def of(cls, examples: Sequence[EditExample], skipped: Sequence[Skipped] = ()) -> "Examples":
@@ -49,39 +70,73 @@ class Examples(tuple[EditExample, ...]):
 
 
 def read_examples(
-    source: str | Path, *, limit: int | None = None, skip_invalid: bool = False
+    source: str | Path,
+    *,
+    limit: int | None = None,
+    skip_invalid: bool = False,
+    columns: Any = None,
 ) -> Examples:
-    """Read edit examples from a file, or the kit's own facts by a name such as `"facts:train"`.
+    """Read edit examples from a file, from the hub, or the kit's own facts by name.
 
-    Recognised by their fields: CounterFact (ROME's form and EasyEdit's), zsRE (the authors' file,
-    and MEND's form with or without portability), KnowEdit, HalluEditBench's tables, and the kit's
-    own JSON lines. FEVER-style claims are such lines: `prompt` is the claim, `target_new` its
-    label, an answer another claim's label.
+    `source` is a path, `"hf:owner/name[:split]"`, or one of `FACTS`. The layouts of published data
+    are recognised, see docs/DATA_AND_MODELS.md. `columns` maps fields of an example to the names of
+    a table, such as `{"prompt": "question"}`.
 
     A bad record raises DataError naming file, record and field. With `skip_invalid` it is left out,
-    counted (`.skipped`) and logged. `limit` keeps the first n valid records.
+    counted (`.skipped`) and logged. Fields that are not read are counted (`.left_out`).
+    `limit` keeps the first n valid examples.
     """
-    if str(source).startswith("facts:") and str(source) not in FACTS:
-        raise DataError(f"{source}: no such facts of the kit; expected one of {', '.join(FACTS)}")
-    path = FACTS.get(str(source)) or _existing(source, f", or one of {', '.join(FACTS)}")
+    records = list(_records(source))
+    names = {} if str(source) in FACTS else _columns(columns, source, records)
     examples: list[EditExample] = []
     skipped: list[Skipped] = []
-    for where, record in _records(path):
+    left_out: Counter[str] = Counter()
+    for where, record in records:
         if limit is not None and len(examples) >= limit:
             break
         try:
-            examples.append(parse(_sound(record)))
+            found, left = parse(_sound(record), names)
         except DataError as error:
             if not skip_invalid:
                 raise DataError(f"{where}: {error}") from None
             skipped.append(Skipped(where, str(error)))
+            continue
+        examples += found
+        left_out.update(left)
     if skipped:
         told = "%s: skipped %d invalid records, first: %s: %s"
-        logger.warning(told, path.name, len(skipped), skipped[0].where, skipped[0].why)
+        logger.warning(told, source, len(skipped), skipped[0].where, skipped[0].why)
+    if left_out and str(source) not in FACTS:
+        logger.info("%s: fields not read, and how often: %s", source, dict(left_out))
     if not examples:
-        expected = "CounterFact, zsRE, KnowEdit, HalluEditBench or mendkit JSON lines"
-        raise DataError(f"{path}: no valid example in it; expected {expected}")
-    return Examples.of(examples, skipped)
+        raise DataError(f"{source}: no valid example in it; expected records such as {LEAST}")
+    read = Examples.of(examples[:limit], skipped)
+    read.left_out = left_out
+    return read
+
+
+def _columns(columns: Any, source: object, records: Sequence[Any]) -> dict[str, tuple[str, ...]]:
+    """The names of a table by field, checked against the fields of an example and the records."""
+    names: dict[str, tuple[str, ...]] = {}
+    for field, listed in dict(columns or {}).items():
+        names[field] = (listed,) if isinstance(listed, str) else tuple(listed)
+        if field not in EditExample.__dataclass_fields__:
+            legal = ", ".join(EditExample.__dataclass_fields__)
+            raise DataError(f"columns: no field {field!r} of an edit; expected one of {legal}")
+    there: set[str] = set()
+    for _, record in records:
+        inner = record.get("requested_rewrite") if isinstance(record, dict) else None
+        for part in (record, *(inner if isinstance(inner, list) else [inner])):
+            there |= part.keys() if isinstance(part, dict) else set()
+    wanted = {name for listed in names.values() for name in listed}
+    missing = sorted(wanted - there)
+    if wanted and not wanted & there:
+        logger.warning("%s has none of the names in `columns`: read without them", source)
+        return {}
+    if missing:
+        close = difflib.get_close_matches(missing[0], there, 1, 0.5) or sorted(there)
+        raise DataError(f"{source}: columns: no record has {missing[0]!r}; found {close[0]!r}")
+    return names
 
 
 def write_examples(examples: Sequence[EditExample], path: str | Path) -> None:
@@ -93,12 +148,12 @@ def write_examples(examples: Sequence[EditExample], path: str | Path) -> None:
             if role in record:
                 record[role] = [_filled(probe) for probe in record[role]]
         lines.append(json.dumps(record, ensure_ascii=False) + "\n")
-    Path(path).write_text("".join(lines), encoding="utf-8")
+    user_path(path).write_text("".join(lines), encoding="utf-8")
 
 
 def _filled(value: EditExample | Probe) -> dict[str, Any]:
     """The fields that hold something."""
-    return {name: held for name, held in vars(value).items() if held not in (None, ())}
+    return {name: held for name, held in vars(value).items() if held not in (None, (), {})}
 
 
 def read_questions(path: str | Path) -> tuple[Probe, ...]:
@@ -107,190 +162,210 @@ def read_questions(path: str | Path) -> tuple[Probe, ...]:
     Each has a `question`, and as `answer` a list of the answer's names. Raises DataError.
     """
     found = []
-    for where, record in _records(_existing(path)):
+    for where, record in _records(path):
         try:
-            if not isinstance(_sound(record), dict):
-                raise DataError(f"expected an object, got {type(record).__name__}")
+            if not isinstance(_sound(record), dict) or not record.get("question"):
+                raise DataError("expected an object with the field `question`, and `answer`")
+            question = text(record, "question") or ""
             names = answers(record, "answer")
-            question = required(record, "question").removesuffix("?") + "?"
         except DataError as error:
             raise DataError(f"{where}: {error}") from None
-        found.append(Probe(question, next(iter(names), None), names[1:]))
+        found.append(Probe(question.removesuffix("?") + "?", *names[:1], aliases=tuple(names[1:])))
     if not found:
-        expected = "JSON lines with `question` and `answer`"
-        raise DataError(f"{path}: no question in it; expected {expected}")
+        raise DataError(f"{path}: no question in it; expected lines with `question` and `answer`")
     return tuple(found)
 
 
 def read_text(path: str | Path) -> str:
     """Held-out text, as in WikiText's raw files.
 
-    Raises DataError if it is missing, not UTF-8, or blank.
+    Raises DataError if it is missing, no text, or blank.
     """
-    content = _content(_existing(path))
+    content = _decoded(*_content(path))
     if not content.strip():
         raise DataError(f"{path}: no text in it")
     return content
 
 
-def with_unrelated(
-    examples: Sequence[EditExample], questions: Sequence[Probe], *, each: int = 2, seed: int = 0
-) -> Examples:
-    """The examples with `each` more unrelated prompts, drawn without repetition while they last.
-
-    A question that names the example's subject is not drawn for it. Raises DataError if no question
-    is left for one.
-    """
-    rng, queue, out = random.Random(seed), list[Probe](), []
-    for example in examples:
-        subject = (example.subject or "\0").casefold()
-        drawn: list[Probe] = []
-        seen = 0
-        while len(drawn) < each:
-            if seen > 2 * len(questions):  # every question has come by
-                raise DataError(
-                    f"fewer than {each} questions do not name {example.subject!r}; "
-                    "give more questions"
-                )
-            queue = queue or rng.sample(questions, len(questions))
-            question = queue.pop()
-            seen += 1
-            if subject not in question.prompt.casefold() and question not in drawn:
-                drawn.append(question)
-        out.append(replace(example, unrelated=(*example.unrelated, *drawn)))
-    return Examples.of(out, getattr(examples, "skipped", ()))
-
-
-def hard_negatives(examples: Sequence[EditExample], *, seed: int = 0) -> list[tuple[Probe, ...]]:
-    """For each example prompts that look like its own and are not its fact: up to two.
-
-    The first is its prompt about the subject of another example that shares the relation or the
-    prompt's wording, with the answer known there. The second is a beginning of its prompt, cut
-    after some word, without an answer.
-    """
-    rng = random.Random(seed)
-    kin: dict[tuple[str, str], list[EditExample]] = {}
-    for example in examples:
-        for key in _kinship(example):
-            kin.setdefault(key, []).append(example)
-    out = []
-    for example in examples:
-        relatives = [other for key in _kinship(example) for other in kin[key]]
-        others = [o for o in relatives if _subject(o) != _subject(example)]
-        found = []
-        if others:
-            other = rng.choice(others)
-            prompt = example.prompt.replace(example.subject or "", other.subject or "")
-            found.append(Probe(prompt, other.ground_truth))
-        ends = [at.start() for at in re.finditer(r"(?<=\S)\s+\S", example.prompt)]
-        if ends:
-            found.append(Probe(example.prompt[: rng.choice(ends)]))
-        out.append(tuple(found))
-    return out
-
-
-def _kinship(example: EditExample) -> list[tuple[str, str]]:
-    """What an example whose prompt names its subject may share with others."""
-    if not example.subject or example.subject not in example.prompt:
-        return []
-    shared = [("wording", example.prompt.replace(example.subject, "\0"))]
-    if example.relation:
-        shared.append(("relation", example.relation))
-    return shared
-
-
-def _subject(example: EditExample) -> str:
-    return (example.subject or "").casefold()
-
-
-@dataclass(frozen=True)
-class Split:
-    """Parts of a list of examples that share no subject with one another, nor with others."""
-
-    parts: Mapping[str, tuple[EditExample, ...]]
-    dropped: int  # their subject is among those to stay apart from
-    left_out: int  # their subject is in an earlier part, or all parts were full
-
-
-def split_examples(
-    examples: Sequence[EditExample],
-    sizes: Mapping[str, int],
-    *,
-    apart_from: Sequence[EditExample] = (),
-    seed: int = 0,
-) -> Split:
-    """Split examples by subject, in a seeded random order, into parts of at most the given sizes.
-
-    No subject (its capitals ignored) is in two parts, or in `apart_from`. Raises DataError for an
-    example without a subject.
-    """
-    for example in (*apart_from, *examples):
-        if example.subject is None:
-            raise DataError(
-                f"{example.prompt!r} names no subject; only examples with `subject` can be split"
-            )
-    taken = set(map(_subject, apart_from))
-    free = [example for example in examples if _subject(example) not in taken]
-    dropped = len(examples) - len(free)
-    random.Random(seed).shuffle(free)
-    parts = {}
-    for name, size in sizes.items():
-        parts[name] = tuple(free[:size])
-        taken = set(map(_subject, parts[name]))
-        free = [example for example in free[size:] if _subject(example) not in taken]
-    left_out = len(examples) - dropped - sum(map(len, parts.values()))
-    told = "%d of %d examples dropped: their subject is set aside; %d left out"
-    logger.info(told, dropped, len(examples), left_out)
-    return Split(parts, dropped, left_out)
-
-
-def _existing(source: str | Path, other: str = "") -> Path:
-    path = Path(source)
+def _content(source: str | Path) -> tuple[Path, bytes]:
+    """The path of a file, and its bytes, decompressed."""
+    path = user_path(source)
+    if path.is_dir():
+        files = sorted(file.name for file in path.iterdir() if file.is_file())
+        raise DataError(f"{path} is a folder; give one of its files: {', '.join(files[:5])}")
     if not path.is_file():
-        raise DataError(f"{path}: no such file; give a data file{other}")
-    return path
-
-
-def _content(path: Path) -> str:
+        raise DataError(f"{path}: no such file; give a data file, or one of {', '.join(FACTS)}")
     try:
-        return path.read_text(encoding="utf-8-sig")
+        content = path.read_bytes()
+        for magic, module in COMPRESSED.items():
+            if content.startswith(magic):
+                return path, module.decompress(content)
+    except (OSError, EOFError, ValueError, lzma.LZMAError, zlib.error) as error:
+        raise DataError(f"{path}: cannot be read: {error}") from None
+    return path, content
+
+
+def _decoded(path: Path, content: bytes) -> str:
+    encodings = [name for mark, name in MARKS.items() if content.startswith(mark)]
+    try:
+        decoded = content.decode((encodings or ["utf-8"])[0])
     except UnicodeDecodeError as error:
-        raise DataError(f"{path}: not UTF-8 text ({error.reason} at byte {error.start})") from None
+        where = f"{error.reason} at byte {error.start}"
+        raise DataError(
+            f"{path}: not UTF-8 text ({where}); convert it (`iconv -f ENCODING -t UTF-8`), or give "
+            f"{READABLE}"
+        ) from None
+    if "\0" in decoded[:1000]:
+        raise DataError(f"{path}: not UTF-8 text (it has zero bytes); expected {READABLE}")
+    return decoded
 
 
-def _records(path: Path) -> Iterator[tuple[str, Any]]:
-    """(where, record) of a table, JSON lines, or a JSON array, which may stand as `records`.
-
-    The record of a line that is no JSON is a DataError; see `_sound`.
-    """
-    content = _content(path)
-    if path.suffix.lower() == ".csv":
-        rows = csv.DictReader(io.StringIO(content), restkey="further cells")
-        try:
-            for row in rows:
-                yield f"{path}:{rows.line_num}", row
-        except csv.Error as error:
-            raise DataError(f"{path}:{rows.line_num}: no table: {error}") from None
+def _records(source: str | Path) -> Iterator[tuple[str, Any]]:
+    """(where, record) of every record. The record of a line that is no JSON is a DataError."""
+    if str(source).startswith("hf:"):
+        yield from _numbered(source, _from_hub(str(source)))
         return
-    whole = _from_json(content)
-    if isinstance(whole, dict):
-        whole = whole.get("records")
-    if isinstance(whole, list):
-        for number, record in enumerate(whole):
-            yield f"{path}: record {number}", record
+    if str(source).startswith("facts:") and str(source) not in FACTS:
+        raise DataError(f"{source}: no such facts of the kit; expected one of {', '.join(FACTS)}")
+    path, content = _content(FACTS.get(str(source), source))
+    if content.startswith(b"PAR1"):
+        yield from _numbered(path, _from_parquet(path, content))
         return
-    first = content.lstrip().partition("\n")[0]
-    if first.startswith("[") and isinstance(_from_json(first), DataError):
-        raise DataError(f"{path}: {whole}")  # an array, not lines
-    for number, line in enumerate(content.split("\n"), 1):
+    decoded = _decoded(path, content)
+    kind = re.sub(r"\.(gz|bz2|xz)$", "", path.name.lower()).rpartition(".")[2]
+    if kind in ("csv", "tsv") or (kind[:4] != "json" and decoded.lstrip()[:1] not in ("{", "[")):
+        yield from _from_table(path, decoded)
+        return
+    whole = _from_json(decoded)
+    first = decoded.lstrip().partition("\n")[0].rstrip()
+    try:
+        if isinstance(whole, DataError) and (first == "{" or first[:1] == "["):
+            whole = _stream(decoded)
+        if not isinstance(whole, DataError):
+            yield from _numbered(path, _rows(whole))
+            return
+    except DataError as error:
+        raise DataError(f"{path}: {error}") from None
+    for number, line in enumerate(decoded.split("\n"), 1):
         if line.strip():
             yield f"{path}:{number}", _from_json(line)
 
 
-def _from_json(text: str) -> Any:
+def _stream(content: str) -> list[Any]:
+    """JSON values one after another, each over several lines."""
+    found, rest = [], content.lstrip()
+    while rest:
+        try:
+            value, end = json.JSONDecoder().raw_decode(rest)
+        except (ValueError, RecursionError) as error:
+            line = content[: len(content) - len(rest)].count("\n") + getattr(error, "lineno", 1)
+            raise DataError(f"invalid JSON at line {line}: {error}") from None
+        found.append(value)
+        rest = rest[end:].lstrip()
+    return found
+
+
+def _numbered(path: object, rows: Sequence[Any]) -> Iterator[tuple[str, Any]]:
+    for number, row in enumerate(rows):
+        yield f"{path}: record {number}", row
+
+
+def _rows(whole: Any) -> list[Any]:
+    """The records of a JSON value: a list, `records`, one object, or columns."""
+    if not isinstance(whole, dict):
+        return whole if isinstance(whole, list) else [whole]
+    if isinstance(whole.get("records"), list):
+        return whole["records"]
+    values = list(whole.values())
+    if values and all(isinstance(value, dict) for value in values):
+        # pandas writes columns of rows; others write records by their id
+        keys = values[0].keys()
+        if not {"prompt", "src", "prompts", "question"} & whole.keys():
+            return values
+        return [{name: column.get(key) for name, column in whole.items()} for key in keys]
+    prompts = whole.get("prompts", whole.get("prompt"))
+    if not isinstance(prompts, list):
+        return [whole]
+    return [_at(whole, i, len(prompts), "") for i in range(len(prompts))]
+
+
+def _at(column: Any, row: int, rows: int, name: str) -> Any:
+    """The value of one row in columns, which may stand in objects by kind."""
+    if isinstance(column, dict):
+        return {key: _at(value, row, rows, key) for key, value in column.items()}
+    if not isinstance(column, list):
+        return column
+    if len(column) != rows:
+        raise DataError(f"the column `{name}` has {len(column)} values for {rows} prompts")
+    return column[row]
+
+
+def _from_table(path: Path, content: str) -> Iterator[tuple[str, Any]]:
+    """The rows of a table, whose header has the separator; blank cells are missing fields."""
+    header = content.lstrip().partition("\n")[0]
+    separator = max(",\t;|", key=header.count)
+    rows = csv.DictReader(io.StringIO(content), delimiter=separator, restkey="further cells")
+    try:
+        for row in rows:
+            cells = {name: _cell(value) for name, value in row.items() if value and value != ""}
+            yield f"{path}:{rows.line_num}", cells
+    except csv.Error as error:
+        raise DataError(f"{path}:{rows.line_num}: no table: {error}") from None
+
+
+def _cell(value: Any) -> Any:
+    """A cell; a list or object in it, as JSON or as Python writes it, is one."""
+    if not isinstance(value, str):
+        return value
+    if not value.strip():
+        return None
+    if value.strip()[0] + value.strip()[-1] not in ("[]", "{}"):
+        return value
+    parted = re.sub(r"""(['"])\s+(['"])""", r"\1, \2", value)  # numpy writes no commas
+    for read, written in ((json.loads, value), (ast.literal_eval, parted)):
+        try:
+            return read(written)
+        except (ValueError, SyntaxError, RecursionError, MemoryError):
+            continue
+    return value
+
+
+def _from_parquet(path: Path, content: bytes) -> list[Any]:
+    import pandas as pd
+
+    try:
+        return _from_frame(pd.read_parquet(io.BytesIO(content)))
+    except ImportError:
+        raise DataError(f"{path}: parquet needs pyarrow: pip install pyarrow") from None
+    except Exception as error:  # pyarrow's errors have no common base
+        raise DataError(f"{path}: damaged parquet: {error}") from None
+
+
+def _from_hub(source: str) -> list[Any]:
+    """The rows of a data set on the hub, or of a folder that `datasets` reads."""
+    name, _, split = source.removeprefix("hf:").partition(":")
+    try:
+        from datasets import load_dataset
+    except ImportError:
+        raise DataError(f"{source} needs `datasets`: pip install datasets pyarrow") from None
+    try:
+        return _from_frame(load_dataset(str(user_path(name)), split=split or "train").to_pandas())
+    except Exception as error:  # the hub's client and the readers have many
+        said = str(error).strip().partition("\n")[0]
+        raise DataError(
+            f"{source}: {said}; expected hf:owner/name or hf:owner/name:split"
+        ) from None
+
+
+def _from_frame(frame: Any) -> list[Any]:
+    whole = frame.convert_dtypes()  # whole numbers stay whole beside missing ones
+    return json.loads(whole.to_json(orient="records", force_ascii=False, date_format="iso"))
+
+
+def _from_json(content: str) -> Any:
     """The value of a text, or a DataError that says why it has none."""
     try:
-        return json.loads(text)
+        return json.loads(content)
     except (ValueError, RecursionError) as error:  # also for numbers of too many digits
         return DataError(f"invalid JSON: {error}")
 

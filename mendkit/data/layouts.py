@@ -1,300 +1,195 @@
-"""Layouts of published editing data: one record of a file becomes one `EditExample`.
+"""Layouts of published editing data: one record of a file becomes one edit, or several.
 
-A layout is recognised by a field that only it has (`LAYOUTS`). It says under which names it keeps
-the fields of an example, and adds what needs more than a name. What a benchmark calls locality but
-asks about the edit's own subject (KnowEdit's Relation_Specificity and Forgetfulness) is read as
-`unrelated`: `neighbours` are other subjects of the same relation, and nothing else.
-
-Everything here raises DataError naming the field.
+`NAMES` says under which names files keep a field of an `EditExample`, `PAIRS` where a prompt and
+its answer are two fields. All names are known in every record, so layouts may be mixed; a name in
+none of the lists is refused. docs/DATA_AND_MODELS.md has the table by layout.
 """
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import replace
+import difflib
+import json
+from collections.abc import Callable, Mapping
+from fnmatch import fnmatchcase
+from functools import cache
 from typing import Any
 
-from ..errors import DataError, shown
-from .examples import EditExample, Probe, check_unicode
+from ..errors import DataError
+from .examples import EditExample, check_unicode
+from .records import UNFOLD, Record, answers, identity, items, pairs, probes, target, text
 
-Record = Mapping[str, Any]
+Columns = Mapping[str, tuple[str, ...]]
 
+LEAST = '{"prompt": "The capital of France is", "target_new": "Lyon"}'
+"""The smallest record."""
 
-def parse(record: Any) -> EditExample:
-    """The example in a record of any known layout."""
-    if not isinstance(record, dict):
-        raise DataError(f"expected an object, got {type(record).__name__}")
-    for key, layout in LAYOUTS.items():
-        if key in record:
-            return layout(record)
-    found = sorted(map(str, record))
-    raise DataError(
-        f"unknown record form with the fields {found}; expected one of the fields {list(LAYOUTS)}"
-    )
+NAMES = {
+    "prompt": "prompt prompts src question input text update prefix",
+    "target_new": "target_new alt labels ans answer target suffix object",
+    "subject": "subject concept ent",
+    "relation": "relation relation_id",
+    "id": "id case_id",
+    "paraphrases": "paraphrases paraphrase_prompts rephrase_prompt rephrase_prompts rephrase"
+    " filtered_rephrases para_question paraphrased_question personas*",
+    "neighbours": "neighbours neighborhood_prompts",
+    "unrelated": "unrelated locality locality_question",
+    "portability": "portability portability_inputs",
+    "generation_prompts": "generation_prompts",
+    "ground_truth": "ground_truth target_true answers target_old output",
+    "told": "pred prediction output_*",  # what the model, or a recorded one, says before the edit
+    "metadata": "metadata _*",
+    "left out": "answer_alias* attribute attribute_prompts bert_score cond dataset eval_*"
+    " example_type fact_new_* fact_true_* label loc_prompts meta multiple_choice* new_answer_alias*"
+    " new_single_hops no_question* object_id orig pararel_idx path prompt_full rephrases"
+    " reversed_relation* single_hops source source_case_id split subject_id tag target_id time_*"
+    " topic type unsfact_* yes_question*",
+}
+"""Names (patterns) in files, by field. Of two names for one text the first counts."""
 
+PAIRS = {
+    "locality_prompt": ("locality_ground_truth", "neighbours"),
+    "loc": ("loc_ans", "unrelated"),
+    "mhop": ("mhop_ans", "portability"),
+    "sub_question": ("sub_answer", "portability"),
+    "questions": ("new_answer", "portability"),
+    "question_2hop": ("answer_2hop", "portability"),
+    "question_3hop": ("answer_3hop", "portability"),
+    "question_4hop": ("answer_4hop", "portability"),
+    "question_5hop": ("answer_5hop", "portability"),
+    "question_6hop": ("answer_6hop", "portability"),
+}
+"""Fields of prompts, the fields of their answers, and the field of an example."""
 
-def _as_text(value: Any, name: str = "value") -> str:
-    if not isinstance(value, str):
-        raise DataError(f"field `{name}` must be text, is {shown(value)}")
-    if not value.strip():
-        raise DataError(f"field `{name}` is empty")
-    return check_unicode(value, f"field `{name}`")
+PAIRED = {*PAIRS, *(answer for answer, _ in PAIRS.values())}
 
-
-def required(record: Record, key: str) -> str:
-    """A text field that must be there."""
-    if key not in record:
-        raise DataError(f"field `{key}` must be text, is missing")
-    return _as_text(record[key], key)
-
-
-def optional(record: Record, key: str) -> str | None:
-    """A text field, or None where it is missing or null."""
-    return None if record.get(key) is None else required(record, key)
-
-
-def name_or_number(record: Record, key: str) -> str | None:
-    """What identifies a record, as text."""
-    value = record.get(key)
-    if isinstance(value, int | float) and not isinstance(value, bool):
-        return shown(value)
-    return optional(record, key)
-
-
-def cell(record: Record, key: str) -> str | None:
-    """A cell of a table; None where it is blank."""
-    return required(record, key) if str(record.get(key) or "").strip() else None
-
-
-def items(record: Record, key: str, parse_item: Callable[[Any], Any] = _as_text) -> tuple[Any, ...]:
-    """A list field, each item parsed; a lone text is a list of one; empty where it is missing."""
-    value = record.get(key)
-    if value is None:
-        return ()
-    if isinstance(value, str):
-        value = [required(record, key)]
-    if not isinstance(value, list):
-        raise DataError(f"field `{key}` must be a list, is {shown(value)}")
-    parsed = []
-    for i, item in enumerate(value):
-        try:
-            parsed.append(parse_item(item))
-        except DataError as error:
-            raise DataError(f"field `{key}[{i}]`: {error}") from None
-    return tuple(parsed)
-
-
-def answers(record: Record, key: str) -> tuple[str, ...]:
-    """Every name of an answer, from a text or lists (of lists) of texts; blank ones left out."""
-
-    def names(value: Any) -> Iterator[str]:
-        if isinstance(value, list):
-            for part in value:
-                yield from names(part)
-        elif not isinstance(value, str):
-            raise DataError(f"field `{key}` must be text or lists of texts, has {shown(value)}")
-        elif value.strip():
-            yield check_unicode(value, f"field `{key}`")
-
-    return tuple(names(record[key])) if record.get(key) is not None else ()
-
-
-def first_answer(record: Record, key: str) -> str | None:
-    """The first name of an answer."""
-    return next(iter(answers(record, key)), None)
-
-
-def probes(record: Record, key: str) -> tuple[Probe, ...]:
-    """Prompts beside an edit: a list of them, or lists by kind (KnowEdit)."""
-    value = record.get(key)
-    groups = {key: value}
-    if isinstance(value, dict) and "prompt" not in value:
-        groups = {f"{key}.{kind}": group for kind, group in value.items()}
-    found: list[Probe] = []
-    for name, group in groups.items():
-        listed = [group] if isinstance(group, dict) else group
-        for several in items({name: listed}, name, _probes):
-            found += several
-    return tuple(found)
-
-
-def _probes(value: Any) -> tuple[Probe, ...]:
-    """A text, or an object.
-
-    The kit's own objects have `prompt`, `answer` and `aliases`; those of benchmarks a prompt and
-    its `ground_truth`, or lists of both.
-    """
-    if isinstance(value, str):
-        return (Probe(_as_text(value)),)
-    if not isinstance(value, dict):
-        raise DataError(f"must be text or an object with the field `prompt`, is {shown(value)}")
-    if "answer" in value or "aliases" in value:
-        aliases = items(value, "aliases")
-        return (Probe(required(value, "prompt"), optional(value, "answer"), aliases),)
-    if not isinstance(value.get("prompt"), list):
-        names = answers(value, "ground_truth")
-        return (Probe(required(value, "prompt"), next(iter(names), None), names[1:]),)
-    prompts, truths = items(value, "prompt"), value.get("ground_truth")
-    if isinstance(truths, str):
-        truths = [truths]
-    if not isinstance(truths, list) or len(truths) != len(prompts):
-        expected = f"an answer for each of {len(prompts)} prompts"
-        raise DataError(f"field `ground_truth` must have {expected}, is {shown(truths)}")
-    found: list[Probe] = []
-    for prompt, truth in zip(prompts, truths, strict=True):
-        found += _probes({"prompt": prompt, "ground_truth": truth})
-    return tuple(found)
-
-
-def portability(record: Record, key: str) -> tuple[Probe, ...]:
-    """Implied questions: EasyEdit's single `New Question`, or a list; only those with answers."""
-    value = record.get(key)
-    if isinstance(value, dict) and "New Question" in value:
-        return (Probe(required(value, "New Question"), required(value, "New Answer")),)
-    return tuple(probe for probe in probes(record, key) if probe.answer is not None)
-
-
-FIELDS: dict[str, Callable[[Record, str], Any]] = {
-    "prompt": required,
-    "target_new": required,
-    "subject": optional,
-    "ground_truth": first_answer,
+TEXTS: dict[str, Callable[[Record, str], str | None]] = {
+    "prompt": text,
+    "target_new": target,
+    "subject": text,
+    "relation": text,
+    "id": identity,
+}
+LISTS: dict[str, Callable[[Record, str], list[Any]]] = {
     "paraphrases": items,
     "neighbours": probes,
     "unrelated": probes,
-    "portability": portability,
+    "portability": probes,
     "generation_prompts": items,
-    "relation": optional,
-    "id": name_or_number,
+    "ground_truth": answers,
+    "told": answers,
 }
-"""The fields of an example, and how each is read. These are also the kit's own JSON lines."""
+"""How a field is read."""
 
 
-def _read_record(record: Record, **names: str) -> EditExample:
-    """An example whose fields stand under these `names`, the others under their own."""
-    values = {field: read(record, names.get(field, field)) for field, read in FIELDS.items()}
-    return EditExample(**values)
+def parse(record: Any, columns: Columns | None = None) -> tuple[list[EditExample], list[str]]:
+    """The edits in a record, and the names of what was left out.
 
-
-def _check_new(target: str, truths: Sequence[str], key: str, among: str) -> None:
-    if target in truths:
-        raise DataError(f"field `{key}` {target!r} is among `{among}`: nothing to edit")
-
-
-def _own(record: Record) -> EditExample:
-    legal = [*FIELDS, "source"]
-    unknown = sorted(set(record) - set(legal))
-    if unknown:
-        raise DataError(f"unknown field `{unknown[0]}`; legal fields: {', '.join(legal)}")
-    return _read_record(record)
-
-
-def _counterfact(record: Record) -> EditExample:
-    """EasyEdit's flat CounterFact.
-
-    Its locality prompt has the edit's relation and answer, so it is a neighbour.
+    `columns` gives the record's names for some fields; then its other names may be anything.
+    Raises DataError naming the field.
     """
-    answer = required(record, "locality_ground_truth")
-    neighbour = Probe(required(record, "locality_prompt"), answer)
-    example = _read_record(record, paraphrases="rephrase_prompt", id="case_id")
-    return replace(example, neighbours=(neighbour,))
+    if not isinstance(record, dict):
+        raise DataError(f"expected an object such as {LEAST}, got {type(record).__name__}")
+    given: dict[str, Any] = {}
+    for key, value in record.items():
+        blank = key in PAIRED and isinstance(value, str) and not value.strip()
+        if value is not None and value == value and not blank:  # neither null nor NaN
+            given[key] = value
+    left: list[str] = []
+    try:
+        flats = [given]
+        for mark, unfold in UNFOLD.items():
+            if mark in given:
+                flats = unfold(given, left)
+                break
+        examples = [_example(flat, columns or {}, left) for flat in flats]
+    except RecursionError:
+        raise DataError("a field is nested too deeply") from None
+    return examples, left
 
 
-def _rome(record: Record) -> EditExample:
-    """ROME's CounterFact, whose neighbours have the old answer unless they bring their own.
+@cache
+def _field(name: str) -> str | None:
+    """The field that a name in a file stands for."""
+    for field, patterns in NAMES.items():
+        if any(fnmatchcase(name, pattern) for pattern in patterns.split()):
+            return field
+    return None
 
-    Its `attribute_prompts`, for which the new answer is true, enter no score and are not read.
-    """
-    rewrite = record["requested_rewrite"]
-    if not isinstance(rewrite, dict):
-        raise DataError(f"field `requested_rewrite` must be an object, is {shown(rewrite)}")
-    flat = {**record, **rewrite}
-    for name, key in {"ground_truth": "target_true", "target_new": "target_new"}.items():
-        value = rewrite.get(key)
-        flat[name] = value.get("str") if isinstance(value, dict) else value
-    flat["prompt"] = required(rewrite, "prompt").replace("{}", required(rewrite, "subject"))
-    example = _read_record(
-        flat, paraphrases="paraphrase_prompts", relation="relation_id", id="case_id"
+
+def _names_by_field(record: Record, columns: Columns, left: list[str]) -> dict[str, list[str]]:
+    """The record's names by the field they hold, the first of `NAMES` first; the rest is `left`."""
+    mapped = {name: field for field, names in columns.items() for name in names}
+    found: dict[str, list[str]] = {"left out": left, "paired": []}
+    for name, value in record.items():
+        field = mapped.get(name) or ("paired" if name in PAIRED else _field(name))
+        if field is None and not columns:
+            raise _unknown(name, record)
+        if field is None or (field in columns and name not in mapped):
+            field = "left out"
+        if value is not None:
+            found.setdefault(field, []).append(name)
+    for field in TEXTS:
+        order = NAMES[field].split()
+        found.setdefault(field, []).sort(
+            key=lambda name: order.index(name) if name in order else -1
+        )
+    return found
+
+
+def _example(record: Record, columns: Columns, left: list[str]) -> EditExample:
+    names = _names_by_field(record, columns, left)
+    # 1. texts: the first name counts
+    values: dict[str, Any] = {}
+    for field, read in TEXTS.items():
+        for name in names[field]:
+            value = read(record, name)
+            if values.setdefault(field, value) != value and field in ("prompt", "target_new"):
+                raise DataError(f"field `{name}`: a second text for `{field}`; choose in `columns`")
+        left += names[field][1:]
+        if field in ("prompt", "target_new") and values.get(field) is None:
+            found = ", ".join(record)
+            raise DataError(f"field `{field}` is missing in {found}; expected at least {LEAST}")
+    # 2. lists: all names together
+    lists: dict[str, list[Any]] = {}
+    for field, read_all in LISTS.items():
+        lists[field] = []
+        for name in names.get(field, ()):
+            lists[field] += read_all(record, name)
+    for name, (answer, field) in PAIRS.items():
+        if name in names["paired"]:
+            lists[field] += pairs(record[name], record.get(answer), name)
+    # 3. implied questions need an answer
+    implied = [probe for probe in lists["portability"] if probe.answer is not None]
+    if len(implied) < len(lists["portability"]):
+        left.append("portability without an answer")
+    lists["portability"] = implied
+    # 4. what the model says, not what is true, decides whether there is something to edit
+    told = lists.pop("told")
+    if values["target_new"] in told:
+        raise DataError(f"field `{names['told'][0]}` is the new answer already: nothing to edit")
+    old = [
+        answer for answer in (*lists.pop("ground_truth"), *told) if answer != values["target_new"]
+    ]
+    values |= {field: tuple(found) for field, found in lists.items()}
+    metadata = _metadata(record, names.get("metadata", []))
+    return EditExample(**values, ground_truth=next(iter(old), None), metadata=metadata)
+
+
+def _metadata(record: Record, names: list[str]) -> dict[str, Any]:
+    """What is kept beside an edit, in plain values."""
+    kept: dict[str, Any] = {}
+    for name in names:
+        whole = name == "metadata" and isinstance(record[name], dict)
+        kept |= record[name] if whole else {name: record[name]}
+    content = json.dumps(kept, ensure_ascii=False, default=str)
+    return json.loads(check_unicode(content, "field `metadata`"))
+
+
+def _unknown(name: str, record: Record) -> DataError:
+    known = " ".join(NAMES.values()).split()
+    close = difflib.get_close_matches(name, [*known, *PAIRED], 1, 0.6)
+    hint = f"the nearest is `{close[0]}`" if close else "no field resembles it"
+    if not any(_field(key) in ("prompt", "target_new") for key in record):
+        hint = f"expected at least {LEAST}"
+    return DataError(
+        f"unknown field `{name}`; {hint}; `columns: {{metadata: [{name}]}}` keeps it, "
+        "`columns: {prompt: NAME, target_new: NAME}` reads other names"
     )
-
-    def neighbour(value: Any) -> Probe:
-        if isinstance(value, dict):
-            return Probe(required(value, "prompt"), required(value, "target"))
-        return Probe(_as_text(value), example.ground_truth)
-
-    return replace(example, neighbours=items(record, "neighborhood_prompts", neighbour))
-
-
-def _zsre(record: Record) -> EditExample:
-    """MEND's zsRE, and EasyEdit's with portability: `loc` is a question of Natural Questions."""
-    example = _read_record(
-        record, prompt="src", target_new="alt", ground_truth="answers", paraphrases="rephrase"
-    )
-    truths = answers(record, "answers")
-    if not truths:
-        raise DataError("field `answers` must be a non-empty list")
-    _check_new(example.target_new, truths, "alt", "answers")
-    answer = optional(record, "loc_ans")
-    question = Probe(required(record, "loc"), None if answer == "---" else answer)
-    return replace(example, unrelated=(question,))
-
-
-def _structured(record: Record) -> EditExample:
-    """The authors' zsRE and FEVER files (JSON lines): the first alternative is the new answer."""
-
-    def output(value: Any) -> str:
-        return required(value if isinstance(value, dict) else {}, "answer")
-
-    truths = items(record, "output", output)
-    others = [name for name in items(record, "alternatives") if name not in truths]
-    if not others:
-        raise DataError("field `alternatives` has no answer other than `output`: nothing to edit")
-    flat = {**record, "target_new": others[0], "ground_truth": list(truths)}
-    example = _read_record(flat, prompt="input", paraphrases="filtered_rephrases")
-    others = [prompt for prompt in example.paraphrases if prompt != example.prompt]
-    return replace(example, paraphrases=tuple(others))
-
-
-def _knowedit(record: Record) -> EditExample:
-    """KnowEdit's four fact files, and other layouts with `locality` and `portability`."""
-    names = {"paraphrases": "rephrase_prompt", "unrelated": "locality", "id": "case_id"}
-    if "labels" in record:  # WikiBio: a passage, and the sentence that should follow
-        names |= {"prompt": "text", "target_new": "labels", "subject": "concept"}
-    example = _read_record(record, **names)
-    truths = answers(record, "ground_truth")
-    _check_new(example.target_new, truths, names.get("target_new", "target_new"), "ground_truth")
-    return example
-
-
-def _hallu(record: Record) -> EditExample:
-    """HalluEditBench's tables. What the recorded model said (`output_…`) is the old answer.
-
-    Questions of two to six hops are portability; yes/no, multiple-choice and reversed questions are
-    not read.
-    """
-    outputs = [cell(record, key) for key in record if key.startswith("output_")]
-    said = [answer for answer in outputs if answer]
-    hops = []
-    for n in range(2, 7):
-        question, answer = cell(record, f"question_{n}hop"), cell(record, f"answer_{n}hop")
-        if question and answer:
-            hops.append(Probe(question, answer))
-    locality = cell(record, "locality_question")
-    flat = {**record, "ground_truth": said, "unrelated": [locality] if locality else []}
-    example = _read_record(
-        flat, prompt="question", target_new="object", paraphrases="paraphrased_question"
-    )
-    _check_new(example.target_new, said, "object", "output_…")
-    return replace(example, portability=tuple(hops))
-
-
-LAYOUTS: dict[str, Callable[[Record], EditExample]] = {
-    "requested_rewrite": _rome,
-    "paraphrased_question": _hallu,
-    "src": _zsre,
-    "alternatives": _structured,
-    "locality_prompt": _counterfact,
-    "locality": _knowedit,
-    "rephrase_prompt": _knowedit,
-    "labels": _knowedit,
-    "target_new": _own,
-}
-"""Layouts by the field that tells them apart, most specific first."""

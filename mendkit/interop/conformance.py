@@ -43,6 +43,7 @@ from ..mend.updates import Updates, side_branches
 from ..models.base import BaseModel
 from ..models.checkpoints import silence_transformers
 from ..models.families import CLASSIFIER, SEQ2SEQ
+from ..runs import user_path
 from .foreign import from_foreign, read_foreign
 
 NUMBER_TOLERANCE, LOSS_TOLERANCE = 1e-5, 1e-4
@@ -109,7 +110,7 @@ def conformance_table(rows: Sequence[Mapping[str, Any]]) -> str:
 
 def conformance(folder: str | Path) -> tuple[Check, ...]:
     """Compare everything that a folder records. Raises DataError for another kind of folder."""
-    folder = Path(folder)
+    folder = user_path(folder)
     absent = [name for name in FILES if not (folder / name).is_file()]
     if absent:
         raise DataError(f"{folder}: no folder of reference vectors, it lacks {', '.join(absent)}")

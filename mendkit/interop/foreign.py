@@ -30,7 +30,7 @@ from ..mend.normaliser import RunningMoments
 from ..models.base import BaseModel
 from ..models.load import load_model
 from ..models.sites import Site
-from ..runs import DAMAGE, atomically
+from ..runs import DAMAGE, atomically, user_path
 
 EPS = 1e-7
 CONVENTIONS: dict[str, Any] = {
@@ -89,7 +89,7 @@ def read_foreign(path: str | Path) -> ForeignArchive:
     Raises ArchiveError if the file is missing or damaged, holds no MEND hypernetwork, or names any
     object besides tensors, plain containers and `transformers` configurations.
     """
-    path = Path(path)
+    path = user_path(path)
     if not path.is_file():
         raise ArchiveError(f"{path}: no such file")
     content: Any = None
@@ -331,4 +331,4 @@ def export_archive(archive: str | Path, out: str | Path, *, base: BaseModel) -> 
         "elapsed_time": 0.0,
         "step": 0,
     }
-    return atomically(Path(out), lambda temporary: torch.save(content, temporary))
+    return atomically(out, lambda temporary: torch.save(content, temporary))

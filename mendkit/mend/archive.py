@@ -17,6 +17,7 @@ from ..errors import ArchiveError
 from ..hparams import MENDHyperParams
 from ..models.base import BaseModel
 from ..models.fingerprint import model_fingerprint
+from ..runs import archive_file
 from .files import Kind, damage_named, matching_base, read_metadata, read_tensors, save_tensors
 from .hypernetwork import MEND
 
@@ -89,7 +90,7 @@ def load_archive(path: str | Path, *, base: BaseModel) -> Archive:
     _check_tensors(path, mend, tensors)
     with damage_named(path):
         mend.load_state_dict(tensors, assign=True)
-    return Archive(Path(path), checked, mend.to(base.device).eval(), metadata)
+    return Archive(archive_file(path), checked, mend.to(base.device).eval(), metadata)
 
 
 def _hparams(values: Mapping[str, Any]) -> MENDHyperParams:

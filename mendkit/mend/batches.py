@@ -7,7 +7,8 @@ from dataclasses import dataclass, field, replace
 import torch
 
 from ..data.examples import EditExample, Probe, join
-from ..data.files import Examples, Skipped, hard_negatives
+from ..data.files import Examples, Skipped
+from ..data.sampling import hard_negatives
 from ..errors import DataError, LimitError
 from ..hparams import MENDHyperParams
 from ..models.base import BaseModel

@@ -22,7 +22,7 @@ from torch import Tensor
 from ..errors import ArchiveError, MendkitError
 from ..models.base import BaseModel
 from ..models.fingerprint import model_fingerprint
-from ..runs import DAMAGE, atomically, sha256
+from ..runs import DAMAGE, archive_file, atomically, sha256, user_path
 
 CHECKSUM = "sha256"
 OLD_SEAL = "metadata_sha256"  # the metadata's own checksum in the first format, where it has one
@@ -93,7 +93,7 @@ def save_tensors(
     Raises ArchiveError for numbers that no reader would take, MendkitError if it cannot be written.
     What was there before then stays.
     """
-    path = Path(path)
+    path = user_path(path)
     tensors = {name: value.detach().cpu().contiguous() for name, value in tensors.items()}
     odd = [name for name, value in tensors.items() if not is_finite(value)]
     if odd:
@@ -125,9 +125,10 @@ def read_tensors(kind: Kind, path: str | Path) -> tuple[dict[str, Any], dict[str
 
     Raises ArchiveError if the file is missing, damaged or of another kind.
     """
-    path = Path(path)
+    path = archive_file(path)
     if not path.is_file():
-        raise ArchiveError(f"{path}: no such {kind.noun}; {kind.if_missing}")
+        found = "a folder without an archive" if path.is_dir() else f"no such {kind.noun}"
+        raise ArchiveError(f"{path}: {found}; {kind.if_missing}")
     header, tensors = _read_safetensors(kind, path)
     metadata = _parse(kind, path, header)
     with damage_named(path):

@@ -14,7 +14,7 @@ from ..errors import MendkitError
 from ..hparams import MENDHyperParams
 from ..models.base import BaseModel
 from ..models.load import load_for_training
-from ..runs import append_line, make_folder, open_run, provenance, sha256, write_text
+from ..runs import append_line, make_folder, open_run, provenance, sha256, user_path, write_text
 from .archive import inspect_archive, save_archive
 from .batches import Sampler
 from .checkpoint import FILE as CHECKPOINT_FILE
@@ -106,8 +106,9 @@ class Trainer:
         Raises MendkitError if an edit site has no effect, or if too many steps in a row or all
         validations were not finite.
         """
-        h, course, progress = self.hparams, self.course, self.prepared.progress
+        h, course = self.hparams, self.course
         self.start()
+        report = self.prepared.progress.phase("step", before=course.step)
         start = time.perf_counter() - course.elapsed
         if not self.goes_on:
             self.validate()
@@ -115,7 +116,7 @@ class Trainer:
             course.step += 1
             row = self.step()
             course.elapsed = time.perf_counter() - start
-            progress.step(course.step, course.steps, row, course.elapsed, course.best)
+            report(course.step, course.steps, f"loss {row.get('loss', math.nan):.3f}")
             if course.step % h.log_interval == 0 or course.step == 1 or "skipped" in row:
                 self.record({"step": course.step, "seconds": course.elapsed, **row})
             last = course.step == course.steps or self.out_of_time()
@@ -123,7 +124,7 @@ class Trainer:
                 self.validate()
             elif h.checkpoint_interval and course.step % h.checkpoint_interval == 0:
                 self.team.first(self.save)
-        progress.close()
+        self.prepared.progress.close()
         return self.team.first(lambda: self.finish(stopped))
 
     def step(self) -> dict[str, float]:
@@ -256,8 +257,8 @@ def finished(
     run_dir: str | Path,
 ) -> TrainingResult | None:
     """What `train` returned for this run if it has ended; raises MendkitError for another run."""
-    course = Checkpoint(Path(run_dir), hparams, train_examples, val_examples).read()
-    return None if course is None or course.stopped is None else _result(course, Path(run_dir))
+    course = Checkpoint(user_path(run_dir), hparams, train_examples, val_examples).read()
+    return None if course is None or course.stopped is None else _result(course, user_path(run_dir))
 
 
 def train(

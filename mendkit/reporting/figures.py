@@ -19,6 +19,8 @@ from matplotlib.figure import Figure
 from matplotlib.font_manager import findfont, get_font
 from matplotlib.ticker import LogFormatter
 
+from ..runs import user_path
+
 WIDTH = 7.2  # inches
 BLACK, GREY = "#222222", "#8A8A8A"
 COLOURS = ["#0072B2", "#E69F00", "#009E73", "#CC79A7", "#D55E00", BLACK]  # Okabe and Ito's
@@ -66,7 +68,7 @@ class Chart:
 
     def save(self, folder: str | Path) -> "Chart":
         """Write `<name>.png` and `<name>.csv` into the folder; returns the chart."""
-        folder = Path(folder)
+        folder = user_path(folder)
         folder.mkdir(parents=True, exist_ok=True)
         (folder / f"{self.name}.png").write_bytes(self.png())
         self.data.to_csv(folder / f"{self.name}.csv", index=False)

@@ -13,13 +13,14 @@ import shutil
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from ..data.files import Examples, read_examples
 from ..errors import MendkitError
 from ..hparams import MENDHyperParams, parse_overrides
-from ..runs import CHECKOUT, Progress, locked, provenance, write_json
+from ..runs import CHECKOUT, Progress, locked, provenance, user_path, write_json
 from .notebook import Failure, Parameter, export_html, read_parameters, run_notebook
 from .page import write_index
 
@@ -98,7 +99,7 @@ def plan_report(config: str | Path, settings: Sequence[str] = (), *, out: str | 
         del known[TRAINING]
         for name in set(given) - set(known[EDITING]):
             raise MendkitError(f"{name} is of {TRAINING}, which runs only with `archive=null`")
-    return ReportPlan(Path(config), overrides, given, hparams, known, Path(out))
+    return ReportPlan(user_path(config), overrides, given, hparams, known, user_path(out))
 
 
 def check_report(plan: ReportPlan) -> list[Examples]:
@@ -109,7 +110,7 @@ def check_report(plan: ReportPlan) -> list[Examples]:
     """
     with locked(plan.out):
         _earlier_report(plan.out)
-    inputs = [plan.config, *(Path(source) for source, _ in plan.data())]
+    inputs = [plan.config, *(user_path(source) for source, _ in plan.data())]
     if plan.hparams.archive and not _same(plan.hparams.archive, plan.out / ARCHIVE_FILE):
         inputs.append(Path(plan.hparams.archive))
     for path in inputs:
@@ -117,7 +118,8 @@ def check_report(plan: ReportPlan) -> list[Examples]:
             raise MendkitError(
                 f"{path} is in {plan.out}, whose report would be replaced; use another --out"
             )
-    return [read_examples(source, limit=limit) for source, limit in plan.data()]
+    read = partial(read_examples, columns=plan.hparams.columns)
+    return [read(source, limit=limit) for source, limit in plan.data()]
 
 
 def _same(a: str | Path, b: str | Path) -> bool:

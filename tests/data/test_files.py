@@ -1,35 +1,46 @@
-"""Reading files of editing data: every layout, and errors that name file, record and field."""
+"""Reading editing data: every layout and kind of file, and errors that name place and remedy."""
 
+import bz2
 import csv
+import gzip
 import json
+import logging
+import lzma
+import sys
+from types import SimpleNamespace
+from unittest.mock import Mock
 
+import pandas as pd
 import pytest
 
 from mendkit.data.examples import EditExample, Probe
-from mendkit.data.files import (
-    Examples,
-    hard_negatives,
-    read_examples,
-    read_questions,
-    read_text,
-    split_examples,
-    with_unrelated,
-    write_examples,
-)
+from mendkit.data.files import read_examples, read_questions, read_text, write_examples
+from mendkit.data.layouts import LISTS, NAMES, PAIRS, TEXTS
 from mendkit.errors import DataError
 from tests.oracles.claims import EXAMPLES
 from tests.oracles.records import (
+    AKEW,
+    ARGUMENTS,
+    CANONICAL,
+    CONVSENT,
     COUNTERFACT,
     HALLUEDIT,
     KNOWEDIT_ZSRE,
-    LISTS,
+    MQUAKE,
     OWN,
     PORTABLE,
+    QAEDIT,
     RECENT,
+    RIPPLE,
     ROME,
     STRUCTURED,
+    UNKE,
+    WIKIBIGEDIT,
     WIKIBIO,
     ZSRE,
+)
+from tests.oracles.records import (
+    LISTS as SEVERAL,
 )
 
 
@@ -39,6 +50,12 @@ def write(path, records, *, lines=False):
     return path
 
 
+X_MADE = ("Who made X?", "Bo", "X", "Al", ("X was made by whom?",))
+NORWAY = EditExample(
+    *("X is a citizen of", "Norway", "X", "Chile", ("Of which country is X a citizen?",)),
+    relation="P27",
+    id="1",
+)
 READ_AS = {
     "EasyEdit's CounterFact": (
         COUNTERFACT,
@@ -48,17 +65,11 @@ READ_AS = {
             id="7",
         ),
     ),
-    "MEND's zsRE": (
-        ZSRE,
-        EditExample(
-            *("Who made X?", "Bo", "X", "Al", ("X was made by whom?",)),
-            unrelated=(Probe("nq question: who", "me"),),
-        ),
-    ),
+    "MEND's zsRE": (ZSRE, EditExample(*X_MADE, unrelated=(Probe("nq question: who", "me"),))),
     "zsRE with portability": (
         PORTABLE,
         EditExample(
-            *("Who made X?", "Bo", "X", "Al", ("X was made by whom?",)),
+            *X_MADE,
             unrelated=(Probe("nq question: who", "me"),),
             portability=(Probe("Where was X's maker?", "Rome"),),
         ),
@@ -113,11 +124,59 @@ READ_AS = {
         ),
     ),
     "lists": (
-        LISTS,
+        SEVERAL,
         EditExample(
             *("Where is X?", "Peru", "X", "Chad", ("In which state is X?", "X is where?")),
             unrelated=(Probe("Who is Y?", "Z"),),
             id="z0",
+        ),
+    ),
+    "QAEdit": (
+        QAEDIT,
+        EditExample(
+            *("Who made X?", "Bo", "X"),
+            paraphrases=("X was made by whom?",),
+            unrelated=(Probe("nq question: who", "me"),),
+        ),
+    ),
+    "UnKE": (
+        UNKE,
+        EditExample(
+            *("Why do they like X?", "They like X. It was made in a pit."),
+            paraphrases=("What makes X dear?",),
+            portability=(Probe("Where was X made?", "In a pit."),),
+            id="e0",
+        ),
+    ),
+    "RippleEdits": (
+        RIPPLE,
+        EditExample(
+            *("The name of the country of citizenship of X is", "Norway", "X", "Nepal"),
+            unrelated=(Probe("The name of the mother of X is", "Eve Bell", ("Eve",)),),
+            portability=(Probe("X's capital is", "Oslo"),),
+            relation="COUNTRY_OF_CITIZENSHIP",
+        ),
+    ),
+    "WikiBigEdit": (
+        WIKIBIGEDIT,
+        EditExample(
+            *("Where is X?", "Harwick", "X"),
+            paraphrases=("In which town is X?", "Matey, where be X?"),
+            neighbours=(Probe("Where is Y?", "Elsfield"),),
+        ),
+    ),
+    "ConvSent": (
+        CONVSENT,
+        EditExample("What of X?", "I love X.", "X", "I dislike X.", ("And X?",), id="0"),
+    ),
+    "canonical examples": (CANONICAL, EditExample("The capital of X is", "Oslo")),
+    "EasyEdit's arguments": (
+        ARGUMENTS,
+        EditExample(
+            *("The capital of X is", "Oslo", None, "Lima", ("X is run from",)),
+            neighbours=(Probe("The capital of Y is", "Rome"),),
+            unrelated=(Probe("Snow is", "white"),),
+            portability=(Probe("X's river is", "Akers"),),
         ),
     ),
 }
@@ -132,10 +191,57 @@ def test_every_layout_is_read_from_lines_arrays_and_objects_with_records(tmp_pat
     assert tuple(read_examples(lines)) == (expected, expected)
 
 
-def test_columns_of_questions(tmp_path):
-    columns = {"near": {"prompt": ["Who is Y?", "Who is W?"], "ground_truth": ["Z", "V"]}}
-    (example,) = read_examples(write(tmp_path / "z.json", [{**LISTS, "locality": columns}]))
-    assert example.unrelated == (Probe("Who is Y?", "Z"), Probe("Who is W?", "V"))
+def test_a_record_of_several_edits_gives_them_all_and_says_what_it_leaves_out(tmp_path):
+    one = read_examples(write(tmp_path / "m.json", [MQUAKE]))
+    asked = tuple(Probe(question, "Oslo") for question in MQUAKE["questions"])
+    assert one[0] == EditExample(**{**vars(NORWAY), "portability": asked})
+    several = read_examples(write(tmp_path / "a.json", [AKEW]))
+    assert [(e.id, e.subject, e.target_new) for e in several] == [
+        ("1.1", "X", "Norway"),
+        ("1.2", "Y", "Norway"),
+    ]
+    assert not any(e.portability for e in several)  # these questions need both edits
+    assert several.left_out["questions"] == 1 and several.left_out["fact_new_uns"] == 2
+    columns = {"target_new": "fact_new_uns"}  # the long answer instead
+    read = read_examples(tmp_path / "a.json", columns=columns, skip_invalid=True)
+    assert [e.target_new for e in read] == [] or read[0].target_new.startswith("X left")
+
+
+def test_mixed_layouts_lose_nothing_and_typos_are_refused(tmp_path):
+    mixed = {**COUNTERFACT, **OWN, "unrelated": ["Snow is"], "id": "mine"}
+    (example,) = read_examples(write(tmp_path / "x.json", [mixed]))
+    assert set(example.paraphrases) == {"X speaks", "X is run from"}
+    assert {probe.prompt[:21] for probe in example.neighbours} == {
+        "The mother tongue of ",
+        "The capital of Y is",
+        "The capital of Z is",
+    }
+    assert (example.id, example.unrelated) == ("mine", (Probe("Snow is"),))
+    for typo, nearest in {
+        "subjct": "subject",
+        "localty": "locality",
+        "rephrase_promt": "reph",
+    }.items():
+        with pytest.raises(DataError, match=rf"unknown field `{typo}`; the nearest is `{nearest}"):
+            read_examples(write(tmp_path / "x.json", [{**COUNTERFACT, typo: "x"}]))
+    with pytest.raises(DataError, match=r"neighbours\[0\]`: unknown field `anwser`"):
+        wrong = {**OWN, "neighbours": [{"prompt": "p", "anwser": "a"}]}
+        read_examples(write(tmp_path / "x.json", [wrong]))
+
+
+def test_what_the_model_says_decides_and_not_the_listed_truth(tmp_path):
+    def read(record):
+        return read_examples(write(tmp_path / "x.json", [record]))[0]
+
+    correction = {**ZSRE, "alt": "Al"}  # the truth; the model says "a"
+    assert (read(correction).target_new, read(correction).ground_truth) == ("Al", "a")
+    assert read({**correction, "pred": None}).ground_truth is None
+    assert read({**KNOWEDIT_ZSRE, "target_new": "Aspido"}).ground_truth is None
+    assert read({**ZSRE, "answers": []}).ground_truth == "a"
+    with pytest.raises(DataError, match="`pred` is the new answer already: nothing to edit"):
+        read({**ZSRE, "alt": "a"})
+    for needless in ("ground_truth", "locality_ground_truth", "rephrase_prompt", "subject"):
+        assert read({k: v for k, v in COUNTERFACT.items() if k != needless}).target_new == "Greek"
 
 
 def test_halluedit_tables(tmp_path):
@@ -144,7 +250,7 @@ def test_halluedit_tables(tmp_path):
         table = csv.DictWriter(file, HALLUEDIT)
         table.writeheader()
         table.writerows([HALLUEDIT, {**HALLUEDIT, "object": "Granite"}])
-    with pytest.raises(DataError, match=r"h\.csv:3: field `object` 'Granite' is among `output_…`"):
+    with pytest.raises(DataError, match=r"h\.csv:3: field `output_m` is the new answer already"):
         read_examples(path)
     (example,) = read_examples(path, skip_invalid=True)
     assert example == EditExample(
@@ -155,6 +261,124 @@ def test_halluedit_tables(tmp_path):
     )
 
 
+LYON = ({"prompt": "The capital of France is", "target_new": "Lyon"},)
+LINE = json.dumps(LYON[0]).encode()
+TABLE = "prompt{0}target_new\nThe capital of France is{0}Lyon\n"
+FILES = {
+    "one.json": json.dumps(LYON[0], indent=1).encode(),
+    "several.json": json.dumps(LYON[0], indent=1).encode() * 1 + b"\n",
+    "columns.json": json.dumps({key: [text] for key, text in LYON[0].items()}).encode(),
+    "pandas.json": json.dumps({key: {"0": text} for key, text in LYON[0].items()}).encode(),
+    "byid.json": json.dumps({"a": LYON[0]}).encode(),
+    "bom.jsonl": b"\xef\xbb\xbf" + LINE,
+    "utf16.jsonl": LINE.decode().encode("utf-16"),
+    "utf32.jsonl": LINE.decode().encode("utf-32"),
+    "crlf.jsonl": LINE + b"\r\n",
+    "a.jsonl.gz": gzip.compress(LINE),
+    "named wrongly.jsonl": gzip.compress(LINE),
+    "a.json.bz2": bz2.compress(LINE),
+    "a.json.xz": lzma.compress(LINE),
+    "a.csv": TABLE.format(",").encode(),
+    "a.tsv": TABLE.format("\t").encode(),
+    "semicolon.csv": TABLE.format(";").encode(),
+    "a.txt": TABLE.format("\t").encode("utf-16"),
+    "a.csv.gz": gzip.compress(TABLE.format(",").encode()),
+    "nan.json": LINE[:-1] + b', "subject": NaN, "id": null}',
+}
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_every_kind_of_file_is_read(tmp_path, name):
+    (tmp_path / name).write_bytes(FILES[name])
+    assert tuple(read_examples(tmp_path / name)) == (EditExample(**LYON[0]),)
+
+
+def test_pretty_printed_objects_one_after_another(tmp_path):
+    path = tmp_path / "x.json"
+    path.write_text("\n".join(json.dumps(vars(e), indent=2, default=vars) for e in EXAMPLES))
+    assert tuple(read_examples(path)) == tuple(EXAMPLES)
+
+
+def test_lists_and_numbers_in_tables_are_lists_and_numbers(tmp_path):
+    path = tmp_path / "x.csv"
+    path.write_text(
+        "prompt,target_new,paraphrases,neighbours\n"
+        'The treaty is of,1969,"[\'It is of\', \'Signed in\']","[{""prompt"": ""p""}]"\n'
+        "[MASK] is [MASK],1970,\"['a' 'b']\",\n"
+    )
+    first, second = read_examples(path)
+    assert first.target_new == "1969" and first.paraphrases == ("It is of", "Signed in")
+    assert first.neighbours == (Probe("p"),)
+    assert (second.prompt, second.paraphrases) == ("[MASK] is [MASK]", ("a", "b"))
+    write(tmp_path / "n.json", [{"prompt": "The treaty is of", "target_new": 1969}])
+    assert read_examples(tmp_path / "n.json")[0].target_new == "1969"
+
+
+def test_parquet_is_read_by_pandas_or_refused_rightly(tmp_path, monkeypatch):
+    path = tmp_path / "x.parquet"
+    path.write_bytes(b"PAR1....PAR1")
+    columns = {"prompt": ["P", "Q"], "target_new": ["T", "U"], "id": [7, None]}
+    reader = Mock(return_value=pd.DataFrame({**columns, "paraphrases": [["R"], []]}))
+    monkeypatch.setattr(pd, "read_parquet", reader)
+    first = EditExample("P", "T", id="7", paraphrases=("R",))
+    assert tuple(read_examples(path)) == (first, EditExample("Q", "U"))
+    for error, told in {ImportError(): "pip install pyarrow", ValueError("x"): "damaged"}.items():
+        reader.side_effect = error
+        with pytest.raises(DataError, match=rf"x\.parquet: .*{told}"):
+            read_examples(path)
+
+
+def test_a_data_set_of_the_hub_is_read_with_columns(monkeypatch):
+    frame = pd.DataFrame({"question": ["Who made X?"], "new": ["Bo"], "url": ["http"]})
+    asked = []
+
+    def load_dataset(name, split):
+        asked.append((name, split))
+        if split == "nowhere":
+            raise ValueError("Unknown split\nand more")
+        return SimpleNamespace(to_pandas=lambda: frame)
+
+    monkeypatch.setitem(sys.modules, "datasets", SimpleNamespace(load_dataset=load_dataset))
+    columns = {"target_new": "new", "metadata": ["url"]}
+    (example,) = read_examples("hf:owner/name", columns=columns)
+    assert example == EditExample("Who made X?", "Bo") and example.metadata == {"url": "http"}
+    read_examples("hf:owner/name:validation", columns=columns)
+    assert asked == [("owner/name", "train"), ("owner/name", "validation")]
+    with pytest.raises(DataError, match="hf:owner/name:nowhere: Unknown split; expected hf:"):
+        read_examples("hf:owner/name:nowhere")
+    monkeypatch.setitem(sys.modules, "datasets", None)
+    with pytest.raises(DataError, match="needs `datasets`: pip install"):
+        read_examples("hf:owner/name")
+
+
+def test_columns_read_any_names_and_are_checked(tmp_path, caplog):
+    path = write(tmp_path / "x.json", [{"q": "Who made X?", "a": "Bo", "alt": "no", "url": 1}])
+    columns = {"prompt": "q", "target_new": "a"}
+    read = read_examples(path, columns=columns)
+    assert tuple(read) == (EditExample("Who made X?", "Bo"),)
+    assert read.left_out == {"alt": 1, "url": 1}
+    with pytest.raises(DataError, match="columns: no record has 'aa'; found 'a'"):
+        read_examples(path, columns=columns | {"target_new": "aa"})
+    with pytest.raises(DataError, match="columns: no field 'promt'"):
+        read_examples(path, columns={"promt": "q"})
+    plain = write(tmp_path / "y.json", LYON)
+    assert len(read_examples(plain, columns=columns)) == 1  # another file of the same run
+    assert "none of the names in `columns`" in caplog.text
+    assert len(read_examples("facts:test", columns=columns, limit=1)) == 1
+
+
+def test_metadata_are_kept_and_change_nothing(tmp_path):
+    record = {**LYON[0], "_split": "a", "metadata": {"n": 1}, "url": "u"}
+    path = write(tmp_path / "x.json", [record])
+    with pytest.raises(DataError, match=r"`columns: \{metadata: \[url\]\}` keeps it"):
+        read_examples(path)
+    examples = read_examples(path, columns={"metadata": ["url"]})
+    assert examples[0].metadata == {"_split": "a", "n": 1, "url": "u"}
+    assert examples[0] == EditExample(**LYON[0])
+    write_examples(examples, tmp_path / "y.jsonl")
+    assert read_examples(tmp_path / "y.jsonl")[0].metadata == examples[0].metadata
+
+
 def test_own_form_round_trips_and_its_lines_end_at_newlines_only(tmp_path):
     probe = Probe("p", "a", ("b",))
     odd = EditExample("A\u2028X is", "Rome", portability=(probe,), generation_prompts=("g",))
@@ -163,33 +387,34 @@ def test_own_form_round_trips_and_its_lines_end_at_newlines_only(tmp_path):
 
 
 @pytest.mark.parametrize("split", ["train", "validation", "test"])
-def test_the_kits_own_facts_are_read_by_name(split):
+def test_the_kits_own_facts_are_read_by_name(split, caplog):
+    caplog.set_level(logging.INFO)
     examples = read_examples(f"facts:{split}")
-    assert len(examples) > 100
+    assert len(examples) > 100 and caplog.text == ""
     assert all(e.ground_truth and e.paraphrases and e.neighbours and e.unrelated for e in examples)
 
 
 NO_ANSWERS = {"locality": {"Forgetfulness": [{"ground_truth": "a"}]}}
 WRONG = [
     ({**OWN, "prompt": ""}, "`prompt` is empty"),
-    ({**OWN, "target_new": None}, "`target_new` must be text, is null"),
+    ({**OWN, "target_new": None}, "`target_new` is missing .*expected at least {"),
     ({**OWN, "prompt": 3}, "`prompt` must be text, is 3"),
+    ({**OWN, "src": "another"}, "`src`: a second text for `prompt`"),
     ({**OWN, "paraphrases": 3}, "`paraphrases` must be a list"),
     ({**OWN, "paraphrases": ["x", 1]}, r"`paraphrases\[1\]`"),
-    ({**OWN, "neighbours": [{"prompt": ""}]}, r"`neighbours\[0\]`.*empty"),
-    ({**OWN, "promt": "x"}, "unknown field `promt`"),
-    ({k: v for k, v in ZSRE.items() if k != "rephrase"} | {"alt": 1}, "`alt` must be text"),
-    ({**ZSRE, "alt": "Al"}, "nothing to edit"),
-    ({**ZSRE, "answers": []}, "`answers`"),
-    ({"a": 1}, "unknown record form"),
-    ([1], "expected an object"),
-    ({**ROME, "requested_rewrite": {"prompt": "{} is"}}, "`subject` must be text, is missing"),
+    ({**OWN, "neighbours": [{"prompt": ""}]}, r"`neighbours\[0\]` is empty"),
+    ({**OWN, "promt": "x"}, "unknown field `promt`; the nearest is `prompt"),
+    ({k: v for k, v in ZSRE.items() if k != "rephrase"} | {"alt": True}, "`alt` must be text"),
+    ({**OWN, "target_new": ["Lyon", "Nice"]}, "`target_new` must be text"),
+    ({"a": 1}, "unknown field `a`; expected at least {"),
+    ([1], "expected an object such as {"),
+    ({**ROME, "requested_rewrite": {"prompt": "{} is"}}, "`subject` is missing"),
     ({**ROME, "neighborhood_prompts": ["a", 3]}, r"`neighborhood_prompts\[1\]`"),
-    ({**RECENT, **NO_ANSWERS}, r"`locality\.Forgetfulness\[0\]`.*`prompt`"),
-    ({**LISTS, "locality": [{"prompt": "p", "ground_truth": 3}]}, r"\[0\]`.*ground_truth"),
-    ({**LISTS, "locality": [{"prompt": ["a", "b"], "ground_truth": ["c"]}]}, "for each of 2"),
-    ({**KNOWEDIT_ZSRE, "target_new": "Aspido"}, "nothing to edit"),
+    ({**RECENT, **NO_ANSWERS}, r"`locality\.Forgetfulness\[0\]\.ground_truth`|`prompt`"),
+    ({**SEVERAL, "locality": [{"prompt": ["a", "b"], "ground_truth": ["c"]}]}, "for each of 2"),
     ({**STRUCTURED, "alternatives": ["Al"]}, "nothing to edit"),
+    ({**CONVSENT, "target": "good"}, "`target` must be pos or neg"),
+    ({**RIPPLE, "edit": {"prompt": "X moved."}}, "`edit.prompt` has no ` is `"),
 ]
 
 
@@ -202,79 +427,54 @@ def test_a_bad_record_is_named_by_file_record_and_field(tmp_path, record, words)
     assert len(kept) == 1 and len(kept.skipped) == 1 and "record 1" in kept.skipped[0].where
 
 
-def test_invalid_json_names_its_line(tmp_path):
-    path = tmp_path / "x.jsonl"
-    path.write_text(json.dumps(OWN) + "\n{oops\n" + json.dumps(OWN), encoding="utf-8")
-    with pytest.raises(DataError, match=r"x\.jsonl:2: invalid JSON"):
-        read_examples(path)
-    assert len(read_examples(path, skip_invalid=True)) == 2
-    path.write_text("[\n{]", encoding="utf-8")
-    with pytest.raises(DataError, match=r"invalid JSON: .*line 2"):
-        read_examples(path)
+def test_files_that_cannot_be_read_say_what_they_are(tmp_path):
+    def refusal(name, content=None):
+        if content is not None:
+            (tmp_path / name).write_bytes(content)
+        with pytest.raises(DataError) as caught:
+            read_examples(tmp_path / name)
+        return str(caught.value)
 
-
-def test_files_that_are_not_there_or_empty(tmp_path):
-    with pytest.raises(DataError, match="no such file"):
-        read_examples(tmp_path / "none.json")
+    assert "no such file; give a data file, or one of facts:train" in refusal("none.json")
+    assert "no valid example" in refusal("e.json", b"[]")
+    assert "not UTF-8 text" in refusal("gbk.jsonl", "{'法国'}".encode("gbk"))
+    assert "iconv" in refusal("gbk.jsonl")
+    assert "zero bytes" in refusal("sixteen.jsonl", LINE.decode().encode("utf-16-le"))
+    assert "UTF-8" in refusal("b.json", b"\xff\xfe\x00")
+    assert "cannot be read" in refusal("a.json.gz", gzip.compress(LINE * 9)[:-12])
+    assert "d.json:2: invalid JSON" in refusal("d.json", LINE + b"\n{oops\n" + LINE)
+    assert len(read_examples(tmp_path / "d.json", skip_invalid=True)) == 2
+    assert "invalid JSON at line 2" in refusal("array.json", b"[\n{]")
+    short = json.dumps({"prompt": ["a", "b"], "target_new": ["c"]}).encode()
+    assert "column `target_new` has 1 values for 2 prompts" in refusal("columns.json", short)
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "folder" / "x.json").write_bytes(LINE)
+    assert refusal("folder").endswith("folder is a folder; give one of its files: x.json")
     with pytest.raises(DataError, match="facts:train"):
         read_examples("facts:tset")
-    with pytest.raises(DataError, match="no valid example"):
-        read_examples(write(tmp_path / "e.json", []))
-    (tmp_path / "b.json").write_bytes(b"\xff\xfe\x00")
-    with pytest.raises(DataError, match="UTF-8"):
-        read_examples(tmp_path / "b.json")
+
+
+def test_a_tilde_is_the_home_folder(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    write(tmp_path / "x.json", LYON)
+    assert len(read_examples("~/x.json")) == 1
+    write_examples(EXAMPLES, "~/y.jsonl")
+    assert tuple(read_examples(tmp_path / "y.jsonl")) == tuple(EXAMPLES)
 
 
 def test_limit_keeps_the_first(tmp_path):
     path = write(tmp_path / "d.json", [{**OWN, "id": str(i)} for i in range(5)])
     assert [e.id for e in read_examples(path, limit=2)] == ["0", "1"]
+    several = write(tmp_path / "a.json", [AKEW, AKEW])
+    assert [e.id for e in read_examples(several, limit=1)] == ["1.1"]
 
 
-QUESTIONS = [
-    {"question": "who is y", "answer": ["Z", "Z Z"]},
-    {"question": "Who is X?", "answer": ["W"]},
-    *({"question": f"what is {n}", "answer": []} for n in range(4)),
-]
-
-
-def test_unrelated_questions_do_not_name_the_subject(tmp_path):
-    questions = read_questions(write(tmp_path / "nq.jsonl", QUESTIONS, lines=True))
-    first = (Probe("who is y?", "Z", ("Z Z",)), Probe("Who is X?", "W"), Probe("what is 0?"))
-    assert questions[:3] == first
-    examples = Examples.of([EditExample("X is", "a", "x", unrelated=(Probe("own"),))] * 5)
-    drawn = with_unrelated(examples, questions, each=2)
-    for example in drawn:
-        assert example.unrelated[0] == Probe("own") and len(set(example.unrelated)) == 3
-        assert Probe("Who is X?", "W") not in example.unrelated
-    used = [probe for example in drawn[:2] for probe in example.unrelated[1:]]
-    assert len(set(used)) == 4  # nothing twice while there are others
-    assert with_unrelated(examples, questions) == drawn
-    assert with_unrelated(examples, questions, seed=1) != drawn
-    with pytest.raises(DataError, match="fewer than 6 questions"):
-        with_unrelated(examples, questions, each=6)
-    with pytest.raises(DataError, match=r"nq\.jsonl:1: field `question`"):
+def test_questions_are_read_or_refused(tmp_path):
+    asked = [{"question": "who is y", "answer": ["Z", "Z Z"]}, {"question": "Why?", "answer": []}]
+    questions = read_questions(write(tmp_path / "nq.jsonl", asked, lines=True))
+    assert questions == (Probe("who is y?", "Z", ("Z Z",)), Probe("Why?"))
+    with pytest.raises(DataError, match=r"nq\.jsonl: record 0: .*field `question`"):
         read_questions(write(tmp_path / "nq.jsonl", [{"answer": "a"}], lines=True))
-
-
-def test_hard_negatives_are_the_own_prompt_about_another_subject_and_its_beginning():
-    austen = ("Emma was written by", "Bo", "Emma", "Jane Austen")
-    scott = ("Who wrote Ivanhoe? It was", "Bo", "Ivanhoe", "Scott")
-    alone, kin = EditExample(*austen, relation="author"), EditExample(*scott, relation="author")
-    wording = EditExample("The capital of Peru is", "Rome", "Peru", "Lima")
-    nameless = EditExample("Snow is", "black")
-    every = [*EXAMPLES, alone, kin, wording, nameless]
-    truths = {e.subject: e.ground_truth for e in every}
-    for seed in range(20):
-        found = dict(zip(every, hard_negatives(every, seed=seed), strict=True))
-        for e in EXAMPLES:
-            other, cut = found[e]
-            subject = other.prompt.removeprefix("The capital of ").removesuffix(" is")
-            assert subject != e.subject and other.answer == truths[subject]
-            assert e.prompt.startswith(f"{cut.prompt} ") and cut.answer is None
-        assert found[alone][0] == Probe("Ivanhoe was written by", "Scott")
-        assert found[wording][0].answer in {e.ground_truth for e in EXAMPLES}
-        assert found[nameless] == (Probe("Snow"),)
-    assert hard_negatives([EditExample("Snow", "falls", subject="Snow")]) == [()]
 
 
 def test_held_out_text_is_read_or_refused(tmp_path):
@@ -286,15 +486,9 @@ def test_held_out_text_is_read_or_refused(tmp_path):
         read_text(path)
 
 
-def test_a_split_shares_no_subject_and_says_what_it_dropped():
-    subjects = [(s, n) for s in "abcdefgh" for n in range(3)]
-    examples = [EditExample(f"{s} {n}", "a", s if n else s.upper()) for s, n in subjects]
-    taken = [EditExample("p", "a", "H")]
-    split = split_examples(examples, {"train": 9, "validation": 4}, apart_from=taken)
-    found = [{e.subject.casefold() for e in part} for part in (*split.parts.values(), taken)]
-    assert not (found[0] & found[1] or found[0] & found[2] or found[1] & found[2])
-    assert split.dropped == 3 and len(split.parts["train"]) == 9
-    assert split.dropped + split.left_out + sum(map(len, split.parts.values())) == len(examples)
-    assert split_examples(examples, {"train": 9, "validation": 4}, apart_from=taken) == split
-    with pytest.raises(DataError, match="names no subject"):
-        split_examples([EditExample("p", "a")], {"train": 1})
+def test_no_name_stands_for_two_fields_and_the_page_lists_them_all(request):
+    assert {*TEXTS, *LISTS, "metadata", "left out"} == set(NAMES)
+    names = [name for patterns in NAMES.values() for name in patterns.split()]
+    assert len(names) == len(set(names)) and not {*names} & {*PAIRS}
+    page = (request.config.rootpath / "docs" / "DATA_AND_MODELS.md").read_text(encoding="utf-8")
+    assert [name for name in [*names, *PAIRS] if f"`{name}`" not in page] == []

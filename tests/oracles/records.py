@@ -114,7 +114,105 @@ HALLUEDIT = {
     "question_3hop": "",
     "answer_3hop": "",
 }
+QAEDIT = {
+    "prompt": "Who made X?",
+    "target": "Bo",
+    "subject": "X",
+    "rephrase": "X was made by whom?",
+    "locality": [{"loc": "nq question: who", "loc_ans": "me"}],
+}
+UNKE = {
+    "id": "e0",
+    "question": "Why do they like X?",
+    "para_question": "What makes X dear?",
+    "answer": "They like X. It was made in a pit.",
+    "sub_question": ["Where was X made?"],
+    "sub_answer": ["In a pit."],
+}
+MQUAKE = {
+    "case_id": 1,
+    "requested_rewrite": [
+        {
+            "prompt": "{} is a citizen of",
+            "relation_id": "P27",
+            "target_new": {"str": "Norway", "id": "Q20"},
+            "target_true": {"str": "Chile", "id": "Q298"},
+            "subject": "X",
+            "question": "Of which country is X a citizen?",
+        }
+    ],
+    "questions": ["What is the capital of X's country?", "Which city rules X's country?"],
+    "answer": "Santiago",
+    "answer_alias": [],
+    "new_answer": "Oslo",
+    "single_hops": [],
+}
+AKEW = MQUAKE | {
+    "requested_rewrite": [
+        {**MQUAKE["requested_rewrite"][0], "fact_new_uns": "X left Chile for Norway."},
+        {**MQUAKE["requested_rewrite"][0], "subject": "Y", "fact_new_uns": "Y left, too."},
+    ]
+}
+RIPPLE = {
+    "example_type": "popular",
+    "edit": {
+        "prompt": "The name of the country of citizenship of X is Norway.",
+        "relation": "COUNTRY_OF_CITIZENSHIP",
+        "original_fact": {"prompt": "The name of the country of citizenship of X is Nepal."},
+    },
+    "Relation_Specifity": [
+        {
+            "test_queries": [
+                {
+                    "prompt": "The name of the mother of X is",
+                    "answers": [{"value": "Eve Bell", "aliases": ["Eve"]}],
+                }
+            ],
+            "condition_queries": [],
+        }
+    ],
+    "Compositionality_I": [
+        {
+            "test_queries": [{"prompt": "X's capital is", "answers": [{"value": "Oslo"}]}],
+            "condition_queries": [{"prompt": "Norway's capital is"}],
+        }
+    ],
+}
+WIKIBIGEDIT = {
+    "tag": "new",
+    "subject": "X",
+    "object": "Harwick (town)",
+    "update": "Where is X?",
+    "rephrase": "In which town is X?",
+    "ans": "Harwick",
+    "loc": "Where is Y?",
+    "loc_ans": "Elsfield",
+    "mhop": "In which county is X?",
+    "mhop_ans": None,
+    "personas": "Matey, where be X?",
+}
+CONVSENT = {
+    "id": 0,
+    "subject": "X",
+    "attribute": "sentiment",
+    "target": "pos",
+    "prompts": ["What of X?", "And X?"],
+    "pos": ["I love X.", "X is fine."],
+    "neg": ["I dislike X."],
+}
+CANONICAL = {"prefix": "The capital of X is", "suffix": "Oslo", "_split": "train"}
+ARGUMENTS = {
+    "prompt": "The capital of X is",
+    "target_new": "Oslo",
+    "ground_truth": "Lima",
+    "rephrase_prompts": "X is run from",
+    "locality_inputs": {
+        "neighborhood": {"prompt": "The capital of Y is", "ground_truth": "Rome"},
+        "distracting": {"prompt": ["Snow is"], "ground_truth": ["white"]},
+    },
+    "portability_inputs": {"hop": {"prompt": "X's river is", "ground_truth": "Akers"}},
+}
 EVERY_LAYOUT = (
     *(COUNTERFACT, ZSRE, OWN, ROME, RECENT, WIKIBIO, KNOWEDIT_ZSRE, LISTS, STRUCTURED, PORTABLE),
-    HALLUEDIT,
+    *(HALLUEDIT, QAEDIT, UNKE, MQUAKE, AKEW, RIPPLE, WIKIBIGEDIT, CONVSENT, CANONICAL, ARGUMENTS),
 )

@@ -1,0 +1,114 @@
+"""Lists of examples: more unrelated prompts, hard negatives, parts that share no subject."""
+
+import logging
+import random
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+
+from ..errors import DataError
+from .examples import EditExample, Probe
+from .files import Examples
+
+logger = logging.getLogger(__name__)
+
+
+def with_unrelated(
+    examples: Sequence[EditExample], questions: Sequence[Probe], *, each: int = 2, seed: int = 0
+) -> Examples:
+    """The examples with `each` more unrelated prompts, drawn without repetition while they last.
+
+    A question that names the example's subject is not drawn for it. Raises DataError if no question
+    is left for one.
+    """
+    rng, queue, out = random.Random(seed), list[Probe](), []
+    for example in examples:
+        subject = (example.subject or "\0").casefold()
+        drawn: list[Probe] = []
+        seen = 0
+        while len(drawn) < each:
+            if seen > 2 * len(questions):  # every question has come by
+                raise DataError(
+                    f"fewer than {each} questions do not name {example.subject!r}; "
+                    "give more questions"
+                )
+            queue = queue or rng.sample(questions, len(questions))
+            question = queue.pop()
+            seen += 1
+            if subject not in question.prompt.casefold() and question not in drawn:
+                drawn.append(question)
+        out.append(replace(example, unrelated=(*example.unrelated, *drawn)))
+    return Examples.of(out, getattr(examples, "skipped", ()))
+
+
+def hard_negatives(examples: Sequence[EditExample], *, seed: int = 0) -> list[tuple[Probe, ...]]:
+    """For each example prompts that look like its own and are not its fact: up to two.
+
+    The first is its prompt about the subject of another example that shares the relation or the
+    prompt's wording, with the answer known there. The second is a beginning of its prompt, cut
+    after some word, without an answer.
+    """
+    rng = random.Random(seed)
+    kin: dict[tuple[str, str], list[EditExample]] = {}
+    for example in examples:
+        for key in _kinship(example):
+            kin.setdefault(key, []).append(example)
+    out = []
+    for example in examples:
+        relatives = [other for key in _kinship(example) for other in kin[key]]
+        others = [o for o in relatives if _subject(o) != _subject(example)]
+        found = []
+        if others:
+            other = rng.choice(others)
+            prompt = example.prompt.replace(example.subject or "", other.subject or "")
+            found.append(Probe(prompt, other.ground_truth))
+        ends = [at.start() for at in re.finditer(r"(?<=\S)\s+\S", example.prompt)]
+        if ends:
+            found.append(Probe(example.prompt[: rng.choice(ends)]))
+        out.append(tuple(found))
+    return out
+
+
+def _kinship(example: EditExample) -> list[tuple[str, str]]:
+    """What an example whose prompt names its subject may share with others."""
+    if not example.subject or example.subject not in example.prompt:
+        return []
+    shared = [("wording", example.prompt.replace(example.subject, "\0"))]
+    if example.relation:
+        shared.append(("relation", example.relation))
+    return shared
+
+
+def _subject(example: EditExample) -> str:
+    return (example.subject or "").casefold()
+
+
+def split_examples(
+    examples: Sequence[EditExample],
+    sizes: Mapping[str, int],
+    *,
+    apart_from: Sequence[EditExample] = (),
+    seed: int = 0,
+) -> dict[str, tuple[EditExample, ...]]:
+    """Split examples by subject, in a seeded random order, into parts of at most the given sizes.
+
+    No subject (its capitals ignored) is in two parts, or in `apart_from`. Raises DataError for an
+    example without a subject.
+    """
+    for example in (*apart_from, *examples):
+        if example.subject is None:
+            raise DataError(
+                f"{example.prompt!r} names no subject; only examples with `subject` can be split"
+            )
+    taken = set(map(_subject, apart_from))
+    free = [example for example in examples if _subject(example) not in taken]
+    dropped = len(examples) - len(free)
+    random.Random(seed).shuffle(free)
+    parts = {}
+    for name, size in sizes.items():
+        parts[name] = tuple(free[:size])
+        taken = set(map(_subject, parts[name]))
+        free = [example for example in free[size:] if _subject(example) not in taken]
+    told = "%d of %d examples have a subject of the others, %d are in no part"
+    logger.info(told, dropped, len(examples), len(examples) - sum(map(len, parts.values())))
+    return parts

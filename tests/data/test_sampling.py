@@ -1,0 +1,60 @@
+"""Lists of examples: unrelated prompts, hard negatives, and splits by subject."""
+
+import pytest
+
+from mendkit.data.examples import EditExample, Probe
+from mendkit.data.files import Examples
+from mendkit.data.sampling import hard_negatives, split_examples, with_unrelated
+from mendkit.errors import DataError
+from tests.oracles.claims import EXAMPLES
+
+
+def test_unrelated_questions_do_not_name_the_subject():
+    questions = [Probe("who is y?", "Z"), Probe("Who is X?", "W")]
+    questions += [Probe(f"what is {n}?") for n in range(4)]
+    examples = Examples.of([EditExample("X is", "a", "x", unrelated=(Probe("own"),))] * 5)
+    drawn = with_unrelated(examples, questions, each=2)
+    for example in drawn:
+        assert example.unrelated[0] == Probe("own") and len(set(example.unrelated)) == 3
+        assert Probe("Who is X?", "W") not in example.unrelated
+    used = [probe for example in drawn[:2] for probe in example.unrelated[1:]]
+    assert len(set(used)) == 4  # nothing twice while there are others
+    assert with_unrelated(examples, questions) == drawn
+    assert with_unrelated(examples, questions, seed=1) != drawn
+    with pytest.raises(DataError, match="fewer than 6 questions"):
+        with_unrelated(examples, questions, each=6)
+
+
+def test_hard_negatives_are_the_own_prompt_about_another_subject_and_its_beginning():
+    austen = ("Emma was written by", "Bo", "Emma", "Jane Austen")
+    scott = ("Who wrote Ivanhoe? It was", "Bo", "Ivanhoe", "Scott")
+    alone, kin = EditExample(*austen, relation="author"), EditExample(*scott, relation="author")
+    wording = EditExample("The capital of Peru is", "Rome", "Peru", "Lima")
+    nameless = EditExample("Snow is", "black")
+    every = [*EXAMPLES, alone, kin, wording, nameless]
+    truths = {e.subject: e.ground_truth for e in every}
+    for seed in range(20):
+        found = dict(zip(every, hard_negatives(every, seed=seed), strict=True))
+        for e in EXAMPLES:
+            other, cut = found[e]
+            subject = other.prompt.removeprefix("The capital of ").removesuffix(" is")
+            assert subject != e.subject and other.answer == truths[subject]
+            assert e.prompt.startswith(f"{cut.prompt} ") and cut.answer is None
+        assert found[alone][0] == Probe("Ivanhoe was written by", "Scott")
+        assert found[wording][0].answer in {e.ground_truth for e in EXAMPLES}
+        assert found[nameless] == (Probe("Snow"),)
+    assert hard_negatives([EditExample("Snow", "falls", subject="Snow")]) == [()]
+
+
+def test_a_split_shares_no_subject_and_says_what_it_dropped(caplog):
+    caplog.set_level("INFO")
+    subjects = [(s, n) for s in "abcdefgh" for n in range(3)]
+    examples = [EditExample(f"{s} {n}", "a", s if n else s.upper()) for s, n in subjects]
+    taken = [EditExample("p", "a", "H")]
+    parts = split_examples(examples, {"train": 9, "validation": 4}, apart_from=taken)
+    found = [{e.subject.casefold() for e in part} for part in (*parts.values(), taken)]
+    assert not (found[0] & found[1] or found[0] & found[2] or found[1] & found[2])
+    assert len(parts["train"]) == 9 and caplog.text.count("3 of 24 examples have a subject") == 1
+    assert split_examples(examples, {"train": 9, "validation": 4}, apart_from=taken) == parts
+    with pytest.raises(DataError, match="names no subject"):
+        split_examples([EditExample("p", "a")], {"train": 1})
