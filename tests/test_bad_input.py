@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 
 from mendkit.data.examples import EditExample, Probe, join
 from mendkit.data.files import read_examples
-from mendkit.data.layouts import NAMES, PAIRED, parse
+from mendkit.data.layouts import ANSWERS, NAMES, PAIRS, parse
 from mendkit.data.records import UNFOLD
 from mendkit.errors import DataError, HyperParamError, MendkitError
 from mendkit.evaluation.evaluate import EvaluationSet
@@ -99,7 +99,9 @@ def test_any_values_are_settings_that_come_back_or_an_error_that_names_the_key(g
         assert not any(value != value for value in found.to_dict().values())  # no NaN
 
 
-NAMES_IN_FILES = sorted({*" ".join(NAMES.values()).replace("*", "x").split(), *PAIRED, *UNFOLD})
+NAMES_IN_FILES = sorted(
+    {*" ".join(NAMES.values()).replace("*", "x").split(), *PAIRS, *ANSWERS, *UNFOLD}
+)
 records = st.one_of(
     values,
     st.dictionaries(st.sampled_from(NAMES_IN_FILES), values, max_size=6),

@@ -7,7 +7,6 @@ import ast
 import bz2
 import codecs
 import csv
-import difflib
 import gzip
 import io
 import json
@@ -17,6 +16,7 @@ import re
 import zlib
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -118,24 +118,21 @@ def read_examples(
 def _columns(columns: Any, source: object, records: Sequence[Any]) -> dict[str, tuple[str, ...]]:
     """The names of a table by field, checked against the fields of an example and the records."""
     names: dict[str, tuple[str, ...]] = {}
-    for field, listed in dict(columns or {}).items():
+    if not columns:
+        return names
+    for field, listed in dict(columns).items():
         names[field] = (listed,) if isinstance(listed, str) else tuple(listed)
         if field not in EditExample.__dataclass_fields__:
             legal = ", ".join(EditExample.__dataclass_fields__)
             raise DataError(f"columns: no field {field!r} of an edit; expected one of {legal}")
-    there: set[str] = set()
-    for _, record in records:
-        inner = record.get("requested_rewrite") if isinstance(record, dict) else None
-        for part in (record, *(inner if isinstance(inner, list) else [inner])):
-            there |= part.keys() if isinstance(part, dict) else set()
-    wanted = {name for listed in names.values() for name in listed}
-    missing = sorted(wanted - there)
-    if wanted and not wanted & there:
+    there = json.dumps([record for _, record in records], default=str, ensure_ascii=False)
+    wanted = [name for listed in names.values() for name in listed]
+    missing = [name for name in wanted if json.dumps(name, ensure_ascii=False) + ":" not in there]
+    if missing and len(missing) == len(wanted):
         logger.warning("%s has none of the names in `columns`: read without them", source)
         return {}
     if missing:
-        close = difflib.get_close_matches(missing[0], there, 1, 0.5) or sorted(there)
-        raise DataError(f"{source}: columns: no record has {missing[0]!r}; found {close[0]!r}")
+        raise DataError(f"{source}: columns: no record has {', '.join(map(repr, missing))}")
     return names
 
 
@@ -208,95 +205,88 @@ def _content(source: str | Path) -> tuple[Path, bytes]:
 def _decoded(path: Path, content: bytes) -> str:
     encodings = [name for mark, name in MARKS.items() if content.startswith(mark)]
     try:
-        decoded = content.decode((encodings or ["utf-8"])[0])
+        decoded = content.decode(*encodings[:1])
+        if "\0" not in decoded[:1000]:
+            return decoded
+        why = "it has zero bytes"
     except UnicodeDecodeError as error:
-        where = f"{error.reason} at byte {error.start}"
-        raise DataError(
-            f"{path}: not UTF-8 text ({where}); convert it (`iconv -f ENCODING -t UTF-8`), or give "
-            f"{READABLE}"
-        ) from None
-    if "\0" in decoded[:1000]:
-        raise DataError(f"{path}: not UTF-8 text (it has zero bytes); expected {READABLE}")
-    return decoded
+        why = f"{error.reason} at byte {error.start}"
+    raise DataError(
+        f"{path}: not UTF-8 text ({why}); convert it (`iconv -f ENCODING -t UTF-8`), or give "
+        f"{READABLE}"
+    )
 
 
 def _records(source: str | Path) -> Iterator[tuple[str, Any]]:
     """(where, record) of every record. The record of a line that is no JSON is a DataError."""
-    if str(source).startswith("hf:"):
-        yield from _numbered(source, _from_hub(str(source)))
-        return
-    if str(source).startswith("facts:") and str(source) not in FACTS:
-        raise DataError(f"{source}: no such facts of the kit; expected one of {', '.join(FACTS)}")
-    path, content = _content(FACTS.get(str(source), source))
-    if content.startswith(b"PAR1"):
-        yield from _numbered(path, _from_parquet(path, content))
-        return
-    decoded = _decoded(path, content)
-    kind = re.sub(r"\.(gz|bz2|xz)$", "", path.name.lower()).rpartition(".")[2]
-    if kind in ("csv", "tsv") or (kind[:4] != "json" and decoded.lstrip()[:1] not in ("{", "[")):
-        yield from _from_table(path, decoded)
-        return
-    whole = _from_json(decoded)
-    first = decoded.lstrip().partition("\n")[0].rstrip()
-    try:
-        if isinstance(whole, DataError) and (first == "{" or first[:1] == "["):
-            whole = _stream(decoded)
-        if not isinstance(whole, DataError):
-            yield from _numbered(path, _rows(whole))
+    name = str(source)
+    if name.startswith("facts:") and name not in FACTS:
+        raise DataError(f"{name}: no such facts of the kit; expected one of {', '.join(FACTS)}")
+    if name.startswith("hf:"):
+        path, rows = source, _from_hub(name)
+    else:
+        path, content = _content(FACTS.get(name, source))
+        rows = _from_parquet(path, content) if content.startswith(b"PAR1") else None
+    if rows is None:
+        decoded = _decoded(path, content)
+        kind = re.sub(r"\.(gz|bz2|xz)$", "", path.name.lower()).rpartition(".")[2]
+        is_json = kind.startswith("json") or decoded.lstrip()[:1] in ("{", "[")
+        if kind in ("csv", "tsv") or not is_json:
+            yield from _from_table(path, decoded)
             return
-    except DataError as error:
-        raise DataError(f"{path}: {error}") from None
-    for number, line in enumerate(decoded.split("\n"), 1):
-        if line.strip():
-            yield f"{path}:{number}", _from_json(line)
-
-
-def _stream(content: str) -> list[Any]:
-    """JSON values one after another, each over several lines."""
-    found, rest = [], content.lstrip()
-    while rest:
-        try:
-            value, end = json.JSONDecoder().raw_decode(rest)
-        except (ValueError, RecursionError) as error:
-            line = content[: len(content) - len(rest)].count("\n") + getattr(error, "lineno", 1)
-            raise DataError(f"invalid JSON at line {line}: {error}") from None
-        found.append(value)
-        rest = rest[end:].lstrip()
-    return found
-
-
-def _numbered(path: object, rows: Sequence[Any]) -> Iterator[tuple[str, Any]]:
+        rows = _from_json(path, decoded)
+    if rows is None:
+        for number, line in enumerate(decoded.split("\n"), 1):
+            if line.strip():
+                yield f"{path}:{number}", _value(line)
+        return
     for number, row in enumerate(rows):
         yield f"{path}: record {number}", row
 
 
-def _rows(whole: Any) -> list[Any]:
-    """The records of a JSON value: a list, `records`, one object, or columns."""
+def _value(content: str) -> Any:
+    """The value of JSON, or a DataError that says why it has none."""
+    try:
+        return json.loads(content)
+    except (ValueError, RecursionError) as error:  # also for numbers of too many digits
+        return DataError(f"invalid JSON: {error}")
+
+
+def _from_json(path: Path, content: str) -> list[Any] | None:
+    """The records of a JSON file: a list, `records`, one object, columns; None for lines."""
+    whole = _value(content)
+    if isinstance(whole, DataError):
+        first = content.lstrip().partition("\n")[0].strip()
+        if first != "{" and (first[:1] != "[" or not isinstance(_value(first), DataError)):
+            return None
+        parts = re.split(r"(?<=^\})\s*(?=\{$)", content, flags=re.MULTILINE)
+        whole = [_value(part) for part in parts]  # objects over several lines
+        for part in whole:
+            if isinstance(part, DataError):
+                raise DataError(f"{path}: {part}")
     if not isinstance(whole, dict):
         return whole if isinstance(whole, list) else [whole]
     if isinstance(whole.get("records"), list):
         return whole["records"]
-    values = list(whole.values())
-    if values and all(isinstance(value, dict) for value in values):
+    if whole and all(isinstance(value, dict) for value in whole.values()):
         # pandas writes columns of rows; others write records by their id
-        keys = values[0].keys()
-        if not {"prompt", "src", "prompts", "question"} & whole.keys():
-            return values
-        return [{name: column.get(key) for name, column in whole.items()} for key in keys]
+        if not {"prompt", "src", "question"} & whole.keys():
+            return list(whole.values())
+        whole = {name: list(column.values()) for name, column in whole.items()}
     prompts = whole.get("prompts", whole.get("prompt"))
     if not isinstance(prompts, list):
         return [whole]
-    return [_at(whole, i, len(prompts), "") for i in range(len(prompts))]
+    return [_at(whole, i, f"{path}: {len(prompts)} prompts") for i in range(len(prompts))]
 
 
-def _at(column: Any, row: int, rows: int, name: str) -> Any:
+def _at(column: Any, row: int, place: str) -> Any:
     """The value of one row in columns, which may stand in objects by kind."""
     if isinstance(column, dict):
-        return {key: _at(value, row, rows, key) for key, value in column.items()}
+        return {key: _at(value, row, f"{place}, `{key}`") for key, value in column.items()}
     if not isinstance(column, list):
         return column
-    if len(column) != rows:
-        raise DataError(f"the column `{name}` has {len(column)} values for {rows} prompts")
+    if row >= len(column):
+        raise DataError(f"{place}: only {len(column)} values")
     return column[row]
 
 
@@ -307,26 +297,20 @@ def _from_table(path: Path, content: str) -> Iterator[tuple[str, Any]]:
     rows = csv.DictReader(io.StringIO(content), delimiter=separator, restkey="further cells")
     try:
         for row in rows:
-            cells = {name: _cell(value) for name, value in row.items() if value and value != ""}
-            yield f"{path}:{rows.line_num}", cells
+            yield f"{path}:{rows.line_num}", {name: _cell(value) for name, value in row.items()}
     except csv.Error as error:
         raise DataError(f"{path}:{rows.line_num}: no table: {error}") from None
 
 
 def _cell(value: Any) -> Any:
     """A cell; a list or object in it, as JSON or as Python writes it, is one."""
-    if not isinstance(value, str):
-        return value
-    if not value.strip():
-        return None
-    if value.strip()[0] + value.strip()[-1] not in ("[]", "{}"):
-        return value
-    parted = re.sub(r"""(['"])\s+(['"])""", r"\1, \2", value)  # numpy writes no commas
-    for read, written in ((json.loads, value), (ast.literal_eval, parted)):
-        try:
-            return read(written)
-        except (ValueError, SyntaxError, RecursionError, MemoryError):
-            continue
+    if not isinstance(value, str) or not value.strip():
+        return value or None
+    if value.strip()[0] + value.strip()[-1] in ("[]", "{}"):
+        parted = re.sub(r"""(['"])\s+(['"])""", r"\1, \2", value)  # numpy writes no commas
+        for read, written in ((json.loads, value), (ast.literal_eval, parted)):
+            with suppress(ValueError, SyntaxError, RecursionError, MemoryError):
+                return read(written)
     return value
 
 
@@ -346,10 +330,10 @@ def _from_hub(source: str) -> list[Any]:
     name, _, split = source.removeprefix("hf:").partition(":")
     try:
         from datasets import load_dataset
+
+        return _from_frame(load_dataset(str(user_path(name)), split=split or "train").to_pandas())
     except ImportError:
         raise DataError(f"{source} needs `datasets`: pip install datasets pyarrow") from None
-    try:
-        return _from_frame(load_dataset(str(user_path(name)), split=split or "train").to_pandas())
     except Exception as error:  # the hub's client and the readers have many
         said = str(error).strip().partition("\n")[0]
         raise DataError(
@@ -360,14 +344,6 @@ def _from_hub(source: str) -> list[Any]:
 def _from_frame(frame: Any) -> list[Any]:
     whole = frame.convert_dtypes()  # whole numbers stay whole beside missing ones
     return json.loads(whole.to_json(orient="records", force_ascii=False, date_format="iso"))
-
-
-def _from_json(content: str) -> Any:
-    """The value of a text, or a DataError that says why it has none."""
-    try:
-        return json.loads(content)
-    except (ValueError, RecursionError) as error:  # also for numbers of too many digits
-        return DataError(f"invalid JSON: {error}")
 
 
 def _sound(record: Any) -> Any:

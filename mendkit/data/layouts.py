@@ -14,7 +14,7 @@ from typing import Any
 
 from ..errors import DataError
 from .examples import EditExample, check_unicode
-from .records import UNFOLD, Record, answers, identity, items, pairs, probes, target, text
+from .records import UNFOLD, Record, answers, items, name_or_number, pairs, probes, text
 
 Columns = Mapping[str, tuple[str, ...]]
 
@@ -27,20 +27,19 @@ NAMES = {
     "subject": "subject concept ent",
     "relation": "relation relation_id",
     "id": "id case_id",
+    "ground_truth": "ground_truth target_true answers target_old output",
+    "told": "pred prediction output_*",  # what the model, or a recorded one, says before the edit
     "paraphrases": "paraphrases paraphrase_prompts rephrase_prompt rephrase_prompts rephrase"
     " filtered_rephrases para_question paraphrased_question personas*",
     "neighbours": "neighbours neighborhood_prompts",
     "unrelated": "unrelated locality locality_question",
     "portability": "portability portability_inputs",
     "generation_prompts": "generation_prompts",
-    "ground_truth": "ground_truth target_true answers target_old output",
-    "told": "pred prediction output_*",  # what the model, or a recorded one, says before the edit
     "metadata": "metadata _*",
-    "left out": "answer_alias* attribute attribute_prompts bert_score cond dataset eval_*"
-    " example_type fact_new_* fact_true_* label loc_prompts meta multiple_choice* new_answer_alias*"
-    " new_single_hops no_question* object_id orig pararel_idx path prompt_full rephrases"
-    " reversed_relation* single_hops source source_case_id split subject_id tag target_id time_*"
-    " topic type unsfact_* yes_question*",
+    "left out": "answer_alias* attribute* bert_score cond dataset eval_* example_type fact_new*"
+    " fact_true* label loc_prompts meta multiple_choice* new_answer_alias* new_single_hops"
+    " no_question* object_id orig pararel_idx path prompt_full rephrases reversed_* single_hops"
+    " source* split subject_id tag target_id time_* topic type unsfact_* yes_question*",
 }
 """Names (patterns) in files, by field. Of two names for one text the first counts."""
 
@@ -50,33 +49,20 @@ PAIRS = {
     "mhop": ("mhop_ans", "portability"),
     "sub_question": ("sub_answer", "portability"),
     "questions": ("new_answer", "portability"),
-    "question_2hop": ("answer_2hop", "portability"),
-    "question_3hop": ("answer_3hop", "portability"),
-    "question_4hop": ("answer_4hop", "portability"),
-    "question_5hop": ("answer_5hop", "portability"),
-    "question_6hop": ("answer_6hop", "portability"),
+    **{f"question_{n}hop": (f"answer_{n}hop", "portability") for n in range(2, 7)},
 }
 """Fields of prompts, the fields of their answers, and the field of an example."""
 
-PAIRED = {*PAIRS, *(answer for answer, _ in PAIRS.values())}
+ANSWERS = {answer for answer, _ in PAIRS.values()}
 
-TEXTS: dict[str, Callable[[Record, str], str | None]] = {
-    "prompt": text,
-    "target_new": target,
-    "subject": text,
-    "relation": text,
-    "id": identity,
+READ: dict[str, Callable[[Record, str], list[Any]]] = {
+    "prompt": lambda record, name: [text(record, name)],
+    **dict.fromkeys(("target_new", "subject", "relation", "id"), name_or_number),
+    **dict.fromkeys(("ground_truth", "told"), answers),
+    **dict.fromkeys(("paraphrases", "generation_prompts"), items),
+    **dict.fromkeys(("neighbours", "unrelated", "portability"), probes),
 }
-LISTS: dict[str, Callable[[Record, str], list[Any]]] = {
-    "paraphrases": items,
-    "neighbours": probes,
-    "unrelated": probes,
-    "portability": probes,
-    "generation_prompts": items,
-    "ground_truth": answers,
-    "told": answers,
-}
-"""How a field is read."""
+"""How the values of a field are read."""
 
 
 def parse(record: Any, columns: Columns | None = None) -> tuple[list[EditExample], list[str]]:
@@ -87,107 +73,94 @@ def parse(record: Any, columns: Columns | None = None) -> tuple[list[EditExample
     """
     if not isinstance(record, dict):
         raise DataError(f"expected an object such as {LEAST}, got {type(record).__name__}")
-    given: dict[str, Any] = {}
-    for key, value in record.items():
-        blank = key in PAIRED and isinstance(value, str) and not value.strip()
-        if value is not None and value == value and not blank:  # neither null nor NaN
-            given[key] = value
-    left: list[str] = []
+    flats, left = [_given(record)], list[str]()
     try:
-        flats = [given]
         for mark, unfold in UNFOLD.items():
-            if mark in given:
-                flats = unfold(given, left)
+            if mark in flats[0]:
+                flats = unfold(flats[0], left)
                 break
-        examples = [_example(flat, columns or {}, left) for flat in flats]
+        examples = [_example(_given(flat), columns or {}, left) for flat in flats]
     except RecursionError:
         raise DataError("a field is nested too deeply") from None
     return examples, left
 
 
-@cache
-def _field(name: str) -> str | None:
-    """The field that a name in a file stands for."""
-    for field, patterns in NAMES.items():
-        if any(fnmatchcase(name, pattern) for pattern in patterns.split()):
-            return field
-    return None
-
-
-def _names_by_field(record: Record, columns: Columns, left: list[str]) -> dict[str, list[str]]:
-    """The record's names by the field they hold, the first of `NAMES` first; the rest is `left`."""
-    mapped = {name: field for field, names in columns.items() for name in names}
-    found: dict[str, list[str]] = {"left out": left, "paired": []}
+def _given(record: Record) -> dict[str, Any]:
+    """The record without null and NaN, and without blank halves of pairs."""
+    given = {}
     for name, value in record.items():
-        field = mapped.get(name) or ("paired" if name in PAIRED else _field(name))
-        if field is None and not columns:
-            raise _unknown(name, record)
-        if field is None or (field in columns and name not in mapped):
-            field = "left out"
-        if value is not None:
-            found.setdefault(field, []).append(name)
-    for field in TEXTS:
-        order = NAMES[field].split()
-        found.setdefault(field, []).sort(
-            key=lambda name: order.index(name) if name in order else -1
-        )
-    return found
+        blank = (name in PAIRS or name in ANSWERS) and isinstance(value, str) and not value.strip()
+        if value is not None and value == value and not blank:
+            given[name] = value
+    return given
+
+
+@cache
+def _place(name: str) -> tuple[str | None, int]:
+    """The field that a name in a file stands for, and which of the field's names it is."""
+    for field, patterns in NAMES.items():
+        for number, pattern in enumerate(patterns.split()):
+            if fnmatchcase(name, pattern):
+                return field, number
+    return None, 0
 
 
 def _example(record: Record, columns: Columns, left: list[str]) -> EditExample:
-    names = _names_by_field(record, columns, left)
-    # 1. texts: the first name counts
-    values: dict[str, Any] = {}
-    for field, read in TEXTS.items():
-        for name in names[field]:
-            value = read(record, name)
-            if values.setdefault(field, value) != value and field in ("prompt", "target_new"):
-                raise DataError(f"field `{name}`: a second text for `{field}`; choose in `columns`")
-        left += names[field][1:]
-        if field in ("prompt", "target_new") and values.get(field) is None:
+    mapped = {name: field for field, names in columns.items() for name in names}
+    values: dict[str, list[Any]] = {field: [] for field in READ}
+    metadata: dict[str, Any] = {}
+    # 1. every name, the first of its field first
+    for name in sorted(record, key=lambda name: _place(name)[1]):
+        field = mapped.get(name) or _place(name)[0]
+        if name in PAIRS and name not in mapped:
+            answer, role = PAIRS[name]
+            values[role] += pairs(record[name], record.get(answer), name)
+        elif name in ANSWERS and name not in mapped:
+            continue
+        elif field is None and not columns:
+            raise _unknown(name, record)
+        elif field in (None, "left out") or (field in columns and name not in mapped):
+            left.append(name)
+        elif field == "metadata":
+            metadata |= _plain(record[name] if name == "metadata" else {name: record[name]})
+        else:
+            values[field] += READ[field](record, name)
+    # 2. one prompt and one new answer
+    for field in ("prompt", "target_new"):
+        if len(set(values[field])) > 1:
+            raise DataError(f"field `{field}` stands under two names; choose in `columns`")
+        if not values[field]:
             found = ", ".join(record)
             raise DataError(f"field `{field}` is missing in {found}; expected at least {LEAST}")
-    # 2. lists: all names together
-    lists: dict[str, list[Any]] = {}
-    for field, read_all in LISTS.items():
-        lists[field] = []
-        for name in names.get(field, ()):
-            lists[field] += read_all(record, name)
-    for name, (answer, field) in PAIRS.items():
-        if name in names["paired"]:
-            lists[field] += pairs(record[name], record.get(answer), name)
-    # 3. implied questions need an answer
-    implied = [probe for probe in lists["portability"] if probe.answer is not None]
-    if len(implied) < len(lists["portability"]):
+    # 3. what the model says, not what is true, decides whether there is something to edit
+    new, told = values["target_new"][0], values.pop("told")
+    if new in told:
+        raise DataError(f"the model says {new!r} already (field `pred`): nothing to edit")
+    values["ground_truth"] = [old for old in (*values["ground_truth"], *told) if old != new]
+    # 4. an implied question needs an answer
+    implied = [probe for probe in values["portability"] if probe.answer is not None]
+    if len(implied) < len(values["portability"]):
         left.append("portability without an answer")
-    lists["portability"] = implied
-    # 4. what the model says, not what is true, decides whether there is something to edit
-    told = lists.pop("told")
-    if values["target_new"] in told:
-        raise DataError(f"field `{names['told'][0]}` is the new answer already: nothing to edit")
-    old = [
-        answer for answer in (*lists.pop("ground_truth"), *told) if answer != values["target_new"]
-    ]
-    values |= {field: tuple(found) for field, found in lists.items()}
-    metadata = _metadata(record, names.get("metadata", []))
-    return EditExample(**values, ground_truth=next(iter(old), None), metadata=metadata)
+    values["portability"] = implied
+    single = ("prompt", "target_new", "subject", "relation", "id", "ground_truth")
+    texts = {field: next(iter(values.pop(field)), None) for field in single}
+    lists = {field: tuple(found) for field, found in values.items()}
+    return EditExample(**texts, **lists, metadata=metadata)
 
 
-def _metadata(record: Record, names: list[str]) -> dict[str, Any]:
-    """What is kept beside an edit, in plain values."""
-    kept: dict[str, Any] = {}
-    for name in names:
-        whole = name == "metadata" and isinstance(record[name], dict)
-        kept |= record[name] if whole else {name: record[name]}
-    content = json.dumps(kept, ensure_ascii=False, default=str)
+def _plain(values: Any) -> dict[str, Any]:
+    """Metadata as JSON can hold them."""
+    if not isinstance(values, dict):
+        raise DataError("field `metadata` must be an object")
+    content = json.dumps(values, ensure_ascii=False, default=str)
     return json.loads(check_unicode(content, "field `metadata`"))
 
 
 def _unknown(name: str, record: Record) -> DataError:
     known = " ".join(NAMES.values()).split()
-    close = difflib.get_close_matches(name, [*known, *PAIRED], 1, 0.6)
+    close = difflib.get_close_matches(name, [*known, *PAIRS, *ANSWERS], 1, 0.6)
     hint = f"the nearest is `{close[0]}`" if close else "no field resembles it"
-    if not any(_field(key) in ("prompt", "target_new") for key in record):
+    if not any(_place(key)[0] in ("prompt", "target_new") for key in record):
         hint = f"expected at least {LEAST}"
     return DataError(
         f"unknown field `{name}`; {hint}; `columns: {{metadata: [{name}]}}` keeps it, "

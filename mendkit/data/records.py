@@ -30,27 +30,18 @@ def text(record: Record, key: str) -> str | None:
     return check_unicode(value, f"field `{key}`")
 
 
-def is_count(value: Any) -> bool:
-    """Whether a value is a whole number that may be read as text."""
-    return type(value) is int and abs(value) < 10**18
-
-
-def target(record: Record, key: str) -> str | None:
-    """The new answer: one text, a whole number, or `{"str": …}`."""
+def name_or_number(record: Record, key: str) -> list[str]:
+    """A text, a whole number, or `{"str": …}`, as text."""
     value = record[key]
     if isinstance(value, dict) and "str" in value:
         value = value["str"]
-    if is_count(value):
-        return str(value)
-    return text({key: value}, key)
+    found = str(value) if is_count(value) else text({key: value}, key)
+    return [found] if found is not None else []
 
 
-def identity(record: Record, key: str) -> str | None:
-    """What identifies a record, as text."""
-    value = record[key]
-    if isinstance(value, int | float) and not isinstance(value, bool):
-        return shown(value)
-    return text(record, key)
+def is_count(value: Any) -> bool:
+    """Whether a value is a whole number that may be read as text."""
+    return type(value) is int and abs(value) < 10**40
 
 
 def items(record: Record, key: str) -> list[str]:

@@ -103,14 +103,6 @@ def test_no_subject_is_in_two_splits():
     assert [subject for subject, splits in where.items() if len(splits) > 1] == []
 
 
-def test_edit_templates_are_the_same_in_all_splits():
-    train = wordings("train", paraphrases=False)
-    assert all(len(found) >= 2 for found in train.values())
-    for split in SPLITS[1:]:
-        for name, found in wordings(split, paraphrases=False).items():
-            assert found <= train[name]
-
-
 def test_paraphrase_templates_belong_to_one_split():
     edit = wordings("train", paraphrases=False)
     found = {split: wordings(split, paraphrases=True) for split in SPLITS}
@@ -135,14 +127,6 @@ def test_targets_are_other_answers_of_the_relation():
         assert set(drawn) <= set(answers[name])
         even = sum(drawn.values()) / len(answers[name])
         assert max(drawn.values()) <= 2 * even + 1, name
-
-
-def test_answers_are_short_and_end_no_sentence():
-    for row in everything():
-        known = [extra["answer"] for extra in row["neighbours"] + row["unrelated"]]
-        for answer in (row["target_new"], row["ground_truth"], *filter(None, known)):
-            assert re.fullmatch(r"[A-Za-z0-9' \-]{1,30}", answer), answer
-            assert answer == answer.strip() and len(answer.split()) <= 5
 
 
 @pytest.mark.parametrize("split", SPLITS)
@@ -174,13 +158,6 @@ def test_the_unrelated_fact_is_of_another_relation_and_subject_of_the_split(spli
         for name, subject in matches:
             assert name != row["relation"] and subject != row["subject"]
         assert row["subject"].casefold() not in f"{other['prompt']} {other['answer']}".casefold()
-
-
-def test_the_openings_have_no_answer_and_belong_to_one_split():
-    openings = {split: {row["unrelated"][1]["prompt"] for row in rows(split)} for split in SPLITS}
-    assert {row["unrelated"][1]["answer"] for row in everything()} == {None}
-    assert all(len(openings[split]) >= n for split, n in zip(SPLITS, (160, 30, 50), strict=True))
-    assert len(set.union(*openings.values())) == sum(map(len, openings.values())) >= 240
 
 
 @pytest.fixture
