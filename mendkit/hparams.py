@@ -93,16 +93,14 @@ def _archive(path: str) -> str:
 
 
 def _columns(value: Any) -> tuple[tuple[str, tuple[str, ...]], ...] | None:
+    pairs = []
     try:
-        listed = [
-            (field, [name] if isinstance(name, str) else name)
-            for field, name in dict(value).items()
-        ]
-        return tuple((_text(field), tuple(map(_text, names))) for field, names in listed)
+        for field, names in dict(value or {}).items():
+            listed = (names,) if isinstance(names, str) else names
+            pairs.append((_text(field), tuple(map(_text, listed))))
     except (TypeError, ValueError):
-        if value is None:
-            return None
         raise ValueError("names of a table by field, such as {prompt: question}, or null") from None
+    return tuple(pairs) or None
 
 
 def _no_bool(value: Any) -> Any:
@@ -184,7 +182,7 @@ class MENDHyperParams(BaseModel, frozen=True, extra="forbid", strict=True):
     """
 
     # identity
-    archive: ArchivePath | None = None  # only YAML's null is None: the text 'None' names a file
+    archive: ArchivePath | None = None
     alg_name: Literal["MEND"] = "MEND"
     model_name: FilePath
     tokenizer_name: OtherTokenizer = None
@@ -194,8 +192,8 @@ class MENDHyperParams(BaseModel, frozen=True, extra="forbid", strict=True):
     inner_params: Names = "auto"
     # hypernetwork
     rank: CountFrom1 | None = 256
-    n_hidden: CountFrom0 = 1  # n_hidden + 1 residual blocks, as the original counts
-    hidden_dim: None = None  # a residual block keeps the width of its input
+    n_hidden: CountFrom0 = 1
+    hidden_dim: None = None
     init: Literal["id_xavier", "id", "xavier"] = "id_xavier"
     norm: bool = True
     combine: bool = True
@@ -206,7 +204,7 @@ class MENDHyperParams(BaseModel, frozen=True, extra="forbid", strict=True):
     mlp_class: Literal["IDMLP"] = "IDMLP"
     shared: bool = True
     norm_stats: Literal["layer", "shape"] = "layer"
-    update_sign: Sign = -1  # -1 descends, as Algorithm 2 of the paper does
+    update_sign: Sign = -1
     std_floor: NonNegative = 0.1
     std_eps: NonNegative = 0.0
     z_clip: Positive | None = 10.0
@@ -216,7 +214,7 @@ class MENDHyperParams(BaseModel, frozen=True, extra="forbid", strict=True):
     whiten_pairs: bool = False
     unit_response: bool = False
     aggregate: Literal["sum", "least_squares"] = "sum"
-    ridge: Positive = 0.003  # the logarithms of both ridges are learned
+    ridge: Positive = 0.003
     ridge_shared: Positive = 0.04
     stats_examples: CountFrom1 = 500
     stats_held_out: bool = False
@@ -224,13 +222,13 @@ class MENDHyperParams(BaseModel, frozen=True, extra="forbid", strict=True):
     lifelong_norm: bool = False
     # training
     lr: NonNegative = 1e-4
-    edit_lr: Positive = 1e-4  # its logarithm is learned
+    edit_lr: Positive = 1e-4
     lr_lr: NonNegative = 1e-2
     lr_scale: NonNegative = 1.0
     cedit: NonNegative = 1.0
-    cpara: NonNegative | None = None  # null: as cedit
+    cpara: NonNegative | None = None
     cloc: NonNegative = 1.0
-    cneigh: NonNegative | None = None  # null: as cloc
+    cneigh: NonNegative | None = None
     cmargin: NonNegative = 0.0
     margin: NonNegative = 1.0
     train_on: Literal["single", "batch", "sequence"] = "single"
@@ -245,7 +243,7 @@ class MENDHyperParams(BaseModel, frozen=True, extra="forbid", strict=True):
     neighbours_per_edit: CountFrom0 = 1
     unrelated_per_edit: CountFrom0 = 1
     max_iters: CountFrom0 = 1000
-    max_epochs: CountFrom1 | None = None  # where given, it decides instead of max_iters
+    max_epochs: CountFrom1 | None = None
     max_seconds: Positive | None = None
     schedule: Literal["constant", "cosine"] = "cosine"
     warmup_iters: CountFrom0 = 20
@@ -259,7 +257,7 @@ class MENDHyperParams(BaseModel, frozen=True, extra="forbid", strict=True):
     opt: Literal["Adam", "AdamW"] = "Adam"
     seed: Annotated[CountFrom0, Field(le=2**32 - 1)] = 42
     log_interval: CountFrom1 = 10
-    logger: Literal["tensorboard", "wandb"] | None = None  # beside history.jsonl
+    logger: Literal["tensorboard", "wandb"] | None = None
     # data and caches
     columns: Columns = None
     add_eos: bool = True

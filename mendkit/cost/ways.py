@@ -7,7 +7,6 @@ same loss and end a step with Adam. The learning rate is 0, so every step costs 
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -25,6 +24,7 @@ from ..models.base import BaseModel
 from ..models.checkpoints import BUNDLED, bundled_model
 from ..models.load import load_model
 from ..models.trunk import FrozenTrunk
+from ..runs import user_path
 from . import textbook
 from .textbook import TextRow
 
@@ -49,7 +49,7 @@ class Settings:
     width: int = 1600  # of a random model
 
     def __post_init__(self) -> None:
-        if self.model not in MODELS and not Path(self.model).is_file():
+        if self.model not in MODELS and not user_path(self.model).is_file():
             known = ", ".join(MODELS)
             raise MendkitError(f"no model {self.model!r} to measure; give {known} or a YAML file")
 
