@@ -119,10 +119,10 @@ def _example(record: Record, columns: Columns, left: list[str]) -> EditExample:
             continue
         elif field is None and not columns:
             raise _unknown(name, record)
-        elif field in (None, "left out") or (field in columns and name not in mapped):
-            left.append(name)
         elif field == "metadata":
             metadata |= _plain(record[name] if name == "metadata" else {name: record[name]})
+        elif field in (None, "left out") or (field in columns and name not in mapped):
+            left.append(name)
         else:
             values[field] += READ[field](record, name)
     # 2. one prompt and one new answer

@@ -107,7 +107,7 @@ def probes(record: Record, key: str) -> list[Probe]:
         groups = {f"{key}[{i}]": item for i, item in enumerate(value)}
     elif not isinstance(value, dict):
         return pairs(value, None, key)
-    elif any(name in value for name in PROMPTS):
+    elif any(name in value for name in (*PROMPTS, *TRUTHS)):
         return _probe(value, key)
     else:
         groups = {f"{key}.{kind}": group for kind, group in value.items()}
@@ -128,6 +128,8 @@ def _probe(value: Record, place: str) -> list[Probe]:
             truths.append(part)
         elif name not in BESIDE:
             raise DataError(f"field `{place}`: unknown field `{name}`; known: prompt, answer")
+    if not prompts:
+        raise DataError(f"field `{place}` has no `prompt`")
     if len(truths) == 1:
         truths = truths[0]
     return pairs(prompts[0], truths, place)
@@ -136,7 +138,7 @@ def _probe(value: Record, place: str) -> list[Probe]:
 def _objects(record: Record, key: str) -> list[Flat]:
     """A list of objects, or a lone object; the objects are copied."""
     value = record.get(key)
-    listed = value if isinstance(value, list) else [value]
+    listed = value if isinstance(value, list) and value else [value]
     for item in listed:
         if not isinstance(item, dict):
             raise DataError(f"field `{key}` must be an object, is {shown(item)}")
@@ -220,9 +222,9 @@ def _ripple(record: Flat, left: list[str]) -> list[Flat]:
         if kind not in RIPPLES:
             flat[kind] = record[kind]
             continue
-        for test in _objects(record, kind):
+        for test in _objects(record, kind) if record[kind] else ():
             _drop(test, left, "condition_queries")
-            for query in _objects(test, "test_queries"):
+            for query in _objects(test, "test_queries") if test.get("test_queries") else ():
                 asked = {"prompt": query.get("prompt"), "answer": query.get("answers")}
                 flat.setdefault(RIPPLES[kind], []).append(asked)
     return [flat]

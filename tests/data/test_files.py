@@ -410,7 +410,7 @@ WRONG = [
     ([1], "expected an object such as {"),
     ({**ROME, "requested_rewrite": {"prompt": "{} is"}}, "`subject` is missing"),
     ({**ROME, "neighborhood_prompts": ["a", 3]}, r"`neighborhood_prompts\[1\]`"),
-    ({**RECENT, **NO_ANSWERS}, r"`locality\.Forgetfulness\[0\]\.ground_truth`|`prompt`"),
+    ({**RECENT, **NO_ANSWERS}, r"`locality\.Forgetfulness\[0\]` has no `prompt`"),
     ({**SEVERAL, "locality": [{"prompt": ["a", "b"], "ground_truth": ["c"]}]}, "for each of 2"),
     ({**STRUCTURED, "alternatives": ["Al"]}, "nothing to edit"),
     ({**CONVSENT, "target": "good"}, "`target` must be pos or neg"),
