@@ -34,8 +34,8 @@ from ..hparams import MENDHyperParams
 from ..mend.batches import prepare_texts
 from ..mend.factors import Factors, factors_and_losses
 from ..mend.losses import wide
-from ..mend.scoring import forced
 from ..mend.updates import LowRankUpdate, Updates, side_branches, unedited
+from ..mend.validation import forced
 from ..models.base import BaseModel
 from ..models.families import CAUSAL
 from ..models.tokens import Tokens, collate

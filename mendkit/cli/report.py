@@ -76,7 +76,7 @@ def report(
 def _check_report(plan: "ReportPlan", *, ignore_memory: bool) -> None:
     """Look at all that can be wrong before a kernel starts."""
     from ..cost.plan import check_memory
-    from ..mend.loggers import check_logger
+    from ..mend.training import check_logger
     from ..reporting.report import check_report
 
     data = check_report(plan)

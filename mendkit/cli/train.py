@@ -15,7 +15,7 @@ from . import app as cli
 from .app import Data, Json, Limit, Out, Overwrite, SkipInvalid, Words, logger
 
 if TYPE_CHECKING:
-    from ..mend.training import TrainingResult
+    from ..mend.archive import TrainingResult
     from ..models.base import BaseModel
 
 
@@ -41,7 +41,7 @@ def train(
     """
     from ..cost.plan import check_memory
     from ..mend.distributed import Team
-    from ..mend.loggers import check_logger
+    from ..mend.training import check_logger
 
     hparams = cli.hyperparameters(words)
     check_logger(hparams.logger)

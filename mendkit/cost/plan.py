@@ -27,7 +27,7 @@ from ..mend.factors import FACTOR_BATCH
 from ..mend.files import damage_named
 from ..mend.hypernetwork import MEND
 from ..mend.preparation import STRUCTURE
-from ..mend.scoring import POSITIONS_PER_PASS
+from ..mend.validation import POSITIONS_PER_PASS
 from ..models.cache import SHARD_BYTES
 from ..models.checkpoints import (
     DTYPES,

@@ -12,8 +12,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from ..errors import DataError
-from ..mend.scoring import POSITIONS_PER_PASS, forced
 from ..mend.updates import Updates
+from ..mend.validation import POSITIONS_PER_PASS, forced
 from ..models.tokens import Tokens
 from ..models.trunk import FrozenTrunk
 

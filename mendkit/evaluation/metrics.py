@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from statistics import fmean
 
 from ..data.examples import Probe
-from ..mend.scoring import Forced
+from ..mend.validation import Forced
 from ..models.tokens import Tokens
 from .results import normalise
 

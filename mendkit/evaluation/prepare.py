@@ -15,8 +15,8 @@ from ..data.examples import EditExample
 from ..errors import DataError, LimitError, MendkitError
 from ..hparams import MENDHyperParams
 from ..mend.batches import edit_tokens, told
-from ..mend.scoring import forced
 from ..mend.updates import Updates
+from ..mend.validation import forced
 from ..models.base import BaseModel
 from ..models.families import CAUSAL, CLASSIFIER
 from ..models.sites import Site

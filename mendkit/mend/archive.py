@@ -1,24 +1,30 @@
-"""The archive: a trained hypernetwork as one file (files.py).
+"""The two files of a training run: the archive it ends with, and the checkpoint it goes on from.
 
-Tensors: transforms, statistics of the normaliser, log step sizes.
-Metadata: hyperparameters, base model, sign of the update, step sizes, training summary, SHA-256.
-An archive is refused on another base model than its own (CORRECTNESS rows 3, 23, 24).
+The archive is a trained hypernetwork: transforms, statistics of the normaliser, log step sizes;
+hyperparameters, base model, sign of the update, step sizes and training summary as metadata. It is
+refused on another base model than its own (CORRECTNESS rows 3, 23, 24).
+
+The checkpoint holds what the next steps depend on: hypernetwork, optimiser, generator, what is left
+of the epoch; as metadata how far the run has come and what it is a run of. A run that goes on ends
+with the archive, bit for bit, of a run that was never stopped. Other settings, examples or versions
+would change the result, so they are refused. When a run has ended only the metadata stay.
 """
 
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from ..errors import ArchiveError
+from ..data.examples import EditExample
+from ..errors import MendkitError
 from ..hparams import MENDHyperParams
 from ..models.base import BaseModel
 from ..models.fingerprint import model_fingerprint
-from ..runs import archive_file
-from .files import Kind, damage_named, matching_base, read_metadata, read_tensors, save_tensors
+from ..runs import archive_file, provenance, sha256
+from .files import Kind, damage_named, matching_base, read_tensors, save_tensors
 from .hypernetwork import MEND
 
 ARCHIVE = Kind(
@@ -65,7 +71,7 @@ def inspect_archive(path: str | Path) -> dict[str, Any]:
 
     Raises ArchiveError if the file is missing, damaged, or no archive of this kit.
     """
-    return read_metadata(ARCHIVE, path)
+    return read_tensors(ARCHIVE, path)[0]
 
 
 def load_archive(path: str | Path, *, base: BaseModel) -> Archive:
@@ -75,40 +81,129 @@ def load_archive(path: str | Path, *, base: BaseModel) -> Archive:
     """
     metadata, tensors = read_tensors(ARCHIVE, path)
     with damage_named(path, "metadata"):
-        hparams = _hparams(metadata["hparams"])
+        settings = {}  # whose tuples JSON wrote as lists
+        for key, value in metadata["hparams"].items():
+            settings[key] = tuple(value) if isinstance(value, list) else value
+        hparams = MENDHyperParams(**settings)
         checked = matching_base(ARCHIVE, path, base, metadata["base_model"])
-    if hparams.n_hidden >= len(tensors):
-        raise ArchiveError(
-            f"{path}: damaged metadata: n_hidden is {hparams.n_hidden}, with {len(tensors)} tensors"
-        )
-    # nothing is allocated before the file has shown what it holds
+        if hparams.n_hidden >= len(tensors):
+            raise ValueError(f"n_hidden is {hparams.n_hidden}, with {len(tensors)} tensors")
+    # Nothing is allocated before the file has shown what it holds.
     with torch.device("meta"):
         mend = MEND(checked.sites, hparams)
     if metadata["format"] in ARCHIVE.old_formats:
         # the very first archives have no units: all are 1
         tensors.setdefault("edit_lr_unit", torch.ones(len(checked.sites)))
-    _check_tensors(path, mend, tensors)
     with damage_named(path):
-        mend.load_state_dict(tensors, assign=True)
+        dtypes = {name: value.dtype for name, value in mend.state_dict().items()}
+        mend.load_state_dict(tensors, assign=True)  # raises for other names and shapes
+        for name, tensor in tensors.items():
+            if tensor.dtype != dtypes[name]:
+                raise TypeError(f"tensor {name} is {tensor.dtype}, expected {dtypes[name]}")
     return Archive(archive_file(path), checked, mend.to(base.device).eval(), metadata)
 
 
-def _hparams(values: Mapping[str, Any]) -> MENDHyperParams:
-    """The settings, whose tuples JSON wrote as lists."""
-    settings = {}
-    for key, value in values.items():
-        settings[key] = tuple(value) if isinstance(value, list) else value
-    return MENDHyperParams(**settings)
+# ---------------------------------------- checkpoint
+
+CHECKPOINT = Kind(
+    format="mendkit-checkpoint-2",
+    noun="checkpoint",
+    made="written",
+    if_missing="train anew",
+    if_another_model="load the model of that run, or delete the file to start anew",
+)
+ARCHIVE_FILE, CHECKPOINT_FILE = "archive.safetensors", "checkpoint.safetensors"
+# Hyperparameters that no number depends on: they may differ when a run goes on.
+FREE = {
+    "cache_dir",
+    "disk_cache_bytes",
+    "results_dir",
+    "logger",
+    "checkpoint_interval",
+    "stream_trunk",
+}
+VERSIONS = ("mendkit", "torch", "transformers")
 
 
-def _check_tensors(path: str | Path, mend: MEND, tensors: Mapping[str, Tensor]) -> None:
-    """Raises ArchiveError if the tensors are not those of `mend`."""
-    expected = mend.state_dict()
-    odd = sorted(set(tensors) ^ set(expected))
-    if odd:
-        raise ArchiveError(f"{path}: damaged: tensors missing or unknown: {', '.join(odd[:3])}")
-    for name, tensor in tensors.items():
-        if tensor.shape != expected[name].shape or tensor.dtype != expected[name].dtype:
-            raise ArchiveError(
-                f"{path}: damaged: tensor {name} is {tensor.dtype} of shape {tuple(tensor.shape)}"
+@dataclass
+class TrainingResult:
+    """How far a training run has come, and in the end what came of it."""
+
+    archive: Path  # the best one
+    steps: int  # how many steps the run is to make
+    step: int = 0  # the last one made
+    best: dict[str, float] = field(default_factory=dict)  # the validation row of the archive
+    best_step: int = 0
+    # One row per logged step and per validation.
+    history: list[dict[str, float]] = field(default_factory=list, repr=False)
+    skipped: int = 0  # steps whose loss or gradient was not finite
+    in_a_row: int = 0  # the last ones of these
+    elapsed: float = 0.0  # seconds in the training loop when the last step ended
+    seconds: float = 0.0  # wall time over all starts, the preparation included
+    normaliser_examples: int = 0  # 0 if an archive was trained on
+    cache: dict[str, float] = field(default_factory=dict, repr=False)  # seconds and bytes
+    stopped: str | None = None  # why training ended
+
+
+class Checkpoint:
+    """The checkpoint of a run of these settings and examples. The folder may hold another's."""
+
+    def __init__(
+        self,
+        run_dir: Path,
+        hparams: MENDHyperParams,
+        train: Sequence[EditExample],
+        validation: Sequence[EditExample],
+    ) -> None:
+        self.path, self.archive = run_dir / CHECKPOINT_FILE, run_dir / ARCHIVE_FILE
+        settings = {key: value for key, value in hparams.to_dict().items() if key not in FREE}
+        versions = provenance()["versions"]
+        self.run_of: dict[str, Any] = {
+            "hparams": settings,
+            "examples_sha256": sha256(repr((tuple(train), tuple(validation[: hparams.val_steps])))),
+            "versions": {name: versions[name] for name in VERSIONS},
+        }
+
+    def write(self, base: BaseModel, course: TrainingResult, tensors: Mapping[str, Tensor]) -> None:
+        """Replace the file. Raises MendkitError if it cannot be written; the old one stays."""
+        told = asdict(course)
+        del told["archive"]
+        metadata = {"run_of": self.run_of, "course": told, "base_model": model_fingerprint(base)}
+        save_tensors(CHECKPOINT, self.path, tensors, metadata)
+
+    def unfinished(self) -> TrainingResult | None:
+        """As `read`; None if that run, whichever it is, has ended."""
+        if not self.path.exists():
+            return None
+        stopped = read_tensors(CHECKPOINT, self.path)[0]["course"]["stopped"]
+        return None if stopped else self.read()
+
+    def read(self) -> TrainingResult | None:
+        """The run's course so far; None if there is no checkpoint.
+
+        Raises ArchiveError if it is damaged, MendkitError naming what differs for another run's.
+        """
+        if not self.path.exists():
+            return None
+        metadata = read_tensors(CHECKPOINT, self.path)[0]
+        course, theirs = TrainingResult(self.archive, **metadata["course"]), metadata["run_of"]
+        differences = []
+        for part in ("hparams", "versions"):
+            for key, value in self.run_of[part].items():
+                if theirs[part].get(key) != value:
+                    differences.append(f"{key} {theirs[part].get(key)}, here {value}")
+        if theirs["examples_sha256"] != self.run_of["examples_sha256"]:
+            differences.append("other examples")
+        if differences:
+            raise MendkitError(
+                f"{self.path}: the checkpoint of another run ({'; '.join(differences)}), at step "
+                f"{course.step} of {course.steps}; give the settings and examples of that run to "
+                "go on with it, give this one another folder, or delete the file to start anew"
             )
+        return course
+
+    def tensors(self, base: BaseModel) -> dict[str, Tensor]:
+        """The tensors. Raises ArchiveError if one is damaged, or for another base model."""
+        metadata, tensors = read_tensors(CHECKPOINT, self.path)
+        matching_base(CHECKPOINT, self.path, base, metadata["base_model"])
+        return tensors

@@ -22,13 +22,16 @@ RIVALS = "rivals"
 
 def role_weights(h: MENDHyperParams) -> dict[str, float]:
     """The weight of each role's loss: `cpara` defaults to `cedit`, `cneigh` to `cloc`."""
-    weights = {"edit": h.cedit, "paraphrases": h.cedit, "neighbours": h.cloc}
-    weights |= {"unrelated": h.cloc, RIVALS: h.cmargin}
-    if h.cpara is not None:
-        weights["paraphrases"] = h.cpara
-    if h.cneigh is not None:
-        weights["neighbours"] = h.cneigh
-    return weights
+    return {
+        "edit": h.cedit,
+        "paraphrases": h.cedit if h.cpara is None else h.cpara,
+        "neighbours": h.cloc if h.cneigh is None else h.cneigh,
+        "unrelated": h.cloc,
+        RIVALS: h.cmargin,
+    }
+
+
+# ---------------------------------------- texts
 
 
 @dataclass(frozen=True)
@@ -87,6 +90,24 @@ def told(example: EditExample, prompt: str) -> str:
     return f"{join(example.prompt, example.target_new)}.\n{prompt}"
 
 
+def prepare_texts(
+    base: BaseModel, h: MENDHyperParams, examples: Sequence[EditExample]
+) -> list[ExampleTexts]:
+    """Tokenise every text of the examples once."""
+    prepared = []
+    for example in examples:
+        texts = ExampleTexts(
+            example=example,
+            edit=edit_tokens(base, h, example),
+            paraphrases=tuple(edit_tokens(base, h, example, p) for p in example.paraphrases),
+            neighbours=_read_probes(base, h, example.neighbours),
+            unrelated=_read_probes(base, h, example.unrelated),
+            rivals=_rivals(base, h, example, example.neighbours),
+        )
+        prepared.append(texts)
+    return prepared
+
+
 def training_texts(
     base: BaseModel, h: MENDHyperParams, examples: Sequence[EditExample]
 ) -> list[ExampleTexts]:
@@ -99,26 +120,6 @@ def training_texts(
         rivals = {**texts.rivals, **_rivals(base, h, texts.example, hard)}
         with_hard.append(replace(texts, hard=_read_probes(base, h, hard), rivals=rivals))
     return with_hard
-
-
-def prepare_texts(
-    base: BaseModel, h: MENDHyperParams, examples: Sequence[EditExample]
-) -> list[ExampleTexts]:
-    """Tokenise every text of the examples once."""
-    prepared = []
-    for example in examples:
-        paraphrases = (edit_tokens(base, h, example, prompt) for prompt in example.paraphrases)
-        prepared.append(
-            ExampleTexts(
-                example=example,
-                edit=edit_tokens(base, h, example),
-                paraphrases=tuple(paraphrases),
-                neighbours=_read_probes(base, h, example.neighbours),
-                unrelated=_read_probes(base, h, example.unrelated),
-                rivals=_rivals(base, h, example, example.neighbours),
-            )
-        )
-    return prepared
 
 
 def usable(base: BaseModel, h: MENDHyperParams, examples: Sequence[EditExample]) -> Examples:
@@ -164,11 +165,16 @@ def _rivals(
     return dict(zip(_read_probes(base, h, known), rivals, strict=True))
 
 
+# ---------------------------------------- batches
+
 # Draws after which no text is borrowed for want of a fitting one.
 MOST_TRIES = 10
 
 # For each edit the same number of (role, text), the edit first; the role "" only fills up.
 DrawnRows = Sequence[list[tuple[str, Tokens]]]
+
+# A text that may be borrowed: its prompt, its relation (None: an unrelated prompt), its tokens.
+Lent = tuple[str, str | None, Tokens]
 
 
 @dataclass(frozen=True)
@@ -193,16 +199,16 @@ class Sampler:
         self.examples, self.hparams = examples, hparams
         self.generator = torch.Generator().manual_seed(hparams.seed)
         self.order: list[int] = []  # what is left of the epoch
-        # What other examples may borrow: prompt, relation (None: unrelated prompts) and text.
-        self.lent: list[tuple[str, str | None, Tokens]] = []
+        self.lent: list[Lent] = []
+        self.by_relation: dict[str | None, list[Lent]] = {}
         for texts in examples:
             e = texts.example
-            kin = (e.prompt, *e.paraphrases[: len(texts.paraphrases)], *_prompts(e.neighbours))
-            read = (texts.edit, *texts.paraphrases, *texts.neighbours)
-            self.lent += zip(kin, [e.relation] * len(read), read, strict=False)
-            unrelated = zip(_prompts(e.unrelated), texts.unrelated, strict=False)
-            self.lent += [(prompt, None, text) for prompt, text in unrelated]
-        self.by_relation: dict[str | None, list[tuple[str, str | None, Tokens]]] = {}
+            wordings = (e.prompt, *e.paraphrases[: len(texts.paraphrases)])
+            kin = (texts.edit, *texts.paraphrases, *texts.neighbours)
+            for prompt, text in zip((*wordings, *_prompts(e.neighbours)), kin, strict=False):
+                self.lent.append((prompt, e.relation, text))
+            for prompt, text in zip(_prompts(e.unrelated), texts.unrelated, strict=False):
+                self.lent.append((prompt, None, text))
         for lent in self.lent:
             self.by_relation.setdefault(lent[1], []).append(lent)
 
@@ -245,30 +251,28 @@ class Sampler:
         if not h.hard_negatives:
             return chosen
         hits = sum(self._chance() < h.hard_negatives for _ in range(h.neighbours_per_edit))
-        hard = self._some(example.hard, hits)
-        return [*hard, *chosen][: h.neighbours_per_edit]
+        return [*self._some(example.hard, hits), *chosen][: h.neighbours_per_edit]
 
     def _preserved(self, example: ExampleTexts, role: str, count: int) -> list[Tokens]:
         """So many texts of a role, a share of them borrowed."""
         chosen, borrowed = self._some(getattr(example, role), count), []
         for _ in range(count if self.hparams.borrow else 0):
             if self._chance() < self.hparams.borrow:
-                borrowed.append(self._borrowed(example, role))
-        found = [text for text in borrowed if text is not None]
-        return [*found, *chosen][:count]
+                borrowed += self._borrowed(example, role)
+        return [*borrowed, *chosen][:count]
 
-    def _borrowed(self, texts: ExampleTexts, role: str) -> Tokens | None:
-        """Another example's text; None where no draw found one that fits."""
+    def _borrowed(self, texts: ExampleTexts, role: str) -> list[Tokens]:
+        """Another example's text; none where no draw found one that fits."""
         example, same = texts.example, role == "neighbours"
         if example.subject is None or (same and example.relation is None):
-            return None
+            return []
         pool = self.by_relation[example.relation] if same else self.lent
         for _ in range(MOST_TRIES):
             prompt, relation, text = pool[int(self._chance() * len(pool))]
             fits = same or relation is None or relation != example.relation
             if fits and example.subject not in prompt:
-                return text
-        return None
+                return [text]
+        return []
 
     def _earlier(self) -> list[Tokens]:
         """With `train_on: sequence` up to `most_edits` less one edits made before."""

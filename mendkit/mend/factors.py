@@ -27,11 +27,8 @@ from .losses import edit_nll, wide
 # Texts of one pass that captures factors or layer inputs.
 FACTOR_BATCH = 32
 
-# u (n, i) and delta (n, o) of one text, by site name.
+# (u, delta) by site name.
 SiteTensors = dict[str, tuple[Tensor, Tensor]]
-
-# Is told of countable work how much is done, and of how much.
-Told = Callable[[int, int], None]
 
 
 @dataclass(frozen=True)
@@ -51,10 +48,8 @@ class GradientFactors:
         return torch.einsum("no,ni->oi", self.delta, self.u)
 
 
-# Factors by site name.
+# By site name: factors, and layer inputs (n, i).
 Factors = dict[str, GradientFactors]
-
-# Layer inputs, (n, i), by site name.
 Inputs = dict[str, Tensor]
 
 
@@ -89,9 +84,10 @@ def factors_and_losses(
     recorded = record_factors(base, summed_loss)
     factors: Factors = {}
     for site in base.sites:
-        chosen = chosen_tokens(base, site, batch, tokens)
-        u, delta = (_pick(values, chosen) for values in recorded[site.name])
-        factors[site.name] = GradientFactors(u, delta, chosen.nonzero()[:, 0])
+        chosen = _chosen_tokens(base, site, batch, tokens)
+        u, delta = recorded[site.name]
+        rows = chosen.nonzero()[:, 0]
+        factors[site.name] = GradientFactors(_pick(u, chosen), _pick(delta, chosen), rows)
     return factors, losses.detach()
 
 
@@ -103,14 +99,12 @@ def capture_inputs(trunk: FrozenTrunk, texts: Sequence[Tokens]) -> Inputs:
         trunk.suffix(texts, batch)
     inputs: Inputs = {}
     for site in trunk.base.sites:
-        chosen = chosen_tokens(trunk.base, site, batch, "scored")
+        chosen = _chosen_tokens(trunk.base, site, batch, "scored")
         inputs[site.name] = _pick(record[site.name][0].detach(), chosen)
     return inputs
 
 
-def record_factors(
-    base: BaseModel, loss: Callable[[], Float[Tensor, ""]]
-) -> dict[str, tuple[Float[Tensor, "*n i"], Float[Tensor, "*n o"]]]:
+def record_factors(base: BaseModel, loss: Callable[[], Float[Tensor, ""]]) -> SiteTensors:
     """(u, delta) of every site and position for the scalar that `loss()` computes.
 
     Some layers see rows and positions as one axis. Raises ModelError naming the sites that the
@@ -130,103 +124,13 @@ def record_factors(
     return {site.name: (record[site.name][0].detach(), by_name[site.name]) for site in base.sites}
 
 
-def as_one_loss(factors: Factors, texts: Sequence[Tokens]) -> Factors:
-    """Factors of the mean over the target tokens of all edits (`loss_reduction: batch`)."""
-    counts = torch.tensor([float(len(text.targets)) for text in texts])
-    share = counts / counts.sum()
-    scaled: Factors = {}
-    for name, f in factors.items():
-        scaled[name] = replace(f, delta=f.delta * share.to(f.delta)[f.rows, None])
-    return scaled
-
-
-def chosen_tokens(
-    base: BaseModel, site: Site, batch: TextBatch, tokens: str
-) -> Bool[Tensor, "e t"]:
-    """The tokens, of those that the site sees, whose terms are kept (`capture_factors`)."""
-    if tokens == "scored":
-        _check_scored(base, site)
-    if tokens == "scored" or site.scored_only:
-        return batch.scored
-    if base.family == CLASSIFIER or base.sees_encoder(site):
-        return batch.attention_mask.bool()
-    # A token of a causal model counts if a scored position of its text is at it or after it.
-    return batch.scored.flip(1).cumsum(1).flip(1) > 0
-
-
-class FactorCache:
-    """Factors by text: kept in memory within `cache_bytes`, recomputed from the trunk beyond it."""
-
-    def __init__(self, trunk: FrozenTrunk, hparams: MENDHyperParams) -> None:
-        self.trunk, self.budget = trunk, hparams.cache_bytes
-        self.how = {"tokens": hparams.edit_tokens, "reduction": hparams.loss_reduction}
-        self.bytes = 0
-        self.kept: dict[Tokens, SiteTensors] = {}
-
-    def fill(self, texts: Sequence[Tokens], report: Told | None = None) -> None:
-        """Compute and keep factors, shortest texts first, until the budget is spent."""
-        order = sorted(set(texts), key=lambda text: (len(text.ids), text.key))
-        for at in range(0, len(order) if self.budget else 0, FACTOR_BATCH):
-            for text, parts in self._compute(order[at : at + FACTOR_BATCH]).items():
-                size = sum(u.nbytes + delta.nbytes for u, delta in parts.values())
-                if self.bytes + size > self.budget:
-                    return
-                self.kept[text] = parts
-                self.bytes += size
-            if report is not None:
-                report(min(at + FACTOR_BATCH, len(order)), len(order))
-
-    def get(self, texts: Sequence[Tokens]) -> Factors:
-        """Factors of some texts, packed: edit k of the result is `texts[k]`."""
-        missing = [text for text in texts if text not in self.kept]
-        fresh = self._compute(missing) if missing else {}
-        found = [self.kept.get(text) or fresh[text] for text in texts]
-        factors: Factors = {}
-        for site in self.trunk.base.sites:
-            parts = [known[site.name] for known in found]
-            counts = torch.tensor([len(u) for u, _ in parts])
-            rows = torch.arange(len(parts)).repeat_interleave(counts)
-            u, delta = map(torch.cat, zip(*parts, strict=True))
-            factors[site.name] = GradientFactors(u, delta, rows.to(u.device))
-        return factors
-
-    def _compute(self, texts: Sequence[Tokens]) -> dict[Tokens, SiteTensors]:
-        """u and delta of each text by site: views of those of the batch."""
-        by_text: dict[Tokens, SiteTensors] = {text: {} for text in texts}
-        for name, f in capture_factors(self.trunk, texts, **self.how).items():
-            counts = torch.bincount(f.rows, minlength=len(texts)).tolist()
-            parts = zip(texts, f.u.split(counts), f.delta.split(counts), strict=True)
-            for text, u, delta in parts:
-                by_text[text][name] = u, delta
-        return by_text
-
-
-def _pick(values: Tensor, chosen: Bool[Tensor, "e t"]) -> Float[Tensor, "n d"]:
-    """The chosen tokens' values, packed; some layers see rows and positions as one axis."""
-    return wide(values.to(chosen.device).reshape(*chosen.shape, -1)[chosen])
-
-
-def _check_scored(base: BaseModel, site: Site) -> None:
-    """Raise HyperParamError if a site has no scored tokens."""
-    if base.head is not None and base.head.position is None:
-        why, remedy = "the classifier's head reads several tokens", ""
-    elif base.sees_encoder(site):
-        why = "an encoder's tokens predict nothing"
-        remedy = ", or `inner_params` of the decoder only"
-    else:
-        return
-    raise HyperParamError(
-        f"edit_tokens: scored has no meaning for {site.name}: {why}; set `edit_tokens: all`{remedy}"
-    )
-
-
 @contextmanager
-def _record(base: BaseModel) -> Iterator[dict[str, tuple[Tensor, Tensor]]]:
+def _record(base: BaseModel) -> Iterator[SiteTensors]:
     """Within the context every site's (input, output) is recorded, the graph starting at outputs.
 
     Raises ModelError for a layer that runs twice, as ALBERT's do.
     """
-    seen: dict[str, tuple[Tensor, Tensor]] = {}
+    seen: SiteTensors = {}
 
     def hook(name: str, _: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> Tensor:
         if name in seen:
@@ -244,3 +148,89 @@ def _record(base: BaseModel) -> Iterator[dict[str, tuple[Tensor, Tensor]]]:
             module = base.site_module(site)
             stack.callback(module.register_forward_hook(partial(hook, site.name)).remove)
         yield seen
+
+
+def _chosen_tokens(
+    base: BaseModel, site: Site, batch: TextBatch, tokens: str
+) -> Bool[Tensor, "e t"]:
+    """The tokens, of those that the site sees, whose terms are kept (`capture_factors`)."""
+    in_encoder = base.sees_encoder(site)
+    if tokens == "scored":
+        pooled = base.head is not None and base.head.position is None
+        if pooled or in_encoder:
+            why = "an encoder's tokens predict nothing"
+            if pooled:
+                why = "the classifier's head reads several tokens"
+            raise HyperParamError(
+                f"edit_tokens: scored has no meaning for {site.name}: {why}; "
+                "set `edit_tokens: all`, or edit other layers (`inner_params`)"
+            )
+    if tokens == "scored" or site.scored_only:
+        return batch.scored
+    if base.family == CLASSIFIER or in_encoder:
+        return batch.attention_mask.bool()
+    # A token of a causal model counts if a scored position of its text is at it or after it.
+    return batch.scored.flip(1).cumsum(1).flip(1) > 0
+
+
+def _pick(values: Tensor, chosen: Bool[Tensor, "e t"]) -> Float[Tensor, "n d"]:
+    """The chosen tokens' values, packed; some layers see rows and positions as one axis."""
+    return wide(values.to(chosen.device).reshape(*chosen.shape, -1)[chosen])
+
+
+def as_one_loss(factors: Factors, texts: Sequence[Tokens]) -> Factors:
+    """Factors of the mean over the target tokens of all edits (`loss_reduction: batch`)."""
+    counts = torch.tensor([float(len(text.targets)) for text in texts])
+    share = counts / counts.sum()
+    scaled: Factors = {}
+    for name, f in factors.items():
+        scaled[name] = replace(f, delta=f.delta * share.to(f.delta)[f.rows, None])
+    return scaled
+
+
+class FactorCache:
+    """Factors by text: kept in memory within `cache_bytes`, recomputed from the trunk beyond it."""
+
+    def __init__(self, trunk: FrozenTrunk, hparams: MENDHyperParams) -> None:
+        self.trunk, self.budget = trunk, hparams.cache_bytes
+        self.how = {"tokens": hparams.edit_tokens, "reduction": hparams.loss_reduction}
+        self.bytes = 0
+        self.kept: dict[Tokens, SiteTensors] = {}
+
+    def fill(
+        self, texts: Sequence[Tokens], report: Callable[[int, int], None] = lambda done, of: None
+    ) -> None:
+        """Compute and keep factors, shortest texts first, until the budget is spent."""
+        order = sorted(set(texts), key=lambda text: (len(text.ids), text.key))
+        for at in range(0, len(order) if self.budget else 0, FACTOR_BATCH):
+            for text, parts in self._compute(order[at : at + FACTOR_BATCH]).items():
+                size = sum(u.nbytes + delta.nbytes for u, delta in parts.values())
+                if self.bytes + size > self.budget:
+                    return
+                self.kept[text] = parts
+                self.bytes += size
+            report(min(at + FACTOR_BATCH, len(order)), len(order))
+
+    def get(self, texts: Sequence[Tokens]) -> Factors:
+        """Factors of some texts, packed: edit k of the result is `texts[k]`."""
+        missing = [text for text in texts if text not in self.kept]
+        known = self.kept | self._compute(missing)
+        factors: Factors = {}
+        for site in self.trunk.base.sites:
+            us, deltas = zip(*(known[text][site.name] for text in texts), strict=True)
+            counts = torch.tensor([len(u) for u in us])
+            u, rows = torch.cat(us), torch.arange(len(us)).repeat_interleave(counts)
+            factors[site.name] = GradientFactors(u, torch.cat(deltas), rows.to(u.device))
+        return factors
+
+    def _compute(self, texts: Sequence[Tokens]) -> dict[Tokens, SiteTensors]:
+        """u and delta of each text by site: views of those of the batch."""
+        by_text: dict[Tokens, SiteTensors] = {text: {} for text in texts}
+        if not texts:
+            return by_text
+        for name, f in capture_factors(self.trunk, texts, **self.how).items():
+            counts = torch.bincount(f.rows, minlength=len(texts)).tolist()
+            parts = zip(texts, f.u.split(counts), f.delta.split(counts), strict=True)
+            for text, u, delta in parts:
+                by_text[text][name] = u, delta
+        return by_text

@@ -45,9 +45,6 @@ class Kind:
         return first, f"{first}, sealed"
 
 
-# ---------------------------------------- checksums
-
-
 def content_sha256(metadata: Any, tensors: Mapping[str, Tensor]) -> str:
     """One SHA-256 over metadata and the name, dtype, shape and bytes of every tensor."""
     parts: list[str | memoryview] = [json.dumps(metadata, sort_keys=True)]
@@ -66,23 +63,9 @@ def _tensor_parts(tensor: Tensor) -> tuple[str, memoryview]:
     return f"{tensor.dtype} {tuple(tensor.shape)}", values.numpy().data
 
 
-def _is_intact(kind: Kind, metadata: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> bool:
-    """Whether metadata and tensors match the checksums among the metadata."""
-    told = dict(metadata)
-    if told["format"] == kind.format:
-        return told.pop(CHECKSUM, None) == content_sha256(told, tensors)
-    seal = told.pop(OLD_SEAL, None)
-    is_sealed = told["format"] == kind.old_formats[1]
-    expected = content_sha256(told, {}) if is_sealed else None
-    return seal == expected and told.get(CHECKSUM) == old_checksums(tensors)
-
-
 def is_finite(tensor: Tensor) -> bool:
     """Whether no number of the tensor is NaN or infinite."""
     return bool(tensor.isfinite().all())
-
-
-# ---------------------------------------- writing
 
 
 def save_tensors(
@@ -112,14 +95,6 @@ def save_tensors(
         ) from None
 
 
-# ---------------------------------------- reading
-
-
-def read_metadata(kind: Kind, path: str | Path) -> dict[str, Any]:
-    """A file's metadata, its tensors' shapes under "tensors"; raises as `read_tensors`."""
-    return read_tensors(kind, path)[0]
-
-
 def read_tensors(kind: Kind, path: str | Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
     """A file's metadata, with the shapes of its tensors under "tensors", and copies of its tensors.
 
@@ -129,46 +104,34 @@ def read_tensors(kind: Kind, path: str | Path) -> tuple[dict[str, Any], dict[str
     if not path.is_file():
         found = "a folder without an archive" if path.is_dir() else f"no such {kind.noun}"
         raise ArchiveError(f"{path}: {found}; {kind.if_missing}")
-    header, tensors = _read_safetensors(kind, path)
-    metadata = _parse(kind, path, header)
-    with damage_named(path):
-        intact = set(header) == {"mendkit"} and _is_intact(kind, metadata, tensors)
-    if not intact:
-        raise ArchiveError(
-            f"{path}: damaged: its content does not match its checksum; restore it or make it anew"
-        )
-    for name, tensor in tensors.items():
-        if not is_finite(tensor):
-            raise ArchiveError(f"{path}: damaged: tensor {name} is not finite; make it anew")
-    shapes = {name: list(tensor.shape) for name, tensor in tensors.items()}
-    return metadata | {"tensors": shapes}, tensors
-
-
-def _read_safetensors(kind: Kind, path: Path) -> tuple[dict[str, str], dict[str, Tensor]]:
+    # 1. The container. Tensors are copied, for the file may change later.
     try:
         with safe_open(path, "pt") as file:
             header = file.metadata() or {}
-            # copies, for the file may change later
             tensors = {name: file.get_tensor(name).clone() for name in file.keys()}  # noqa: SIM118
     except DAMAGE as error:
         raise ArchiveError(
             f"{path}: not a readable {kind.noun} ({error}); is it a whole safetensors file? "
             "Import pickles of published code with `python -m mendkit import`"
         ) from None
-    return header, tensors
-
-
-def _parse(kind: Kind, path: Path, header: Mapping[str, str]) -> dict[str, Any]:
+    # 2. The metadata.
     if "mendkit" not in header:
-        raise ArchiveError(
-            f"{path}: a safetensors file, but no {kind.noun} of mendkit (no metadata)"
-        )
+        raise ArchiveError(f"{path}: a safetensors file, but no {kind.noun} of mendkit")
     with damage_named(path, "metadata"):
         metadata = json.loads(header["mendkit"], object_pairs_hook=_without_repeats)
     known = (kind.format, *kind.old_formats)
     if not isinstance(metadata, dict) or metadata.get("format") not in known:
         raise ArchiveError(f"{path}: unknown format; this version reads {kind.format}")
-    return metadata
+    # 3. The checksums.
+    with damage_named(path):
+        intact = set(header) == {"mendkit"} and _is_intact(kind, metadata, tensors)
+    if not intact or not all(map(is_finite, tensors.values())):
+        raise ArchiveError(
+            f"{path}: damaged: its content does not match its checksum, or is not finite; "
+            "restore it or make it anew"
+        )
+    shapes = {name: list(tensor.shape) for name, tensor in tensors.items()}
+    return metadata | {"tensors": shapes}, tensors
 
 
 def _without_repeats(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
@@ -179,6 +142,17 @@ def _without_repeats(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     return found
 
 
+def _is_intact(kind: Kind, metadata: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> bool:
+    """Whether metadata and tensors match the checksums among the metadata."""
+    told = dict(metadata)
+    if told["format"] == kind.format:
+        return told.pop(CHECKSUM, None) == content_sha256(told, tensors)
+    seal = told.pop(OLD_SEAL, None)
+    is_sealed = told["format"] == kind.old_formats[1]
+    expected = content_sha256(told, {}) if is_sealed else None
+    return seal == expected and told.get(CHECKSUM) == old_checksums(tensors)
+
+
 @contextmanager
 def damage_named(path: str | Path, what: str = "file") -> Iterator[None]:
     """Whatever damaged content raises in here becomes one ArchiveError naming the file."""
@@ -187,13 +161,8 @@ def damage_named(path: str | Path, what: str = "file") -> Iterator[None]:
     except ArchiveError:
         raise
     except DAMAGE as error:
-        first_line = str(error).partition("\n")[0][:200]
-        raise ArchiveError(
-            f"{path}: damaged {what}: {type(error).__name__}: {first_line}"
-        ) from None
-
-
-# ---------------------------------------- base model
+        why = " ".join(str(error).split())[:200]
+        raise ArchiveError(f"{path}: damaged {what}: {type(error).__name__}: {why}") from None
 
 
 def matching_base(
@@ -203,39 +172,25 @@ def matching_base(
 
     Raises ArchiveError naming what differs if it is another model.
     """
-    names = tuple(site["name"] for site in fingerprint["sites"])
     try:
-        checked = base.with_sites(names)
+        checked = base.with_sites(tuple(site["name"] for site in fingerprint["sites"]))
+        differences = _differences(fingerprint, model_fingerprint(checked))
     except ValueError as error:
-        raise ArchiveError(
-            f"{path}: {kind.made} for another model than {base.name}: {error}; "
-            f"{kind.if_another_model}"
-        ) from None
-    differences = _differences(fingerprint, model_fingerprint(checked))
+        differences = str(error)
     if differences:
         raise ArchiveError(
-            f"{path}: {kind.made} for another model: {'; '.join(differences)}; "
+            f"{path}: {kind.made} for another model than {base.name}: {differences}; "
             f"{kind.if_another_model}"
         )
     return checked
 
 
-def _differences(theirs: Mapping[str, Any], ours: Mapping[str, Any]) -> list[str]:
+def _differences(theirs: Mapping[str, Any], ours: Mapping[str, Any]) -> str:
     """What tells two base models apart, in words; the name alone does not."""
-    found = []
-    if theirs.get("class") != ours["class"]:
-        found.append(f"class {theirs.get('class')}, here {ours['class']}")
-    if len(theirs["sites"]) != len(ours["sites"]):
-        found.append(f"{len(theirs['sites'])} sites, here {len(ours['sites'])}")
-    for their_site, our_site in zip(theirs["sites"], ours["sites"], strict=False):
-        for key, value in our_site.items():
-            if their_site.get(key) != value:
-                there = f"{key} {their_site.get(key)}, here {value}"
-                found.append(f"site {their_site.get('name')}: {there}")
-    if not found and theirs.get("sites_sha256") != ours["sites_sha256"]:
-        found.append(
-            "the edited layers have other weights (another checkpoint, or a model already edited)"
-        )
-    if theirs.get("tokenizer_sha256") != ours["tokenizer_sha256"]:
-        found.append("another tokenizer")
-    return found
+    words = {
+        "class": f"class {theirs.get('class')}, here {ours['class']}",
+        "sites": "other shapes of the edited layers",
+        "sites_sha256": "other weights in the edited layers (another one, or already edited)",
+        "tokenizer_sha256": "another tokenizer",
+    }
+    return "; ".join(said for key, said in words.items() if theirs.get(key) != ours[key])

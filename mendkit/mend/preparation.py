@@ -71,67 +71,52 @@ class Preparation:
         self.train = texts[: len(texts) - held_out]
         self.held_out = texts[len(texts) - held_out :]  # of training, for statistics
         self.validation = prepare_texts(base, hparams, validation[: hparams.val_steps])
-        self._check_team()
+        _check_team(hparams, len(self.train), team.size)
         disk = trunk_cache(base, hparams.cache_dir, limit=hparams.disk_cache_bytes)
         self.trunk = FrozenTrunk(base, cache=disk)
         self.factors = FactorCache(self.trunk, hparams)
         self.release = hparams.release_trunk is True
         if hparams.release_trunk == "auto":
             self.release = done_with_base and self.trunk.split and not base.is_spread
-
-    def _check_team(self) -> None:
-        """Raise HyperParamError if several processes cannot share the batches."""
-        h, count, size = self.hparams, len(self.train), self.team.size
-        if h.train_on != "single" and size > 1:
-            raise HyperParamError(
-                f"train_on: {h.train_on} works in one process only; set `train_on: single`"
-            )
-        if min(h.batch_size, count) < size:
-            raise HyperParamError(
-                f"batch_size: {h.batch_size} of {count} training examples cannot be shared by "
-                f"{size} processes; raise `batch_size`, give more examples, or fewer processes"
-            )
-
-    def statistics_examples(self) -> list[ExampleTexts]:
-        """Examples drawn at random for the statistics, shortest edits first; none if not needed."""
-        h, texts = self.hparams, self.held_out or self.train
-        if self.loaded is not None and self.loaded.hparams.aggregate == h.aggregate:
-            return []
-        generator = torch.Generator().manual_seed(h.seed)
-        order = torch.randperm(len(texts), generator=generator)[: h.stats_examples].tolist()
-        return sorted((texts[i] for i in order), key=lambda example: len(example.edit.ids))
+        # Statistics over all texts of an example, not of its edit alone.
+        self.reads_wordings = hparams.whiten_pairs or hparams.aggregate == "least_squares"
 
     def make(self, saved: Mapping[str, Tensor]) -> tuple[MEND, dict[str, float]]:
         """The hypernetwork, and seconds and bytes of the caches, which are filled first.
 
         `saved`: what a checkpoint holds of the hypernetwork, else empty.
         """
-        start, chosen = time.perf_counter(), self.statistics_examples()
-        self.statistics = chosen
-        self._fill_trunk(self.team.share(chosen))
+        start, h = time.perf_counter(), self.hparams.replace(archive=None)
+        self.statistics = self.statistics_examples()
+        # 1. Trunk states of all texts; then the trunk may be released.
+        self._fill_trunk(self.team.share(self.statistics))
         filled = time.perf_counter()
+        # 2. Factors of the edits.
         self.factors.fill([texts.edit for texts in self.train], self.progress.phase("factors"))
         return_memory()
-        captured, h = time.perf_counter(), self.hparams.replace(archive=None)
+        captured = time.perf_counter()
+        # 3. The hypernetwork.
         if saved:
             mend = MEND(self.base.sites, h).to(self.base.device)
             mend.load_state_dict(saved)
-        elif chosen or self.loaded is None:
-            mend = self._with_statistics(chosen, h)
+        elif self.statistics or self.loaded is None:
+            mend = self._with_statistics(h)
         else:
             mend = self.loaded
         mend.hparams = h
-        cache = {"trunk_seconds": filled - start, "factor_seconds": captured - filled}
-        cache |= {"factor_bytes": self.factors.bytes, "factor_examples": len(self.factors.kept)}
-        return mend, cache | {"statistics_seconds": time.perf_counter() - captured}
+        return mend, {
+            "trunk_seconds": filled - start,
+            "factor_seconds": captured - filled,
+            "factor_bytes": self.factors.bytes,
+            "factor_examples": len(self.factors.kept),
+            "statistics_seconds": time.perf_counter() - captured,
+        }
 
     def _fill_trunk(self, chosen: Sequence[ExampleTexts]) -> None:
-        """Compute the trunk states of all texts; then the trunk may be released."""
         training = [text for texts in self.train for text in texts.all()]
         validation = [text for texts in self.validation for text in texts.all()]
         statistics: list[Tokens] = []
-        for texts in chosen:
-            alike, others = self.wordings(texts)
+        for alike, others in map(self.wordings, chosen):
             statistics += [*alike, *others]
         parts = [training, validation, statistics]
         if self.base.released:  # the weights are read once for all of them
@@ -142,31 +127,43 @@ class Preparation:
             release_trunk(self.base)
         return_memory()
 
-    def _with_statistics(self, chosen: Sequence[ExampleTexts], h: MENDHyperParams) -> MEND:
+    # ---------------------------------------- statistics
+
+    def statistics_examples(self) -> list[ExampleTexts]:
+        """Examples drawn at random for the statistics, shortest edits first; none if not needed."""
+        h, texts = self.hparams, self.held_out or self.train
+        if self.loaded is not None and self.loaded.hparams.aggregate == h.aggregate:
+            return []
+        generator = torch.Generator().manual_seed(h.seed)
+        order = torch.randperm(len(texts), generator=generator)[: h.stats_examples].tolist()
+        return sorted((texts[i] for i in order), key=lambda example: len(example.edit.ids))
+
+    def _with_statistics(self, h: MENDHyperParams) -> MEND:
         """A new hypernetwork, or the archive's with least squares; each process gathers a share."""
-        if h.whiten_pairs and len(chosen) < FEW_PAIRED:
+        if h.whiten_pairs and len(self.statistics) < FEW_PAIRED:
             logger.warning(
                 "whiten_pairs: statistics of %d examples are poor (700 are good, 48 fail); give "
                 "more training examples and `stats_examples`, or set `whiten_pairs: false`",
-                len(chosen),
+                len(self.statistics),
             )
-        share = self.team.share(chosen)
+        share = self.team.share(self.statistics)
         wordings = self.wording_inputs(share) if self.reads_wordings else ()
         if self.loaded is None:
             mend = MEND(self.base.sites, h).to(self.base.device)
             total = self.team.total if self.team.size > 1 else None
             mend.warm_up(self._edit_factors(share), wordings, total=total)
         else:
-            keys, ridges = (inputs for inputs, *_ in wordings), (h.ridge, h.ridge_shared)
-            mend = self.loaded.with_least_squares(keys, ridge=ridges[0], ridge_shared=ridges[1])
+            keys = (inputs for inputs, *_ in wordings)
+            mend = self.loaded.with_least_squares(keys, ridge=h.ridge, ridge_shared=h.ridge_shared)
         self.team.align(mend)
         return_memory()
         return mend
 
-    @property
-    def reads_wordings(self) -> bool:
-        """Whether statistics are gathered over all texts of an example."""
-        return self.hparams.whiten_pairs or self.hparams.aggregate == "least_squares"
+    def _edit_factors(self, examples: Sequence[ExampleTexts]) -> Iterator[Factors]:
+        """Factors of the examples' edits, batch by batch."""
+        for batch in self._batches(examples, "statistics"):
+            edits = [example.edit for example in batch]
+            yield capture_factors(self.trunk, edits, **self.factors.how)
 
     def wordings(self, example: ExampleTexts) -> tuple[list[Tokens], list[Tokens]]:
         """Texts for statistics: those that differ in the prompt's wording only, and others."""
@@ -175,30 +172,42 @@ class Preparation:
         alike = [text for text in example.paraphrases if text.targets == example.edit.targets]
         return [example.edit, *alike], [*example.neighbours, *example.unrelated, *example.hard]
 
-    def _edit_factors(self, examples: Sequence[ExampleTexts]) -> Iterator[Factors]:
-        """Factors of the examples' edits, batch by batch."""
-        report = self.progress.phase("statistics")
-        for at in range(0, len(examples), FACTOR_BATCH):
-            texts = [example.edit for example in examples[at : at + FACTOR_BATCH]]
-            yield capture_factors(self.trunk, texts, **self.factors.how)
-            report(at + len(texts), len(examples))
-
     def wording_inputs(self, examples: Sequence[ExampleTexts]) -> Iterator[Wordings]:
         """Inputs at the scored positions of all texts of the examples, batch by batch.
 
         A group is one answer token of one example in all wordings of its prompt; −1 is no group.
         """
-        report = self.progress.phase("statistics of wordings")
-        for at in range(0, len(examples), FACTOR_BATCH):
+        for batch in self._batches(examples, "statistics of wordings"):
             texts: list[Tokens] = []
             groups: list[int] = []
-            start, batch = 0, examples[at : at + FACTOR_BATCH]
+            start = 0
             for alike, others in map(self.wordings, batch):
                 answer = range(start, start + len(alike[0].scored))
                 groups += [*answer] * len(alike)
                 groups += [-1] * sum(len(text.scored) for text in others)
                 texts += [*alike, *others]
                 start = answer.stop
-            first = [position == 0 for text in texts for position in range(len(text.scored))]
+            first = [place == 0 for text in texts for place in range(len(text.scored))]
             yield capture_inputs(self.trunk, texts), torch.tensor(groups), torch.tensor(first)
+
+    def _batches(
+        self, examples: Sequence[ExampleTexts], name: str
+    ) -> Iterator[Sequence[ExampleTexts]]:
+        report = self.progress.phase(name)
+        for at in range(0, len(examples), FACTOR_BATCH):
+            batch = examples[at : at + FACTOR_BATCH]
+            yield batch
             report(at + len(batch), len(examples))
+
+
+def _check_team(h: MENDHyperParams, examples: int, processes: int) -> None:
+    """Raise HyperParamError if several processes cannot share the batches."""
+    if h.train_on != "single" and processes > 1:
+        raise HyperParamError(
+            f"train_on: {h.train_on} works in one process only; set `train_on: single`"
+        )
+    if min(h.batch_size, examples) < processes:
+        raise HyperParamError(
+            f"batch_size: {h.batch_size} of {examples} training examples cannot be shared by "
+            f"{processes} processes; raise `batch_size`, give more examples, or fewer processes"
+        )

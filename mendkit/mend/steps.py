@@ -12,6 +12,7 @@ transforms, `lr_lr` for the log step sizes (CORRECTNESS row 2).
 import math
 from collections import Counter
 from collections.abc import Mapping, Sequence
+from itertools import chain
 
 import torch
 from torch import Tensor
@@ -29,9 +30,6 @@ from .least_squares import Memory
 from .losses import edit_nll, locality_kl, margin_shortfall
 from .updates import Updates, side_branches
 
-# A target that cross entropy leaves out, at less cost than choosing rows of logits.
-IGNORED = -100
-
 
 def batch_losses(
     trunk: FrozenTrunk,
@@ -48,7 +46,11 @@ def batch_losses(
     The edits are independent, or `at_once` in a row are made as one. They come on top of the edits
     `before`, which `memory` holds (least squares).
     """
-    texts, places = _in_a_row(rows)
+    in_a_row = list(chain.from_iterable(rows))
+    texts = [text for _, text in in_a_row]
+    places: dict[str, list[int]] = {role: [] for role in (*HEADLINE_ROLES, RIVALS, "")}
+    for place, (role, _) in enumerate(in_a_row):
+        places[role].append(place)
 
     # 1. The hypernetwork turns the factors into updates.
     if before and memory is not None:
@@ -60,40 +62,25 @@ def batch_losses(
     with side_branches(trunk.base, before or {}), side_branches(trunk.base, updates):
         logits = trunk.suffix(texts, batch)
 
-    # 3. NLL of the answers. Of what is to be kept only a text right before its rival needs one.
-    keep = torch.zeros(len(texts), dtype=torch.bool, device=logits.device)
-    keep[places["neighbours"] + places["unrelated"]] = True
-    silent = keep.clone()
-    beside = [place - 1 for place in places[RIVALS]]
-    silent[beside] = False
-    targets = batch.targets.masked_fill(silent[batch.rows], IGNORED)
-    nll = edit_nll(logits, targets, batch.rows, len(texts))
+    # 3. NLL of the answers.
+    nll = edit_nll(logits, batch.targets, batch.rows, len(texts))
     values = {"edit": nll, "paraphrases": nll}
 
     # 4. KL from the unedited model, of what is to be kept (equation 4).
-    kept = [texts[place] for place in keep.nonzero()[:, 0].tolist()]
-    if kept:
+    keep = sorted(places["neighbours"] + places["unrelated"])
+    if keep:
+        kept = [texts[place] for place in keep]
         unedited = trunk.before(kept, collate(kept, trunk.base.pad_id, trunk.base.device))
-        at = keep[batch.rows]
+        at = torch.isin(batch.rows, torch.tensor(keep, device=batch.rows.device))
         kl = locality_kl(unedited, logits[at], batch.rows[at], len(texts))
         values |= {"neighbours": kl, "unrelated": kl}
 
     losses = {role: value[places[role]].mean() for role, value in values.items() if places[role]}
-    if beside:
+    if places[RIVALS]:  # each stands right behind the neighbour that it is compared with
+        beside = [place - 1 for place in places[RIVALS]]
         shortfall = margin_shortfall(nll[beside], nll[places[RIVALS]], margin=mend.hparams.margin)
         losses[RIVALS] = shortfall.mean()
     return losses
-
-
-def _in_a_row(rows: DrawnRows) -> tuple[list[Tokens], dict[str, list[int]]]:
-    """All texts of the edits, and the places of each role among them."""
-    places: dict[str, list[int]] = {role: [] for role in (*HEADLINE_ROLES, RIVALS, "")}
-    texts: list[Tokens] = []
-    for drawn in rows:
-        for role, text in drawn:
-            places[role].append(len(texts))
-            texts.append(text)
-    return texts, places
 
 
 def total_loss(losses: Mapping[str, Tensor], h: MENDHyperParams) -> Tensor:
@@ -167,8 +154,10 @@ class Learner:
     def _backward(self, batch: DrawnBatch) -> dict[str, float]:
         """Add the gradient of a batch's loss; this process's part of the mean losses."""
         rows = self.team.share(batch.rows)
-        whole, here = (Counter(role for r in some for role, _ in r) for some in (batch.rows, rows))
         losses = self.losses(rows, batch.at_once, batch.earlier)
+        # The mean over a batch is the sum of the processes' means, weighed by their texts.
+        whole = Counter(role for role, _ in chain.from_iterable(batch.rows))
+        here = Counter(role for role, _ in chain.from_iterable(rows))
         losses = {role: loss * (here[role] / whole[role]) for role, loss in losses.items()}
         total = total_loss(losses, self.h)
         (total / self.h.accumulate_bs).backward()
@@ -202,8 +191,7 @@ class Learner:
         if idle:
             raise MendkitError(
                 f"the gradient is exactly zero at {idle}: edits there change nothing that the loss "
-                "sees; leave it out of `inner_params`, or give texts and weights (`cedit`, …) that "
-                "see it"
+                "sees; leave it out of `inner_params`, or weigh texts that see it (`cedit`, …)"
             )
 
     def tensors(self) -> dict[str, Tensor]:

@@ -1,13 +1,20 @@
-"""Training a hypernetwork (MEND, Algorithm 1): the loop, and what it leaves in the run folder."""
+"""Training a hypernetwork (MEND, Algorithm 1): the loop, and what it leaves in the run folder.
+
+`history.jsonl` has a row for each logged step and each validation. `logger` sends the same rows to
+TensorBoard (files in the run folder) or Weights & Biases (set up by wandb itself).
+"""
 
 import json
 import logging
 import math
+import shutil
+import sys
 import time
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, redirect_stdout
+from importlib import import_module
+from importlib.util import find_spec
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from ..data.examples import EditExample
 from ..errors import MendkitError
@@ -15,51 +22,23 @@ from ..hparams import MENDHyperParams
 from ..models.base import BaseModel
 from ..models.load import load_for_training
 from ..runs import append_line, make_folder, open_run, provenance, sha256, user_path, write_text
-from .archive import inspect_archive, save_archive
+from .archive import Checkpoint, TrainingResult, inspect_archive, save_archive
 from .batches import Sampler
-from .checkpoint import FILE as CHECKPOINT_FILE
-from .checkpoint import Checkpoint, Course
 from .distributed import Team
-from .loggers import Log, check_logger, open_logger
 from .preparation import Preparation
 from .steps import Learner
 from .validation import validate
 
-if TYPE_CHECKING:
-    import pandas
-
 logger = logging.getLogger(__name__)
 
-# Files of a run folder, beside its checkpoint (checkpoint.py).
-ARCHIVE, HISTORY = "archive.safetensors", "history.jsonl"
+HISTORY_FILE = "history.jsonl"
 
 # Steps in a row without a finite loss and gradient at which training stops. Were a text in every
 # second random batch at fault, ten in a row would come once in a thousand steps.
 MOST_SKIPPED = 10
 
-
-@dataclass(frozen=True, repr=False)
-class TrainingResult:
-    """Where the best archive lies, and how training went."""
-
-    archive: Path
-    history: tuple[dict[str, float], ...]  # one row per logged step and per validation
-    best: dict[str, float]  # the validation row of the archive
-    seconds: float  # wall time over all starts of the run
-    stopped: str  # why training ended
-    normaliser_examples: int  # 0 if an archive was trained on
-    cache: dict[str, float]  # seconds and bytes of the caches
-    skipped: int = 0  # steps whose loss or gradient was not finite
-
-    def frame(self) -> "pandas.DataFrame":
-        """The history: one row per logged step or validation, columns by name."""
-        import pandas
-
-        return pandas.DataFrame(self.history)
-
-    def __repr__(self) -> str:
-        score, step = self.best.get("val.score", math.nan), self.best["step"]
-        return f"TrainingResult({self.archive}, score {score:.3f} at step {step}: {self.stopped})"
+# Is told a row of the history, with its "step".
+Log = Callable[[Mapping[str, float]], None]
 
 
 class Trainer:
@@ -73,32 +52,17 @@ class Trainer:
         prepared: Preparation,
         checkpoint: Checkpoint,
         *,
-        course: Course | None = None,
+        course: TrainingResult | None = None,
         log: Log = lambda row: None,
     ) -> None:
         self.started = time.perf_counter() - (course.seconds if course else 0)
         self.prepared, self.hparams, self.team = prepared, prepared.hparams, prepared.team
         self.checkpoint, self.run_dir, self.log = checkpoint, checkpoint.path.parent, log
-        self.archive = self.run_dir / ARCHIVE
         steps, h = self.hparams.max_iters, self.hparams
         if h.max_epochs is not None:
             steps = h.max_epochs * math.ceil(len(prepared.train) / (h.batch_size * h.accumulate_bs))
-        self.goes_on, self.course = course is not None, course or Course(steps)
-
-    def start(self) -> None:
-        """Build the hypernetwork and, if the run goes on, take up where it stopped."""
-        prepared, course = self.prepared, self.course
-        saved = self.checkpoint.tensors(prepared.base) if self.goes_on else {}
-        names = [name for name in saved if name.startswith("mend/")]
-        state = {name.removeprefix("mend/"): saved[name] for name in names}
-        self.mend, self.cache = prepared.make(state)
-        if prepared.statistics:
-            course.normaliser_examples = len(prepared.statistics)
-        sampler = Sampler(prepared.train, self.hparams)
-        self.learner = Learner(self.mend, prepared.factors, sampler, h=self.hparams, team=self.team)
-        if saved:
-            self.learner.restore(saved)
-            self.team.first(self._restore_files)
+        self.goes_on = course is not None
+        self.course = course or TrainingResult(checkpoint.archive, steps)
 
     def run(self) -> TrainingResult:
         """Train until the steps, the time or the patience are used up; the best archive is kept.
@@ -107,18 +71,21 @@ class Trainer:
         validations were not finite.
         """
         h, course = self.hparams, self.course
+        # 1. Caches and hypernetwork, or the checkpoint's.
         self.start()
         report = self.prepared.progress.phase("step", before=course.step)
         start = time.perf_counter() - course.elapsed
         if not self.goes_on:
             self.validate()
         while (stopped := self.over()) is None:
+            # 2. A step of Algorithm 1 (steps.py).
             course.step += 1
             row = self.step()
             course.elapsed = time.perf_counter() - start
             report(course.step, course.steps, f"loss {row.get('loss', math.nan):.3f}")
             if course.step % h.log_interval == 0 or course.step == 1 or "skipped" in row:
                 self.record({"step": course.step, "seconds": course.elapsed, **row})
+            # 3. Validate; the best archive is kept.
             last = course.step == course.steps or self.out_of_time()
             if last or course.step % h.val_interval == 0:
                 self.validate()
@@ -126,6 +93,20 @@ class Trainer:
                 self.team.first(self.save)
         self.prepared.progress.close()
         return self.team.first(lambda: self.finish(stopped))
+
+    def start(self) -> None:
+        """Build the hypernetwork and, if the run goes on, take up where it stopped."""
+        prepared, course = self.prepared, self.course
+        saved = self.checkpoint.tensors(prepared.base) if self.goes_on else {}
+        names = [name for name in saved if name.startswith("mend/")]
+        self.mend, self.cache = prepared.make({n.removeprefix("mend/"): saved[n] for n in names})
+        if prepared.statistics:
+            course.normaliser_examples = len(prepared.statistics)
+        sampler = Sampler(prepared.train, self.hparams)
+        self.learner = Learner(self.mend, prepared.factors, sampler, h=self.hparams, team=self.team)
+        if saved:
+            self.learner.restore(saved)
+        self.team.first(self._restore_files)
 
     def step(self) -> dict[str, float]:
         """Make the step that is due; its mean losses, or how many steps were skipped."""
@@ -139,7 +120,7 @@ class Trainer:
             return {"skipped": float(course.skipped)}
         kept = "no archive"
         if course.best:
-            kept = f"the archive of step {course.best_step} is kept in {self.archive}"
+            kept = f"the archive of step {course.best_step} is kept in {course.archive}"
         raise MendkitError(
             f"step {course.step}: loss or gradient were not finite in {MOST_SKIPPED} steps in a "
             f"row; {kept}; lower `edit_lr` or `lr`"
@@ -189,7 +170,7 @@ class Trainer:
         if self.team.rank:
             return
         try:
-            append_line(self.run_dir / HISTORY, json.dumps(row))
+            append_line(self.run_dir / HISTORY_FILE, json.dumps(row))
         except OSError as error:
             raise MendkitError(
                 f"cannot write to {self.run_dir}: {error}; make room there, then go on"
@@ -212,23 +193,24 @@ class Trainer:
             "normaliser_examples": self.course.normaliser_examples,
             "texts_sha256": sha256(json.dumps(keys)),
         }
-        save_archive(self.archive, prepared.base, self.mend, training=told)
+        save_archive(self.course.archive, prepared.base, self.mend, training=told)
 
     def _restore_files(self) -> None:
-        """History and archive as they were at the checkpoint."""
+        """History and archive as they were at the checkpoint; a new run has no history."""
         course, folder = self.course, self.run_dir
         made, steps = course.step, course.steps
-        logger.warning("going on with the run in %s from step %d of %d", folder, made, steps)
+        if self.goes_on:
+            logger.warning("going on with the run in %s from step %d of %d", folder, made, steps)
         for row in course.history:
             self.log(row)
-        write_text(folder / HISTORY, "".join(json.dumps(row) + "\n" for row in course.history))
-        if course.best and course.best_step == course.step:
+        write_text(folder / HISTORY_FILE, "".join(json.dumps(row) + "\n" for row in course.history))
+        if course.best and course.best_step == made:
             self.save_archive()  # the run may have been stopped before it
         elif course.best:
-            found = inspect_archive(self.archive)["training"]["best"]
+            found = inspect_archive(course.archive)["training"]["best"]
             if found != _without_seconds(course.best):
                 raise MendkitError(
-                    f"{self.archive}: not the archive that this run kept at step "
+                    f"{course.archive}: not the archive that this run kept at step "
                     f"{course.best_step}; put that back, or delete {self.checkpoint.path}"
                 )
 
@@ -246,7 +228,12 @@ class Trainer:
         if course.skipped:
             count, made = course.skipped, course.step
             logger.warning("%d of %d steps were not finite and skipped", count, made)
-        return _result(course, self.run_dir)
+        return course
+
+
+def _without_seconds(row: Mapping[str, float]) -> dict[str, float]:
+    """A row of the history without its time."""
+    return {name: value for name, value in row.items() if name != "seconds"}
 
 
 def finished(
@@ -258,7 +245,7 @@ def finished(
 ) -> TrainingResult | None:
     """What `train` returned for this run if it has ended; raises MendkitError for another run."""
     course = Checkpoint(user_path(run_dir), hparams, train_examples, val_examples).read()
-    return None if course is None or course.stopped is None else _result(course, user_path(run_dir))
+    return course if course and course.stopped else None
 
 
 def train(
@@ -289,7 +276,7 @@ def train(
     with team.alone_in(run):
         checkpoint = Checkpoint(run, hparams, train_examples, val_examples)
         course = team.first(checkpoint.unfinished)
-        team.first(lambda: _open_folder(run, hparams, anew=course is None))
+        team.first(lambda: open_run(run, hparams))
         with open_logger(hparams, run, first=team.rank == 0) as log:
             prepared = Preparation(
                 base or load_for_training(hparams),
@@ -304,40 +291,66 @@ def train(
                 return trainer.run()
             except KeyboardInterrupt:
                 if team.rank == 0:
-                    _say_how_to_go_on(trainer)
+                    logger.warning(
+                        "interrupted after step %d of %d; the same call, or `train … --resume`, "
+                        "goes on from %s if a step was kept",
+                        trainer.course.step,
+                        trainer.course.steps,
+                        checkpoint.path,
+                    )
                 raise
 
 
-def _open_folder(run: Path, hparams: MENDHyperParams, *, anew: bool) -> None:
-    open_run(run, hparams)
-    for name in (HISTORY, CHECKPOINT_FILE) if anew else ():
-        (run / name).unlink(missing_ok=True)
+# ---------------------------------------- loggers
 
 
-def _say_how_to_go_on(trainer: Trainer) -> None:
-    saved, made = trainer.checkpoint.unfinished(), trainer.course
-    advice = "nothing is lost but the preparation: no step was kept"
-    if saved is not None:
-        advice = (
-            f"{trainer.checkpoint.path} holds step {saved.step}: the same call goes on from there, "
-            "and so does `python -m mendkit train … --resume`"
+def check_logger(name: str | None) -> None:
+    """Raise MendkitError if the named logger is not installed."""
+    if name is not None and find_spec(name) is None:
+        raise MendkitError(
+            f"logger: {name} is not installed; run "
+            f'`pip install -c constraints.txt -e ".[{name}]"`, or set `logger: null`'
         )
-    logger.warning("interrupted after step %d of %d; %s", made.step, made.steps, advice)
 
 
-def _result(course: Course, run_dir: Path) -> TrainingResult:
-    return TrainingResult(
-        archive=run_dir / ARCHIVE,
-        history=tuple(course.history),
-        best=course.best,
-        seconds=course.seconds,
-        stopped=str(course.stopped),
-        normaliser_examples=course.normaliser_examples,
-        cache=course.cache,
-        skipped=course.skipped,
-    )
+@contextmanager
+def open_logger(h: MENDHyperParams, run_dir: Path, *, first: bool = True) -> Iterator[Log]:
+    """A function that sends history rows to the logger of `h`, in the `first` process only.
+
+    Raises MendkitError if the logger does not start.
+    """
+    if h.logger is None or not first:
+        yield lambda row: None
+        return
+    try:
+        with redirect_stdout(sys.stderr):  # standard output is for results
+            add, close = _start_logger(h, run_dir)
+    except Exception as error:  # whatever the logger raises: no key, no network, an old version
+        raise MendkitError(
+            f"logger: {h.logger} did not start: {error}; set it up, or `logger: null`"
+        ) from error
+
+    def log(row: Mapping[str, float]) -> None:
+        for name, value in row.items():
+            if name != "step":
+                add(name, value, int(row["step"]))
+
+    try:
+        yield log
+    finally:
+        with redirect_stdout(sys.stderr):
+            close()
 
 
-def _without_seconds(row: Mapping[str, float]) -> dict[str, float]:
-    """A row of the history without its time."""
-    return {name: value for name, value in row.items() if name != "seconds"}
+def _start_logger(h: MENDHyperParams, run_dir: Path) -> tuple[Callable, Callable]:
+    """What takes a name, a value and a step; and what ends it."""
+    if h.logger == "wandb":
+        wandb = import_module("wandb")
+        run = wandb.init(project="mendkit", name=run_dir.name, dir=str(run_dir), config=h.to_dict())
+        return lambda name, value, step: run.log({name: value}, step=step), wandb.finish
+    from torch.utils.tensorboard import SummaryWriter
+
+    folder = run_dir / "tensorboard"
+    shutil.rmtree(folder, ignore_errors=True)  # an earlier run's curves would join this one's
+    writer = SummaryWriter(str(folder))
+    return writer.add_scalar, writer.close

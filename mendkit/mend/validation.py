@@ -1,21 +1,33 @@
-"""Teacher-forced validation: what decides which archive is kept."""
+"""Teacher forcing: texts read under edits with their answers given, to validate and to evaluate.
+
+Every text belongs to an edit. A batch of edits is one suffix pass with one side branch an edit.
+`validate` decides which archive is kept.
+"""
 
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from itertools import chain
 from statistics import fmean
+from typing import TYPE_CHECKING
 
 import torch
+from torch import Tensor
 
 from ..data.examples import EditExample, headline_mean
 from ..hparams import MENDHyperParams
+from ..models.base import BaseModel
+from ..models.tokens import Tokens, collate
 from ..models.trunk import FrozenTrunk
 from .batches import RIVALS, ExampleTexts, prepare_texts, role_weights
-from .editor import MENDEditor
 from .factors import capture_factors
 from .hypernetwork import MEND
-from .losses import margin_shortfall
-from .scoring import forced
-from .updates import Updates
+from .losses import margin_shortfall, wide
+from .updates import Updates, scaled, select, side_branches
+
+if TYPE_CHECKING:
+    from .editor import MENDEditor
+
+POSITIONS_PER_PASS = 1024
 
 # The name of each role's share.
 SHARE_NAMES = {
@@ -25,6 +37,100 @@ SHARE_NAMES = {
     "unrelated": "locality",
     RIVALS: "ns",
 }
+
+# ---------------------------------------- reading
+
+
+@dataclass(frozen=True)
+class Forced:
+    """One text read under an edit. Tuples run over the text's scored positions."""
+
+    argmax: tuple[int, ...]
+    logp: tuple[float, ...]  # log P(target), nats; empty if the text has no answer
+    kl: tuple[float, ...]  # KL(before ‖ after), nats; empty unless asked for
+    same: tuple[bool, ...]  # argmax as before the edit; empty unless asked for
+
+
+@torch.no_grad()
+def forced(
+    trunk: FrozenTrunk,
+    texts: Sequence[Sequence[Tokens]],
+    updates: Updates | None,
+    *,
+    compare: bool = False,
+) -> list[list[Forced]]:
+    """Read `texts[e]` under edit e (under none if `updates` is None).
+
+    `compare` adds KL and argmax agreement with the unedited model.
+    """
+    found: list[list[Forced]] = []
+    most_positions = max(sum(len(text.scored) for text in each) for each in texts)
+    step = max(1, POSITIONS_PER_PASS // max(1, most_positions))
+    for at in range(0, len(texts), step):
+        edits = texts[at : at + step]
+        # Every edit of a pass needs the same number of rows: any text fills up.
+        most, filler = max(map(len, edits)), [*chain.from_iterable(edits)][:1]
+        rows: list[Tokens] = []
+        for each in edits:
+            rows += [*each, *filler * (most - len(each))]
+        chosen = select(updates or {}, range(at, at + len(edits)))
+        read = _read(trunk, rows, chosen, compare) if rows else []
+        found += [read[e * most : e * most + len(each)] for e, each in enumerate(edits)]
+    return found
+
+
+def _read(
+    trunk: FrozenTrunk, texts: Sequence[Tokens], updates: Updates, compare: bool
+) -> list[Forced]:
+    """Each text under its edit's update."""
+    batch = collate(texts, trunk.base.pad_id, trunk.base.device)
+    with side_branches(trunk.base, updates):
+        logits = wide(trunk.suffix(texts, batch))
+    logp, argmax = logits.log_softmax(-1), logits.argmax(-1)
+    columns = [argmax, logp.gather(1, batch.targets.clamp(min=0)[:, None])[:, 0]]
+    if compare:
+        before = wide(trunk.before(texts, batch))
+        reference = before.log_softmax(-1)
+        columns.append((reference.exp() * (reference - logp)).sum(-1).clamp(min=0))
+        columns.append(before.argmax(-1) == argmax)
+    lengths = [len(text.scored) for text in texts]
+    values = [_by_text(column, lengths) for column in columns]
+    if not compare:
+        values += [[()] * len(texts)] * 2
+    found = []
+    for text, guess, likelihood, kl, same in zip(texts, *values, strict=True):
+        found.append(Forced(guess, likelihood if text.targets else (), kl, same))
+    return found
+
+
+def _by_text(column: Tensor, lengths: list[int]) -> list[tuple]:
+    """Packed values as one tuple a text."""
+    return [tuple(part.tolist()) for part in column.split(lengths)]
+
+
+@torch.no_grad()
+def next_tokens(
+    base: BaseModel, prompt: str, *, k: int = 8, among: Sequence[str] = ()
+) -> dict[str, float]:
+    """The k most probable next tokens and those of `among`, with probability, best first.
+
+    Of a sequence-to-sequence model the answer's first tokens, of a classifier the labels.
+    The model is read as it is, with whatever edit is applied to it.
+    """
+    text, labels, tokenizer = base.tokenize(prompt), base.labels, base.tokenizer
+    batch = collate([text], base.pad_id, base.device)
+    p = wide(FrozenTrunk(base).suffix([text], batch))[0].softmax(-1)
+    chosen = set(p.topk(min(k, len(p))).indices.tolist())
+    for token in among:
+        if labels:
+            chosen.add(labels.id(token))
+        else:
+            chosen.add(tokenizer.encode(token, add_special_tokens=False)[0])
+    ranked = sorted(chosen, key=lambda i: -float(p[i]))
+    return {labels.names[i] if labels else str(tokenizer.decode([i])): float(p[i]) for i in ranked}
+
+
+# ---------------------------------------- validation
 
 
 @torch.no_grad()
@@ -52,8 +158,7 @@ def validate(
         edits = [texts.edit for texts in group]
         factors = capture_factors(trunk, edits, tokens=h.edit_tokens, reduction=h.loss_reduction)
         updates = mend(factors, len(group), at_once=min(at_once, len(group)))
-        updates = {name: update.scaled(strength) for name, update in updates.items()}
-        for role, share, loss in _read_under(trunk, group, updates, h.margin):
+        for role, share, loss in _read_group(trunk, group, scaled(updates, strength), h.margin):
             shares[role].append(share)
             losses[role].append(loss)
     found = {SHARE_NAMES[role]: fmean(values) for role, values in shares.items() if values}
@@ -67,25 +172,26 @@ def validate(
     }
 
 
-def _read_under(
+def _read_group(
     trunk: FrozenTrunk, group: Sequence[ExampleTexts], updates: Updates, margin: float
 ) -> Iterator[tuple[str, float, float]]:
     """Role, share and loss of every text of some edits, read under its edit's update."""
-    targets = forced(trunk, [[texts.edit, *texts.paraphrases] for texts in group], updates)
-    for texts, values in zip(group, targets, strict=True):
-        roles = ["edit"] + ["paraphrases"] * len(texts.paraphrases)
-        wanted = [text.targets for text in (texts.edit, *texts.paraphrases)]
-        for role, target, value in zip(roles, wanted, values, strict=True):
-            yield role, float(value.argmax == target), -fmean(value.logp)
-    to_keep = [[*texts.neighbours, *texts.unrelated] for texts in group]
-    preserved = forced(trunk, to_keep, updates, compare=True)
-    for texts, values in zip(group, preserved, strict=True):
-        roles = ["neighbours"] * len(texts.neighbours) + ["unrelated"] * len(texts.unrelated)
-        for role, value in zip(roles, values, strict=True):
+    # 1. What is to change: is every target token the most likely one?
+    to_change = [(texts.edit, *texts.paraphrases) for texts in group]
+    for wordings, read in zip(to_change, forced(trunk, to_change, updates), strict=True):
+        for k, (text, value) in enumerate(zip(wordings, read, strict=True)):
+            share = float(value.argmax == text.targets)
+            yield "paraphrases" if k else "edit", share, -fmean(value.logp)
+    # 2. What is to stay: is the most likely token the one from before?
+    to_keep = [(*texts.neighbours, *texts.unrelated) for texts in group]
+    for texts, read in zip(group, forced(trunk, to_keep, updates, compare=True), strict=True):
+        for k, value in enumerate(read):
+            role = "neighbours" if k < len(texts.neighbours) else "unrelated"
             yield role, fmean(value.same), fmean(value.kl)
-    pairs = [list(chain.from_iterable(texts.rivals.items())) for texts in group]
-    for values in forced(trunk, pairs, updates):
-        nll = torch.tensor([-fmean(value.logp) for value in values])
+    # 3. With `cmargin`: is a neighbour's answer more likely than the edit's?
+    pairs = [[*chain.from_iterable(texts.rivals.items())] for texts in group]
+    for read in forced(trunk, pairs, updates):
+        nll = torch.tensor([-fmean(value.logp) for value in read])
         right, rival = nll[::2], nll[1::2]
         shortfall = margin_shortfall(right, rival, margin=margin)
         for share, loss in zip((right < rival).tolist(), shortfall.tolist(), strict=True):
@@ -93,14 +199,14 @@ def _read_under(
 
 
 def strength_curve(
-    editor: MENDEditor, examples: Sequence[EditExample], *, strengths: Sequence[float]
+    editor: "MENDEditor", examples: Sequence[EditExample], *, strengths: Sequence[float]
 ) -> list[dict[str, float]]:
     """`validate` at several strengths of the same edits (1: as trained); one row per strength."""
-    h = editor.mend.hparams
+    mend, h = editor.mend, editor.mend.hparams
     prepared, trunk = prepare_texts(editor.base, h, examples), FrozenTrunk(editor.base)
     trunk.fill([text for texts in prepared for text in texts.all()])
     rows = []
     for strength in strengths:
-        scores = validate(trunk, editor.mend, prepared, h, strength=strength)
-        rows.append({"strength": strength, **scores})
+        values = validate(trunk, mend, prepared, h, strength=strength)
+        rows.append({"strength": strength, **values})
     return rows

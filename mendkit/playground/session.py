@@ -15,7 +15,7 @@ from ..evaluation.inspection import answer_tokens, open_editor
 from ..hparams import MENDHyperParams
 from ..mend.edit import Edit
 from ..mend.editor import MENDEditor
-from ..mend.scoring import next_tokens
+from ..mend.validation import next_tokens
 from ..reporting import tables
 from ..reporting.findings import Row
 

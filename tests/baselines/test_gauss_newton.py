@@ -15,8 +15,8 @@ from mendkit.errors import HyperParamError, ModelError
 from mendkit.evaluation.evaluate import evaluate
 from mendkit.evaluation.many import in_sequence, together
 from mendkit.evaluation.prepare import EvaluationSet
-from mendkit.mend.scoring import forced
 from mendkit.mend.updates import side_branches
+from mendkit.mend.validation import forced
 from mendkit.models.trunk import FrozenTrunk
 from tests.oracles.claims import EXAMPLES, hparams
 from tests.oracles.families import other_base

@@ -14,7 +14,7 @@ from mendkit.evaluation.heldout import ngram_entropy_bits
 from mendkit.evaluation.metrics import Reading, ScoredPrompt, example_values, prompt_scores
 from mendkit.evaluation.prepare import EvaluationSet
 from mendkit.evaluation.results import normalise
-from mendkit.mend.scoring import Forced, forced, next_tokens
+from mendkit.mend.validation import Forced, forced, next_tokens
 from mendkit.models.tokens import Tokens
 from tests.oracles.claims import EXAMPLES, editor_for, hparams, logits
 

@@ -6,13 +6,11 @@ MENDKIT_ATTACKS says how many times as many variants to try; `make soak` tries t
 
 import json
 import os
-import pickle
 import random
 import resource
 import zipfile
 from collections import Counter, OrderedDict
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 import psutil
@@ -44,6 +42,7 @@ from tests.oracles.tiny import tiny_gpt2, tiny_llama
 TIMES = int(os.environ.get("MENDKIT_ATTACKS", "1"))
 ROOM = 300_000_000
 SITE = "model.layers.1.mlp.down_proj.weight"
+Load = Callable[[Path], dict]
 
 
 @pytest.fixture(scope="module")
@@ -71,30 +70,19 @@ def journal(base, mend, tmp_path) -> Path:
         return session.save(tmp_path / "attacked.edits")
 
 
-@contextmanager
-def little_memory() -> Iterator[None]:
-    """The process may not grow by more than ROOM in here: what asks for more raises or dies."""
+def result(path: Path, load: Load, about: str) -> dict | None:
+    """What a file holds; None if one clear error refuses it, or it asks for more than ROOM."""
     kept = resource.getrlimit(resource.RLIMIT_AS)
     resource.setrlimit(resource.RLIMIT_AS, (psutil.Process().memory_info().vms + ROOM, kept[1]))
     try:
-        yield
-    finally:
-        resource.setrlimit(resource.RLIMIT_AS, kept)
-
-
-Load = Callable[[Path], dict]
-
-
-def result(path: Path, load: Load, about: str) -> dict | None:
-    """What a file holds; None if one clear error refuses it. Anything else fails."""
-    try:
-        with little_memory():
-            return load(path)
+        return load(path)
     except ArchiveError as error:
         assert path.name in str(error) and "\n" not in str(error), about
         return None
     except BaseException as error:
         raise AssertionError(f"{about}: {type(error).__name__} {error}") from error
+    finally:
+        resource.setrlimit(resource.RLIMIT_AS, kept)
 
 
 def attacked(path: Path, variants: Iterable[Variant], load: Load) -> Counter[str]:
@@ -142,36 +130,39 @@ def as_session(editor: MENDEditor) -> Load:
     return load
 
 
-# ---------------------------------------- archives
+# ---------------------------------------- archives and saved edits
 
 
 def test_damaged_archives_are_refused_or_the_same(base, archive):
     whole, load = archive.read_bytes(), as_loaded(base)
     came = attacked(archive, damage(whole, 1, 40 * TIMES), load)
     assert came.total() > 150 * TIMES and came["refused"] > 0.9 * came.total()
-    archive.write_bytes(whole)
-    assert attacked(archive, [("whole", whole)], load) == {"same": 1}
-
-
-def test_white_space_and_order_of_a_header_do_no_harm(base, archive):
-    layout = Layout.of(archive.read_bytes())
+    layout = Layout.of(whole)
     turned = dict(reversed(layout.header.items()))
-    harmless = [
-        ("indented", layout.bytes(json.dumps(layout.header, indent=1))),
-        ("padded", layout.bytes(layout.text() + " " * 8)),
-        ("turned", layout.bytes(json.dumps(turned))),
-        ("escaped", layout.bytes(layout.text().replace('"F32"', '"\\u004632"'))),
-    ]
-    assert attacked(archive, harmless, as_loaded(base)) == {"same": 4}
-
-
-def test_wrong_tensors_are_refused_although_every_checksum_is_right(base, archive):
-    load, whole = as_loaded(base), archive.read_bytes()
-    for about, content in rehashed(whole, random.Random(2), 6 * TIMES):
-        archive.write_bytes(content)
-        assert result(archive, load, about) is None, about
+    harmless = {"whole": whole, "turned": layout.bytes(json.dumps(turned, indent=1))}
     archive.write_bytes(whole)
-    load(archive)
+    assert attacked(archive, harmless.items(), load) == {"same": 2}
+
+
+def test_damaged_journals_are_refused_or_the_same_and_leave_the_model_alone(base, mend, journal):
+    editor, whole = MENDEditor(base, mend), journal.read_bytes()
+    came = attacked(journal, damage(whole, 4, 20 * TIMES), as_session(editor))
+    assert came.total() > 100 and came["refused"] > 0.9 * came.total()
+    assert not base.site_module(base.sites[0])._forward_hooks
+    journal.write_bytes(whole)
+    with pytest.raises(ArchiveError, match=f"{journal.name}: a journal of 2"):
+        Edit.load(journal, base)
+
+
+@pytest.mark.parametrize("kind", ["archive", "journal"])
+def test_wrong_tensors_are_refused_although_every_checksum_is_right(kind, base, mend, request):
+    path, load = request.getfixturevalue(kind), as_loaded(base)
+    if kind == "journal":
+        load = as_session(MENDEditor(base, mend))
+    for about, content in rehashed(path.read_bytes(), random.Random(2), 6 * TIMES):
+        path.write_bytes(content)
+        if kind == "archive" or not about.endswith("cast"):  # an edit may have any precision
+            assert result(path, load, about) is None, about
 
 
 HOSTILE = {
@@ -181,16 +172,12 @@ HOSTILE = {
     "a square of the width": lambda m: m["hparams"].update(whiten=1.0),
     "another algorithm": lambda m: m["hparams"].update(alg_name="ROME"),
     "an unknown key": lambda m: m["hparams"].update(hook="x"),
-    "a list": lambda m: m.update(hparams=[1]),
     "text": lambda m: m.update(hparams="x"),
     "no sites": lambda m: m["base_model"].pop("sites"),
     "text for sites": lambda m: m["base_model"].update(sites="abc"),
     "a number for a name": lambda m: m["base_model"]["sites"][0].update(name=3),
-    "a list for a name": lambda m: m["base_model"]["sites"][0].update(name=[[]]),
-    "an empty name": lambda m: m["base_model"]["sites"][0].update(name=""),
     "a hidden name": lambda m: m["base_model"]["sites"][0].update(name="__class__.weight"),
     "the same site often": lambda m: m["base_model"].update(sites=m["base_model"]["sites"] * 9),
-    "null": lambda m: m.update(base_model=None),
 }
 
 
@@ -205,9 +192,8 @@ def test_hostile_metadata_are_refused_although_every_checksum_is_right(base, arc
         archive.write_bytes(layout.retold(metadata, sign))
         assert result(archive, load, about) is None, about
     text = layout.header["__metadata__"]["mendkit"]
-    texts = ["", "null", "[]", "3", '"x"', "[" * 99_999, "9" * 9_999, text + " x"]
-    texts.append(text[:-1] + ', "update_sign": 1}')
-    for changed in texts:
+    repeated = text[:-1] + ', "update_sign": 1}'
+    for changed in ("", "null", "[]", '"x"', "[" * 99_999, "9" * 9_999, text + " x", repeated):
         archive.write_bytes(layout.retold(changed))
         assert result(archive, load, changed[:20]) is None
 
@@ -217,10 +203,9 @@ def test_forged_values_of_metadata_raise_nothing_else(kind, base, mend, capsys, 
     path, load = request.getfixturevalue(kind), as_loaded(base)
     if kind == "journal":
         load = as_session(MENDEditor(base, mend))
-    layout, refused = Layout.of(path.read_bytes()), 0
-    odd = [
-        changed for value in ODD_VALUES for changed in with_each_replaced(layout.metadata, value)
-    ]
+    layout, refused, odd = Layout.of(path.read_bytes()), 0, []
+    for value in ODD_VALUES:
+        odd += with_each_replaced(layout.metadata, value)
     for metadata in random.Random(3).sample(odd, min(50 * TIMES, len(odd))):
         path.write_bytes(layout.retold(metadata))
         refused += result(path, load, json.dumps(metadata)) is None
@@ -241,37 +226,6 @@ def test_changed_metadata_are_refused_even_where_they_make_sense(base, archive):
     assert inspect_archive(archive)["update_sign"] == 1
 
 
-def test_what_is_not_finite_is_not_written(base, mend, tmp_path):
-    values = {name: value.clone() for name, value in mend.state_dict().items()}
-    values["log_edit_lr"][0] = float("nan")
-    broken = MEND(base.sites, mend.hparams)
-    broken.load_state_dict(values)
-    with pytest.raises(ArchiveError, match=r"not written: log_edit_lr not finite"):
-        save_archive(tmp_path / "a.safetensors", base, broken)
-    assert not any(tmp_path.iterdir())
-
-
-# ---------------------------------------- saved edits, the cache
-
-
-def test_damaged_journals_are_refused_or_the_same_and_leave_the_model_alone(base, mend, journal):
-    editor, whole = MENDEditor(base, mend), journal.read_bytes()
-    came = attacked(journal, damage(whole, 4, 20 * TIMES), as_session(editor))
-    assert came.total() > 100 and came["refused"] > 0.9 * came.total()
-    assert not base.site_module(base.sites[0])._forward_hooks
-    journal.write_bytes(whole)
-    with pytest.raises(ArchiveError, match=f"{journal.name}: a journal of 2"):
-        Edit.load(journal, base)
-
-
-def test_wrong_tensors_of_an_edit_are_refused_although_every_checksum_is_right(base, mend, journal):
-    load = as_session(MENDEditor(base, mend))
-    for about, content in rehashed(journal.read_bytes(), random.Random(5), 6 * TIMES):
-        journal.write_bytes(content)
-        if not about.endswith("cast"):  # an edit may have any precision
-            assert result(journal, load, about) is None, about
-
-
 # ---------------------------------------- foreign archives
 
 
@@ -283,23 +237,15 @@ def gpt():
 @pytest.fixture
 def published(gpt, tmp_path):
     """A foreign archive of one layer, and the settings that it goes with."""
-    (name,) = [
-        name for name, _ in gpt.model.named_parameters() if name.endswith("1.mlp.c_proj.weight")
-    ]
+    name = "transformer.h.1.mlp.c_proj.weight"
     h = MENDHyperParams(model_name="tiny", inner_params=(name,), rank=2, shared=True)
-    own = h.replace(
-        update_sign=-1,
-        std_floor=0.0,
-        std_eps=1e-7,
-        z_clip=None,
-        loss_reduction="batch",
-        norm_stats="shape",
-    )
-    state = to_foreign(scrambled(MEND(gpt.with_sites([name]).sites, own)))
+    theirs = dict(update_sign=-1, std_floor=0.0, std_eps=1e-7, z_clip=None)
+    theirs |= dict(loss_reduction="batch", norm_stats="shape")
+    state = to_foreign(scrambled(MEND(gpt.with_sites([name]).sites, h.replace(**theirs))))
     return save_published(tmp_path / "attacked.pt", state, gpt.model.config), state, h
 
 
-def as_imported(gpt, h) -> Callable[[Path], dict]:
+def as_imported(gpt, h) -> Load:
     def load(path: Path) -> dict:
         import_archive(path, h, out=path.with_name("out.safetensors"), base=gpt)
         found = load_archive(path.with_name("out.safetensors"), base=gpt)
@@ -308,67 +254,50 @@ def as_imported(gpt, h) -> Callable[[Path], dict]:
     return load
 
 
-def test_damaged_foreign_archives_are_refused_or_the_same(gpt, published):
-    path, _, h = published
-    whole, rng = path.read_bytes(), random.Random(8)
-    cuts = [(f"cut at {at}", whole[:at]) for at in sorted(rng.sample(range(len(whole)), 60))]
-    flips = []
-    for _ in range(240):
-        at, bit = rng.randrange(len(whole)), rng.randrange(8)
-        content = bytearray(whole)
-        content[at] ^= 1 << bit
-        flips.append((f"bit {bit} of byte {at}", bytes(content)))
-    came = attacked(path, cuts + flips, as_imported(gpt, h))
-    assert came["refused"] > 200
-
-
-def rezipped(
-    path: Path, whole: bytes, change: Callable[[str, bytes], bytes], *, compress: int = 0
-) -> None:
+def rezipped(path: Path, whole: bytes, change: Callable[[str, bytes], bytes], **how) -> None:
     """The zip with some entries' bytes changed, its checksums right."""
     path.with_name("whole").write_bytes(whole)
-    with (
-        zipfile.ZipFile(path.with_name("whole")) as old,
-        zipfile.ZipFile(path, "w", compress) as new,
-    ):
+    with zipfile.ZipFile(path.with_name("whole")) as old, zipfile.ZipFile(path, "w", **how) as new:
         for entry in old.infolist():
             new.writestr(entry.filename, change(entry.filename, old.read(entry)))
 
 
-def test_flips_in_a_pickle_whose_checksum_is_right_raise_nothing_else(gpt, published):
+def test_damaged_foreign_archives_are_refused_or_the_same(gpt, published):
     path, _, h = published
-    whole, rng, load, refused = path.read_bytes(), random.Random(9), as_imported(gpt, h), 0
-    for _ in range(120):
+    whole, rng, load, refused = path.read_bytes(), random.Random(8), as_imported(gpt, h), 0
+    cuts = [(f"cut at {at}", whole[:at]) for at in sorted(rng.sample(range(len(whole)), 40))]
+    flips = []
+    for _ in range(160):
+        at, bit = rng.randrange(len(whole)), rng.randrange(8)
+        content = bytearray(whole)
+        content[at] ^= 1 << bit
+        flips.append((f"bit {bit} of byte {at}", bytes(content)))
+    assert attacked(path, cuts + flips, load)["refused"] > 130
+    for _ in range(80):  # in the pickle, with the checksum of the zip made anew
         place, bit = rng.random(), rng.randrange(8)
 
         def change(name: str, content: bytes, place: float = place, bit: int = bit) -> bytes:
-            if not name.endswith("data.pkl"):
-                return content
             out = bytearray(content)
-            out[int(place * len(out))] ^= 1 << bit
+            if name.endswith("data.pkl"):
+                out[int(place * len(out))] ^= 1 << bit
             return bytes(out)
 
         rezipped(path, whole, change)
-        try:
-            with little_memory():
-                load(path)
-        except ArchiveError as error:
-            refused += path.name in str(error)
-    assert refused > 30
+        refused += result(path, load, f"bit {bit} at {place}") is None
+    assert refused > 20
 
 
 def test_a_foreign_archive_that_grows_or_declares_much_is_refused(gpt, published):
     path, state, h = published
-    whole = path.read_bytes()
-    rezipped(path, whole, lambda name, content: content, compress=zipfile.ZIP_DEFLATED)
-    with little_memory(), pytest.raises(ArchiveError, match=r"attacked\.pt.*compressed"):
+    whole, load = path.read_bytes(), as_imported(gpt, h)
+    rezipped(path, whole, lambda name, content: content, compression=zipfile.ZIP_DEFLATED)
+    with pytest.raises(ArchiveError, match=r"attacked\.pt.*compressed"):
         read_foreign(path)
     (v,) = [name for name in state if name.endswith("layers.0.v")]
     hostile = {
         "a view of one number": state | {v: torch.ones(1).expand(10**12, state[v].shape[1])},
         "a far block": state | {v.replace("layers.0", "layers.999999999999"): state[v]},
-        "a block beyond integers": state
-        | {v.replace("layers.0", "layers." + "9" * 5000): state[v]},
+        "beyond integers": state | {v.replace("layers.0", "layers." + "9" * 5000): state[v]},
         "no number": state | {v: torch.tensor(1.0)},
         "not finite": state | {v: state[v] * float("nan")},
         "whole numbers": state | {"edit_lrs": torch.ones(1, dtype=torch.int64)},
@@ -378,7 +307,7 @@ def test_a_foreign_archive_that_grows_or_declares_much_is_refused(gpt, published
     }
     for about, content in hostile.items():
         torch.save({"model": OrderedDict(content)}, path)
-        assert result(path, as_imported(gpt, h), about) is None, about
+        assert result(path, load, about) is None, about
         assert not path.with_name("out.safetensors").exists(), about
 
 
@@ -399,59 +328,30 @@ class Inner(Canary):
         return OrderedDict, (), Canary(self.call, *self.arguments)
 
 
-def canaries(mark: str) -> dict[str, object]:
-    """Objects that make a file or folder when they are unpickled."""
-    return {
-        "os.system": Canary(os.system, f"mkdir {mark}"),
-        "builtins.eval": Canary(eval, f"__import__('os').mkdir({mark!r})"),
-        "builtins.exec": Canary(exec, f"import os; os.mkdir({mark!r})"),
-        "nested": [{"x": (Canary(os.mkdir, mark),)}],
-        "in a state": Inner(os.mkdir, mark),
-        "as an argument": Canary(OrderedDict, [("x", Canary(os.mkdir, mark))]),
-        "as a key": {Canary(os.mkdir, mark): 1},
-        "of torch": Canary(torch.load, mark),
-        "of the loader": Canary(pickle.loads, pickle.dumps(Canary(os.mkdir, mark))),
-    }
-
-
 def test_payloads_run_in_no_field_of_a_foreign_archive(gpt, published, tmp_path):
     path, state, h = published
     mark, out = tmp_path / "ran", tmp_path / "out.safetensors"
+    config = type(gpt.model.config)()
+    config.hook = Canary(os.mkdir, str(mark))
     model = OrderedDict(state, model_config=gpt.model.config)
-    content = {
-        "model": model,
-        "opt": {},
-        "lr_opt": {},
-        "val_stats": {},
-        "start_time": "",
-        "elapsed_time": 1.0,
-        "step": 1,
+    content = {"model": model, "opt": {}, "val_stats": {}, "start_time": "", "step": 1}
+    canaries = {
+        "os.system": Canary(os.system, f"mkdir {mark}"),
+        "builtins.eval": Canary(eval, f"__import__('os').mkdir({str(mark)!r})"),
+        "nested": [{"x": (Canary(os.mkdir, str(mark)),)}],
+        "in a state": Inner(os.mkdir, str(mark)),
+        "as an argument": Canary(OrderedDict, [("x", Canary(os.mkdir, str(mark)))]),
+        "as a key": {Canary(os.mkdir, str(mark)): 1},
+        "in a configuration": config,
     }
-    for about, canary in canaries(str(mark)).items():
-        hostile = [content | {field: canary} for field in content] + [
-            content | {"more": canary},
-            canary,
-        ]
+    for about, canary in canaries.items():
+        hostile = [content | {field: canary} for field in (*content, "more")]
         hostile += [content | {"model": OrderedDict(model, **{field: canary})} for field in model]
-        for each in hostile:
+        for each in (*hostile, canary):
             torch.save(each, path)
             with pytest.raises(ArchiveError, match=r"attacked\.pt"):
                 import_archive(path, h, out=out, base=gpt)
             assert not mark.exists() and not out.exists(), about
-        if about not in ("of torch",):  # the negative control: what runs if it is let
-            torch.load(path, weights_only=False)
-            assert mark.is_dir(), about
-            mark.rmdir()
-
-
-def test_a_payload_among_optimiser_states_and_configuration_does_not_run(gpt, published, tmp_path):
-    path, state, h = published
-    mark = tmp_path / "ran"
-    config = type(gpt.model.config)()
-    config.hook = Canary(os.mkdir, str(mark))
-    optimiser = {"state": {0: {"exp_avg": Canary(os.mkdir, str(mark))}}, "param_groups": []}
-    for more in ({"model_config": config}, {"opt": optimiser}):
-        torch.save({"model": OrderedDict(state, **more), "opt": more.get("opt", {})}, path)
-        with pytest.raises(ArchiveError, match="nothing of it was run"):
-            import_archive(path, h, out=tmp_path / "out", base=gpt)
-        assert not mark.exists()
+        torch.load(path, weights_only=False)  # the negative control: what runs if it is let
+        assert mark.is_dir(), about
+        mark.rmdir()

@@ -5,6 +5,7 @@ import os
 import subprocess
 import sys
 import threading
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -14,7 +15,6 @@ from mendkit.mend.archive import load_archive
 from mendkit.mend.normaliser import RunningMoments, StoredMoments, Whitening
 from mendkit.mend.training import train
 from tests.oracles.claims import EXAMPLES, hparams
-from tests.oracles.tiny import save_tiny
 
 ROOT = Path(__file__).parents[2]
 STEPS = dict(max_iters=4, val_interval=2, log_interval=1, batch_size=3, lr=1e-3, warmup_iters=0)
@@ -145,17 +145,6 @@ def test_a_failing_process_takes_the_other_along(two):
     assert len(history(two / "fails")) == 1  # the first one got no further
 
 
-@pytest.mark.slow
-def test_the_command_line_in_two_processes(tmp_path):
-    model, config, out = save_tiny(tmp_path / "model"), tmp_path / "tiny.yaml", tmp_path / "run"
-    config.write_text(f"model_name: {model}\nrank: 8\nmax_iters: 2\ncache_dir: {tmp_path}\n")
-    words = ["-m", "mendkit", "train", str(config), "--train-limit", "6", "--validation-limit", "2"]
-    done = launch(*words, "--out", str(out))
-    assert done.returncode == 0, done.stderr[-3000:]
-    assert done.stdout.split() == [str(out / "archive.safetensors")]
-    assert json.loads((out / "results.json").read_text())["train.examples"] == 6
-
-
 # ---------------------------------------- statistics, in threads
 
 
@@ -173,21 +162,18 @@ def merge_together(modules: list) -> None:
 
         modules[index].merge(total)
 
-    threads = [threading.Thread(target=merge, args=(index,)) for index in range(len(modules))]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
+    with ThreadPoolExecutor(len(modules)) as pool:
+        list(pool.map(merge, range(len(modules))))
 
 
 @pytest.mark.parametrize("split", [8, 0])
-@pytest.mark.parametrize("kind", ["moments", "stored", "whitening", "pairs"])
+@pytest.mark.parametrize("kind", ["moments", "stored", "pairs"])
 def test_merged_statistics_are_those_of_all_rows(split, kind):
-    def make() -> torch.nn.Module:
-        if kind in ("moments", "stored"):
-            return RunningMoments(6) if kind == "moments" else StoredMoments(6, 1e-7)
-        return Whitening(6, 0.1, pairs=kind == "pairs", unit_response=kind == "pairs")
-
+    make = {
+        "moments": lambda: RunningMoments(6),
+        "stored": lambda: StoredMoments(6, 1e-7),
+        "pairs": lambda: Whitening(6, 0.1, pairs=True, unit_response=True),
+    }[kind]
     x = torch.randn(40, 6, generator=torch.Generator().manual_seed(0)) * 3 + 100
     columns = [x]
     if kind == "pairs":
@@ -199,7 +185,7 @@ def test_merged_statistics_are_those_of_all_rows(split, kind):
     second.add(*(values[split:] for values in columns))
     merge_together([first, second])
     for module in (whole, first, second):
-        if isinstance(module, Whitening):
+        if kind == "pairs":
             module.fit()
     for module in (first, second):
         for key, value in whole.state_dict().items():

@@ -79,3 +79,16 @@ def test_tokens_left_out_are_those_that_cannot_receive_a_gradient(llama):
             count = len(tokens.scored) if site.scored_only else max(tokens.scored) + 1
             assert len(factors[site.name].u) == count
             assert float(factors[site.name].delta.abs().sum()) > 0
+
+
+def test_the_cache_keeps_the_shortest_texts_within_its_budget(llama):
+    trunk, texts = FrozenTrunk(llama), texts_of(llama)
+    texts.sort(key=lambda text: (len(text.ids), text.key))
+    whole = FactorCache(trunk, hparams())
+    whole.fill(texts)
+    sizes = [sum(u.nbytes + d.nbytes for u, d in whole.kept[text].values()) for text in texts]
+    assert whole.bytes == sum(sizes)
+    for spare, kept in ((0, 2), (-1, 1), (1, 2)):
+        some = FactorCache(trunk, hparams(cache_bytes=sum(sizes[:2]) + spare))
+        some.fill(texts)
+        assert list(some.kept) == texts[:kept] and some.bytes == sum(sizes[:kept])

@@ -22,8 +22,8 @@ from mendkit.mend.batches import edit_tokens, prepare_texts
 from mendkit.mend.factors import FactorCache, capture_factors, capture_inputs
 from mendkit.mend.hypernetwork import MEND
 from mendkit.mend.losses import edit_nll
-from mendkit.mend.scoring import next_tokens
 from mendkit.mend.steps import batch_losses, total_loss
+from mendkit.mend.validation import next_tokens
 from mendkit.models.base import BaseModel
 from mendkit.models.checkpoints import loader_of
 from mendkit.models.tokens import collate, tokenize_pair

@@ -17,22 +17,7 @@ from safetensors.torch import load, save
 from mendkit.mend.files import CHECKSUM, content_sha256, old_checksums
 
 Variant = tuple[str, bytes]
-DTYPES = [
-    "F64",
-    "F32",
-    "F16",
-    "BF16",
-    "I64",
-    "I32",
-    "U8",
-    "BOOL",
-    "U64",
-    "F8_E4M3",
-    "F8_E8M0",
-    "F4",
-    "C64",
-    "X",
-]
+DTYPES = ["F64", "F32", "F16", "BF16", "I64", "I32", "U8", "BOOL", "F8_E4M3", "F4", "C64", "X"]
 HUGE = (2**63 - 1, 2**64 - 1, 2**40, 2**31, 10**30, -1)
 
 
@@ -68,18 +53,16 @@ class Layout:
     def metadata(self) -> dict:
         return json.loads(self.header["__metadata__"]["mendkit"])
 
-    def text(self) -> str:
-        return json.dumps(self.header)
-
     def bytes(self, text: str | None = None, length: int | None = None) -> bytes:
-        header = (self.text() if text is None else text).encode("utf-8", "surrogatepass")
+        text = json.dumps(self.header) if text is None else text
+        header = text.encode("utf-8", "surrogatepass")
         return struct.pack("<Q", len(header) if length is None else length) + header + self.data
 
-    def changed(self, change: Callable[["Layout"], object]) -> bytes:
-        """The file after a change, which may return the header's text or set what it likes."""
-        other = Layout(json.loads(self.text()), self.data)
-        text = change(other)
-        return other.bytes(text if isinstance(text, str) else None)
+    def changed(self, change: Callable[[dict], object]) -> bytes:
+        """The file after a change of its header, which may return the header's text."""
+        header = json.loads(json.dumps(self.header))
+        text = change(header)
+        return Layout(header, self.data).bytes(text if isinstance(text, str) else None)
 
     def retold(self, metadata: dict | str, sign: Callable[[dict, dict], dict] = signed) -> bytes:
         """The file with other metadata, by default with a checksum that is right for them."""
@@ -94,7 +77,6 @@ def damage(whole: bytes, seed: int, n: int) -> Iterator[Variant]:
     yield from truncated(whole, rng, n)
     yield from flipped(whole, rng, n)
     yield from misdeclared(whole, rng, max(n // 10, 1))
-    yield from swapped(whole)
 
 
 def truncated(whole: bytes, rng: random.Random, n: int) -> Iterator[Variant]:
@@ -109,8 +91,7 @@ def truncated(whole: bytes, rng: random.Random, n: int) -> Iterator[Variant]:
         places.add(rng.randrange(len(whole)))
     for at in sorted(places):
         yield f"cut at {at}", whole[:at]
-    for extra in (1, 8, 4096):
-        yield f"{extra} bytes more", whole + bytes(extra)
+    yield "8 bytes more", whole + bytes(8)
 
 
 def flipped(whole: bytes, rng: random.Random, n: int) -> Iterator[Variant]:
@@ -127,54 +108,38 @@ def flipped(whole: bytes, rng: random.Random, n: int) -> Iterator[Variant]:
 def misdeclared(whole: bytes, rng: random.Random, n: int) -> Iterator[Variant]:
     """Lengths, offsets, shapes, kinds and names that are not those of the data."""
     layout = Layout.of(whole)
-    for length in (*HUGE[:4], 100_000_001, len(whole), len(whole) - 8, 0, 1, 2):
+    for length in (*HUGE[:4], 100_000_001, len(whole), 0, 1):
         yield f"header of {length}", layout.bytes(length=length % 2**64)
-    texts = ["{}", "[]", "null", '"x"', '{"__metadata__": {}}', '{"__metadata__": 3}', '{"x": 3}']
-    for text in (*texts, " " * 64, "[" * 50_000):
+    for text in ("{}", "null", '{"__metadata__": 3}', '{"x": 3}', " " * 64, "[" * 50_000):
         yield f"header {text[:20]}", layout.bytes(text)
     for _ in range(n):
         name, other = rng.sample(layout.names, 2)
-        huge, dtype, place = rng.choice(HUGE), rng.choice(DTYPES), rng.randrange(2)
-        for what, change in _false_declarations(name, other, huge, dtype, place).items():
+        huge, dtype = rng.choice(HUGE), rng.choice(DTYPES)
+        for what, change in _false_declarations(name, other, huge, dtype).items():
             yield f"{what}: {name}, {other}, {huge}, {dtype}", layout.changed(change)
 
 
 def _false_declarations(
-    name: str, other: str, huge: int, dtype: str, place: int
-) -> dict[str, Callable[[Layout], object]]:
-    def swap(x: Layout) -> None:
-        x.header[name], x.header[other] = x.header[other], x.header[name]
+    name: str, other: str, huge: int, dtype: str
+) -> dict[str, Callable[[dict], object]]:
+    def swap(header: dict) -> None:
+        header[name], header[other] = header[other], header[name]
 
-    def twice(x: Layout) -> str:
-        return f"{x.text()[:-1]}, {json.dumps(name)}: {json.dumps(x.header[other])}}}"
+    def twice(header: dict) -> str:
+        return f"{json.dumps(header)[:-1]}, {json.dumps(name)}: {json.dumps(header[other])}}}"
 
     return {
-        "dtype": lambda x: x.header[name].update(dtype=dtype),
-        "wide": lambda x: x.header[name].update(shape=[huge]),
-        "empty and wide": lambda x: x.header[name].update(shape=[0, huge]),
-        "flat": lambda x: x.header[name]["shape"].append(1),
-        "turned": lambda x: x.header[name].update(shape=x.header[name]["shape"][::-1], dtype=dtype),
-        "far": lambda x: x.header[name]["data_offsets"].__setitem__(place, huge),
-        "whole": lambda x: x.header[name].update(data_offsets=[0, len(x.data)]),
+        "dtype": lambda header: header[name].update(dtype=dtype),
+        "wide": lambda header: header[name].update(shape=[huge]),
+        "empty and wide": lambda header: header[name].update(shape=[0, huge]),
+        "turned": lambda header: header[name].update(shape=header[name]["shape"][::-1], dtype="U8"),
+        "far": lambda header: header[name]["data_offsets"].__setitem__(1, huge),
         "swapped": swap,
-        "missing": lambda x: x.header.pop(name),
-        "renamed": lambda x: x.header.update({f"{name}.x": x.header.pop(name)}),
+        "missing": lambda header: header.pop(name),
+        "renamed": lambda header: header.update({f"{name}.x": header.pop(name)}),
         "twice": twice,
-        "metadata twice": lambda x: x.text()[:-1] + ', "__metadata__": {"mendkit": "{}"}}',
-        "a key more": lambda x: x.header["__metadata__"].update(k="x"),
+        "a key more": lambda header: header["__metadata__"].update(k="x"),
     }
-
-
-def swapped(whole: bytes) -> Iterator[Variant]:
-    """The data of two tensors of one size exchanged, their places in the header as they were."""
-    layout = Layout.of(whole)
-    spans = sorted(layout.header[name]["data_offsets"] for name in layout.names)
-    for i, (a, b) in enumerate(spans):
-        for c, d in spans[i + 1 :]:
-            if b - a == d - c:
-                x = layout.data
-                data = x[:a] + x[c:d] + x[b:c] + x[a:b] + x[d:]
-                yield f"{a} and {c} exchanged", Layout(layout.header, data).bytes()
 
 
 def rehashed(whole: bytes, rng: random.Random, n: int) -> Iterator[Variant]:

@@ -14,7 +14,7 @@ from mendkit.evaluation.inspection import about
 from mendkit.hparams import MENDHyperParams
 from mendkit.mend.archive import save_archive
 from mendkit.mend.editor import MENDEditor
-from mendkit.mend.scoring import next_tokens
+from mendkit.mend.validation import next_tokens
 from mendkit.playground import widgets
 from mendkit.playground.session import Playground
 from mendkit.reporting import tables
