@@ -222,7 +222,7 @@ class MENDHyperParams(BaseModel, frozen=True, extra="forbid", strict=True):
     lifelong_norm: bool = False
     # training
     lr: NonNegative = 1e-4
-    edit_lr: Positive = 1e-4
+    edit_lr: Positive | Literal["auto"] = 1e-4
     lr_lr: NonNegative = 1e-2
     lr_scale: NonNegative = 1.0
     cedit: NonNegative = 1.0

@@ -20,7 +20,7 @@ from ..mend.edit import Edit
 from ..mend.editor import MENDEditor
 from ..mend.hypernetwork import MEND
 from ..mend.updates import Updates
-from ..mend.validation import validate
+from ..mend.validation import validate_at
 from ..models.base import BaseModel
 from ..models.sites import mlp_names
 from ..models.tokens import Tokens
@@ -80,10 +80,8 @@ def tune_identity(
     texts, trunk = prepare_texts(base, mend.hparams, examples), FrozenTrunk(base)
     trunk.fill([text for example in texts for text in example.all()])
     unit = identity_editor(base, mend, edit_lr=1.0).mend
-    rows = []
-    for edit_lr in edit_lrs:
-        values = validate(trunk, unit, texts, mend.hparams, strength=edit_lr)
-        rows.append({"edit_lr": edit_lr, **values})
+    found = validate_at(edit_lrs, trunk, unit, texts, mend.hparams)
+    rows = [{"edit_lr": lr, **values} for lr, values in zip(edit_lrs, found, strict=True)]
     best = max(rows, key=lambda row: row["score"])
     return identity_editor(base, mend, edit_lr=best["edit_lr"]), tuple(rows)
 

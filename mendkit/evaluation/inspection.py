@@ -19,13 +19,13 @@ from torch import Tensor
 
 from ..data.examples import EditExample
 from ..hparams import MENDHyperParams
-from ..mend.batches import ExampleTexts, edit_tokens
+from ..mend.batches import ExampleTexts, prepare_texts
 from ..mend.editor import MENDEditor
 from ..mend.factors import capture_factors
 from ..mend.hypernetwork import MEND
 from ..mend.losses import edit_nll
 from ..mend.updates import LowRankUpdate, Updates, padded
-from ..mend.validation import validate
+from ..mend.validation import AUTO_EDITS, best_edit_lr, validate
 from ..models.base import BaseModel
 from ..models.load import load_model
 from ..models.tokens import Tokens, collate
@@ -48,8 +48,11 @@ def open_editor(
         editor = MENDEditor.from_hparams(hparams, base=base)
         return MENDEditor(editor.base, editor.mend, name="trained", archive=editor.archive)
     base = base.with_sites(hparams.inner_params) if base else load_model(hparams)
-    texts = [edit_tokens(base, hparams, example) for example in examples]
-    return MENDEditor(base, _fresh(base, hparams, texts, norm=True), name="untrained")
+    texts = prepare_texts(base, hparams, examples)
+    mend = _fresh(base, hparams, [each.edit for each in texts], norm=True)
+    if hparams.edit_lr == "auto":
+        mend.start_at(best_edit_lr(FrozenTrunk(base), mend, texts[:AUTO_EDITS], mend.hparams))
+    return MENDEditor(base, mend, name="untrained")
 
 
 def about(editor: MENDEditor) -> dict[str, str]:

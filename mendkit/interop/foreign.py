@@ -168,6 +168,8 @@ def from_foreign(state: Mapping[str, Tensor], sites: Sequence[Site], h: MENDHype
     if not isinstance(order, tuple) or {site.name for site in sites} != set(order):
         raise ArchiveError("`inner_params` must list the archive's layers in its order, not `auto`")
     h = h.replace(norm_stats="shape" if h.shared else "layer", **CONVENTIONS)
+    if h.edit_lr == "auto":  # the archive's step sizes have started
+        h = h.replace(edit_lr=MENDHyperParams.model_fields["edit_lr"].default)
     with torch.device("meta"):  # nothing is allocated before the archive has shown what it holds
         mend = MEND(sites, h)
     shapes = {name: value.shape for name, value in mend.state_dict().items()}

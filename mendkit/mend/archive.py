@@ -141,6 +141,7 @@ class TrainingResult:
     elapsed: float = 0.0  # seconds in the training loop when the last step ended
     seconds: float = 0.0  # wall time over all starts, the preparation included
     normaliser_examples: int = 0  # 0 if an archive was trained on
+    edit_lr: float | None = None  # where the step sizes start, if that was measured
     cache: dict[str, float] = field(default_factory=dict, repr=False)  # seconds and bytes
     stopped: str | None = None  # why training ended
 

@@ -26,17 +26,12 @@ T = TypeVar("T")
 TIMEOUT = timedelta(hours=1)
 
 
-def process_count() -> int:
-    """How many processes `torchrun` or `accelerate launch` started; 1 without them."""
-    return int(os.environ.get("WORLD_SIZE", "1"))
-
-
 class Team:
     """The processes that train together. `device` is the hyperparameter."""
 
     def __init__(self, device: str = "auto") -> None:
         self.rank, self.size = 0, 1
-        if process_count() > 1:
+        if int(os.environ.get("WORLD_SIZE", "1")) > 1:  # torchrun, accelerate launch
             on_cpu = device == "cpu" or not torch.cuda.is_available()
             self._state = PartialState(cpu=on_cpu, timeout=TIMEOUT)
             self.rank, self.size = self._state.process_index, self._state.num_processes

@@ -114,7 +114,8 @@ class MEND(nn.Module):
                 for _ in range(hparams.n_hidden + 1):
                     stack.append(LowRankResidual(width, n_layers, hparams, generator))
                 self.blocks[group + part] = stack
-        start = torch.full((len(self.sites),), float(hparams.edit_lr))
+        edit_lr = 1.0 if hparams.edit_lr == "auto" else hparams.edit_lr
+        start = torch.full((len(self.sites),), float(edit_lr))
         self.log_edit_lr = nn.Parameter(start.log())
         self.register_buffer("edit_lr_unit", torch.ones(len(self.sites)))
         if hparams.aggregate == "least_squares":
@@ -133,6 +134,12 @@ class MEND(nn.Module):
         """The learned step size α of every site."""
         steps = self.steps().detach().tolist()
         return {site.name: step for site, step in zip(self.sites, steps, strict=True)}
+
+    @torch.no_grad()
+    def start_at(self, edit_lr: float) -> None:
+        """Give every site this step size, as `edit_lr` would."""
+        self.hparams = self.hparams.replace(edit_lr=edit_lr)
+        self.log_edit_lr.copy_(torch.full_like(self.log_edit_lr, edit_lr).log())
 
     # ------------------------------------------------------------------------------------ an edit
 

@@ -23,6 +23,7 @@ from .batches import ExampleTexts, prepare_texts, training_texts
 from .distributed import Team
 from .factors import FACTOR_BATCH, FactorCache, Factors, capture_factors, capture_inputs
 from .hypernetwork import MEND, Wordings
+from .validation import AUTO_EDITS, best_edit_lr
 
 logger = logging.getLogger(__name__)
 
@@ -61,6 +62,8 @@ class Preparation:
             kept = {key: getattr(archive.mend.hparams, key) for key in STRUCTURE}
             if hparams.aggregate == "least_squares":
                 kept["aggregate"] = hparams.aggregate
+            if hparams.edit_lr == "auto":  # the archive's step sizes have started
+                kept["edit_lr"] = archive.mend.hparams.edit_lr
             base, self.loaded, hparams = archive.base, archive.mend, hparams.replace(**kept)
             logger.warning(
                 "archive: going on training from %s; its shape and sites are kept", archive.path
@@ -81,12 +84,17 @@ class Preparation:
         # Statistics over all texts of an example, not of its edit alone.
         self.reads_wordings = hparams.whiten_pairs or hparams.aggregate == "least_squares"
 
-    def make(self, saved: Mapping[str, Tensor]) -> tuple[MEND, dict[str, float]]:
+    def make(
+        self, saved: Mapping[str, Tensor], edit_lr: float | None = None
+    ) -> tuple[MEND, dict[str, float]]:
         """The hypernetwork, and seconds and bytes of the caches, which are filled first.
 
-        `saved`: what a checkpoint holds of the hypernetwork, else empty.
+        `saved`: what a checkpoint holds of the hypernetwork, else empty. `edit_lr`: where its step
+        sizes started, which is measured or given.
         """
         start, h = time.perf_counter(), self.hparams.replace(archive=None)
+        if edit_lr is not None:
+            h = h.replace(edit_lr=edit_lr)
         self.statistics = self.statistics_examples()
         # 1. Trunk states of all texts; then the trunk may be released.
         self._fill_trunk(self.team.share(self.statistics))
@@ -103,6 +111,9 @@ class Preparation:
             mend = self._with_statistics(h)
         else:
             mend = self.loaded
+        if h.edit_lr == "auto":
+            mend.start_at(self.team.first(lambda: self._measure_edit_lr(mend, h)))
+            h = h.replace(edit_lr=mend.hparams.edit_lr)
         mend.hparams = h
         return mend, {
             "trunk_seconds": filled - start,
@@ -126,6 +137,17 @@ class Preparation:
         if self.release:
             release_trunk(self.base)
         return_memory()
+
+    def _measure_edit_lr(self, mend: MEND, h: MENDHyperParams) -> float:
+        """The best step of the untrained hypernetwork on some training edits."""
+        start, generator = time.perf_counter(), torch.Generator().manual_seed(h.seed)
+        order = torch.randperm(len(self.train), generator=generator)[:AUTO_EDITS].tolist()
+        at_once = h.most_edits if h.train_on == "batch" else 1
+        texts = [self.train[i].first(1) for i in order]
+        edit_lr = best_edit_lr(self.trunk, mend, texts, h, at_once=at_once)
+        seconds = time.perf_counter() - start
+        logger.info("edit_lr: auto is %.3g, measured in %.0f s", edit_lr, seconds)
+        return edit_lr
 
     # ---------------------------------------- statistics
 

@@ -4,9 +4,9 @@ The loss is, with a mean over the batch's texts in each term (equations 4 and 5,
 
     c_edit NLL(edit) + c_para NLL(paraphrases) + c_neigh KL(neighbours) + c_loc KL(unrelated)
 
-and c_margin times the shortfall of neighbours: what their own answer lacks of being `margin` nats a
-token more likely than the edit's. Adam descends it with two learning rates: `lr` for the
-transforms, `lr_lr` for the log step sizes (CORRECTNESS row 2).
+and c_margin times what neighbours' answers lack of being `margin` nats a token more likely than the
+edit's. Adam descends it, with `lr` for the transforms and `lr_lr` for the log step sizes
+(CORRECTNESS row 2).
 """
 
 import math
@@ -190,8 +190,8 @@ class Learner:
         idle = ", ".join(site.name for site, gradient in by_site if gradient == 0)
         if idle:
             raise MendkitError(
-                f"the gradient is exactly zero at {idle}: edits there change nothing that the loss "
-                "sees; leave it out of `inner_params`, or weigh texts that see it (`cedit`, …)"
+                f"the gradient is exactly zero at {idle}: the loss sees no edit there; leave it "
+                "out of `inner_params`, or weigh texts that see it (`cedit`, …)"
             )
 
     def tensors(self) -> dict[str, Tensor]:

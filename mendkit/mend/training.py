@@ -65,9 +65,9 @@ class Trainer:
         self.course = course or TrainingResult(checkpoint.archive, steps)
 
     def run(self) -> TrainingResult:
-        """Train until the steps, the time or the patience are used up; the best archive is kept.
+        """Train until steps, time or patience are used up; the best archive is kept.
 
-        Raises MendkitError if an edit site has no effect, or if too many steps in a row or all
+        Raises MendkitError if a site has no effect, or if too many steps in a row or all
         validations were not finite.
         """
         h, course = self.hparams, self.course
@@ -99,7 +99,9 @@ class Trainer:
         prepared, course = self.prepared, self.course
         saved = self.checkpoint.tensors(prepared.base) if self.goes_on else {}
         names = [name for name in saved if name.startswith("mend/")]
-        self.mend, self.cache = prepared.make({n.removeprefix("mend/"): saved[n] for n in names})
+        state = {name.removeprefix("mend/"): saved[name] for name in names}
+        self.mend, self.cache = prepared.make(state, course.edit_lr)
+        course.edit_lr = float(self.mend.hparams.edit_lr)
         if prepared.statistics:
             course.normaliser_examples = len(prepared.statistics)
         sampler = Sampler(prepared.train, self.hparams)
@@ -259,18 +261,18 @@ def train(
 ) -> TrainingResult:
     """Train a hypernetwork on `train_examples`; the archive kept is the best on `val_examples`.
 
-    `hparams.archive` null starts anew; a path goes on from it. Writes `archive.safetensors` and
-    `history.jsonl` into `run_dir`, and a checkpoint at every validation (`checkpoint_interval`). If
-    `run_dir` holds this very run, stopped before its end, training goes on: the archive will be the
-    same, bit for bit. `done_with_base`: `base` serves this training alone, so `release_trunk: auto`
-    may free what lies below the edits.
+    `hparams.archive` null starts anew; a path goes on from it. Writes `archive.safetensors`,
+    `history.jsonl` and a checkpoint into `run_dir`. If that holds this very run, stopped before its
+    end, training goes on, to the same archive bit for bit. `done_with_base`: `base` serves this
+    training alone, so `release_trunk: auto` may free what lies below the edits.
 
-    Raises MendkitError without examples, if `logger` is not installed, if `run_dir` holds another
-    run that was stopped, is in use or cannot be written to, or for reasons of `Trainer.run`.
+    Raises MendkitError without examples, without the `logger`, if `run_dir` holds another stopped
+    run, is in use or cannot be written to, or as `Trainer.run`.
     """
     check_logger(hparams.logger)
     if not train_examples or not val_examples:
         raise MendkitError("training needs at least one training and one validation example")
+    warn_of_shared_subjects(train_examples, val_examples[: hparams.val_steps])
     team = Team(hparams.device)
     run = team.first(lambda: make_folder(run_dir))
     with team.alone_in(run):
@@ -290,15 +292,30 @@ def train(
             try:
                 return trainer.run()
             except KeyboardInterrupt:
+                made, steps = trainer.course.step, trainer.course.steps
                 if team.rank == 0:
-                    logger.warning(
-                        "interrupted after step %d of %d; the same call, or `train … --resume`, "
-                        "goes on from %s if a step was kept",
-                        trainer.course.step,
-                        trainer.course.steps,
-                        checkpoint.path,
+                    said = (
+                        "interrupted after step %d of %d; this call, or --resume, goes on from %s"
                     )
+                    logger.warning(said, made, steps, checkpoint.path)
                 raise
+
+
+def warn_of_shared_subjects(
+    train_examples: Sequence[EditExample], val_examples: Sequence[EditExample]
+) -> None:
+    """Warn of subjects that validation has in common with training: its scores flatter then."""
+    trained = {e.subject.casefold() for e in train_examples if e.subject}
+    shared = {e.subject for e in val_examples if e.subject and e.subject.casefold() in trained}
+    if shared:
+        named = ", ".join(sorted(shared)[:5])
+        logger.warning(
+            "%d subjects of validation are trained on, too (%s%s): its scores flatter; "
+            "split by subject",
+            len(shared),
+            named,
+            ", …" if len(shared) > 5 else "",
+        )
 
 
 # ---------------------------------------- loggers

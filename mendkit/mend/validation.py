@@ -4,7 +4,8 @@ Every text belongs to an edit. A batch of edits is one suffix pass with one side
 `validate` decides which archive is kept.
 """
 
-from collections.abc import Iterator, Sequence
+import math
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import chain
 from statistics import fmean
@@ -14,6 +15,7 @@ import torch
 from torch import Tensor
 
 from ..data.examples import EditExample, headline_mean
+from ..errors import HyperParamError
 from ..hparams import MENDHyperParams
 from ..models.base import BaseModel
 from ..models.tokens import Tokens, collate
@@ -150,14 +152,34 @@ def validate(
     also `ns`: neighbours whose own answer is more likely than the new one. `score`: the harmonic
     mean of those that the data have.
     """
-    shares: dict[str, list[float]] = {role: [] for role in SHARE_NAMES}
-    losses: dict[str, list[float]] = {role: [] for role in SHARE_NAMES}
+    return _read_edits(trunk, _make_edits(trunk, mend, examples, h, at_once), h, strength)
+
+
+def _make_edits(
+    trunk: FrozenTrunk,
+    mend: MEND,
+    examples: Sequence[ExampleTexts],
+    h: MENDHyperParams,
+    at_once: int,
+) -> Iterator[tuple[Sequence[ExampleTexts], Updates]]:
+    """Groups of examples with their updates."""
     size = h.val_batch_size if at_once == 1 else at_once
     for at in range(0, len(examples), size):
         group = examples[at : at + size]
         edits = [texts.edit for texts in group]
         factors = capture_factors(trunk, edits, tokens=h.edit_tokens, reduction=h.loss_reduction)
-        updates = mend(factors, len(group), at_once=min(at_once, len(group)))
+        yield group, mend(factors, len(group), at_once=min(at_once, len(group)))
+
+
+def _read_edits(
+    trunk: FrozenTrunk,
+    edits: Iterable[tuple[Sequence[ExampleTexts], Updates]],
+    h: MENDHyperParams,
+    strength: float,
+) -> dict[str, float]:
+    shares: dict[str, list[float]] = {role: [] for role in SHARE_NAMES}
+    losses: dict[str, list[float]] = {role: [] for role in SHARE_NAMES}
+    for group, updates in edits:
         for role, share, loss in _read_group(trunk, group, scaled(updates, strength), h.margin):
             shares[role].append(share)
             losses[role].append(loss)
@@ -198,6 +220,19 @@ def _read_group(
             yield RIVALS, float(share), loss
 
 
+@torch.no_grad()
+def validate_at(
+    strengths: Iterable[float],
+    trunk: FrozenTrunk,
+    mend: MEND,
+    examples: Sequence[ExampleTexts],
+    h: MENDHyperParams,
+) -> list[dict[str, float]]:
+    """`validate` at several strengths of the same edits, which are made once."""
+    edits = list(_make_edits(trunk, mend, examples, h, at_once=1))
+    return [_read_edits(trunk, edits, h, strength) for strength in strengths]
+
+
 def strength_curve(
     editor: "MENDEditor", examples: Sequence[EditExample], *, strengths: Sequence[float]
 ) -> list[dict[str, float]]:
@@ -205,8 +240,51 @@ def strength_curve(
     mend, h = editor.mend, editor.mend.hparams
     prepared, trunk = prepare_texts(editor.base, h, examples), FrozenTrunk(editor.base)
     trunk.fill([text for texts in prepared for text in texts.all()])
-    rows = []
-    for strength in strengths:
-        values = validate(trunk, mend, prepared, h, strength=strength)
-        rows.append({"strength": strength, **values})
-    return rows
+    rows = validate_at(strengths, trunk, mend, prepared, h)
+    return [{"strength": s, **row} for s, row in zip(strengths, rows, strict=True)]
+
+
+# Training edits on which `edit_lr: auto` is measured.
+AUTO_EDITS = 40
+# α = 2^(power / 2) for powers within these, from 6e-8 to a million.
+LEAST_POWER, MOST_POWER = -48, 40
+
+
+@torch.no_grad()
+def best_edit_lr(
+    trunk: FrozenTrunk,
+    untrained: MEND,
+    examples: Sequence[ExampleTexts],
+    h: MENDHyperParams,
+    *,
+    at_once: int = 1,
+) -> float:
+    """The step size at which an untrained hypernetwork, whose α is 1, has the least loss.
+
+    `edit_lr: auto` starts all sites there. Models differ in it by orders of magnitude, as their
+    gradients do. The search goes up from steps that change nothing, over a geometric grid.
+    Raises HyperParamError if no step lowers the loss.
+    """
+    edits = list(_make_edits(trunk, untrained, examples, h, at_once))
+    losses: dict[int, float] = {}
+
+    def loss_at(power: int) -> float:
+        if power not in losses:
+            loss = _read_edits(trunk, edits, h, 2 ** (power / 2))["loss"]
+            losses[power] = loss if math.isfinite(loss) else math.inf
+        return losses[power]
+
+    # 1. By factors of 16, until a step is clearly worse than the best.
+    best = LEAST_POWER
+    for power in range(LEAST_POWER, MOST_POWER, 8):
+        if loss_at(power) > 1.05 * losses[best]:
+            break
+        best = min(best, power, key=loss_at)
+    # 2. By factors of 4, 2 and √2, on both sides of the best.
+    for step in (4, 2, 1):
+        best = min(best, best - step, best + step, key=loss_at)
+    if best <= LEAST_POWER or not math.isfinite(losses[best]):
+        raise HyperParamError(
+            "edit_lr: auto found no step that lowers the loss of untrained edits; give a number"
+        )
+    return 2 ** (best / 2)

@@ -24,7 +24,9 @@ KILLS = int(os.environ.get("MENDKIT_KILLS", "3"))  # `make soak`: 20
 STEPS = dict(max_iters=6, val_interval=2, batch_size=2, log_interval=1, lr=1e-2, edit_lr=1e-3)
 PAIRED = dict(whiten=0.1, whiten_pairs=True, unit_response=True, edit_tokens="scored")
 KINDS = {
-    "plain": dict(swap=0.5, borrow=0.3, accumulate_bs=2, checkpoint_interval=1, lr_lr=0.05),
+    "plain": dict(
+        edit_lr="auto", swap=0.5, borrow=0.3, accumulate_bs=2, checkpoint_interval=1, lr_lr=0.05
+    ),
     "sequence": dict(train_on="sequence", most_edits=3, opt="AdamW", aggregate="least_squares")
     | PAIRED,
     "batch": dict(train_on="batch", most_edits=2, cache_bytes=0, checkpoint_interval=2),
@@ -233,8 +235,8 @@ def test_a_full_disk_is_an_error_and_the_run_goes_on_when_there_is_room(llama, t
 
 def test_an_interrupt_says_how_to_go_on(llama, tmp_path, caplog):
     stopped(tmp_path, llama, at=4)
-    assert "interrupted after step 4 of 6; the same call, or `train … --resume`" in caplog.text
-    assert f"goes on from {tmp_path / FILE}" in caplog.text
+    said = "interrupted after step 4 of 6; the same call, or --resume, goes on from"
+    assert f"{said} {tmp_path / FILE}" in caplog.text
     run(tmp_path, llama)
     assert "from step 2 of 6" in caplog.text
 

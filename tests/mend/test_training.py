@@ -9,6 +9,7 @@ import torch
 
 from mendkit.cost.textbook import textbook_losses
 from mendkit.data.examples import EditExample
+from mendkit.errors import HyperParamError
 from mendkit.evaluation.evaluate import EvaluationSet, evaluate
 from mendkit.mend.archive import inspect_archive, load_archive
 from mendkit.mend.batches import RIVALS, Sampler, edit_tokens, prepare_texts, training_texts
@@ -19,7 +20,7 @@ from mendkit.mend.hypernetwork import MEND
 from mendkit.mend.preparation import Preparation
 from mendkit.mend.steps import batch_losses, learning_rate_factor, total_loss
 from mendkit.mend.training import train
-from mendkit.mend.validation import forced, validate
+from mendkit.mend.validation import best_edit_lr, forced, validate, validate_at
 from mendkit.models.trunk import FrozenTrunk
 from tests.oracles.claims import EXAMPLES, hparams, quick, scrambled, with_statistics
 
@@ -225,6 +226,48 @@ def test_paired_statistics_are_of_the_answer_tokens_of_all_texts(llama):
     assert int(first.sum()) == len(texts)
     mend, _ = ready.make({})
     assert all(int(m["u"].count) == tokens for m in mend.moments.values())
+
+
+# ---------------------------------------- where the step sizes start
+
+
+@pytest.mark.parametrize("unit", [1.0, 2.0**12])
+def test_the_best_start_is_the_least_loss_of_the_grid_whatever_the_scale(llama, unit):
+    h = hparams(edit_lr="auto", cedit=0.5)
+    mend, texts = with_statistics(llama, MEND(llama.sites, h)), prepare_texts(llama, h, EXAMPLES)
+    mend.edit_lr_unit.fill_(unit)
+    trunk, powers = FrozenTrunk(llama), range(-24, 12)
+    rows = validate_at([2 ** (k / 2) / unit for k in powers], trunk, mend, texts, h)
+    losses = [row["loss"] for row in rows]
+    expected = 2 ** (powers[losses.index(min(losses))] / 2)
+    assert best_edit_lr(trunk, mend, texts, h) * unit == pytest.approx(expected)
+
+
+def test_no_step_is_best_where_none_lowers_the_loss(llama):
+    h = hparams(edit_lr="auto", cedit=0.0)
+    mend = with_statistics(llama, MEND(llama.sites, h))
+    with pytest.raises(HyperParamError, match="edit_lr: auto found no step"):
+        best_edit_lr(FrozenTrunk(llama), mend, prepare_texts(llama, h, EXAMPLES), h)
+
+
+def test_a_measured_start_trains_as_the_same_number_given(llama, tmp_path):
+    found = train(quick(edit_lr="auto"), EXAMPLES, EXAMPLES[:1], base=llama, run_dir=tmp_path / "a")
+    archive = inspect_archive(found.archive)
+    assert archive["hparams"]["edit_lr"] == found.edit_lr != 1e-4
+    given = quick(edit_lr=found.edit_lr)
+    other = train(given, EXAMPLES, EXAMPLES[:1], base=llama, run_dir=tmp_path / "b").archive
+    assert found.archive.read_bytes() == other.read_bytes()
+    more = quick(edit_lr="auto", archive=str(other))  # an archive's steps have started
+    third = train(more, EXAMPLES, EXAMPLES[:1], base=llama, run_dir=tmp_path / "c")
+    assert third.edit_lr == found.edit_lr
+
+
+def test_subjects_that_training_shares_with_validation_are_named(llama, tmp_path, caplog):
+    h = quick(max_iters=0, val_steps=2)
+    train(h, EXAMPLES[2:], EXAMPLES, base=llama, run_dir=tmp_path)
+    assert "trained on, too" not in caplog.text  # the first two alone are validated
+    train(h, EXAMPLES[1:], EXAMPLES, base=llama, run_dir=tmp_path)
+    assert "1 subjects of validation are trained on, too (the United Kingdom)" in caplog.text
 
 
 # ---------------------------------------- whole runs
