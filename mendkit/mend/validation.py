@@ -283,7 +283,7 @@ def best_edit_lr(
     # 2. By factors of 4, 2 and √2, on both sides of the best.
     for step in (4, 2, 1):
         best = min(best, best - step, best + step, key=loss_at)
-    if best <= LEAST_POWER or not math.isfinite(losses[best]):
+    if not losses[LEAST_POWER] - losses[best] > 1e-4:  # nats; the least step changes nothing
         raise HyperParamError(
             "edit_lr: auto found no step that lowers the loss of untrained edits; give a number"
         )

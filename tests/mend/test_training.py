@@ -188,22 +188,16 @@ def test_swapped_edits_are_made_with_any_wording_and_the_others_are_paraphrases(
     assert seen == wordings
 
 
-def test_fewer_texts_per_role_keep_the_first(llama):
-    one = prepared(llama, quick(texts_per_role=1))
-    roles = ("paraphrases", "neighbours", "unrelated")
-    assert {len(getattr(texts, role)) for texts in one.train for role in roles} == {1}
-    assert len(one.validation[0].paraphrases) == 2
-    some = prepared(llama, quick(texts_per_role=[2, 1, 1])).train[0]
-    assert [len(getattr(some, role)) for role in roles] == [2, 1, 1]
-
-
 # ---------------------------------------- statistics
 
 
 def test_statistics_may_come_from_examples_held_out_of_training(llama, tmp_path):
-    h = quick(stats_held_out=True, stats_examples=2, whiten=0.1, edit_tokens="scored")
+    some = dict(texts_per_role=[2, 1, 1], stats_held_out=True, stats_examples=2)
+    h = quick(whiten=0.1, edit_tokens="scored", **some)
     ready = prepared(llama, h)
     assert len(ready.train) == 3 and len(ready.held_out) == 2
+    first = ready.train[0]
+    assert [len(first.paraphrases), len(first.neighbours), len(first.unrelated)] == [2, 1, 1]
     result = train(h, EXAMPLES, EXAMPLES[:1], base=llama, run_dir=tmp_path)
     assert result.normaliser_examples == 2
     moments = load_archive(result.archive, base=llama).mend.moments.values()
@@ -263,7 +257,7 @@ def test_a_measured_start_trains_as_the_same_number_given(llama, tmp_path):
 
 
 def test_subjects_that_training_shares_with_validation_are_named(llama, tmp_path, caplog):
-    h = quick(max_iters=0, val_steps=2)
+    h = hparams(max_iters=0, val_steps=2)
     train(h, EXAMPLES[2:], EXAMPLES, base=llama, run_dir=tmp_path)
     assert "trained on, too" not in caplog.text  # the first two alone are validated
     train(h, EXAMPLES[1:], EXAMPLES, base=llama, run_dir=tmp_path)
