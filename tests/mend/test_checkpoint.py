@@ -235,7 +235,7 @@ def test_a_full_disk_is_an_error_and_the_run_goes_on_when_there_is_room(llama, t
 
 def test_an_interrupt_says_how_to_go_on(llama, tmp_path, caplog):
     stopped(tmp_path, llama, at=4)
-    said = "interrupted after step 4 of 6; the same call, or --resume, goes on from"
+    said = "interrupted after step 4 of 6; this call, or --resume, goes on from"
     assert f"{said} {tmp_path / FILE}" in caplog.text
     run(tmp_path, llama)
     assert "from step 2 of 6" in caplog.text
