@@ -1,8 +1,7 @@
 """The playground without its widgets: an editor, its journal, and what the model says.
 
-*Before* is the unedited model, *after* the model with all edits of the journal that are in force.
-One edit is shown: its prompts are those that are read. Code may use the journal (`session`) beside
-the panel of `widgets.py`.
+*Before* is the unedited model, *after* the model with the edits of the journal in force.
+One edit is shown: its prompts are those that are read.
 """
 
 from collections.abc import Callable, Hashable, Sequence
@@ -14,51 +13,32 @@ from ..errors import DataError, MendkitError
 from ..evaluation.inspection import answer_tokens, open_editor
 from ..hparams import MENDHyperParams
 from ..mend.edit import Edit
-from ..mend.editor import MENDEditor
 from ..mend.validation import next_tokens
 from ..reporting import tables
 from ..reporting.findings import Row
 
-SAME_MODEL = ("model_name", "tokenizer_name", "dtype", "device", "trust_remote_code")
 MOST_TOKENS = 200  # whose probabilities are read; a chart shows the most probable
 
 
 class Playground:
-    """A model, its editor and a journal.
+    """A model, its editor (`open_editor`) and a journal (`session`).
 
-    Where `archive` is null a MEND that was never trained stands in (`open_editor`, with the
-    statistics of `statistics`), and `inspection.about` says so. `max_new_tokens` limits what is
-    written after a prompt.
+    `statistics` are those of the stand-in where `archive` is null.
+    `max_new_tokens` limits what is written after a prompt.
     """
 
     def __init__(
         self,
         hparams: MENDHyperParams,
         statistics: Sequence[EditExample] = (),
-        /,
         *,
         max_new_tokens: int = 8,
     ) -> None:
-        self.statistics, self.max_new_tokens = tuple(statistics), max_new_tokens
-        self._open(hparams, open_editor(hparams, self.statistics))
-
-    def _open(self, hparams: MENDHyperParams, editor: MENDEditor) -> None:
-        self.hparams, self.editor, self.session = hparams, editor, editor.session()
-        self._shown, self._unedited = 0, dict[Hashable, Any]()
-
-    def load(self, hparams: MENDHyperParams) -> None:
-        """Go on with another archive or model, and an empty journal; if that fails all stays.
-
-        A model that the settings do not change is kept; another one is in memory beside it until it
-        is loaded.
-        """
-        same = all(getattr(hparams, key) == getattr(self.hparams, key) for key in SAME_MODEL)
-        with self.session.suspended():
-            editor = open_editor(hparams, self.statistics, base=self.editor.base if same else None)
-        self.session.close()
-        self._open(hparams, editor)
-
-    # -------------------------------------------------------------------------------------- journal
+        self.hparams, self.max_new_tokens = hparams, max_new_tokens
+        self.editor = open_editor(hparams, statistics)
+        self.session = self.editor.session()
+        self._shown = 0
+        self._unedited: dict[Hashable, Any] = {}
 
     @property
     def shown(self) -> int | None:
@@ -67,42 +47,28 @@ class Playground:
         return None if last < 0 else min(self._shown, last)
 
     def show(self, index: int) -> None:
-        """Show an edit of the journal. Raises MendkitError if it has no such one."""
-        self._shown = self.session._place(index)
+        """Show an edit of the journal, counted from 0."""
+        self._shown = index
 
     def apply(self, example: EditExample) -> Edit:
-        """Edit the model as it is now, write it down and show it.
-
-        Raises DataError for a blank prompt or answer.
-        """
+        """Edit the model as it is now, and show the edit. Raises DataError for a blank text."""
         for name, text in (("prompt", example.prompt), ("new answer", example.target_new)):
             if not text.strip():
-                raise DataError(
-                    f"the {name} is blank; a fact needs a prompt and how it should go on"
-                )
+                raise DataError(f"the {name} is blank; a fact needs a prompt and an answer")
         edit = self.session.edit(example)
-        self.show(-1)
-        return edit
-
-    def drop(self, index: int) -> Edit:
-        """Drop an edit from the journal; the one that was shown stays so, if it is there."""
-        shown, edit = self.shown, self.session.drop(index)
-        self._shown = (shown or 0) - (index % (len(self.session.journal) + 1) < (shown or 0))
+        self.show(len(self.session.journal) - 1)
         return edit
 
     def journal(self) -> list[Row]:
-        """A row for each edit: `edit` (in words), `strength`, `active`, `shown`."""
-        return [
-            {
-                "edit": _words(edit),
-                "strength": edit.strength,
-                "active": edit.active,
-                "shown": index == self.shown,
-            }
-            for index, edit in enumerate(self.session.journal)
-        ]
+        """A row for each edit: `edit` (in words), `strength`, `state`."""
+        rows = []
+        for edit in self.session.journal:
+            words = "; ".join(f"{e.prompt} → {e.target_new}" for e in edit.examples)
+            state = "in force" if edit.active else "undone"
+            rows.append({"edit": words, "strength": edit.strength, "state": state})
+        return rows
 
-    # -------------------------------------------------------------------------------------- reading
+    # ---------------------------------------- reading
 
     def asked(self) -> list[tables.Asked]:
         """All prompts of the edit that is shown. Raises MendkitError if there is none."""
@@ -119,10 +85,7 @@ class Playground:
         return asked, self._before(prompts, write), write()
 
     def next_tokens(self, index: int = 0) -> Row:
-        """Next-token probabilities after one of the prompts, before and after.
-
-        A fact of `plots.next_token_bars`.
-        """
+        """Next-token probabilities after one of the prompts, for `plots.next_token_bars`."""
         fact = answer_tokens(self.editor.base, self._asked()[index][1])
         prompt = str(fact["prompt"])
         among = tuple(token for token in (fact["new_token"], fact["old_token"]) if token)
@@ -140,19 +103,16 @@ class Playground:
         return self._unedited[key]
 
     def _asked(self) -> list[tuple[tables.Asked, EditExample]]:
-        """Each prompt, and the answers whose probabilities are read: the edit's, and its own."""
+        """Each prompt, and the answers whose probabilities are read: the edit's and the old one."""
         if self.shown is None:
             raise MendkitError("the journal is empty; apply an edit first")
-        out = []
-        for e in self.session.journal[self.shown].examples:
-            e = replace(e, target_new=self.editor.base.said(e.target_new))
-            own = {probe.prompt: probe.answer for probe in (*e.neighbours, *e.unrelated)}
-            for asked in tables.prompts_of(e, most=None):
-                old = own.get(asked[1], e.ground_truth)
-                out.append((asked, EditExample(asked[1], e.target_new, ground_truth=old)))
-        return out
-
-
-def _words(edit: Edit) -> str:
-    first, *more = (f"{e.prompt} → {e.target_new}" for e in edit.examples)
-    return f"{first} (and {len(more)} more)" if more else first
+        found = []
+        for example in self.session.journal[self.shown].examples:
+            new = self.editor.base.said(example.target_new)
+            example = replace(example, target_new=new)
+            probes = (*example.neighbours, *example.unrelated)
+            old = {probe.prompt: probe.answer for probe in probes}
+            for asked in tables.prompts_of(example, most=None):
+                truth = old.get(asked[1], example.ground_truth)
+                found.append((asked, EditExample(asked[1], new, ground_truth=truth)))
+        return found
