@@ -9,18 +9,18 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from reprlib import Repr
 
 import torch
 from pydantic import FiniteFloat, StrictBool, TypeAdapter
 from torch import Tensor
+from torch.utils.hooks import RemovableHandle
 
 from ..data.examples import EditExample
 from ..errors import ArchiveError, MendkitError
 from ..models.base import BaseModel
 from ..models.fingerprint import model_fingerprint
 from ..models.sites import Site
-from .export import AdapterSite, LoRA, Merged, MergedSite, merge, write_adapter, write_model
+from .export import LoRA, Merged, MergedSite, merge, write_adapter, write_model
 from .files import Kind, damage_named, matching_base, read_tensors, save_tensors
 from .updates import (
     LowRankUpdate,
@@ -45,7 +45,7 @@ class Edit:
     """A weight change of one base model; the updates of several examples are summed.
 
     Use it with `applied()`; `apply()` and `undo()` are for interactive work.
-    `strength` multiplies the update.
+    `unit_updates` are those at strength 1.
     `archive` is the SHA-256 of the archive that made it, None if there is none.
     """
 
@@ -60,47 +60,41 @@ class Edit:
     ) -> None:
         self.base, self.examples = base, tuple(examples)
         self.strength, self.archive = float(strength), archive
-        self.unit_updates = updates  # at strength 1
-        self._handles: list[torch.utils.hooks.RemovableHandle] = []
+        self.unit_updates = updates
+        self._branches: list[RemovableHandle] = []  # while it is applied
 
     def __repr__(self) -> str:
-        what = "no example"
-        if self.examples:
-            first, shorten = self.examples[0], Repr()
-            shorten.maxstring = 60
-            what = f"{shorten.repr(first.prompt)} → {shorten.repr(first.target_new)}"
-        if len(self.examples) > 1:
-            what += f" and {len(self.examples) - 1} more"
+        facts = "; ".join(f"{e.prompt[:60]!r} → {e.target_new!r}" for e in self.examples)
         state = "applied" if self.active else "not applied"
         sites = len(self.unit_updates)
-        return f"Edit({what}; {sites} sites, strength {self.strength:g}, {state})"
+        return f"Edit({facts[:120]}; {sites} sites, strength {self.strength:g}, {state})"
 
     @property
     def updates(self) -> Updates:
         """The updates at the edit's strength, all examples as one edit (b = 1)."""
         return {name: summed(u).scaled(self.strength) for name, u in self.unit_updates.items()}
 
-    # ------------------------------------------------------------------------------- apply and undo
+    # ---------------------------------------- apply and undo
 
     @property
     def active(self) -> bool:
         """Whether the edit is applied now."""
-        return bool(self._handles)
+        return bool(self._branches)
 
     def apply(self) -> "Edit":
         """Apply until `undo`. Raises MendkitError if it is applied already."""
         if self.active:
             raise MendkitError("this edit is applied already; undo it first")
-        self._handles = attach(self.base, self.updates)
+        self._branches = attach(self.base, self.updates)
         return self
 
     def undo(self) -> None:
         """Take the edit back. Raises MendkitError if it is not applied."""
         if not self.active:
             raise MendkitError("this edit is not applied; nothing to undo")
-        for handle in self._handles:
-            handle.remove()
-        self._handles = []
+        for branch in self._branches:
+            branch.remove()
+        self._branches = []
 
     @contextmanager
     def applied(self) -> Iterator["Edit"]:
@@ -122,7 +116,7 @@ class Edit:
             self.base, self.unit_updates, self.examples, strength=strength, archive=self.archive
         )
 
-    # -------------------------------------------------------------------------------- weight change
+    # ---------------------------------------- weight change
 
     def dense(self) -> dict[str, Tensor]:
         """ΔW of every site as a matrix in the orientation of the site's weight, float32."""
@@ -137,20 +131,22 @@ class Edit:
         """‖ΔW‖_F / ‖W‖_F of every site."""
         return {name: float(norm) for name, norm in relative_norms(self.base, self.updates).items()}
 
-    def save_adapter(self, folder: str | Path, rank: int | None = None) -> tuple[AdapterSite, ...]:
-        """Write the edit as a PEFT LoRA adapter, of `rank` at most (default: the edit's own).
+    def save_adapter(self, folder: str | Path, rank: int | None = None) -> tuple[LoRA, ...]:
+        """Write the edit as a PEFT LoRA adapter, of `rank` at most (default: the edit's rank).
 
         `peft.PeftModel.from_pretrained(model, folder)` gives the edited logits within rounding.
-        Returns each site's rank and what truncation lost.
+        Returns each site's `rank`, and the `relative_error` by truncation.
         """
         if rank is not None and rank < 1:
             raise MendkitError(
-                f"an adapter's rank must be at least 1, got {rank}; leave it out for the edit's own"
+                f"an adapter's rank must be at least 1, got {rank}; leave it out for the edit's"
             )
-        loras = {}
+        loras = []
         for name, update in self.updates.items():
-            loras[name] = LoRA.of(update.u[0], update.delta[0] * update.coefficient, rank=rank)
-        return write_adapter(folder, self.base, loras)
+            delta = update.delta[0] * update.coefficient
+            loras.append(LoRA.of(name, update.u[0], delta, rank=rank))
+        write_adapter(folder, self.base, loras)
+        return tuple(loras)
 
     def merged(self) -> Merged:
         """A new model with the edit added to its weights in float32, then rounded to their dtype.
@@ -235,16 +231,17 @@ def save_edits(path: str | Path, edits: Sequence[Edit]) -> Path:
     tensors, records = {}, []
     for index, edit in enumerate(edits):
         for site, update in edit.unit_updates.items():
-            place = f"{index}/{site}"
+            place, coefficient = f"{index}/{site}", update.coefficient
+            if not isinstance(coefficient, Tensor):
+                coefficient = torch.tensor(coefficient, dtype=torch.float64)
             tensors[f"{place}/u"] = update.u
             tensors[f"{place}/delta"] = update.delta
-            tensors[f"{place}/coefficient"] = _as_tensor(update.coefficient)
+            tensors[f"{place}/coefficient"] = coefficient
         sites = tuple(edit.unit_updates)
         record = EditRecord(sites, edit.strength, edit.active, edit.archive, edit.examples)
         records.append(asdict(record))
-    return save_tensors(
-        EDIT, path, tensors, {"base_model": model_fingerprint(base), "edits": records}
-    )
+    metadata = {"base_model": model_fingerprint(base), "edits": records}
+    return save_tensors(EDIT, path, tensors, metadata)
 
 
 def load_edits(path: str | Path, base: BaseModel) -> list[tuple[Edit, bool]]:
@@ -261,8 +258,8 @@ def load_edits(path: str | Path, base: BaseModel) -> list[tuple[Edit, bool]]:
             with damage_named(path):
                 update = _take_update(tensors, f"{index}/{name}", sites[name], base.device)
             updates[name] = update
-        edit = Edit(checked, updates, record.examples, strength=record.strength)
-        edit.archive = record.archive_sha256
+        archive = record.archive_sha256
+        edit = Edit(checked, updates, record.examples, strength=record.strength, archive=archive)
         loaded.append((edit, record.active))
     if tensors:
         raise ArchiveError(f"{path}: damaged: unknown tensors: {', '.join(sorted(tensors)[:3])}")
@@ -281,9 +278,3 @@ def _take_update(
     if (u.shape, delta.shape, c.shape) != shapes:
         raise ValueError(f"the update of {site.name} has other shapes")
     return LowRankUpdate(u.to(device), delta.to(device), c.to(device))
-
-
-def _as_tensor(coefficient: Tensor | float) -> Tensor:
-    if isinstance(coefficient, Tensor):
-        return coefficient
-    return torch.tensor(coefficient, dtype=torch.float64)

@@ -1,6 +1,5 @@
 """The editor: an archive in, edits out (MEND, Algorithm 2), and edits in sequence."""
 
-import logging
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from copy import copy, deepcopy
@@ -24,9 +23,10 @@ from .hypernetwork import MEND
 from .least_squares import Memory
 from .updates import Updates, capped, in_force, unedited
 
-logger = logging.getLogger(__name__)
-
 KEYS_BATCH = 32
+
+Examples = EditExample | Sequence[EditExample] | str
+"""One example, several, or a prompt."""
 
 
 class MENDEditor:
@@ -72,37 +72,6 @@ class MENDEditor:
         )
         return cls(archive.base, archive.mend, archive=file_sha256(archive.path))
 
-    def remembering(self) -> "MENDEditor":
-        """The same editor at the start of a sequence.
-
-        With `aggregate: least_squares`, a sequence gives the weights of all its edits at once.
-        With `lifelong_norm`, its statistics run on, apart from this one's.
-        """
-        editor = copy(self)
-        editor.memory = Memory() if self.hparams.aggregate == "least_squares" else None
-        if self.hparams.lifelong_norm:
-            editor.mend = deepcopy(self.mend)
-            editor.gather = tuple(site.name for site in self.mend.sites)
-        return editor
-
-    @torch.no_grad()
-    def by_least_squares(
-        self, examples: Sequence[EditExample], *, ridge: float = 0.003, ridge_shared: float = 0.04
-    ) -> "MENDEditor":
-        """The same hypernetwork with `aggregate: least_squares`, for which it was not trained.
-
-        The keys to spare are those of the examples' texts. A `ridge_shared` of 1e9 leaves out
-        what a fact's wordings share: edits then hold better, and paraphrases do not.
-        """
-        trunk = FrozenTrunk(self.base)
-        texts: list[Tokens] = []
-        for example in prepare_texts(self.base, self.hparams, examples):
-            texts += example.first(1).all()
-        batches = (texts[at : at + KEYS_BATCH] for at in range(0, len(texts), KEYS_BATCH))
-        inputs = (capture_inputs(trunk, batch) for batch in batches)
-        mend = self.mend.with_least_squares(inputs, ridge=ridge, ridge_shared=ridge_shared)
-        return MENDEditor(self.base, mend, name=f"{self.name}, least squares")
-
     def tokens(self, example: EditExample) -> Tokens:
         """The edit prompt with its new answer, as trained."""
         return edit_tokens(self.base, self.hparams, example)
@@ -136,20 +105,28 @@ class MENDEditor:
             made = capped(self.base, made, h.max_relative_norm, strength=h.lr_scale)
         return made
 
-    def edit(
-        self, examples: EditExample | Sequence[EditExample] | str, target_new: str | None = None
-    ) -> Edit:
+    def edit(self, examples: Examples, target_new: str | None = None) -> Edit:
         """One edit, of an example, of `edit("prompt", "new answer")`, or of several examples.
 
-        Raises MendkitError if the weight change is not finite, or zero at every site.
+        Raises MendkitError if an answer is missing, or the change is not finite or zero everywhere.
         """
-        several = as_examples(examples, target_new)
+        # 1. Examples.
+        if isinstance(examples, str):
+            if target_new is None:
+                raise MendkitError(f"no new answer for {examples!r}; give edit(prompt, answer)")
+            examples = EditExample(prompt=examples, target_new=target_new)
+        several = [examples] if isinstance(examples, EditExample) else list(examples)
+        if not several:
+            raise MendkitError("no example to edit; give an EditExample or a non-empty list")
+        # 2. The weight change, which must be one.
         updates = self.updates([self.tokens(example) for example in several], at_once=True)
-        _warn_of_contradictions(several)
         norms = torch.cat([update.norms() for update in updates.values()])
-        finite = bool(norms.isfinite().all())
-        if not finite or not bool(norms.any()):
-            found, remedy = ("zero", "larger") if finite else ("not finite", "smaller")
+        found = ""
+        if not bool(norms.isfinite().all()):
+            found, remedy = "not finite", "smaller"
+        elif not bool(norms.any()):
+            found, remedy = "zero", "larger"
+        if found:
             raise MendkitError(
                 f"the weight change for {several[0].prompt!r} is {found}; train the archive anew "
                 f"with a {remedy} `edit_lr`, or edit other layers (`inner_params`)"
@@ -157,35 +134,42 @@ class MENDEditor:
         strength = self.hparams.lr_scale
         return Edit(self.base, updates, several, strength=strength, archive=self.archive)
 
+    # ---------------------------------------- many edits
+
     def session(self) -> "EditSession":
         """Edits one after another on the edited model, with a journal."""
         return EditSession(self)
 
+    def remembering(self) -> "MENDEditor":
+        """The same editor at the start of a sequence.
 
-def as_examples(
-    examples: EditExample | Sequence[EditExample] | str, target_new: str | None = None
-) -> list[EditExample]:
-    """What `edit` is given, as a list. Raises MendkitError if an example or answer is missing."""
-    if isinstance(examples, str):
-        if target_new is None:
-            raise MendkitError(f"no new answer for {examples!r}; give `edit(prompt, new answer)`")
-        return [EditExample(prompt=examples, target_new=target_new)]
-    several = [examples] if isinstance(examples, EditExample) else list(examples)
-    if not several:
-        raise MendkitError("no example to edit; give an EditExample or a non-empty list")
-    return several
+        With `aggregate: least_squares`, a sequence gives the weights of all its edits at once.
+        With `lifelong_norm`, its statistics run on, apart from this one's.
+        """
+        editor = copy(self)
+        editor.memory = Memory() if self.hparams.aggregate == "least_squares" else None
+        if self.hparams.lifelong_norm:
+            editor.mend = deepcopy(self.mend)
+            editor.gather = tuple(site.name for site in self.mend.sites)
+        return editor
 
+    @torch.no_grad()
+    def by_least_squares(
+        self, examples: Sequence[EditExample], *, ridge: float = 0.003, ridge_shared: float = 0.04
+    ) -> "MENDEditor":
+        """The same hypernetwork with `aggregate: least_squares`, for which it was not trained.
 
-def _warn_of_contradictions(examples: Sequence[EditExample]) -> None:
-    answers: dict[str, list[str]] = {}
-    for example in examples:
-        told = answers.setdefault(example.prompt, [])
-        if example.target_new not in told:
-            told.append(example.target_new)
-    for prompt, told in answers.items():
-        if len(told) > 1:
-            listed = ", ".join(map(repr, told))
-            logger.warning("%r is given %d answers: %s; it can have one", prompt, len(told), listed)
+        The keys to spare are those of the examples' texts. A `ridge_shared` of 1e9 leaves out
+        what a fact's wordings share: edits then hold better, and paraphrases do not.
+        """
+        trunk = FrozenTrunk(self.base)
+        texts: list[Tokens] = []
+        for example in prepare_texts(self.base, self.hparams, examples):
+            texts += example.first(1).all()
+        batches = (texts[at : at + KEYS_BATCH] for at in range(0, len(texts), KEYS_BATCH))
+        inputs = (capture_inputs(trunk, batch) for batch in batches)
+        mend = self.mend.with_least_squares(inputs, ridge=ridge, ridge_shared=ridge_shared)
+        return MENDEditor(self.base, mend, name=f"{self.name}, least squares")
 
 
 class EditSession:
@@ -205,6 +189,12 @@ class EditSession:
         edits = f"{len(self.journal)} edits, {len(self.active)} in force"
         return f"EditSession({edits}, {self.editor.name} on {self.editor.base.name})"
 
+    def __enter__(self) -> "EditSession":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
     @classmethod
     def load(cls, path: str | Path, editor: MENDEditor) -> "EditSession":
         """The session that `save` wrote, with its edits in force; raises as `Edit.load`.
@@ -216,9 +206,7 @@ class EditSession:
             session.journal.append(edit.apply() if active else edit)
         return session
 
-    def edit(
-        self, examples: EditExample | Sequence[EditExample] | str, target_new: str | None = None
-    ) -> Edit:
+    def edit(self, examples: Examples, target_new: str | None = None) -> Edit:
         """Compute an edit on the model as it is now, apply it and write it down."""
         edit = self.editor.edit(examples, target_new)
         self.journal.append(edit.apply())
@@ -231,11 +219,7 @@ class EditSession:
 
     def undo(self, index: int | None = None) -> Edit:
         """Undo an edit, by default the latest in force; it stays in the journal."""
-        if not self.journal:
-            raise MendkitError("the journal is empty; nothing to undo")
-        if index is None and not self.active:
-            raise MendkitError("no edit of the journal is in force; nothing to undo")
-        edit = self.active[-1] if index is None else self.journal[self._place(index)]
+        edit = self._latest() if index is None else self.journal[self._place(index)]
         edit.undo()
         return edit
 
@@ -269,8 +253,7 @@ class EditSession:
 
     def combined(self) -> Edit:
         """The edits in force as one, not applied: to save as an adapter or to merge."""
-        if not self.active:
-            raise MendkitError("no edit of the journal is in force; make or reapply one first")
+        self._latest()
         return Edit.combined(self.active)
 
     def save(self, path: str | Path) -> Path:
@@ -294,6 +277,11 @@ class EditSession:
         while self.journal:
             self.drop()
 
+    def _latest(self) -> Edit:
+        if not self.active:
+            raise MendkitError("no edit of the journal is in force; make or reapply one first")
+        return self.active[-1]
+
     def _place(self, index: int) -> int:
         """An index of the journal, from its start."""
         if not -len(self.journal) <= index < len(self.journal):
@@ -304,9 +292,3 @@ class EditSession:
         """Let the edits act in the journal's order: floating-point sums depend on it."""
         with self.suspended():
             pass
-
-    def __enter__(self) -> "EditSession":
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.close()

@@ -12,7 +12,8 @@ import copy
 import json
 import logging
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -27,14 +28,27 @@ from torch import Tensor, nn
 from ..errors import MendkitError
 from ..models.base import BaseModel
 from ..models.checkpoints import silence_transformers
-from ..runs import atomically, make_folder, write_text
+from ..runs import make_folder, write_text
 from .losses import wide
 
 logger = logging.getLogger(__name__)
 
-ADAPTER_FILES = ("adapter_model.safetensors", "adapter_config.json")
 LITTLE_KEPT = 0.9
 """A merge that keeps less than this share of a change is warned of."""
+
+
+@contextmanager
+def _new_files(folder: str | Path, what: str) -> Iterator[Path]:
+    """A folder to write files to, which are moved into `folder` at the end of the context."""
+    folder = make_folder(folder)
+    try:
+        with TemporaryDirectory(dir=folder, prefix=".new-") as new:
+            yield Path(new)
+            for path in Path(new).iterdir():
+                path.replace(folder / path.name)
+    except (OSError, SafetensorError) as error:
+        raise MendkitError(f"cannot write {what} to {folder}: {error}; make room there") from None
+
 
 # ---------------------------------------- adapter
 
@@ -43,13 +57,24 @@ LITTLE_KEPT = 0.9
 class LoRA:
     """One site's adapter, ΔW ≈ B A in (output, input) orientation, on the CPU."""
 
+    name: str
     A: Float[Tensor, "r i"]
     B: Float[Tensor, "o r"]
     relative_error: float  # ‖ΔW − B A‖_F / ‖ΔW‖_F by truncation, besides the rounding of A and B
 
+    @property
+    def rank(self) -> int:
+        """The number of rows of A."""
+        return len(self.A)
+
     @classmethod
     def of(
-        cls, u: Float[Tensor, "t i"], delta: Float[Tensor, "t o"], *, rank: int | None = None
+        cls,
+        name: str,
+        u: Float[Tensor, "t i"],
+        delta: Float[Tensor, "t o"],
+        *,
+        rank: int | None = None,
     ) -> "LoRA":
         """The adapter of ΔW = deltaᵀ u, of `rank` at most; at least 1, as PEFT has no rank 0."""
         q_out, r_out = torch.linalg.qr(delta.cpu().double().T)
@@ -62,38 +87,23 @@ class LoRA:
         error = float(values[r:].norm()) / norm if norm else 0.0
         a = root[:, None] * (right[:r] @ q_in.T)
         b = (q_out @ left[:, :r]) * root
-        return cls(a.to(u.dtype), b.to(delta.dtype), error)
+        return cls(name, a.to(u.dtype).contiguous(), b.to(delta.dtype).contiguous(), error)
 
 
-@dataclass(frozen=True)
-class AdapterSite:
-    """What an adapter keeps of an edit at one site."""
-
-    name: str
-    rank: int
-    relative_error: float  # ‖ΔW − B A‖_F / ‖ΔW‖_F
-
-
-def write_adapter(
-    folder: str | Path, base: BaseModel, loras: Mapping[str, LoRA]
-) -> tuple[AdapterSite, ...]:
-    """Write adapters, by site name, as one that `peft.PeftModel.from_pretrained` loads."""
-    folder = make_folder(folder)
-    tensors, ranks, report = {}, {}, []
-    for site in base.sites:
-        if site.name in loras:
-            lora = loras[site.name]
-            prefix = f"base_model.model.{site.module}"
-            tensors[f"{prefix}.lora_A.weight"] = lora.A.contiguous()
-            tensors[f"{prefix}.lora_B.weight"] = lora.B.contiguous()
-            ranks[site.module] = len(lora.A)
-            report.append(AdapterSite(site.name, len(lora.A), lora.relative_error))
-    transposed = any(site.transposed for site in base.sites if site.name in loras)
+def write_adapter(folder: str | Path, base: BaseModel, loras: Sequence[LoRA]) -> None:
+    """Write adapters as one that `peft.PeftModel.from_pretrained` loads."""
+    modules = {site.name: site.module for site in base.sites}
+    tensors, ranks = {}, {}
+    for lora in loras:
+        prefix = f"base_model.model.{modules[lora.name]}"
+        tensors[f"{prefix}.lora_A.weight"] = lora.A
+        tensors[f"{prefix}.lora_B.weight"] = lora.B
+        ranks[modules[lora.name]] = lora.rank
+    transposed = any(site.transposed for site in base.sites if site.module in ranks)
     config = _peft_config(base, ranks) | {"fan_in_fan_out": transposed}
-    weights, settings = (folder / name for name in ADAPTER_FILES)
-    atomically(weights, lambda temporary: save_file(tensors, temporary, metadata={"format": "pt"}))
-    write_text(settings, json.dumps(config, indent=2) + "\n")
-    return tuple(report)
+    with _new_files(folder, "the adapter") as new:
+        save_file(tensors, new / "adapter_model.safetensors", metadata={"format": "pt"})
+        write_text(new / "adapter_config.json", json.dumps(config, indent=2) + "\n")
 
 
 def _peft_config(base: BaseModel, ranks: Mapping[str, int]) -> dict[str, Any]:
@@ -101,36 +111,28 @@ def _peft_config(base: BaseModel, ranks: Mapping[str, int]) -> dict[str, Any]:
     rank = max(ranks.values())
     # PEFT's patterns are regular expressions that also match at the end of a name, unless anchored
     lower = {f"^{re.escape(module)}": r for module, r in ranks.items() if r != rank}
+    # a list of modules matches by the ends of names, too
+    targets: list[str] | str = list(ranks)
+    endings = tuple(f".{module}" for module in ranks)
+    names = [name for name, _ in base.model.named_modules()]
+    if any(name.endswith(endings) and name not in ranks for name in names):
+        targets = "|".join(map(re.escape, ranks))
+    task = None  # the plain class of PEFT
+    if base.model.can_generate():
+        task = "SEQ_2_SEQ_LM" if base.model.config.is_encoder_decoder else "CAUSAL_LM"
     return {
         "peft_type": "LORA",
-        "task_type": _peft_task(base),
+        "task_type": task,
         "base_model_name_or_path": base.model.name_or_path or base.name,
         "inference_mode": True,
         "r": rank,
         "lora_alpha": rank,  # scaling is alpha / r
         "rank_pattern": lower,
         "alpha_pattern": lower,
-        "target_modules": _peft_targets(base, list(ranks)),
+        "target_modules": targets,
         "bias": "none",
         "lora_dropout": 0.0,
     }
-
-
-def _peft_targets(base: BaseModel, modules: list[str]) -> list[str] | str:
-    """The modules, or one expression for them where another layer's name ends like one."""
-    endings = tuple(f".{module}" for module in modules)
-    if any(
-        name.endswith(endings) and name not in modules for name, _ in base.model.named_modules()
-    ):
-        return "|".join(map(re.escape, modules))
-    return modules
-
-
-def _peft_task(base: BaseModel) -> str | None:
-    """PEFT's class for the model; None: the plain one."""
-    if not base.model.can_generate():
-        return None
-    return "SEQ_2_SEQ_LM" if base.model.config.is_encoder_decoder else "CAUSAL_LM"
 
 
 # ---------------------------------------- merge
@@ -193,16 +195,8 @@ def write_model(folder: str | Path, edited: BaseModel) -> None:
 
     Raises MendkitError if the folder is a file, cannot be written to, or is the model's own.
     """
-    folder = make_folder(folder)
-    if folder.resolve() == Path(edited.model.name_or_path or "/").resolve():
+    if Path(folder).resolve() == Path(edited.model.name_or_path or "/").resolve():
         raise MendkitError(f"{folder} holds the base model itself; give another folder")
-    try:
-        with silence_transformers(), TemporaryDirectory(dir=folder, prefix=".new-") as new:
-            edited.model.save_pretrained(new)
-            edited.tokenizer.save_pretrained(new)
-            for path in Path(new).iterdir():
-                path.replace(folder / path.name)
-    except (OSError, SafetensorError) as error:
-        raise MendkitError(
-            f"cannot write the edited model to {folder}: {error}; make room there"
-        ) from None
+    with silence_transformers(), _new_files(folder, "the edited model") as new:
+        edited.model.save_pretrained(new)
+        edited.tokenizer.save_pretrained(new)

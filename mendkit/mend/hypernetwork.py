@@ -28,11 +28,11 @@ from ..hparams import MENDHyperParams
 from ..models.sites import Site
 from .factors import Factors, GradientFactors, Inputs
 from .least_squares import Memory, OtherKeys, put_together
-from .normaliser import RunningMoments, StoredMoments, Whitening
+from .normaliser import RunningMoments, SecondMoment, Whitening
 from .updates import LowRankUpdate, Updates, padded
 
 PARTS = (":u", ":delta")
-"""What the names of separate blocks end with; combined ones have the group's bare name."""
+"""Ends of the names of separate blocks; combined ones have the group's bare name."""
 
 Wordings = tuple[Inputs, Int[Tensor, " n"], Bool[Tensor, " n"]]
 """Layer inputs, the group of each (−1: none), whether it predicts an answer's first token."""
@@ -89,39 +89,38 @@ class MEND(nn.Module):
     # torch does not say what its containers hold:
     blocks: Any  # LowRankResidual, by group and part, in a list
     moments: Any  # RunningMoments or Whitening, by statistics' name and then "u" or "delta"
-    others: Any  # OtherKeys, by statistics' name
+    others: Any  # OtherKeys, by statistics' name, with least squares
 
     def __init__(self, sites: Sequence[Site], hparams: MENDHyperParams) -> None:
         super().__init__()
         self.sites, self.hparams = tuple(sites), hparams
-        self.groups: dict[str, list[str]] = {}  # site names by group
-        self.stats_of: dict[str, str] = {}  # keys of `moments` and `others` by site name
-        self.blocks, self.moments = nn.ModuleDict(), nn.ModuleDict()
-        first: dict[str, Site] = {}
+        # 1. Statistics of each layer, or of all layers of a shape.
+        self.stats_of = {site.name: stats_name(site, hparams) for site in self.sites}
+        self.moments, self.others = nn.ModuleDict(), nn.ModuleDict()
         for site in self.sites:
-            group = group_name(site, hparams.shared)
-            first.setdefault(group, site)
-            self.groups.setdefault(group, []).append(site.name)
-            self.stats_of[site.name] = stats_name(site, hparams)
-            normalisers = {"u": _inputs_normaliser(site.d_in, hparams)}
-            normalisers["delta"] = _moments(site.d_out, hparams)
-            self.moments[self.stats_of[site.name]] = nn.ModuleDict(normalisers)
+            self.moments[self.stats_of[site.name]] = _normalisers(site, hparams)
+            if hparams.aggregate == "least_squares":
+                self.others[self.stats_of[site.name]] = OtherKeys(site.d_in)
+        # 2. Blocks of each group of layers.
+        groups: dict[str, list[Site]] = {}
+        for site in self.sites:
+            groups.setdefault(group_name(site, hparams.shared), []).append(site)
+        self.groups = {group: [site.name for site in alike] for group, alike in groups.items()}
+        self.blocks = nn.ModuleDict()
         generator = torch.Generator().manual_seed(hparams.seed)
-        for group, names in self.groups.items():
-            n_layers = len(names) if hparams.shared else None
-            for part, width in transformed(first[group], hparams).items():
+        for group, alike in groups.items():
+            n_layers = len(alike) if hparams.shared else None
+            for part, width in transformed(alike[0], hparams).items():
                 stack = nn.ModuleList()
                 for _ in range(hparams.n_hidden + 1):
                     stack.append(LowRankResidual(width, n_layers, hparams, generator))
                 self.blocks[group + part] = stack
+        # 3. Step sizes, and the ridges of least squares.
         edit_lr = 1.0 if hparams.edit_lr == "auto" else hparams.edit_lr
         start = torch.full((len(self.sites),), float(edit_lr))
         self.log_edit_lr = nn.Parameter(start.log())
         self.register_buffer("edit_lr_unit", torch.ones(len(self.sites)))
-        if hparams.aggregate == "least_squares":
-            self.others = nn.ModuleDict()
-            for site in self.sites:
-                self.others[self.stats_of[site.name]] = OtherKeys(site.d_in)
+        if self.others:
             ridges = torch.tensor([hparams.ridge, hparams.ridge_shared])
             self.log_ridge = nn.Parameter(ridges.log().repeat(len(self.sites), 1))
 
@@ -132,8 +131,7 @@ class MEND(nn.Module):
     @property
     def edit_lrs(self) -> dict[str, float]:
         """The learned step size α of every site."""
-        steps = self.steps().detach().tolist()
-        return {site.name: step for site, step in zip(self.sites, steps, strict=True)}
+        return dict(zip(self.stats_of, self.steps().detach().tolist(), strict=True))
 
     @torch.no_grad()
     def start_at(self, edit_lr: float) -> None:
@@ -141,7 +139,7 @@ class MEND(nn.Module):
         self.hparams = self.hparams.replace(edit_lr=edit_lr)
         self.log_edit_lr.copy_(torch.full_like(self.log_edit_lr, edit_lr).log())
 
-    # ------------------------------------------------------------------------------------ an edit
+    # ---------------------------------------- an edit
 
     def forward(
         self,
@@ -159,7 +157,7 @@ class MEND(nn.Module):
         normalised = self.normalise(factors, gather)
         transformed = self.transform(normalised)
         updates = self.scale(transformed, factors, n_edits)
-        if self.hparams.aggregate == "least_squares":
+        if self.others:
             return self._solved(updates, factors, at_once, memory)
         return {name: update.merged(at_once) for name, update in updates.items()}
 
@@ -169,11 +167,21 @@ class MEND(nn.Module):
         With `gather`, all sites' names, the statistics run on (but those of `whiten`), as in the
         authors' code: layer by layer, tokens join them before they are normalised.
         """
-        normalised: Pairs = {}
+        h, normalised = self.hparams, {}
         for name in gather or self.stats_of:
+            u, delta = factors[name].u, factors[name].delta
+            moments = self.moments[self.stats_of[name]]
             if gather:
                 self._add(name, factors[name], once_fitted=True)
-            normalised[name] = self._normalised(name, factors[name])
+            if h.norm:
+                limits: dict[str, Any] = {"floor": h.std_floor, "clip": h.z_clip}
+                delta = moments["delta"].normalise(delta, **limits)
+                if h.whiten_pairs:
+                    # only scored tokens make the update: an edit's first predicts its answer's
+                    start = factors[name].rows.new_full((1,), -1)
+                    limits["first"] = torch.diff(factors[name].rows, prepend=start) != 0
+                u = moments["u"].normalise(u, **limits)
+            normalised[name] = u, delta
         return normalised
 
     def transform(self, normalised: Pairs) -> Pairs:
@@ -194,38 +202,22 @@ class MEND(nn.Module):
             moved |= zip(names, pairs, strict=True)
         return moved
 
-    def scale(self, transformed: Pairs, factors: Factors, n_edits: int) -> Updates:
-        """ΔW = −α Σ_t δ̃_t ũ_tᵀ of every edit and site."""
-        updates: Updates = {}
-        for site, step in zip(self.sites, self.hparams.update_sign * self.steps(), strict=True):
-            (u, delta), rows = transformed[site.name], factors[site.name].rows
-            u, delta = padded(u, rows, n_edits), padded(delta, rows, n_edits)
-            updates[site.name] = LowRankUpdate(u, delta, step)
-        return updates
-
     def _through(
         self, name: str, z: Float[Tensor, "n d"], counts: Sequence[int]
     ) -> Float[Tensor, "n d"]:
-        if name not in self.blocks:
-            return z
-        for block in self.blocks[name]:
-            z = block(z, counts)
+        if name in self.blocks:
+            for block in self.blocks[name]:
+                z = block(z, counts)
         return z
 
-    def _normalised(
-        self, name: str, factors: GradientFactors
-    ) -> tuple[Float[Tensor, "n i"], Float[Tensor, "n o"]]:
-        h = self.hparams
-        if not h.norm:
-            return factors.u, factors.delta
-        moments = self.moments[self.stats_of[name]]
-        limits: dict[str, Any] = {"floor": h.std_floor, "clip": h.z_clip}
-        delta = moments["delta"].normalise(factors.delta, **limits)
-        if h.whiten_pairs:
-            # only scored tokens make the update: an edit's first one predicts its answer's first
-            start = factors.rows.new_full((1,), -1)
-            limits["first"] = torch.diff(factors.rows, prepend=start) != 0
-        return moments["u"].normalise(factors.u, **limits), delta
+    def scale(self, transformed: Pairs, factors: Factors, n_edits: int) -> Updates:
+        """ΔW = −α Σ_t δ̃_t ũ_tᵀ of every edit and site."""
+        updates: Updates = {}
+        for name, step in zip(self.stats_of, self.hparams.update_sign * self.steps(), strict=True):
+            (u, delta), rows = transformed[name], factors[name].rows
+            u, delta = padded(u, rows, n_edits), padded(delta, rows, n_edits)
+            updates[name] = LowRankUpdate(u, delta, step)
+        return updates
 
     def _solved(
         self, updates: Updates, factors: Factors, at_once: int, memory: Memory | None
@@ -242,7 +234,7 @@ class MEND(nn.Module):
             memory.edits += at_once
         return solved
 
-    # --------------------------------------------------------------------------------- statistics
+    # ---------------------------------------- statistics
 
     def warm_up(
         self,
@@ -265,7 +257,7 @@ class MEND(nn.Module):
                     self.moments[stats]["u"].add(inputs[name], groups, first)
             self._add_keys(inputs)
         for module in self.modules():
-            if total is not None and isinstance(module, RunningMoments | Whitening | OtherKeys):
+            if total is not None and isinstance(module, RunningMoments | SecondMoment):
                 module.merge(total)
             if isinstance(module, Whitening | OtherKeys):
                 module.fit()
@@ -285,7 +277,7 @@ class MEND(nn.Module):
         return made
 
     def _add_keys(self, inputs: Inputs) -> None:
-        if self.hparams.aggregate == "least_squares":
+        if self.others:
             for name, stats in self.stats_of.items():
                 self.others[stats].add(inputs[name])
 
@@ -297,14 +289,11 @@ class MEND(nn.Module):
         moments["delta"].add(factors.delta)
 
 
-def _moments(width: int, h: MENDHyperParams) -> RunningMoments:
-    return StoredMoments(width, h.std_eps) if h.std_eps else RunningMoments(width)
-
-
-def _inputs_normaliser(width: int, h: MENDHyperParams) -> RunningMoments | Whitening:
-    if h.whiten is None:
-        return _moments(width, h)
-    return Whitening(width, h.whiten, pairs=h.whiten_pairs, unit_response=h.unit_response)
+def _normalisers(site: Site, h: MENDHyperParams) -> nn.ModuleDict:
+    u: nn.Module = RunningMoments(site.d_in, h.std_eps)
+    if h.whiten is not None:
+        u = Whitening(site.d_in, h.whiten, pairs=h.whiten_pairs, unit_response=h.unit_response)
+    return nn.ModuleDict({"u": u, "delta": RunningMoments(site.d_out, h.std_eps)})
 
 
 def transformed(site: Site, h: MENDHyperParams) -> dict[str, int]:
@@ -314,9 +303,9 @@ def transformed(site: Site, h: MENDHyperParams) -> dict[str, int]:
     u, delta = {PARTS[0]: site.d_in}, {PARTS[1]: site.d_out}
     if h.one_sided:  # the published code transforms delta where u is the wider, else u
         return delta if site.d_in > site.d_out else u
-    if h.x_only or h.delta_only:
-        return u if h.x_only else delta
-    return u | delta
+    if h.x_only:
+        return u
+    return delta if h.delta_only else u | delta
 
 
 def group_name(site: Site, shared: bool) -> str:

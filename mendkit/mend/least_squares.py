@@ -12,13 +12,13 @@ C = E[x xᵀ] is over other prompts' keys, whose shift stays small. The ridges �
 Axes: b updates, t tokens of an update (zero rows are padding), i layer input, o layer output.
 """
 
-from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import torch
 from jaxtyping import Float
-from torch import Tensor, nn
+from torch import Tensor
 
+from .normaliser import SecondMoment
 from .updates import LowRankUpdate
 
 FLOOR = 0.02
@@ -34,39 +34,23 @@ class Memory:
     held: dict[str, Tensor] = field(default_factory=dict)  # ΔW (o, i) in force before a new edit
 
 
-class OtherKeys(nn.Module):
+class OtherKeys(SecondMoment):
     """C = E[x xᵀ] of a layer's inputs, with a floor on its eigenvalues."""
 
-    count: Tensor
     moment: Tensor
 
     def __init__(self, width: int) -> None:
-        super().__init__()
-        self.register_buffer("count", torch.zeros((), dtype=torch.int64))
+        super().__init__(width)
         self.register_buffer("moment", torch.eye(width))
-        self._sum: Tensor | float = 0.0
         self._inverse: tuple[int, Tensor] | None = None  # with the version of `moment`
-
-    @torch.no_grad()
-    def add(self, x: Float[Tensor, "n i"]) -> None:
-        """Gather rows for `fit`."""
-        self._sum = x.double().T @ x.double() + self._sum
-        self.count += len(x)
-
-    @torch.no_grad()
-    def merge(self, total: Callable[[Tensor], Tensor]) -> None:
-        """Join the rows of several processes: `total` sums a tensor over them."""
-        self._sum = total(torch.zeros_like(self.moment, dtype=torch.float64) + self._sum)
-        self.count.copy_(total(self.count))
 
     @torch.no_grad()
     def fit(self) -> None:
         """Compute C from the rows gathered."""
-        moment = self._sum / self.count
-        self.moment.copy_(
-            moment + FLOOR * moment.diagonal().mean() * torch.eye(len(moment)).to(moment)
-        )
-        self._sum = 0.0
+        moment = self._sums[0] / self.count
+        floor = FLOOR * moment.diagonal().mean()
+        self.moment.copy_(moment + floor * torch.eye(len(moment)).to(moment))
+        self._forget()
 
     @torch.no_grad()
     def inverse(self) -> Float[Tensor, "i i"]:

@@ -21,17 +21,22 @@ class RunningMoments(nn.Module):
     """Mean and variance of each feature in float64; count == 0 means empty.
 
     Merged batch by batch (Chan, Golub & LeVeque 1979): batching does not matter.
+    With `eps` as in published code: it is added to the std, which is stored to keep its bits.
     """
 
     count: Tensor
     mean: Tensor
     m2: Tensor
+    stored_std: Tensor
 
-    def __init__(self, width: int) -> None:
+    def __init__(self, width: int, eps: float = 0.0) -> None:
         super().__init__()
+        self.eps = eps
         self.register_buffer("count", torch.zeros((), dtype=torch.int64))
         self.register_buffer("mean", torch.zeros(width, dtype=torch.float64))
         self.register_buffer("m2", torch.zeros(width, dtype=torch.float64))
+        if eps:
+            self.register_buffer("stored_std", torch.zeros(width, dtype=torch.float64))
 
     @torch.no_grad()
     def add(self, x: Float[Tensor, "n d"]) -> None:
@@ -44,6 +49,7 @@ class RunningMoments(nn.Module):
         self.m2 += ((x - mean) ** 2).sum(0) + shift**2 * (before * n / (before + n))
         self.mean += shift * (n / (before + n))
         self.count += n
+        self._store()
 
     @torch.no_grad()
     def merge(self, total: Callable[[Tensor], Tensor]) -> None:
@@ -53,15 +59,24 @@ class RunningMoments(nn.Module):
         self.m2.copy_(total(self.m2 + self.count * (self.mean - mean) ** 2))
         self.mean.copy_(mean)
         self.count.copy_(count)
+        self._store()
+
+    def _store(self) -> None:
+        if self.eps:
+            self.stored_std.copy_(self._sample_std())
+
+    def _sample_std(self) -> Float[Tensor, " d"]:
+        return (self.m2 / max(int(self.count) - 1, 1)).sqrt()
 
     def plain_std(self) -> Float[Tensor, " d"]:
         """Standard deviation of the rows added."""
-        return (self.m2 / max(int(self.count) - 1, 1)).sqrt()
+        return self.stored_std if self.eps else self._sample_std()
 
     def std(self, floor: float) -> Float[Tensor, " d"]:
         """Standard deviation, at least `floor` times its median (units silent in training)."""
         std = self.plain_std()
-        return std.clamp(min=max(floor * float(std.median()), torch.finfo(torch.float32).tiny))
+        least = max(floor * float(std.median()), torch.finfo(torch.float32).tiny)
+        return std.clamp(min=least) + self.eps
 
     def normalise(
         self, x: Float[Tensor, "n d"], *, floor: float, clip: float | None
@@ -72,38 +87,41 @@ class RunningMoments(nn.Module):
         return _clipped((x - self.mean.to(x.dtype)) / self.std(floor).to(x.dtype), clip)
 
 
-class StoredMoments(RunningMoments):
-    """As published code has them: with `eps` added to the std, which is stored to keep its bits."""
+class SecondMoment(nn.Module):
+    """Gathers C = E[x xᵀ] of a layer's inputs in float64, until `fit` makes something of it."""
 
-    stored_std: Tensor
+    count: Tensor
 
-    def __init__(self, width: int, eps: float) -> None:
-        super().__init__(width)
-        self.eps = eps
-        self.register_buffer("stored_std", torch.zeros(width, dtype=torch.float64))
+    def __init__(self, width: int, *, n_sums: int = 1) -> None:
+        super().__init__()
+        self.width, self.n_sums = width, n_sums
+        self.register_buffer("count", torch.zeros((), dtype=torch.int64))
+        self._forget()
 
-    def add(self, x: Float[Tensor, "n d"]) -> None:
-        super().add(x)
-        self.stored_std.copy_(super().plain_std())
+    def _forget(self) -> None:
+        self._sums: list[Tensor | float] = [0.0] * self.n_sums  # the first is Σ x xᵀ
 
+    @torch.no_grad()
+    def add(self, x: Float[Tensor, "n i"]) -> None:
+        """Gather rows."""
+        self._sums[0] = x.double().T @ x.double() + self._sums[0]
+        self.count += len(x)
+
+    @torch.no_grad()
     def merge(self, total: Callable[[Tensor], Tensor]) -> None:
-        super().merge(total)
-        self.stored_std.copy_(super().plain_std())
-
-    def plain_std(self) -> Float[Tensor, " d"]:
-        return self.stored_std
-
-    def std(self, floor: float) -> Float[Tensor, " d"]:
-        return super().std(floor) + self.eps
+        """Join the rows of several processes: `total` sums a tensor over them."""
+        # a process may have gathered none
+        zeros = torch.zeros(self.width, self.width, dtype=torch.float64, device=self.count.device)
+        self._sums = [total(zeros + gathered) for gathered in self._sums]
+        self.count.copy_(total(self.count))
 
 
-class Whitening(nn.Module):
+class Whitening(SecondMoment):
     """Keys of the layer's inputs, x ↦ M x (`whiten`; not in the paper).
 
     M = K = (C + ridge · mean(diag C) · I)⁻¹ with C = E[x xᵀ], at unit mean square.
     With `pairs` M = K P K with P = E[x yᵀ] over pairs of a group, and first tokens of an answer
-    have an M of their own.
-    `unit_response`: each key is divided by its response xᵀ M x.
+    have an M of their own. `unit_response`: each key is divided by its response xᵀ M x.
     """
 
     # A key is large only along directions that distinguish it from other prompts' keys, as in
@@ -113,24 +131,17 @@ class Whitening(nn.Module):
     # wordings share. First tokens carry the fact, later ones its spelling.
     # With `unit_response` an edit acts alike at all its tokens.
 
-    count: Tensor
     matrix: Tensor
     response: Tensor
 
     def __init__(
         self, width: int, ridge: float, *, pairs: bool = False, unit_response: bool = False
     ) -> None:
-        super().__init__()
+        super().__init__(width, n_sums=1 + 2 * pairs)  # Σ x yᵀ of later tokens, of first ones
         self.ridge, self.pairs, self.unit_response = ridge, pairs, unit_response
-        kinds = 2 if pairs else 1  # later tokens, first tokens
-        self.register_buffer("count", torch.zeros((), dtype=torch.int64))
+        kinds = 1 + pairs
         self.register_buffer("matrix", torch.eye(width).repeat(kinds, 1, 1))
         self.register_buffer("response", torch.ones(kinds))  # mean of xᵀ M x over the rows seen
-        self._forget()
-
-    def _forget(self) -> None:
-        self._second: Tensor | float = 0.0  # Σ x xᵀ while gathering
-        self._pairs: list[Tensor | float] = [0.0] * len(self.matrix)  # Σ x yᵀ by kind
 
     @torch.no_grad()
     def add(
@@ -139,49 +150,40 @@ class Whitening(nn.Module):
         groups: Int[Tensor, " n"] | None = None,
         first: Bool[Tensor, " n"] | None = None,
     ) -> None:
-        """Gather rows for `fit`; with `pairs` the group of each (−1: none), and its kind."""
-        x = x.double()
-        self._second = x.T @ x + self._second
-        self.count += len(x)
+        """Gather rows; with `pairs` the group of each (−1: none), and its kind."""
+        super().add(x)
         if groups is None:
             return
+        x = x.double()
         for kind in range(len(self.matrix)):
             chosen = (groups >= 0) & (first == bool(kind))
             rows = x[chosen]
             sums = x.new_zeros(int(groups.max()) + 1, x.shape[1])
             sums = sums.index_add(0, groups[chosen], rows)
             # all ordered pairs of a group, less each row with itself
-            self._pairs[kind] = sums.T @ sums - rows.T @ rows + self._pairs[kind]
-
-    @torch.no_grad()
-    def merge(self, total: Callable[[Tensor], Tensor]) -> None:
-        """Join the rows that several processes gathered: `total` sums a tensor over them."""
-        # a process may have gathered none
-        zeros = torch.zeros_like(self.matrix[0], dtype=torch.float64)
-        self.count.copy_(total(self.count))
-        self._second = total(zeros + self._second)
-        self._pairs = [total(zeros + pairs) for pairs in self._pairs]
+            self._sums[1 + kind] = sums.T @ sums - rows.T @ rows + self._sums[1 + kind]
 
     @torch.no_grad()
     def fit(self) -> None:
         """Compute the matrices. Raises DataError if no two rows were paired."""
-        moment = self._second / self.count
+        moment = self._sums[0] / self.count
         floor = self.ridge * moment.diagonal().mean()
         inverse = torch.linalg.inv(moment + floor * torch.eye(len(moment)).to(moment))
-        for kind, pairs in enumerate(self._pairs):
+        for kind in range(len(self.matrix)):
             matrix = inverse
             if self.pairs:
-                if isinstance(pairs, float) or not bool(pairs.any()):
-                    raise DataError(
-                        "whiten_pairs: no example has a paraphrase; set `whiten_pairs: false`"
-                    )
-                paired = inverse @ pairs @ inverse
+                paired = self._paired(inverse, self._sums[1 + kind])
                 if float((paired * moment).sum()) > 0:  # else wordings share nothing
                     matrix = paired
             scale = (matrix @ moment @ matrix).diagonal().mean().sqrt()
             self.matrix[kind] = matrix / scale
             self.response[kind] = (matrix * moment).sum() / scale
         self._forget()
+
+    def _paired(self, inverse: Float[Tensor, "d d"], pairs: Tensor | float) -> Float[Tensor, "d d"]:
+        if isinstance(pairs, float) or not bool(pairs.any()):
+            raise DataError("whiten_pairs: no example has a paraphrase; set `whiten_pairs: false`")
+        return inverse @ pairs @ inverse
 
     def normalise(
         self,

@@ -29,9 +29,6 @@ class LowRankUpdate:
     def __len__(self) -> int:
         return len(self.u)
 
-    def __repr__(self) -> str:
-        return f"LowRankUpdate(u {tuple(self.u.shape)}, delta {tuple(self.delta.shape)})"
-
     def scaled(self, factor: float) -> "LowRankUpdate":
         """The same update, `factor` times as strong."""
         return replace(self, coefficient=self.coefficient * factor)
@@ -39,6 +36,12 @@ class LowRankUpdate:
     def select(self, index: Sequence[int] | slice) -> "LowRankUpdate":
         """The updates of some of the edits."""
         return replace(self, u=self.u[index], delta=self.delta[index])
+
+    def merged(self, at_once: int) -> "LowRankUpdate":
+        """One update for each `at_once` edits in a row: their sum. `at_once` divides b."""
+        n = len(self.u) // at_once
+        u = self.u.reshape(n, -1, self.u.shape[2])
+        return replace(self, u=u, delta=self.delta.reshape(n, -1, self.delta.shape[2]))
 
     def dense(self) -> Float[Tensor, "o i"]:
         """Σ_b ΔW_b as a matrix in (output, input) orientation."""
@@ -54,12 +57,6 @@ class LowRankUpdate:
     def norms(self) -> Float[Tensor, " b"]:
         """‖ΔW_b‖_F of every edit."""
         return self.inner(self).clamp(min=0).sqrt()
-
-    def merged(self, at_once: int) -> "LowRankUpdate":
-        """One update for each `at_once` edits in a row: their sum. `at_once` divides b."""
-        n = len(self.u) // at_once
-        u = self.u.reshape(n, -1, self.u.shape[2])
-        return replace(self, u=u, delta=self.delta.reshape(n, -1, self.delta.shape[2]))
 
     def branch(self, x: Float[Tensor, "*n i"]) -> Float[Tensor, "*n o"]:
         """What is added to the layer's output for inputs x, (n, l, i) or (n · l, i).
@@ -123,6 +120,9 @@ def relative_norms(base: BaseModel, updates: Updates) -> dict[str, Float[Tensor,
     return shares
 
 
+# ---------------------------------------- on a model
+
+
 class SideBranch:
     """The forward hook of one update at one site."""
 
@@ -157,18 +157,18 @@ def side_branches(base: BaseModel, updates: Updates) -> Iterator[None]:
 @contextmanager
 def unedited(base: BaseModel) -> Iterator[None]:
     """Within the context no site adds a branch; afterwards they do so again, in their order."""
-    modules = [base.site_module(site) for site in base.sites]
-    before = [dict(module._forward_hooks) for module in modules]
+    hooks_of = [base.site_module(site)._forward_hooks for site in base.sites]
+    before = [dict(hooks) for hooks in hooks_of]
     try:
-        for module, hooks in zip(modules, before, strict=True):
-            for key, hook in hooks.items():
+        for hooks in hooks_of:
+            for key, hook in list(hooks.items()):
                 if isinstance(hook, SideBranch):
-                    del module._forward_hooks[key]
+                    del hooks[key]
         yield
     finally:
-        for module, hooks in zip(modules, before, strict=True):
-            module._forward_hooks.clear()
-            module._forward_hooks.update(hooks)
+        for hooks, kept in zip(hooks_of, before, strict=True):
+            hooks.clear()
+            hooks.update(kept)
 
 
 def in_force(base: BaseModel, site: Site) -> Float[Tensor, "o i"]:
@@ -183,8 +183,8 @@ def in_force(base: BaseModel, site: Site) -> Float[Tensor, "o i"]:
 def capped(base: BaseModel, updates: Updates, most: float, *, strength: float = 1.0) -> Updates:
     """Updates with ‖T + ΔW_b‖_F / ‖W‖_F ≤ `most` at their `strength`, T being the edits in force.
 
-    An update that goes beyond is made c times as strong, with the largest c in [0, 1] that
-    does not. If T is too large by itself, c is that of the least norm.
+    One that goes beyond gets the largest factor c in [0, 1] that does not.
+    If T is too large by itself, c is that of the least norm.
     """
     out = dict(updates)
     for site in base.sites:

@@ -81,16 +81,16 @@ def test_truncation_is_the_best_of_its_rank_and_its_error_the_tail(family, rank,
         assert site.relative_error == pytest.approx(
             float(values[keep:].norm() / values.norm()), rel=1e-6, abs=1e-12
         )
-        lora = LoRA.of(update.u[0], update.delta[0] * update.coefficient, rank=rank)
+        lora = LoRA.of(site.name, update.u[0], update.delta[0] * update.coefficient, rank=rank)
         torch.testing.assert_close(lora.B @ lora.A, (left[:, :keep] * values[:keep]) @ right[:keep])
 
 
 def test_more_tokens_than_features_and_repeated_tokens_have_no_more_rank_than_the_change():
     u, delta = torch.randn(40, 6, dtype=torch.float64), torch.randn(40, 4, dtype=torch.float64)
-    wide = LoRA.of(u, delta)
+    wide = LoRA.of("w", u, delta)
     torch.testing.assert_close(wide.B @ wide.A, delta.T @ u)
-    assert len(wide.A) == 4 and len(LoRA.of(u[:1].repeat(9, 1), delta[:1].repeat(9, 1)).A) == 1
-    none = LoRA.of(u, delta * 0)
+    assert len(wide.A) == 4 and len(LoRA.of("w", u[:1].repeat(9, 1), delta[:1].repeat(9, 1)).A) == 1
+    none = LoRA.of("w", u, delta * 0)
     assert len(none.A) == 1 and none.relative_error == 0 and not (none.B @ none.A).any()
 
 
