@@ -181,7 +181,7 @@ def merge(base: BaseModel, changes: Mapping[str, Float[Tensor, "m n"]]) -> Merge
     return Merged(edited, tuple(report))
 
 
-def _what_is_left(name: str, got: Float[Tensor, "m n"], change: Float[Tensor, "m n"]) -> MergedSite:
+def _what_is_left(name: str, got: Tensor, change: Tensor) -> MergedSite:
     wanted = change.double()
     norm = float(wanted.norm())
     if norm == 0:

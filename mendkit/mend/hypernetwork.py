@@ -125,7 +125,7 @@ class MEND(nn.Module):
             self.log_ridge = nn.Parameter(ridges.log().repeat(len(self.sites), 1))
 
     def steps(self) -> Float[Tensor, " s"]:
-        """The step sizes α in the order of the sites; gradients flow through them."""
+        """The step sizes α in the order of the sites."""
         return self.edit_lr_unit * self.log_edit_lr.exp()
 
     @property
@@ -154,6 +154,7 @@ class MEND(nn.Module):
 
         `memory`: earlier edits of a sequence (least squares); `gather`: as `normalise`.
         """
+        # Algorithm 2: normalise, transform, scale.
         normalised = self.normalise(factors, gather)
         transformed = self.transform(normalised)
         updates = self.scale(transformed, factors, n_edits)
@@ -202,9 +203,7 @@ class MEND(nn.Module):
             moved |= zip(names, pairs, strict=True)
         return moved
 
-    def _through(
-        self, name: str, z: Float[Tensor, "n d"], counts: Sequence[int]
-    ) -> Float[Tensor, "n d"]:
+    def _through(self, name: str, z: Tensor, counts: Sequence[int]) -> Tensor:
         if name in self.blocks:
             for block in self.blocks[name]:
                 z = block(z, counts)

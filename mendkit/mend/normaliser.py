@@ -65,7 +65,7 @@ class RunningMoments(nn.Module):
         if self.eps:
             self.stored_std.copy_(self._sample_std())
 
-    def _sample_std(self) -> Float[Tensor, " d"]:
+    def _sample_std(self) -> Tensor:
         return (self.m2 / max(int(self.count) - 1, 1)).sqrt()
 
     def plain_std(self) -> Float[Tensor, " d"]:
@@ -88,7 +88,7 @@ class RunningMoments(nn.Module):
 
 
 class SecondMoment(nn.Module):
-    """Gathers C = E[x xᵀ] of a layer's inputs in float64, until `fit` makes something of it."""
+    """Gathers C = E[x xᵀ] of a layer's inputs in float64, for `fit`."""
 
     count: Tensor
 
@@ -180,7 +180,7 @@ class Whitening(SecondMoment):
             self.response[kind] = (matrix * moment).sum() / scale
         self._forget()
 
-    def _paired(self, inverse: Float[Tensor, "d d"], pairs: Tensor | float) -> Float[Tensor, "d d"]:
+    def _paired(self, inverse: Tensor, pairs: Tensor | float) -> Tensor:
         if isinstance(pairs, float) or not bool(pairs.any()):
             raise DataError("whiten_pairs: no example has a paraphrase; set `whiten_pairs: false`")
         return inverse @ pairs @ inverse
@@ -205,5 +205,5 @@ class Whitening(SecondMoment):
         return _clipped(key, clip)
 
 
-def _clipped(x: Float[Tensor, "n d"], clip: float | None) -> Float[Tensor, "n d"]:
+def _clipped(x: Tensor, clip: float | None) -> Tensor:
     return x if clip is None else x.clamp(-clip, clip)

@@ -61,7 +61,7 @@ class Playground:
 
     def journal(self) -> list[Row]:
         """A row for each edit: `edit` (in words), `strength`, `state`."""
-        rows = []
+        rows: list[Row] = []
         for edit in self.session.journal:
             words = "; ".join(f"{e.prompt} → {e.target_new}" for e in edit.examples)
             state = "in force" if edit.active else "undone"

@@ -102,15 +102,15 @@ class Panel:
         shown = f"{self.about.value}<h4>Journal of edits</h4>{journal}{self.results.value}"
         return HTML(f'{PANEL_STYLE}<div class="mendkit">{shown}</div>')
 
-    def _button(self, label: str, action: Callable[[], str]) -> w.Button:
+    def _button(self, label: str, action: Callable[[], object]) -> w.Button:
         button = w.Button(description=label, layout=w.Layout(width="110px", flex="none"))
         button.on_click(lambda _: self._do(action))
         return button
 
     # ---------------------------------------- actions
 
-    def _do(self, action: Callable[[], str]) -> None:
-        """Act and draw; what `action` returns is said, and errors are."""
+    def _do(self, action: Callable[[], object]) -> None:
+        """Act and draw; a text that `action` returns is said, and errors are."""
         self._say("…")
         buttons = (self.apply, self.toggle, self.drop, self.save)
         for button in buttons:
@@ -118,7 +118,7 @@ class Panel:
         try:
             said = action()
             self.refresh()
-            self._say(said)
+            self._say(said if isinstance(said, str) else "")
         except MendkitError as error:
             self._say(str(error), bad=True)
         except Exception as error:
@@ -179,7 +179,7 @@ class Panel:
     def _on_strength(self, change: Any) -> None:
         if not self._filling:
             place, strength = self._place(), change["new"]
-            self._do(lambda: self.playground.session.set_strength(place, strength) and "")
+            self._do(lambda: self.playground.session.set_strength(place, strength))
 
     # ---------------------------------------- drawing
 
