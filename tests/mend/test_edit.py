@@ -14,7 +14,7 @@ from mendkit.mend.updates import LowRankUpdate, side_branches
 from mendkit.models.load import load_model
 from tests.oracles.attacks import Layout
 from tests.oracles.claims import EXAMPLES, editor_for, hparams, logits
-from tests.oracles.tiny import save_tiny, tiny_llama
+from tests.oracles.tiny import save_tiny, tiny_gpt2, tiny_llama
 
 PROMPT = "The capital of France is"
 
@@ -56,21 +56,11 @@ def test_undo_restores_the_bits(family, request):
 
 def test_strength_scales_the_weight_change(llama):
     edit = editor_for(llama).edit(EXAMPLES[0])
-    for factor in (0.0, 0.5, 2.0):
-        scaled = edit.scale(factor)
-        for name, change in edit.dense().items():
-            torch.testing.assert_close(scaled.dense()[name], factor * change)
+    for name, change in edit.scale(-0.5).dense().items():
+        torch.testing.assert_close(change, -0.5 * edit.dense()[name])
     with edit.scale(0.0).applied():
         changed = logits(llama)
     torch.testing.assert_close(changed, logits(llama))
-
-
-def test_several_examples_add_up(llama):
-    editor = editor_for(llama)
-    both = editor.edit(list(EXAMPLES[:2])).dense()
-    each = [editor.edit(example).dense() for example in EXAMPLES[:2]]
-    for name, change in both.items():
-        torch.testing.assert_close(change, each[0][name] + each[1][name], rtol=1e-4, atol=1e-7)
 
 
 def test_rows_of_a_batch_are_each_under_their_own_edit(llama):
@@ -97,6 +87,10 @@ def test_misuse_is_named(llama):
         edit.apply()
     with pytest.raises(MendkitError, match="no example"):
         editor.edit([])
+    with pytest.raises(MendkitError, match="no new answer"):
+        editor.edit(PROMPT)
+    with pytest.raises(MendkitError, match="same model"):
+        Edit.combined([edit, editor_for(tiny_llama()).edit(EXAMPLES[0])])
     with pytest.raises(ArchiveError, match="train"):
         MENDEditor.from_hparams(hparams(), base=llama)
 
@@ -159,25 +153,23 @@ def test_a_merged_model_is_the_edited_one_and_the_base_stays(family, request):
         torch.testing.assert_close(logits(merged.base), wanted, rtol=1e-4, atol=5e-6)
 
 
-@pytest.mark.parametrize("family", ["llama", "gpt2"])
-def test_a_merged_folder_is_plain_transformers(family, request, tmp_path):
-    base = request.getfixturevalue(family)
+@pytest.mark.parametrize("build", [tiny_llama, tiny_gpt2])
+def test_a_merged_folder_is_plain_transformers(build, tmp_path):
+    base = load_model(save_tiny(tmp_path / "model", build()))
+    before = {path: path.read_bytes() for path in (tmp_path / "model").iterdir()}
     with editor_for(base).session() as session:
         session.edit(EXAMPLES[0])
         session.edit(EXAMPLES[1])
         wanted = logits(base)
-        session.combined().save_merged(tmp_path)
-    ids = AutoTokenizer.from_pretrained(tmp_path)(PROMPT, return_tensors="pt")["input_ids"]
+        session.combined().save_merged(tmp_path / "merged")
+        with pytest.raises(MendkitError, match="holds the base model itself"):
+            session.combined().save_merged(tmp_path / "model" / ".." / "model")
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "merged")
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "merged")
+    ids = tokenizer(PROMPT, return_tensors="pt")["input_ids"]
     with torch.no_grad():
-        got = AutoModelForCausalLM.from_pretrained(tmp_path)(input_ids=ids, use_cache=False).logits
+        got = model(input_ids=ids, use_cache=False).logits
     torch.testing.assert_close(got, wanted, rtol=1e-4, atol=5e-6)
-
-
-def test_no_merge_into_the_base_models_own_folder(tmp_path):
-    base = load_model(save_tiny(tmp_path / "model"))
-    before = {path: path.read_bytes() for path in (tmp_path / "model").iterdir()}
-    with pytest.raises(MendkitError, match="holds the base model itself"):
-        editor_for(base).edit(EXAMPLES[0]).save_merged(tmp_path / "model" / ".." / "model")
     assert {path: path.read_bytes() for path in (tmp_path / "model").iterdir()} == before
 
 
@@ -206,52 +198,24 @@ def test_a_saved_edit_has_the_same_bits_and_examples(llama, saved):
         assert torch.equal(logits(loaded.base), wanted)
 
 
-def test_a_coefficient_that_is_a_plain_number_keeps_its_bits(llama, tmp_path):
-    edit = Edit.combined([editor_for(llama).edit(EXAMPLES[0])]).scale(1 / 3)
-    loaded = Edit.load(edit.save(tmp_path / "edit"), llama)
-    assert all(torch.equal(edit.dense()[name], change) for name, change in loaded.dense().items())
-
-
-def test_another_model_is_refused(saved):
-    with pytest.raises(ArchiveError, match=r"made for another model.*other weights"):
-        Edit.load(saved[1], tiny_llama(seed=5))
-
-
-def test_a_merged_model_is_another_model(saved):
+@pytest.mark.parametrize("change", ["strength", "answer", "format", "cut", "another", "merged"])
+def test_a_changed_file_and_another_model_are_refused(llama, saved, change):
     edit, path = saved
-    with pytest.raises(ArchiveError, match="already edited"):
-        Edit.load(path, edit.merged().base)
-
-
-@pytest.mark.parametrize(
-    ("change", "words"),
-    [
-        (lambda t, m: t["0/model.layers.3.mlp.down_proj.weight/u"].add_(1e-3), "checksum"),
-        (lambda t, m: t.pop("0/model.layers.3.mlp.down_proj.weight/u"), "checksum"),
-        (lambda t, m: m["edits"][0].update(strength=9.0), "checksum"),
-        (lambda t, m: m["edits"][0]["examples"][0].update(target_new="Oslo"), "checksum"),
-        (lambda t, m: m.update(format="mendkit-2"), "unknown format"),
-    ],
-)
-def test_tampering_is_found(llama, saved, change, words):
-    path = saved[1]
+    base = {"another": tiny_llama(seed=5), "merged": edit.merged().base}.get(change, llama)
     metadata, tensors = Layout.of(path.read_bytes()).metadata, load_file(path)
-    change(tensors, metadata)
+    told = metadata["edits"][0]
+    if change == "strength":
+        told["strength"] = 9.0
+    elif change == "answer":
+        told["examples"][0]["target_new"] = "Oslo"
+    elif change == "format":
+        metadata["format"] = "mendkit-2"
     save_file(tensors, path, metadata={"mendkit": json.dumps(metadata)})
-    with pytest.raises(ArchiveError, match=words):
-        Edit.load(path, llama)
-
-
-def test_no_file_half_a_file_and_another_kind(llama, saved, tmp_path):
-    path = saved[1]
+    if change == "cut":
+        path.write_bytes(path.read_bytes()[:-9])
+    words = {"format": "unknown format", "cut": "not a readable", "another": "other weights"}
+    words["merged"] = "already edited"
+    with pytest.raises(ArchiveError, match=words.get(change, "checksum")):
+        Edit.load(path, base)
     with pytest.raises(ArchiveError, match="no such saved edit"):
-        Edit.load(tmp_path / "none", llama)
-    path.write_bytes(path.read_bytes()[:-9])
-    with pytest.raises(ArchiveError, match="not a readable saved edit"):
-        Edit.load(path, llama)
-
-
-def test_edits_of_two_models_are_not_combined(llama):
-    edits = [editor_for(base).edit(EXAMPLES[0]) for base in (llama, tiny_llama())]
-    with pytest.raises(MendkitError, match="same model"):
-        Edit.combined(edits)
+        Edit.load(path.with_name("none"), llama)

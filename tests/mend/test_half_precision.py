@@ -68,15 +68,14 @@ def test_factors_losses_and_gradients_are_float32_and_those_of_a_float32_model(
     assert min(*errors(another)[0], *errors(another)[2]) > 250 * rounding
 
 
-@pytest.mark.parametrize(("dtype", "rounding"), [(torch.bfloat16, 2**-8), (torch.float16, 2**-11)])
-def test_statistics_are_float64_and_the_optimisers_moments_float32(dtype, rounding):
-    half, same = tiny_llama(dtype=dtype), tiny_llama()
+def test_statistics_are_float64_and_the_optimisers_moments_float32():
+    half, same = tiny_llama(dtype=torch.bfloat16), tiny_llama()
     same.model.load_state_dict(half.model.state_dict())
     mend, expected = (with_statistics(base, MEND(base.sites, hparams())) for base in (half, same))
     for key, moments in mend.moments.items():
         for part in ("u", "delta"):
             assert moments[part].mean.dtype == moments[part].m2.dtype == torch.float64
-            assert 0 < distance(moments[part].m2, expected.moments[key][part].m2) < 5 * rounding
+            assert 0 < distance(moments[part].m2, expected.moments[key][part].m2) < 5 * 2**-8
     optimiser = make_optimiser(mend, hparams())
     total_loss(one_step(half, mend)[1], hparams()).backward()
     optimiser.step()
