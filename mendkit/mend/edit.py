@@ -29,7 +29,6 @@ from .updates import (
     relative_norms,
     side_by_side,
     summed,
-    unedited,
 )
 
 EDIT = Kind(
@@ -154,8 +153,7 @@ class Edit:
         Both models share the other weights: write to neither. Other edits in force stay out.
         A rounding that loses much of the edit is reported, and warned of.
         """
-        with unedited(self.base):
-            return merge(self.base, self.dense())
+        return merge(self.base, self.dense())
 
     def save_merged(self, folder: str | Path) -> tuple[MergedSite, ...]:
         """Write `merged()` as a model folder for transformers; returns what is left of the edit.

@@ -12,6 +12,7 @@ import copy
 import json
 import logging
 import re
+import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -27,12 +28,20 @@ from torch import Tensor, nn
 
 from ..errors import MendkitError
 from ..models.base import BaseModel
-from ..models.checkpoints import silence_transformers
+from ..models.cache import cache_root
+from ..models.checkpoints import BUNDLED, silence_transformers
 from ..runs import make_folder, write_text
 from .losses import wide
+from .updates import unedited
 
 logger = logging.getLogger(__name__)
 
+BUNDLED_HUB_ID = "HuggingFaceTB/SmolLM2-135M-Instruct"
+RENAMED_BY_PEFT = {
+    "mixtral": ("gate", "w1", "w2", "w3"),
+    "qwen2_moe": ("gate", "gate_proj", "up_proj", "down_proj"),
+}
+"""Ends of names that PEFT takes for fused experts, by transformers' pattern for a model type."""
 LITTLE_KEPT = 0.9
 """A merge that keeps less than this share of a change is warned of."""
 
@@ -90,6 +99,51 @@ class LoRA:
         return cls(name, a.to(u.dtype).contiguous(), b.to(delta.dtype).contiguous(), error)
 
 
+def _misread(folder: Path, base: BaseModel, loras: Mapping[str, LoRA]) -> list[str]:
+    """The modules of which PEFT makes something else than A and B; `loras` by module.
+
+    PEFT reads the files into a copy of the model that shares its weights. What holds of A and B
+    holds of the logits of any prompt. Without PEFT its rule for renaming decides.
+    """
+    try:
+        from peft import PeftModel
+    except ImportError:
+        from transformers import conversion_mapping
+
+        patterns = getattr(conversion_mapping, "_MODEL_TO_CONVERSION_PATTERN", {})
+        kind = base.model.config.model_type
+        renamed = RENAMED_BY_PEFT.get(patterns.get(kind, kind), ())
+        return [module for module in loras if module.rpartition(".")[2] in renamed]
+    with unedited(base), warnings.catch_warnings(), silence_transformers():
+        warnings.simplefilter("ignore")
+        try:
+            read = PeftModel.from_pretrained(_copy_of(base), str(folder))
+        except (ValueError, KeyError, RuntimeError, TypeError, AttributeError) as error:
+            logger.warning("PEFT cannot load the adapter: %s", str(error).partition("\n")[0])
+            return list(loras)
+    adapted = {}
+    for name, module in read.named_modules():
+        if hasattr(module, "lora_A"):
+            adapted[name.removeprefix("base_model.model.")] = module
+    lost = [module for module in adapted if module not in loras]
+    for module, lora in loras.items():
+        layer: Any = adapted.get(module)
+        if layer is None or layer.scaling != {"default": 1.0}:
+            lost.append(module)
+            continue
+        for written, kept in ((lora.A, layer.lora_A), (lora.B, layer.lora_B)):
+            missing = kept["default"].weight.double().cpu() - written.double()
+            if missing.norm() > 0.01 * written.norm():  # half precision rounds less
+                lost.append(module)
+    return lost
+
+
+def _copy_of(base: BaseModel, replaced: Mapping[int, nn.Parameter] | None = None) -> Any:
+    """A copy of the model that shares its parameters, but those `replaced` by id."""
+    shared = {id(parameter): parameter for parameter in base.model.parameters()}
+    return copy.deepcopy(base.model, shared | dict(replaced or {}))
+
+
 def write_adapter(folder: str | Path, base: BaseModel, loras: Sequence[LoRA]) -> None:
     """Write adapters as one that `peft.PeftModel.from_pretrained` loads."""
     modules = {site.name: site.module for site in base.sites}
@@ -104,6 +158,13 @@ def write_adapter(folder: str | Path, base: BaseModel, loras: Sequence[LoRA]) ->
     with _new_files(folder, "the adapter") as new:
         save_file(tensors, new / "adapter_model.safetensors", metadata={"format": "pt"})
         write_text(new / "adapter_config.json", json.dumps(config, indent=2) + "\n")
+        lost = _misread(new, base, {modules[lora.name]: lora for lora in loras})
+        if lost:
+            raise MendkitError(
+                f"PEFT reads an adapter of {lost[0]} otherwise than it is meant, for a model of "
+                f"type {base.model.config.model_type}: such an edit would be lost; keep it by "
+                "`save_merged` or `save`, or edit other layers (`inner_params`)"
+            )
 
 
 def _peft_config(base: BaseModel, ranks: Mapping[str, int]) -> dict[str, Any]:
@@ -123,7 +184,7 @@ def _peft_config(base: BaseModel, ranks: Mapping[str, int]) -> dict[str, Any]:
     return {
         "peft_type": "LORA",
         "task_type": task,
-        "base_model_name_or_path": base.model.name_or_path or base.name,
+        "base_model_name_or_path": _base_name(base),
         "inference_mode": True,
         "r": rank,
         "lora_alpha": rank,  # scaling is alpha / r
@@ -133,6 +194,15 @@ def _peft_config(base: BaseModel, ranks: Mapping[str, int]) -> dict[str, Any]:
         "bias": "none",
         "lora_dropout": 0.0,
     }
+
+
+def _base_name(base: BaseModel) -> str:
+    """The base model's hub id where it has one, else its place on this machine."""
+    place = base.model.name_or_path or base.name
+    if place == str(cache_root() / BUNDLED):
+        return BUNDLED_HUB_ID
+    cached = re.search(r"models--([^/\\]+?)--([^/\\]+)[/\\]snapshots[/\\]", place)
+    return "/".join(cached.groups()) if cached else place
 
 
 # ---------------------------------------- merge
@@ -157,13 +227,12 @@ class Merged:
 
 def merge(base: BaseModel, changes: Mapping[str, Float[Tensor, "m n"]]) -> Merged:
     """A new model with each site's ΔW, in the weight's orientation; `base` stays as it is."""
-    shared = {id(parameter): parameter for parameter in base.model.parameters()}
-    report = []
+    replaced, report = {}, []
     for site in base.sites:
         if site.name in changes:
             weight, change = base.site_module(site).weight, changes[site.name]
             merged = (wide(weight) + change).to(weight.dtype)
-            shared[id(weight)] = nn.Parameter(merged, requires_grad=False)
+            replaced[id(weight)] = nn.Parameter(merged, requires_grad=False)
             report.append(_what_is_left(site.name, merged.double() - weight.double(), change))
     worst = min(report, key=lambda site: site.kept)
     if worst.kept < LITTLE_KEPT:
@@ -175,8 +244,8 @@ def merge(base: BaseModel, changes: Mapping[str, Float[Tensor, "m n"]]) -> Merge
             worst.name,
         )
     names = tuple(site.name for site in base.sites)
-    # a copy that takes each parameter from `shared` instead of copying it
-    model = copy.deepcopy(base.model, shared)
+    with unedited(base):
+        model = _copy_of(base, replaced)
     edited = BaseModel(model, base.tokenizer, name=f"{base.name} (edited)", inner_params=names)
     return Merged(edited, tuple(report))
 
