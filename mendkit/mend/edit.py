@@ -8,6 +8,7 @@ An edit can be kept as a LoRA adapter, in a merged copy (export.py), or as the k
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
+from itertools import chain
 from pathlib import Path
 
 import torch
@@ -190,9 +191,10 @@ class Edit:
         for site in base.sites:
             at_site = [made[site.name] for made in each if site.name in made]
             updates[site.name] = side_by_side(at_site)
-        examples = [example for edit in edits for example in edit.examples]
-        archives = {edit.archive for edit in edits}
-        return cls(base, updates, examples, archive=archives.pop() if len(archives) == 1 else None)
+        examples = list(chain.from_iterable(edit.examples for edit in edits))
+        made_by = {edit.archive for edit in edits}
+        archive = made_by.pop() if len(made_by) == 1 else None
+        return cls(base, updates, examples, archive=archive)
 
 
 def _common_base(edits: Sequence[Edit]) -> BaseModel:
@@ -202,7 +204,7 @@ def _common_base(edits: Sequence[Edit]) -> BaseModel:
             f"expected one edit or several of the same model, got {len(edits)}; "
             "combine those of one"
         )
-    sites = dict.fromkeys(name for edit in edits for name in edit.unit_updates)
+    sites = dict.fromkeys(chain.from_iterable(edit.unit_updates for edit in edits))
     return edits[0].base.with_sites(tuple(sites))
 
 

@@ -2,18 +2,22 @@
 
 import copy
 import json
+import sys
 
 import pytest
 import torch
+import transformers
 from peft import AutoPeftModelForCausalLM, PeftModel
 
 from mendkit.errors import MendkitError
 from mendkit.mend.edit import Edit
 from mendkit.mend.export import LoRA
 from mendkit.mend.updates import LowRankUpdate
+from mendkit.models.base import BaseModel
+from mendkit.models.cache import cache_root
 from mendkit.models.load import load_model
 from tests.oracles.claims import EXAMPLES, editor_for, logits
-from tests.oracles.tiny import save_tiny, tiny_llama
+from tests.oracles.tiny import save_tiny, tiny_llama, tiny_tokenizer
 
 NAME = "model.layers.3.mlp.down_proj"
 
@@ -129,6 +133,66 @@ def test_sites_whose_names_end_alike_keep_their_own_ranks(tmp_path):
         torch.testing.assert_close(
             layer.get_delta_weight("default"), edit.dense()[site.name], rtol=1e-4, atol=1e-6
         )
+
+
+MIXTURES = {
+    "DeepseekV3": {"first_k_dense_replace": 4, "kv_lora_rank": 16, "q_lora_rank": 16}
+    | {"qk_rope_head_dim": 8, "qk_nope_head_dim": 8, "v_head_dim": 8, "n_group": 1},
+    "Qwen3Moe": {"mlp_only_layers": [2, 3], "head_dim": 8},
+}
+
+
+def mixture(name: str, layer: str) -> BaseModel:
+    """A random model of a class whose layers PEFT renames; `layer` of its last block is edited."""
+    sizes = {"hidden_size": 32, "intermediate_size": 48, "moe_intermediate_size": 24}
+    sizes |= {"num_hidden_layers": 4, "num_attention_heads": 4, "num_key_value_heads": 4}
+    sizes |= {"pad_token_id": 1, "eos_token_id": 0, "bos_token_id": None}
+    tokenizer = tiny_tokenizer()
+    config = getattr(transformers, f"{name}Config")(
+        vocab_size=len(tokenizer), **sizes, **MIXTURES[name]
+    )
+    torch.manual_seed(0)
+    model = getattr(transformers, f"{name}ForCausalLM")(config).eval()
+    site = f"model.layers.3.{layer}.weight"
+    return BaseModel(model, tokenizer, name=name, inner_params=[site])
+
+
+@pytest.mark.parametrize("name", MIXTURES)
+@pytest.mark.parametrize("with_peft", [True, False])
+def test_an_adapter_that_peft_would_lose_is_refused_by_name(name, with_peft, tmp_path, monkeypatch):
+    """The control: attention's output, which PEFT does not rename."""
+    dense = editor_for(mixture(name, "mlp.down_proj")).edit(EXAMPLES[0])
+    base = mixture(name, "self_attn.o_proj")
+    edit = editor_for(base).edit(EXAMPLES[0])
+    with monkeypatch.context() as patch:
+        if not with_peft:
+            patch.setitem(sys.modules, "peft", None)
+        with pytest.raises(MendkitError, match=r"of model\.layers\.3\.mlp\.down_proj otherwise"):
+            dense.save_adapter(tmp_path)
+        assert list(tmp_path.iterdir()) == []
+        edit.save_adapter(tmp_path)
+    with edit.applied():
+        wanted = logits(base)
+    assert float((wanted - logits(base)).abs().max()) > 1e-3
+    got = peft_logits(with_adapter(base, tmp_path), base)
+    torch.testing.assert_close(got, wanted, rtol=1e-4, atol=5e-6)
+
+
+@pytest.mark.parametrize(
+    ("place", "name"),
+    [
+        ("owner/name", "owner/name"),
+        ("/home/me/hub/models--owner--name/snapshots/3f1c", "owner/name"),
+        (str(cache_root() / "smollm2-135m"), "HuggingFaceTB/SmolLM2-135M-Instruct"),
+        ("/home/me/models/mine", "/home/me/models/mine"),
+    ],
+)
+def test_an_adapter_names_its_base_model_as_the_hub_does(place, name, tmp_path):
+    base = tiny_llama()
+    base.model.name_or_path = place
+    editor_for(base).edit(EXAMPLES[0]).save_adapter(tmp_path)
+    config = json.loads((tmp_path / "adapter_config.json").read_text())
+    assert config["base_model_name_or_path"] == name
 
 
 def test_misuse_is_named(llama, tmp_path):
