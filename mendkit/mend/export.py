@@ -125,7 +125,7 @@ def _misread(folder: Path, base: BaseModel, loras: Mapping[str, LoRA]) -> list[s
     for name, module in read.named_modules():
         if hasattr(module, "lora_A"):
             adapted[name.removeprefix("base_model.model.")] = module
-    lost = [module for module in adapted if module not in loras]
+    lost = []
     for module, lora in loras.items():
         layer: Any = adapted.get(module)
         if layer is None or layer.scaling != {"default": 1.0}:
@@ -135,7 +135,7 @@ def _misread(folder: Path, base: BaseModel, loras: Mapping[str, LoRA]) -> list[s
             missing = kept["default"].weight.double().cpu() - written.double()
             if missing.norm() > 0.01 * written.norm():  # half precision rounds less
                 lost.append(module)
-    return lost
+    return [*lost, *(module for module in adapted if module not in loras)]
 
 
 def _copy_of(base: BaseModel, replaced: Mapping[int, nn.Parameter] | None = None) -> Any:
