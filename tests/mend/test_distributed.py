@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from mendkit.mend.archive import load_archive
-from mendkit.mend.normaliser import RunningMoments, StoredMoments, Whitening
+from mendkit.mend.normaliser import RunningMoments, Whitening
 from mendkit.mend.training import train
 from tests.oracles.claims import EXAMPLES, hparams
 
@@ -171,7 +171,7 @@ def merge_together(modules: list) -> None:
 def test_merged_statistics_are_those_of_all_rows(split, kind):
     make = {
         "moments": lambda: RunningMoments(6),
-        "stored": lambda: StoredMoments(6, 1e-7),
+        "stored": lambda: RunningMoments(6, 1e-7),
         "pairs": lambda: Whitening(6, 0.1, pairs=True, unit_response=True),
     }[kind]
     x = torch.randn(40, 6, generator=torch.Generator().manual_seed(0)) * 3 + 100
