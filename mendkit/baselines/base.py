@@ -7,21 +7,22 @@ every prompt, which changes no weight.
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from statistics import fmean
 
 from ..data.examples import EditExample, Probe
-from ..errors import LimitError, ModelError
-from ..evaluation.metrics import PART_OF_ROLE, STAY
-from ..evaluation.prepare import EvaluationSet, Scores
+from ..errors import HyperParamError, LimitError, ModelError
+from ..evaluation.inspection import restarted
+from ..evaluation.metrics import Reading
+from ..evaluation.prepare import EvaluationSet
 from ..evaluation.results import EvaluationReport, summarise
 from ..hparams import MENDHyperParams
-from ..mend.batches import edit_tokens, prepare_texts, told
+from ..mend.batches import edit_tokens, told
 from ..mend.edit import Edit
 from ..mend.editor import MENDEditor
 from ..mend.hypernetwork import MEND
 from ..mend.updates import Updates
-from ..mend.validation import validate_at
+from ..mend.validation import strength_curve
 from ..models.base import BaseModel
+from ..models.families import CAUSAL
 from ..models.sites import mlp_names
 from ..models.tokens import Tokens
 from ..models.trunk import FrozenTrunk
@@ -30,7 +31,13 @@ IDENTITY_EDIT_LRS = (2e-4, 4e-4, 8e-4, 1.6e-3, 3.2e-3, 6.4e-3)
 
 
 class Baseline:
-    """An editor that nothing is trained for. `settings` are the numbers chosen for it."""
+    """An editor that nothing is trained for. `settings` are what is chosen for it.
+
+    Other numbers are attributes of the class. Raises HyperParamError for a number that is not
+    positive, ModelError for a model that is not causal where it must be.
+    """
+
+    needs_causal = False
 
     def __init__(
         self,
@@ -39,6 +46,11 @@ class Baseline:
         name: str,
         settings: Mapping[str, float | str],
     ) -> None:
+        for key, value in settings.items():
+            if isinstance(value, float) and value <= 0:
+                raise HyperParamError(f"{key} of {name} must be positive, got {value}")
+        if self.needs_causal and base.family != CAUSAL:
+            raise ModelError(f"{name} edits causal models; {base.name} needs another baseline")
         self.base, self.name, self.settings = base, name, settings
         self.hparams = hparams.replace(lr_scale=1.0)  # which is for MEND's updates
 
@@ -60,10 +72,7 @@ class Baseline:
 
 def identity_editor(base: BaseModel, mend: MEND, *, edit_lr: float) -> MENDEditor:
     """MEND without training: the normalised gradient with one step size, `mend`'s statistics."""
-    untrained = mend.hparams.replace(edit_lr=edit_lr, init="id_xavier")
-    fresh = MEND(mend.sites, untrained).to(base.device)
-    fresh.moments.load_state_dict(mend.moments.state_dict())
-    return MENDEditor(base, fresh, name="identity")
+    return MENDEditor(base, restarted(base, mend, edit_lr=edit_lr), name="identity")
 
 
 def tune_identity(
@@ -77,11 +86,9 @@ def tune_identity(
 
     And a row for each step size: `edit_lr` and the values of `validate`.
     """
-    texts, trunk = prepare_texts(base, mend.hparams, examples), FrozenTrunk(base)
-    trunk.fill([text for example in texts for text in example.all()])
-    unit = identity_editor(base, mend, edit_lr=1.0).mend
-    found = validate_at(edit_lrs, trunk, unit, texts, mend.hparams)
-    rows = [{"edit_lr": lr, **values} for lr, values in zip(edit_lrs, found, strict=True)]
+    unit = identity_editor(base, mend, edit_lr=1.0)
+    curve = strength_curve(unit, examples, strengths=edit_lrs)
+    rows = [{"edit_lr": row.pop("strength"), **row} for row in curve]
     best = max(rows, key=lambda row: row["score"])
     return identity_editor(base, mend, edit_lr=best["edit_lr"]), tuple(rows)
 
@@ -97,7 +104,11 @@ def fact_in_context(on: EvaluationSet) -> EvaluationReport:
     context = EvaluationSet(on.base, on.hparams, examples, max_new_tokens=limit)
     if len(context) != len(on):
         raise LimitError(f"with the fact before it: {context.skipped[0]}")
-    rows = [on.row(i, _scores_in_context(on, context, i), {}) for i in on.to_edit]
+    read = []
+    for i in on.to_edit:
+        pairs = zip(context.read_before[i], on.read_before[i], strict=False)  # none is reworded
+        read.append([_compared(with_fact, without) for with_fact, without in pairs])
+    rows = on.rows_of(read, on.to_edit)
     counts = {"scored": len(rows), "already_true": len(on) - len(rows), "skipped": len(on.skipped)}
     return EvaluationReport(
         editor="fact in context",
@@ -109,22 +120,10 @@ def fact_in_context(on: EvaluationSet) -> EvaluationReport:
     )
 
 
-def _scores_in_context(on: EvaluationSet, context: EvaluationSet, i: int) -> Scores:
-    """What example i comes to with the fact before each prompt, and agreement with f without it."""
-    told_scores: list[dict[str, float]] = []
-    agreements: dict[str, list[float]] = {}
-    pairs = zip(context.read_before[i], on.read_before[i], strict=False)  # none is reworded
-    for k, (with_fact, without) in enumerate(pairs):
-        role, scores = on.prompts[i][k].role, dict(context.before[i].scores[k])
-        if role in STAY:
-            guesses = zip(with_fact.text.argmax, without.text.argmax, strict=True)
-            same = fmean(a == b for a, b in guesses)
-            scores |= {"score": same, "argmax_agreement": same}
-            agreements.setdefault(f"{PART_OF_ROLE[role]}.argmax_agreement", []).append(same)
-        told_scores.append(scores)
-    means = {name: fmean(found) for name, found in agreements.items()}
-    before = context.before[i]
-    return Scores(before.values | means, before.written, told_scores)
+def _compared(with_fact: Reading, without: Reading) -> Reading:
+    """A reading with the fact; its argmaxes are compared with those without."""
+    same = map(int.__eq__, with_fact.text.argmax, without.text.argmax)
+    return replace(with_fact, text=replace(with_fact.text, same=tuple(same)), greedy=None)
 
 
 def _told(e: EditExample) -> EditExample:

@@ -10,8 +10,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from ..errors import HyperParamError
-from ..evaluation.many import together
+from ..evaluation.evaluate import together
 from ..hparams import MENDHyperParams
 from ..mend.factors import capture_factors
 from ..mend.losses import edit_nll
@@ -34,7 +33,7 @@ class FineTuning(Baseline):
     """Gradient descent on the new answer's loss, so of low rank: ΔW = −lr Σ_steps Σ_t delta_t u_tᵀ.
 
     `cap` bounds ‖ΔW‖_F / ‖W‖_F of every site after each step. Several edits at once descend on the
-    mean of their losses. Raises HyperParamError for a number that is not positive.
+    mean of their losses.
     """
 
     def __init__(
@@ -46,12 +45,7 @@ class FineTuning(Baseline):
         steps: int = 10,
         cap: float | None = None,
     ) -> None:
-        if lr <= 0 or steps < 1 or (cap is not None and cap <= 0):
-            raise HyperParamError(
-                f"lr, cap must be positive and steps at least 1, got {lr}, {cap}, {steps}"
-            )
-        name = "fine-tuning"
-        settings: dict[str, float | str] = {"lr": lr, "steps": steps}
+        name, settings = "fine-tuning", {"lr": lr, "steps": steps}
         if cap is not None:
             name, settings = "fine-tuning, capped", settings | {"cap": cap}
         super().__init__(base, hparams, name, settings)
@@ -67,30 +61,24 @@ class FineTuning(Baseline):
             # 1. Gradients of the model as tuned so far.
             with side_branches(self.base, made):
                 factors = capture_factors(trunk, texts)
+            # 2. One step on top.
             step = {}
             for name, f in factors.items():
                 u, delta = padded(f.u, f.rows, count), padded(f.delta, f.rows, count)
                 step[name] = LowRankUpdate(u, delta, -self.lr)
-            # 2. One step on top.
             if at_once:
                 made = together(made, scaled(step, 1 / count))
-            elif made:
-                made = {name: side_by_side([made[name], u]) for name, u in step.items()}
             else:
+                for name, update in step.items():
+                    parts = [made[name], update] if made else [update]
+                    step[name] = side_by_side(parts)
                 made = step
             # 3. Back to the largest norm that is allowed.
-            made = self._capped(made)
+            for name, norms in relative_norms(self.base, made).items() if self.cap else ():
+                share = (self.cap / norms.clamp(min=1e-30)).clamp(max=1)
+                delta = made[name].delta * share[:, None, None].to(made[name].delta)
+                made[name] = replace(made[name], delta=delta)
         return made
-
-    def _capped(self, updates: Updates) -> Updates:
-        if self.cap is None:
-            return updates
-        out = {}
-        for name, norms in relative_norms(self.base, updates).items():
-            update, share = updates[name], (self.cap / norms.clamp(min=1e-30)).clamp(max=1)
-            delta = update.delta * share[:, None, None].to(update.delta)
-            out[name] = replace(update, delta=delta)
-        return out
 
 
 class LocalisedFineTuning(Baseline):
@@ -99,29 +87,16 @@ class LocalisedFineTuning(Baseline):
     Edits made at once are tuned breadth-first: epoch by epoch over shuffled mini-batches of all of
     them. It is over when the mean loss of an epoch is below `stop` nats; a mini-batch below it
     makes no step. Independent edits are tuned each alone. ΔW is dense: a matrix an edit.
-    Raises HyperParamError for a number out of range.
     """
 
+    epochs, batch_size, stop = 25, 100, 1e-2
+
     def __init__(
-        self,
-        base: BaseModel,
-        hparams: MENDHyperParams,
-        *,
-        site: str,
-        lr: float = 5e-4,
-        epochs: int = 25,
-        batch_size: int = 100,
-        stop: float = 1e-2,
+        self, base: BaseModel, hparams: MENDHyperParams, *, site: str, lr: float = 5e-4
     ) -> None:
-        if lr <= 0 or min(epochs, batch_size) < 1:
-            raise HyperParamError(
-                "lr must be positive, epochs and batch_size at least 1, "
-                f"got {lr}, {epochs}, {batch_size}"
-            )
-        settings: dict[str, float | str] = {"site": site, "lr": lr}
+        settings = {"site": site, "lr": lr}
         super().__init__(base.with_sites([site]), hparams, "localised fine-tuning", settings)
-        self.site, self.lr, self.epochs = self.base.sites[0], lr, epochs
-        self.batch_size, self.stop = batch_size, stop
+        self.site, self.lr = self.base.sites[0], lr
 
     def updates(
         self, texts: Sequence[Tokens], *, trunk: FrozenTrunk | None = None, at_once: bool = False
@@ -129,8 +104,7 @@ class LocalisedFineTuning(Baseline):
         """Updates of edits, one per text: independent ones, or one of all."""
         trunk = trunk or FrozenTrunk(self.base)
         groups = [texts] if at_once else [[text] for text in texts]
-        changes = [self._breadth_first(trunk, edits) for edits in groups]
-        return self._update(torch.cat(changes))
+        return self._update(torch.cat([self._breadth_first(trunk, edits) for edits in groups]))
 
     def _breadth_first(self, trunk: FrozenTrunk, texts: Sequence[Tokens]) -> Float[Tensor, "1 o i"]:
         dtype = torch.promote_types(self.base.dtype, torch.float32)
@@ -141,22 +115,18 @@ class LocalisedFineTuning(Baseline):
         for _ in range(self.epochs):
             total = 0.0
             for index in torch.randperm(len(texts), generator=generator).split(self.batch_size):
-                with torch.enable_grad():
-                    loss = self._losses(trunk, [texts[k] for k in index.tolist()], change).mean()
-                if loss.item() >= self.stop:
-                    (change.grad,) = torch.autograd.grad(loss, change)
-                    optimiser.step()
+                edits = [texts[k] for k in index.tolist()]
+                batch = collate(edits, self.base.pad_id, self.base.device)
+                with torch.enable_grad(), side_branches(self.base, self._update(change)):
+                    logits = trunk.suffix(edits, batch)
+                    loss = edit_nll(logits, batch.targets, batch.rows, len(batch)).mean()
+                    if loss.item() >= self.stop:
+                        (change.grad,) = torch.autograd.grad(loss, change)
+                        optimiser.step()
                 total += loss.item() * len(index)
             if total / len(texts) < self.stop:
                 break
         return change.detach()
-
-    def _losses(
-        self, trunk: FrozenTrunk, texts: Sequence[Tokens], change: Float[Tensor, "b o i"]
-    ) -> Float[Tensor, " n"]:
-        batch = collate(texts, self.base.pad_id, self.base.device)
-        with side_branches(self.base, self._update(change)):
-            return edit_nll(trunk.suffix(texts, batch), batch.targets, batch.rows, len(batch))
 
     def _update(self, change: Float[Tensor, "b o i"]) -> Updates:
         """ΔW as a sum over the rows of a unit matrix."""

@@ -26,18 +26,18 @@ from dataclasses import replace
 import torch
 from jaxtyping import Float
 from torch import Tensor
+from torch.nn.functional import one_hot
+from torch.nn.utils.rnn import pad_sequence
 
 from ..data.examples import EditExample
-from ..errors import HyperParamError, ModelError
-from ..evaluation.many import one_below_another, together
+from ..evaluation.evaluate import together
 from ..hparams import MENDHyperParams
 from ..mend.batches import prepare_texts
 from ..mend.factors import Factors, factors_and_losses
 from ..mend.losses import wide
-from ..mend.updates import LowRankUpdate, Updates, side_branches, unedited
+from ..mend.updates import LowRankUpdate, Updates, side_branches, side_by_side, unedited
 from ..mend.validation import forced
 from ..models.base import BaseModel
-from ..models.families import CAUSAL
 from ..models.tokens import Tokens, collate
 from ..models.trunk import FrozenTrunk
 from .base import Baseline, down_projections
@@ -58,9 +58,11 @@ class GaussNewton(Baseline):
     holds least are learned again with it. Every step holds `kept` texts besides: half of them
     neighbours and unrelated prompts of the examples `keep`, which must not be edited, half prompts
     of the step's edits about the subject of such an example. Independent edits hold two each.
-
-    Raises ModelError for a model that is not causal, HyperParamError for a number out of range.
     """
+
+    needs_causal = True
+    floor, most, stop = 0.02, 20.0, 0.5
+    epochs, batch_size, rehearse, reread = 8, 32, 8, 32
 
     def __init__(
         self,
@@ -71,35 +73,15 @@ class GaussNewton(Baseline):
         sites: Sequence[str] | None = None,
         keep: Sequence[EditExample] = (),
         ridge: float = 0.05,
-        floor: float = 0.02,
-        most: float = 20.0,
-        epochs: int = 8,
-        batch_size: int = 32,
         kept: int = 16,
-        rehearse: int = 8,
-        reread: int = 32,
-        stop: float = 0.5,
     ) -> None:
-        if base.family != CAUSAL:
-            raise ModelError(
-                f"Gauss-Newton edits causal models; {base.name} needs another baseline"
-            )
-        positive = {"ridge": ridge, "floor": floor, "most": most, "epochs": epochs, "stop": stop}
-        positive["batch_size"] = batch_size
-        if min(positive.values()) <= 0 or min(kept, rehearse, reread) < 0:
-            raise HyperParamError(
-                f"{positive} must be positive; kept {kept}, rehearse {rehearse}, reread {reread} "
-                "at least 0"
-            )
-        base = base.with_sites(down_projections(base) if sites is None else sites)
         super().__init__(base, hparams, "Gauss-Newton", {"ridge": ridge, "kept": kept})
-        self.ridge, self.most, self.epochs, self.batch_size = ridge, most, epochs, batch_size
-        self.kept, self.rehearse, self.reread, self.stop = kept, rehearse, reread, stop
+        self.base = base.with_sites(sites or down_projections(base))
+        self.ridge, self.kept = ridge, kept
         self.memory: list[Tokens] | None = None  # edits of a sequence so far
         # Editors of other settings share C⁻¹.
-        names = tuple(site.name for site in base.sites)
         self.inverse: dict[str, Tensor] = base.remembered(
-            ("inverse key moments", names, floor, text), lambda: _inverses(base, text, floor)
+            ("inverse key moments", self.base.sites, self.floor, text), lambda: self._inverses(text)
         )
         texts = prepare_texts(base, hparams, keep) if kept else []
         self.held = [text for example in texts for text in example.neighbours + example.unrelated]
@@ -109,6 +91,13 @@ class GaussNewton(Baseline):
             if edit.subject:
                 name = tuple(edit.ids[place] for place in edit.subject)
                 self.subjects.setdefault(min(edit.subject[0], 2), []).append(name)
+
+    def _inverses(self, text: str) -> dict[str, Float[Tensor, "i i"]]:
+        """C⁻¹ by site, with a floor on C's eigenvalues."""
+        inverses, dtype = {}, torch.promote_types(self.base.dtype, torch.float32)
+        for name, c in key_moments(self.base, text, ridge=self.floor).items():
+            inverses[name] = torch.linalg.inv(c).to(self.base.device, dtype)
+        return inverses
 
     def remembering(self) -> "GaussNewton":
         """The same editor at the start of a sequence: it keeps its edits, and rehearses them."""
@@ -127,7 +116,7 @@ class GaussNewton(Baseline):
             for text in texts:
                 others = self._others([text], min(self.kept, KEPT_ALONE), draw)
                 made.append(self._learn(trunk, [text], draw, others=others))
-            return {name: one_below_another([u[name] for u in made]) for name in self.inverse}
+            return {name: _one_below_another([u[name] for u in made]) for name in self.inverse}
         draw = random.Random(f"{seed} {len(self.memory or ())}")
         rehearsed = self._weakest(trunk, draw) if self.memory else []
         if self.memory is not None:
@@ -153,11 +142,10 @@ class GaussNewton(Baseline):
         others: Sequence[Tokens] | None = None,
     ) -> Updates:
         """One update of all edits; `others` are kept (None: drawn anew for every step)."""
-        zero = torch.zeros(1, 1, 1, device=self.base.device)
         made: Updates = {}
         for site in self.base.sites:
-            u, delta = zero.expand(1, 1, site.d_in), zero.expand(1, 1, site.d_out)
-            made[site.name] = LowRankUpdate(u, delta, 1.0)
+            u, delta = torch.zeros(1, 1, site.d_in), torch.zeros(1, 1, site.d_out)
+            made[site.name] = LowRankUpdate(u.to(self.base.device), delta.to(self.base.device), 1.0)
         most, last = self.most, float("inf")
         for _ in range(self.epochs):
             order, epoch = list(texts), []
@@ -216,7 +204,7 @@ class GaussNewton(Baseline):
             step[name] = LowRankUpdate(u[None], delta[None], -1.0)
             by_token = (f.u @ u.T) * (f.delta @ delta.T)
             # Which text each token belongs to.
-            member = torch.nn.functional.one_hot(f.rows, count).to(by_token)
+            member = one_hot(f.rows, count).to(by_token)
             total = total + (member.T @ by_token @ member).double()
         return (total + total.T) / 2, step
 
@@ -262,11 +250,9 @@ class GaussNewton(Baseline):
         return losses, [replace(text, targets=tuple(ids.tolist())) for text, ids in pairs]
 
 
-def _inverses(base: BaseModel, text: str, floor: float) -> dict[str, Float[Tensor, "i i"]]:
-    """C⁻¹ by site, with a floor on C's eigenvalues."""
-    out, dtype = {}, torch.promote_types(base.dtype, torch.float32)
-    for name, moment in key_moments(base, text).items():
-        c = moment.double()
-        c = c + floor * c.diagonal().mean() * torch.eye(len(c), dtype=c.dtype)
-        out[name] = torch.linalg.inv(c).to(base.device, dtype)
-    return out
+def _one_below_another(parts: Sequence[LowRankUpdate]) -> LowRankUpdate:
+    """The edits of several updates of a site as one, in order: b adds up."""
+    plain = [side_by_side([part]) for part in parts]  # coefficient 1
+    u = pad_sequence([part.u[0] for part in plain], batch_first=True)
+    delta = pad_sequence([part.delta[0] for part in plain], batch_first=True)
+    return LowRankUpdate(u, delta, 1.0)

@@ -25,14 +25,15 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from ..errors import DataError, HyperParamError, ModelError
+from ..errors import DataError
+from ..evaluation.metrics import first_token
 from ..hparams import MENDHyperParams
+from ..mend.factors import capture_inputs
 from ..mend.losses import edit_nll, locality_kl, wide
 from ..mend.updates import LowRankUpdate, Updates
 from ..models.base import BaseModel
-from ..models.families import CAUSAL
 from ..models.tokens import Tokens, collate
-from ..models.trunk import FrozenTrunk, only_scored
+from ..models.trunk import FrozenTrunk
 from .base import Baseline
 
 KEY_WINDOW, KEY_TOKENS = 256, 16_384
@@ -42,10 +43,13 @@ class ROME(Baseline):
     """Rank-one editing of the weight `site`; C and the contexts come from `text`.
 
     Edits made at once are the sum of single ones. `clamp` bounds ‖z‖ / ‖W k*‖; an edit is done once
-    its loss (equation 4) is below `stop`. Raises ModelError for a model that is not causal,
-    HyperParamError for a number out of range, and, when editing, DataError for a prompt that does
-    not name its subject.
+    its loss (equation 4) is below `stop`. When editing, raises DataError for a prompt that does not
+    name its subject.
     """
+
+    needs_causal = True
+    lr, steps, stop = 1.5, 12, 0.1
+    kl, decay, ridge, n_contexts = 0.0625, 5e-4, 1e-2, 2
 
     def __init__(
         self,
@@ -54,34 +58,31 @@ class ROME(Baseline):
         text: str,
         *,
         site: str,
-        lr: float = 1.5,
-        steps: int = 12,
         clamp: float = 4.0,
-        kl: float = 0.0625,
-        decay: float = 5e-4,
-        ridge: float = 1e-2,
-        contexts: int = 2,
-        stop: float = 0.1,
     ) -> None:
-        if base.family != CAUSAL:
-            raise ModelError(f"ROME edits causal models; {base.name} needs another baseline")
-        if min(lr, steps, clamp, ridge) <= 0 or min(kl, decay, contexts) < 0:
-            raise HyperParamError(
-                f"lr {lr}, steps {steps}, clamp {clamp}, ridge {ridge} must be positive; "
-                f"kl {kl}, decay {decay}, contexts {contexts} at least 0"
-            )
-        super().__init__(base.with_sites([site]), hparams, "ROME", {"site": site, "clamp": clamp})
-        self.lr, self.steps, self.clamp = lr, steps, clamp
-        self.kl, self.decay, self.stop = kl, decay, stop
+        super().__init__(base, hparams, "ROME", {"site": site, "clamp": clamp})
+        self.base, self.clamp = base.with_sites([site]), clamp
         self.site = self.base.sites[0]
         c = base.remembered(
-            ("key moments", site, text), lambda: key_moments(self.base, text)[site].double()
+            ("key moments", site, self.ridge, text),
+            lambda: key_moments(self.base, text, ridge=self.ridge)[site],
         )
-        c = c + ridge * c.diagonal().mean() * torch.eye(len(c))
         self.cholesky = torch.linalg.cholesky(c).to(base.device)
-        self.contexts = ((), *_contexts(self.base, text, contexts, seed=hparams.seed))
-        self.start = len(_first_token(self.base))  # where a context goes
-        self.essence = tuple(self.base.tokenizer(" is a", add_special_tokens=False)["input_ids"])
+        self.contexts = ((), *self._contexts(text))
+        self.start = len(first_token(base))  # where a context goes
+        self.essence = tuple(base.tokenizer(" is a", add_special_tokens=False)["input_ids"])
+
+    def _contexts(self, text: str) -> list[tuple[int, ...]]:
+        """Short pieces of the text, of different lengths, each ending with a new line."""
+        words, generator = text.split(), torch.Generator().manual_seed(self.hparams.seed)
+        size = (self.n_contexts,)
+        starts = torch.randint(max(1, len(words) - 8), size, generator=generator).tolist()
+        contexts = []
+        for k, at in enumerate(starts):
+            piece = " ".join(words[at : at + 3 + k % 4]) + ".\n"
+            ids = self.base.tokenizer(piece, add_special_tokens=False)["input_ids"]
+            contexts.append(tuple(ids))
+        return contexts
 
     def updates(
         self, texts: Sequence[Tokens], *, trunk: FrozenTrunk | None = None, at_once: bool = False
@@ -189,50 +190,23 @@ def _shifted(
         handle.remove()
 
 
-# ---------------------------------------------------------------------------------- from a text
+def key_moments(base: BaseModel, text: str, *, ridge: float = 0.0) -> dict[str, Tensor]:
+    """C = E[k kᵀ] (i, i) of the inputs k of every site over the first tokens of `text`.
 
-
-@torch.no_grad()
-def key_moments(base: BaseModel, text: str) -> dict[str, Float[Tensor, "i i"]]:
-    """E[k kᵀ] of the inputs k of every site over the first tokens of `text`, in float32.
-
-    Raises DataError for a text without tokens.
+    In float64, plus `ridge` times the mean of C's diagonal on it. Raises DataError for a text
+    without tokens.
     """
     ids = base.tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"][:KEY_TOKENS]
     if not ids:
         raise DataError("the text for ROME's covariance has no token; give a longer one")
-    begin, sums, handles = _first_token(base), {}, []
-    for site in base.sites:
-        sums[site.name] = torch.zeros(site.d_in, site.d_in, dtype=torch.float64)
-
-        def add(_: nn.Module, args: tuple[Tensor, ...], __: Tensor, name: str = site.name) -> None:
-            k = wide(args[0].reshape(-1, args[0].shape[-1])[len(begin) :])
-            sums[name] += (k.T @ k).cpu()
-
-        handles.append(base.site_module(site).register_forward_hook(add))
-    try:
-        for at in range(0, len(ids), KEY_WINDOW):
-            window = torch.tensor([[*begin, *ids[at : at + KEY_WINDOW]]], device=base.device)
-            with only_scored(base, torch.zeros_like(window, dtype=torch.bool)):
-                base.forward(window, torch.ones_like(window))
-    finally:
-        for handle in handles:
-            handle.remove()
-    return {name: (total / len(ids)).float() for name, total in sums.items()}
-
-
-def _contexts(base: BaseModel, text: str, count: int, *, seed: int) -> list[tuple[int, ...]]:
-    """Short pieces of the text, of different lengths, each ending with a new line."""
-    words, generator = text.split(), torch.Generator().manual_seed(seed)
-    starts = torch.randint(max(1, len(words) - 8), (count,), generator=generator).tolist()
-    out = []
-    for k, at in enumerate(starts):
-        piece = " ".join(words[at : at + 3 + k % 4]) + ".\n"
-        out.append(tuple(base.tokenizer(piece, add_special_tokens=False)["input_ids"]))
-    return out
-
-
-def _first_token(base: BaseModel) -> list[int]:
-    """The token with which the tokenizer begins every text, if it does."""
-    first = base.tokenizer("a")["input_ids"][:1]
-    return first if first == [base.tokenizer.bos_token_id] else []
+    begin, trunk, sums = first_token(base), FrozenTrunk(base), {}
+    for at in range(0, len(ids), KEY_WINDOW):
+        window = (*begin, *ids[at : at + KEY_WINDOW])
+        every = Tokens(window, tuple(range(len(begin), len(window))))
+        for name, inputs in capture_inputs(trunk, [every]).items():
+            k = wide(inputs)
+            sums[name] = sums.get(name, 0.0) + (k.T @ k).cpu().double()
+    for name, total in sums.items():
+        c = total / len(ids)
+        sums[name] = c + ridge * c.diagonal().mean() * torch.eye(len(c), dtype=c.dtype)
+    return sums

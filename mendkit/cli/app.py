@@ -8,7 +8,8 @@ import json
 import logging
 import os
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from functools import wraps
 from importlib.metadata import version
 from pathlib import Path
@@ -150,6 +151,17 @@ class RunFolder:
             raise MendkitError(
                 f"cannot write to {self.folder}: {error}; give another --out"
             ) from None
+
+    @contextmanager
+    def locked(self) -> Iterator[None]:
+        """Keep other processes out of the folder, which is made, while the context lasts."""
+        from ..runs import locked, make_folder
+
+        if self.folder is None:
+            yield
+            return
+        with locked(make_folder(self.folder)):
+            yield
 
     def write(self, results: Mapping[str, Any], rows: Sequence[Any] | None = None) -> None:
         """Write results.json, and rows.jsonl if there are rows."""

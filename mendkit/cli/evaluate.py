@@ -13,8 +13,7 @@ from . import app as cli
 from .app import Data, Json, Limit, MaxNewTokens, Out, Overwrite, SkipInvalid, Words, logger
 
 if TYPE_CHECKING:
-    from ..evaluation.evaluate import EvaluationSet
-    from ..evaluation.many import Editor
+    from ..evaluation.evaluate import Editor, EvaluationSet
     from ..evaluation.results import EvaluationReport
     from ..mend.editor import MENDEditor
     from ..models.base import BaseModel
@@ -70,15 +69,20 @@ def evaluate(
     score_on = partial(mendkit.EvaluationSet, base, hparams, max_new_tokens=max_new_tokens)
     chosen: Editor | None = mend
     tuning: dict[str, Any] = {}
-    if editor not in ("mend", "context"):
-        validation = score_on(read(tune_data, limit=tune_limit))
-        chosen, tuning = _tuned(editor, validation, key_text=key_text, mend=mend)
-    logger.info("scoring %d edits, mode %s", len(examples), mode)
-    started = time.perf_counter()
-    test = score_on(examples, text=held_out, text_tokens=text_tokens, fluency=fluency)
-    report = _report(chosen, test, mode=mode, k=k)
-    results = report.to_dict() | tuning | _costs(started)
-    place.write(results, [vars(row) for row in report.rows])
+    with place.locked():
+        if editor not in ("mend", "context"):
+            validation = score_on(read(tune_data, limit=tune_limit))
+            chosen, tuning = _tuned(editor, validation, key_text=key_text, mend=mend)
+        logger.info("scoring %d edits, mode %s", len(examples), mode)
+        started = time.perf_counter()
+        test = score_on(examples, text=held_out, text_tokens=text_tokens, fluency=fluency)
+        if chosen is None:
+            report = mendkit.fact_in_context(test)
+        else:
+            rows = out and out / "rows.jsonl"
+            report = mendkit.evaluate(chosen, test, mode=mode, k=k, rows=rows)
+        results = report.to_dict() | tuning | _costs(started)
+        place.write(results, [vars(row) for row in report.rows])
     cli.show(results, _table(report), as_json=as_json)
     return 0
 
@@ -93,15 +97,6 @@ def _edits_at_once(editor: str, mode: str, k: int | None) -> int | None:
     if k and mode != "batch":
         raise MendkitError("--k goes with --mode batch")
     return k or 25 if mode == "batch" else None
-
-
-def _report(
-    editor: "Editor | None", test: "EvaluationSet", *, mode: "Mode", k: int | None
-) -> "EvaluationReport":
-    """The scores of an editor, or of the fact in the prompt where there is none."""
-    if editor is None:
-        return mendkit.fact_in_context(test)
-    return mendkit.evaluate(editor, test, mode=mode, k=k)
 
 
 def _costs(started: float) -> dict[str, float]:

@@ -4,7 +4,7 @@ A gradient and an update are both low-rank, A = c Σ_t δ_t u_tᵀ, so a dense m
 check that this form is right (`rank_rows`; section 3.1 of the paper):
 
     cos = ⟨−ΔW, ∇L⟩ / (‖ΔW‖ ‖∇L‖), with ⟨A, B⟩ and ‖A‖ of `LowRankUpdate`,
-    singular values of A = those of |c| R_δ R_uᵀ, with δᵀ = Q_δ R_δ and uᵀ = Q_u R_u.
+    singular values of A = those of c R_δ R_uᵀ, with δᵀ = Q_δ R_δ and uᵀ = Q_u R_u.
 
 All in float64. Axes: b edits, t tokens, i layer input, o layer output, k singular values.
 """
@@ -14,8 +14,8 @@ from dataclasses import replace
 from typing import Any
 
 import torch
-from jaxtyping import Float
 from torch import Tensor
+from torch.nn.functional import normalize, pad
 
 from ..data.examples import EditExample
 from ..hparams import MENDHyperParams
@@ -33,7 +33,7 @@ from ..models.trunk import FrozenTrunk
 
 ALL, SCORED = "gradient, all tokens", "gradient, scored tokens"
 PER_FEATURE, WHITENED = "normalised per feature", "whitened keys"
-_PLAIN = {"whiten": None, "whiten_pairs": False, "unit_response": False}
+SMALLEST = torch.finfo(torch.float64).tiny
 
 
 def open_editor(
@@ -46,10 +46,11 @@ def open_editor(
     """
     if hparams.archive is not None:
         editor = MENDEditor.from_hparams(hparams, base=base)
-        return MENDEditor(editor.base, editor.mend, name="trained", archive=editor.archive)
+        editor.name = "trained"
+        return editor
     base = base.with_sites(hparams.inner_params) if base else load_model(hparams)
     texts = prepare_texts(base, hparams, examples)
-    mend = _fresh(base, hparams, [each.edit for each in texts], norm=True)
+    mend = _untrained(base, hparams, [each.edit for each in texts])
     if hparams.edit_lr == "auto":
         mend.start_at(best_edit_lr(FrozenTrunk(base), mend, texts[:AUTO_EDITS], mend.hparams))
     return MENDEditor(base, mend, name="untrained")
@@ -68,28 +69,22 @@ def answer_tokens(base: BaseModel, example: EditExample) -> dict[str, str | None
 
     The tokens are `new_token` and `old_token`; None where there is no such answer.
     """
-
-    def first(answer: str | None) -> str | None:
-        if not answer:
-            return None
-        if base.labels:
-            return base.said(answer)
-        return str(base.tokenizer.decode([base.tokenize(example.prompt, answer).targets[0]]))
-
-    return {
-        "prompt": example.prompt,
-        "new": example.target_new,
-        "old": example.ground_truth,
-        "new_token": first(example.target_new),
-        "old_token": first(example.ground_truth),
-    }
+    answers = {"new": example.target_new, "old": example.ground_truth}
+    found: dict[str, str | None] = {"prompt": example.prompt, **answers}
+    for name, answer in answers.items():
+        token = base.said(answer) if base.labels and answer else None
+        if answer and not base.labels:
+            token = str(base.tokenizer.decode([base.tokenize(example.prompt, answer).targets[0]]))
+        found[f"{name}_token"] = token
+    return found
 
 
-def restarted(base: BaseModel, mend: MEND, *, init: str = "id_xavier") -> MEND:
-    """`mend` before training: its statistics, fresh blocks, one step size."""
-    fresh = MEND(mend.sites, mend.hparams.replace(init=init, update_sign=-1)).to(base.device)
+def restarted(base: BaseModel, mend: MEND, **settings: Any) -> MEND:
+    """`mend` before training: its statistics, fresh blocks (`init`), one step size (`edit_lr`)."""
+    h = mend.hparams.replace(**{"init": "id_xavier", "update_sign": -1} | settings)
+    fresh = MEND(mend.sites, h).to(base.device)
     fresh.moments.load_state_dict(mend.moments.state_dict())
-    return fresh
+    return fresh.eval()
 
 
 def stages(base: BaseModel, mend: MEND, texts: Sequence[Tokens]) -> dict[str, MEND]:
@@ -98,26 +93,30 @@ def stages(base: BaseModel, mend: MEND, texts: Sequence[Tokens]) -> dict[str, ME
     `texts` give the per-feature statistics where `mend` has others.
     """
     h = mend.hparams
-    out = {ALL: _fresh(base, h.replace(edit_tokens="all", **_PLAIN), texts, norm=False)}
+    out = {ALL: _untrained(base, h.replace(edit_tokens="all"), ())}
     if h.edit_tokens == "scored":
-        out[SCORED] = _fresh(base, h, texts, norm=False)
-    if h.norm and h.whiten is None:
-        out[PER_FEATURE] = restarted(base, mend)
-        return out
-    out[PER_FEATURE] = _fresh(base, h, texts, norm=True)
-    if h.norm:
+        out[SCORED] = _untrained(base, h, ())
+    whitened = h.norm and h.whiten is not None
+    out[PER_FEATURE] = restarted(base, mend)
+    if whitened or not h.norm:
+        out[PER_FEATURE] = _untrained(base, h, texts)
+    if whitened:
         out[WHITENED] = restarted(base, mend)
     return out
 
 
-def _fresh(base: BaseModel, h: MENDHyperParams, texts: Sequence[Tokens], *, norm: bool) -> MEND:
-    """MEND at identity initialisation, with per-feature statistics of `texts` or none."""
-    h = h.replace(**_PLAIN, norm=norm, init="id_xavier", update_sign=-1, archive=None)
-    mend = MEND(base.sites, h).to(base.device)
-    if norm:
-        trunk, options = FrozenTrunk(base), {"tokens": h.edit_tokens}
-        mend.warm_up([capture_factors(trunk, texts, reduction=h.loss_reduction, **options)])
+def _untrained(base: BaseModel, h: MENDHyperParams, texts: Sequence[Tokens]) -> MEND:
+    """MEND at identity initialisation, with per-feature statistics of `texts`, if there are any."""
+    plain = {"whiten": None, "whiten_pairs": False, "unit_response": False, "archive": None}
+    h = h.replace(norm=bool(texts), init="id_xavier", update_sign=-1, **plain)
+    mend, how = MEND(base.sites, h).to(base.device), {"tokens": h.edit_tokens}
+    if texts:
+        factors = capture_factors(FrozenTrunk(base), texts, reduction=h.loss_reduction, **how)
+        mend.warm_up([factors])
     return mend.eval()
+
+
+# ------------------------------------------------------------------ the gradient and its rank
 
 
 def weight_gradients(
@@ -166,18 +165,6 @@ def rank_rows(
     return rows
 
 
-def edit_cosines(a: LowRankUpdate, b: LowRankUpdate) -> Float[Tensor, " b"]:
-    """cos(A, B) of every edit; 0 where one of them is 0."""
-    size = a.norms() * b.norms()
-    return torch.where(size > 0, a.inner(b) / size, 0.0)
-
-
-def singular_values(a: LowRankUpdate) -> Float[Tensor, "b k"]:
-    """Singular values of every edit's A, descending, k = min(t, i, o)."""
-    small_u, small_delta = (torch.linalg.qr(x.double().mT).R for x in (a.u, a.delta))
-    return torch.linalg.svdvals(small_delta @ small_u.mT) * abs(float(a.coefficient))
-
-
 def true_gradients(trunk: FrozenTrunk, texts: Sequence[Tokens], *, reduction: str) -> Updates:
     """The true ∇L of every text and site, from all its tokens, as low-rank matrices."""
     out, count = {}, len(texts)
@@ -187,11 +174,14 @@ def true_gradients(trunk: FrozenTrunk, texts: Sequence[Tokens], *, reduction: st
     return out
 
 
+# -------------------------------------------------------------------------- what updates are like
+
+
 @torch.no_grad()
 def updates_of(trunk: FrozenTrunk, mend: MEND, texts: Sequence[Tokens]) -> Updates:
     """`mend`'s updates of independent edits, one per text."""
-    tokens, reduction = mend.hparams.edit_tokens, mend.hparams.loss_reduction
-    factors = capture_factors(trunk, texts, tokens=tokens, reduction=reduction)
+    h = mend.hparams
+    factors = capture_factors(trunk, texts, tokens=h.edit_tokens, reduction=h.loss_reduction)
     made = mend(factors, len(texts))
     return {name: replace(u, coefficient=float(u.coefficient)) for name, u in made.items()}
 
@@ -207,12 +197,12 @@ def anatomy(
     for series, by_site in updates.items():
         for site in base.sites:
             update, true = by_site[site.name], gradient[site.name]
-            cosine, size, true_size = -edit_cosines(update, true), update.norms(), true.norms()
-            weight = float(base.site_weight(site).double().norm())
-            for k in range(len(size)):
+            size, slope = update.norms(), true.norms()
+            cosine = -update.inner(true) / (size * slope).clamp(min=SMALLEST)
+            columns = cosine, size / slope, size / base.site_weight(site).double().norm()
+            for k, values in enumerate(torch.stack(columns, 1).tolist()):
                 row = {"series": series, "site": site.name, "example": k}
-                row |= {"cosine": float(cosine[k]), "step": float(size[k] / true_size[k])}
-                rows.append(row | {"norm": float(size[k]) / weight})
+                rows.append(row | dict(zip(("cosine", "step", "norm"), values, strict=True)))
     return rows
 
 
@@ -222,8 +212,12 @@ def energy_spectra(updates: Mapping[str, Updates], *, most: int = 8) -> list[dic
     for series, by_site in updates.items():
         shares = []
         for update in by_site.values():
-            share = torch.nn.functional.normalize(singular_values(update), dim=1) ** 2
-            shares.append(torch.nn.functional.pad(share, (0, most))[:, :most])
+            small_u, small_delta = (
+                torch.linalg.qr(x.double().mT).R for x in (update.u, update.delta)
+            )
+            values = torch.linalg.svdvals(small_delta @ small_u.mT)
+            share = normalize(values, dim=1) ** 2
+            shares.append(pad(share, (0, most))[:, :most])
         for k, mean in enumerate(torch.cat(shares).cumsum(1).mean(0).tolist()):
             rows.append({"series": series, "directions": k + 1, "share": mean})
     return rows

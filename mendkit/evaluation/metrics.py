@@ -1,24 +1,27 @@
-"""The scores of one example, from what a model reads and writes after its prompts: pure functions.
+"""Scores of an example and of held-out text, from what a model reads and writes.
 
-EasyEdit's `rewrite_acc` and `rephrase_acc` are `edit_success.tf_token` and `paraphrase.tf_token`;
-its `locality` is `….argmax_agreement`, under the given answers as prefixes.
+EasyEdit's `rewrite_acc` and `rephrase_acc` are `edit_success.tf_token` and `paraphrase.tf_token`.
+Its `locality` is `….argmax_agreement` with the given answers as prefixes.
 """
 
+import math
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from statistics import fmean
+from typing import NamedTuple
 
-from ..data.examples import Probe
-from ..mend.validation import Forced
+from ..errors import DataError
+from ..mend.updates import Updates
+from ..mend.validation import POSITIONS_PER_PASS, Forced, forced
+from ..models.base import BaseModel
 from ..models.tokens import Tokens
+from ..models.trunk import FrozenTrunk
 from .results import normalise
 
+# Roles of the prompts that should stay as they were. Neighbours share the edit prompt's words,
+# reworded ones a paraphrase's: only those show an editor that answers for a whole relation.
 STAY = ("neighbours", "unrelated", "reworded")
-"""Roles of the prompts that should stay as they were.
-
-Neighbours share the edit prompt's words. Reworded ones are other subjects in a paraphrase's words:
-only they show an editor that wins paraphrases by answering a whole relation.
-"""
 
 PART_OF_ROLE = {
     "edit": "edit_success",
@@ -27,35 +30,45 @@ PART_OF_ROLE = {
     "unrelated": "locality",
     "portability": "portability",
 }
+
+RENAMED = {
+    ("question", "free_exact"): "edit_success.free_exact_question",
+    ("reworded", "argmax_agreement"): "neighbourhood.reworded_agreement",
+    ("reworded", "kl_nats"): "neighbourhood.reworded_kl_nats",
+    ("edit", "log_p.new"): "log_p.new",
+    ("edit", "log_p.old"): "log_p.old",
+}
+
+# The name by role of a win: the answer is likelier than its rival.
 WINS = {"edit": "es", "paraphrases": "ps", "neighbours": "ns"}
-"""What it is called, by role, that the answer is likelier than its rival."""
 
 
 @dataclass(frozen=True)
 class ScoredPrompt:
     """One prompt of an example and the texts that are read after it.
 
-    Its `role` is one of an example's, "question" (the edit prompt asked as one), or "reworded".
-    `text` is the prompt with y where it should follow the edit, else with the answer it had.
-    `rival` has the other answer: y° after the edit and its paraphrases, y after a neighbour.
-    `greedy` has what f writes, where a prompt that should stay is written out.
+    `role`: an example's, "question" (the edit prompt asked as one), or "reworded".
+    `text`: the prompt with y where it should follow the edit, else with the answer it had.
+    `answers`: what may be written where it should follow.
+    `rival`: with the other answer, y° after the edit and its paraphrases, y after a neighbour.
+    `greedy`: with what f writes, for prompts that should stay and are written out.
     """
 
     role: str
     prompt: str
     text: Tokens
+    answers: tuple[str, ...] = ()
     rival: Tokens | None = None
     greedy: Tokens | None = None
-    probe: Probe | None = None  # whose answer the edit implies
 
-    def all(self) -> tuple[Tokens, ...]:
+    def all(self) -> list[Tokens]:
         """Every text."""
-        return tuple(text for text in (self.text, self.rival, self.greedy) if text is not None)
+        return [text for text in (self.text, self.rival, self.greedy) if text is not None]
 
 
 @dataclass(frozen=True)
 class Reading:
-    """What one model makes of a prompt's texts, and what it writes (None: not asked)."""
+    """What a model makes of a prompt's texts, and what it writes (None: not asked)."""
 
     text: Forced
     rival: Forced | None = None
@@ -63,43 +76,32 @@ class Reading:
     written: str | None = None
 
 
-def answers_probe(said: str, probe: Probe) -> bool:
-    """Whether a text is the probe's answer or one of its aliases."""
-    return normalise(said) in {normalise(name) for name in (probe.answer or "", *probe.aliases)}
+def is_said(text: str, answers: Sequence[str]) -> bool:
+    """Whether a text is one of the answers."""
+    return normalise(text) in map(normalise, answers)
 
 
-def prompt_scores(
-    target: str, prompt: ScoredPrompt, read: Reading, before: Reading
-) -> dict[str, float]:
-    """The scores of one prompt of an edit to `target`.
+def prompt_scores(prompt: ScoredPrompt, read: Reading, before: Reading) -> dict[str, float]:
+    """The scores of one prompt.
 
-    Its `score` is whether the right answer is written, or the share of the answer's tokens whose
-    argmax is f's. Without an edit nothing is compared with f.
+    Its `score`: a right answer is written, or the share of the answer's argmaxes that are f's.
+    Without an edit nothing is compared with f.
     """
-    if prompt.probe is not None:
-        right = float(answers_probe(read.written or "", prompt.probe))
-        return {"score": right, "free_exact": right}
     if prompt.role in STAY:
         return _staying(prompt, read, before)
-    return _following(target, prompt, read)
-
-
-def _following(target: str, prompt: ScoredPrompt, read: Reading) -> dict[str, float]:
-    """Success on a prompt that should follow the edit.
-
-    Teacher forcing counts y's tokens, not the end of text. `free_gold_length` is free decoding
-    that stops where y does: what follows is not looked at.
-    """
+    said = read.written or ""
+    right = float(is_said(said, prompt.answers))
+    scores = {"score": right, "free_exact": right}
+    if not prompt.text.targets:  # an implied question is only written after
+        return scores
+    # Teacher forcing counts y's tokens, not the end of text.
     count = len(prompt.text.targets) - prompt.text.ends
-    targets, argmax = prompt.text.targets[:count], read.text.argmax[:count]
-    hits = [guess == token for guess, token in zip(argmax, targets, strict=True)]
-    want, got = normalise(target), normalise(read.written or "")
-    scores = {
-        "score": float(got == want),
+    hits = list(map(int.__eq__, read.text.argmax[:count], prompt.text.targets[:count]))
+    want, got = normalise(prompt.answers[0]), normalise(said)
+    scores |= {
         "tf_token": fmean(hits),
         "tf_exact": float(all(hits)),
-        "free_exact": float(got == want),
-        "free_gold_length": float(f"{got} ".startswith(f"{want} ")),
+        "free_gold_length": float(f"{got} ".startswith(f"{want} ")),  # cut where y ends
         "free_contains": float(f" {want} " in f" {got} "),
         "log_p.new": fmean(read.text.logp[:count]),
     }
@@ -115,7 +117,8 @@ def _staying(prompt: ScoredPrompt, read: Reading, before: Reading) -> dict[str, 
     if read.text.same:
         agreement = fmean(read.text.same)
         scores |= {"score": agreement, "argmax_agreement": agreement}
-        scores["kl_nats"] = fmean(read.text.kl)
+        if read.text.kl:
+            scores["kl_nats"] = fmean(read.text.kl)
         if before.text.argmax == prompt.text.targets:  # f was right
             scores["retained"] = float(read.text.argmax == prompt.text.targets)
         if read.greedy is not None:
@@ -129,27 +132,102 @@ def example_values(roles: Sequence[str], scores: Sequence[Mapping[str, float]]) 
     """An example's values by metric: the mean of each score over the prompts of a role."""
     collected: dict[tuple[str, str], list[float]] = {}
     for role, found in zip(roles, scores, strict=True):
-        for name, value in found.items():
-            collected.setdefault((role, name), []).append(value)
-    means = {key: fmean(values) for key, values in collected.items()}
+        for score, value in found.items():
+            collected.setdefault((role, score), []).append(value)
     values: dict[str, float] = {}
-    for (role, name), mean in means.items():
-        if name.startswith("log_p"):
-            if role == "edit":
-                values[name] = mean
-        elif role in PART_OF_ROLE and name != "score":
-            values[f"{PART_OF_ROLE[role]}.{name}"] = mean
-    for (role, name), renamed in RENAMED.items():
-        if (role, name) in means:
-            values[renamed] = means[role, name]
+    for (role, score), found in collected.items():
+        name = RENAMED.get((role, score))
+        plain = score not in ("score", "log_p.new", "log_p.old")
+        if name is None and role in PART_OF_ROLE and plain:
+            name = f"{PART_OF_ROLE[role]}.{score}"
+        if name is not None:
+            values[name] = fmean(found)
     # MEND, equation 1: exact correctness over the edit and its paraphrases
     exact = collected["edit", "tf_exact"] + collected.get(("paraphrases", "tf_exact"), [])
-    values["edit_success.paper"] = fmean(exact)
-    return values
+    return values | {"edit_success.paper": fmean(exact)}
 
 
-RENAMED = {
-    ("question", "free_exact"): "edit_success.free_exact_question",
-    ("reworded", "argmax_agreement"): "neighbourhood.reworded_agreement",
-    ("reworded", "kl_nats"): "neighbourhood.reworded_kl_nats",
-}
+# ---------------------------------------------------------- text that has nothing to do with edits
+
+TEXT_TOKENS, TEXT_WINDOW = 2048, 256
+
+
+class TextScore(NamedTuple):
+    """How a model reads held-out text: exp(Σ nll / Σ tokens), share of next tokens guessed."""
+
+    perplexity: float
+    accuracy: float
+
+
+class HeldOutText:
+    """The first `tokens` tokens of a text, in overlapping windows.
+
+    Every token counts once, in the first window that holds it. So all but the first window's have
+    at least half a window before them. `before` is how the unedited model reads the text.
+    Raises DataError for a text of fewer than two tokens.
+    """
+
+    def __init__(
+        self,
+        trunk: FrozenTrunk,
+        text: str,
+        *,
+        tokens: int = TEXT_TOKENS,
+        window: int = TEXT_WINDOW,
+    ) -> None:
+        tokenizer = trunk.base.tokenizer
+        ids = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"][:tokens]
+        self.windows = windows(ids, first_token(trunk.base), window=window)
+        self.count = sum(len(part.scored) for part in self.windows)
+        if not self.count:
+            raise DataError(f"held-out text has {len(ids)} tokens; at least two are needed")
+        trunk.fill(self.windows)
+        (self.before,) = self.read(trunk, None, 1)
+
+    def read(self, trunk: FrozenTrunk, updates: Updates | None, n_edits: int) -> list[TextScore]:
+        """The text under each of `n_edits` edits."""
+        nll, hits = [0.0] * n_edits, [0] * n_edits
+        size = max(1, POSITIONS_PER_PASS // max(len(part.scored) for part in self.windows))
+        for at in range(0, len(self.windows), size):
+            chunk = self.windows[at : at + size]
+            for e, read in enumerate(forced(trunk, [chunk] * n_edits, updates)):
+                for text, value in zip(chunk, read, strict=True):
+                    nll[e] -= sum(value.logp)
+                    hits[e] += sum(map(int.__eq__, value.argmax, text.targets))
+        scores = []
+        for total, right in zip(nll, hits, strict=True):
+            # kept finite
+            perplexity = math.exp(min(total / self.count, 700.0))
+            scores.append(TextScore(perplexity, right / self.count))
+        return scores
+
+
+def first_token(base: BaseModel) -> list[int]:
+    """The token with which the tokenizer begins every text, if it does."""
+    first = base.tokenizer("a")["input_ids"][:1]
+    return first if first == [base.tokenizer.bos_token_id] else []
+
+
+def windows(ids: Sequence[int], prefix: Sequence[int], *, window: int) -> list[Tokens]:
+    """Windows of at most `window` tokens with `prefix`; all but the first token are scored once."""
+    begin_scored = len(prefix) - 1
+    out, done, size = [], 0 if prefix else 1, window - len(prefix)
+    while done < len(ids):
+        end = min(len(ids), max(size, done + size // 2))
+        begin = max(0, end - size)
+        scored = range(begin_scored + done - begin, begin_scored + end - begin)
+        out.append(Tokens((*prefix, *ids[begin:end]), tuple(scored), tuple(ids[done:end])))
+        done = end
+    return out
+
+
+def ngram_entropy_bits(text: str) -> float:
+    """Fluency (Meng et al., 2022): (⅔ H₂ + 4⁄3 H₃) / 2, H_n the entropy of word n-grams."""
+    words = text.split()
+    entropies = []
+    for n in (2, 3):
+        counts = Counter(zip(*(words[k:] for k in range(n)), strict=False))
+        shares = [count / counts.total() for count in counts.values()]
+        entropies.append(-sum(share * math.log2(share) for share in shares))
+    two, three = entropies
+    return (2 / 3 * two + 4 / 3 * three) / 2

@@ -1,21 +1,23 @@
 """Examples prepared for scoring: their texts as tokens, the trunk, and the unedited model's values.
 
-f is the unedited model, f' the edited one, y the new answer. Where reading y under f' shows that
-every argmax, the end included, is y's own token, greedy decoding must retrace y and is not run.
-Likewise f' writes what f wrote if it retraces that.
+f is the unedited model, f' the edited one, y the new answer.
 """
 
 import copy
-from collections import Counter
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from itertools import islice
 from statistics import fmean
+
+import torch
+from torch import Tensor, nn
 
 from ..data.examples import EditExample
 from ..errors import DataError, LimitError, MendkitError
 from ..hparams import MENDHyperParams
 from ..mend.batches import edit_tokens, told
-from ..mend.updates import Updates
+from ..mend.updates import Updates, select, side_branches
 from ..mend.validation import forced
 from ..models.base import BaseModel
 from ..models.families import CAUSAL, CLASSIFIER
@@ -23,31 +25,31 @@ from ..models.sites import Site
 from ..models.text import STOP
 from ..models.tokens import Tokens
 from ..models.trunk import FrozenTrunk
-from .decoding import write
-from .heldout import TEXT_TOKENS, HeldOutText, ngram_entropy_bits
-from .metrics import STAY, Reading, ScoredPrompt, answers_probe, example_values, prompt_scores
-from .results import EditRow, normalise
+from .metrics import (
+    STAY,
+    TEXT_TOKENS,
+    HeldOutText,
+    Reading,
+    ScoredPrompt,
+    example_values,
+    is_said,
+    ngram_entropy_bits,
+    prompt_scores,
+)
+from .results import ABOUT, EditRow, normalise
 
 QUESTION = "Answer in a few words, without a full sentence.\nQuestion: {prompt} …?\nAnswer:"
 REWORDED = 2
 GENERATIONS, FLUENCY_TOKENS = 3, 100
-
-
-@dataclass(frozen=True)
-class Scores:
-    """What one example comes to under one edit."""
-
-    values: dict[str, float]  # by metric
-    written: list[str | None]  # after each prompt
-    scores: list[dict[str, float]]  # of each prompt
+# Rows that are written at once, and the tokens after which those that have ended leave.
+ROWS, FIRST_TOKENS = 128, 8
 
 
 class EvaluationSet:
     """Examples prepared for scoring any number of editors of one model.
 
     Examples whose texts cannot be tokenised are counted in `skipped` and `reasons`, not scored.
-    On request: drawdown on the first `text_tokens` tokens of a held-out `text`, `fluency`, and what
-    is written after more than the first `written` neighbours, unrelated and reworded prompts.
+    On request: drawdown on the first `text_tokens` tokens of a held-out `text`, and `fluency`.
     Raises DataError if no example is left, MendkitError for text of a model that writes none.
     """
 
@@ -61,22 +63,36 @@ class EvaluationSet:
         text: str | None = None,
         text_tokens: int = TEXT_TOKENS,
         fluency: bool = False,
-        written: int = 1,
     ) -> None:
         if base.family != CAUSAL and (fluency or text is not None):
             raise MendkitError(f"{base.name}: fluency and held-out text need a causal model")
         self.base, self.hparams = base, hparams
         self.max_new_tokens, self.fluency = max_new_tokens, fluency
         self._elsewhere: dict[tuple[Site, ...], EvaluationSet] = {}
-        self._prepare(examples)
-        self._add_reworded()
+        self.examples: list[EditExample] = []
+        self.prompts: list[list[ScoredPrompt]] = []
+        self.skipped: list[str] = []
+        self.reasons = {"empty_target": 0, "too_long": 0}
+        self.reasons["invalid_records"] = len(getattr(examples, "skipped", ()))
+        for example in examples:
+            self._take(example)
+        if not self.examples:
+            first = self.skipped[0] if self.skipped else "no example given"
+            raise DataError(f"no example can be scored; first problem: {first}")
+        self._take_said_now()
+        for i, prompts in enumerate(self.prompts):
+            prompts += _reworded(base, hparams, self.examples, i)
         self._add_implied()
-        self._add_greedy(written)
+        self._add_greedy()
         self.trunk = FrozenTrunk(base)
-        self.trunk.fill(self._texts())
-        self.text = None if text is None else HeldOutText(self.trunk, text, tokens=text_tokens)
-        self.read_before = self._read(None, range(len(self)))
-        self.before = self.score(None, range(len(self)))
+        self._fill()
+        self.text = None
+        if text is not None:
+            self.text = HeldOutText(self.trunk, text, tokens=text_tokens)
+        every = range(len(self))
+        self.read_before = self._read(None, every)
+        self.before: list[EditRow] = []
+        self.before = self.rows_of(self.read_before, every, self._fluency(None, every))
 
     def __len__(self) -> int:
         return len(self.examples)
@@ -89,166 +105,100 @@ class EvaluationSet:
             other = copy.copy(self)
             other.trunk = self.trunk.at(base)
             other.base = other.trunk.base
-            other.trunk.fill(self._texts())
-            other.text = self.text and self.text.at(other.trunk)
+            other._fill()
             self._elsewhere[base.sites] = other
         return self._elsewhere[base.sites]
 
     @property
     def to_edit(self) -> list[int]:
         """The examples whose new answer f does not write already."""
-        written = [scores.values["edit_success.free_exact"] for scores in self.before]
-        return [index for index, already in enumerate(written) if not already]
+        return [row.index for row in self.before if not row.values["edit_success.free_exact"]]
 
-    def score(self, updates: Updates | None, index: Sequence[int]) -> list[Scores]:
-        """Scores of the examples `index`, each under its edit in `updates` (None: unedited)."""
-        read = self.read_before if updates is None else self._read(updates, index)
-        fluency = self._fluency(updates, index) if self.fluency else None
-        out = []
+    def score(self, updates: Updates, index: Sequence[int]) -> list[EditRow]:
+        """Rows of the examples `index`, each under its edit in `updates`."""
+        return self.rows_of(self._read(updates, index), index, self._fluency(updates, index))
+
+    def rows_of(
+        self, read: Sequence[Sequence[Reading]], index: Sequence[int], fluency: Sequence[float] = ()
+    ) -> list[EditRow]:
+        """Rows of the examples `index` from what was read and written at each of their prompts."""
+        rows = []
         for row, i in enumerate(index):
-            target = self.base.said(self.examples[i].target_new)
-            columns = zip(self.prompts[i], read[row], self.read_before[i], strict=True)
-            scores = [prompt_scores(target, *column) for column in columns]
+            scores, outputs = [], []
+            columns = self.prompts[i], read[row], self.read_before[i]
+            for prompt, after, before in zip(*columns, strict=False):
+                scores.append(prompt_scores(prompt, after, before))
+                text = {"role": prompt.role, "prompt": prompt.prompt}
+                text |= {"before": before.written, "after": after.written}
+                outputs.append(text | scores[-1])
             values = example_values([prompt.role for prompt in self.prompts[i]], scores)
-            coverage = self.coverage[i]
-            if coverage is not None:
-                values["portability.coverage"] = coverage
-            if fluency is not None:
+            if i in self.coverage:
+                values["portability.coverage"] = self.coverage[i]
+            if fluency:
                 values["fluency.entropy_bits"] = fluency[row]
-            out.append(Scores(values, [reading.written for reading in read[row]], scores))
-        return out
-
-    def row(self, i: int, after: Scores, more: dict[str, float]) -> EditRow:
-        """One example's scores after an edit, with `more` values, beside those before it."""
-        example, before = self.examples[i], self.before[i]
-        values = after.values | more
-        values |= {f"before.{name}": value for name, value in before.values.items()}
-        outputs = []
-        columns = zip(self.prompts[i], before.written, after.written, after.scores)  # noqa: B905
-        for prompt, old, new, scores in columns:
-            about = {"role": prompt.role, "prompt": prompt.prompt, "before": old, "after": new}
-            outputs.append(about | scores)
-        return EditRow(
-            index=i,
-            id=example.id,
-            relation=example.relation,
-            prompt=example.prompt,
-            target_new=example.target_new,
-            ground_truth=example.ground_truth,
-            values=values,
-            outputs=tuple(outputs),
-            subject=example.subject,
-        )
+            if self.before:
+                before_values = self.before[i].values
+                values |= {f"before.{name}": value for name, value in before_values.items()}
+            about = {name: getattr(self.examples[i], name) for name in ABOUT}
+            rows.append(EditRow(index=i, values=values, outputs=tuple(outputs), **about))
+        return rows
 
     # ------------------------------------------------------------------------------- preparing
 
-    def _prepare(self, examples: Sequence[EditExample]) -> None:
-        """Tokenise the examples; count those that cannot be."""
-        self.examples: list[EditExample] = []
-        self.prompts: list[list[ScoredPrompt]] = []
-        self.skipped: list[str] = []
-        self.reasons = Counter(invalid_records=len(getattr(examples, "skipped", ())))
-        for example in examples:
-            try:
-                if not normalise(example.target_new):  # any silence would pass for it
-                    self.reasons["empty_target"] += 1
-                    about = f"target_new {example.target_new!r} of {example.prompt!r}"
-                    raise DataError(f"{about} has no words")
-                self.prompts.append(self._prompts_of(example))
-                self.examples.append(example)
-            except DataError as error:
-                self.skipped.append(str(error))
-                self.reasons["too_long"] += isinstance(error, LimitError)
-        if not self.examples:
-            first = self.skipped[0] if self.skipped else "no example given"
-            raise DataError(f"no example can be scored; first problem: {first}")
+    def _take(self, example: EditExample) -> None:
+        """Tokenise an example, or count it as skipped."""
+        try:
+            if not normalise(example.target_new):  # any silence would pass for it
+                self.reasons["empty_target"] += 1
+                about = f"target_new {example.target_new!r} of {example.prompt!r}"
+                raise DataError(f"{about} has no words")
+            self.prompts.append(list(_prompts(self.base, self.hparams, example)))
+            self.examples.append(example)
+        except DataError as error:
+            self.skipped.append(str(error))
+            self.reasons["too_long"] += isinstance(error, LimitError)
 
-    def _prompts_of(self, e: EditExample) -> list[ScoredPrompt]:
-        classifies = self.base.family == CLASSIFIER
-        out = []
-        for role, prompt in (("edit", e.prompt), *(("paraphrases", p) for p in e.paraphrases)):
-            rival = self._tokens(prompt, e.ground_truth) if e.ground_truth else None
-            out.append(ScoredPrompt(role, prompt, self._target_tokens(e, prompt), rival))
-        if not classifies:  # which has no question form
-            question = QUESTION.format(prompt=e.prompt)
-            out.insert(1, ScoredPrompt("question", question, self._target_tokens(e, question)))
-        known = [probe for probe in e.neighbours if probe.answer is not None]
-        for probe in known or e.neighbours:
-            competes = bool(known) and not classifies
-            rival = self._tokens(probe.prompt, e.target_new) if competes else None
-            text = self._tokens(probe.prompt, probe.answer)
-            out.append(ScoredPrompt("neighbours", probe.prompt, text, rival))
-        for probe in e.unrelated:
-            text = self._tokens(probe.prompt, probe.answer)
-            out.append(ScoredPrompt("unrelated", probe.prompt, text))
-        # Prompts that are only written after are checked now.
-        for prompt in (*(told(e, p.prompt) for p in e.portability), *e.generation_prompts):
-            self._tokens(prompt)
-        return out
-
-    def _target_tokens(self, e: EditExample, prompt: str) -> Tokens:
-        return edit_tokens(self.base, self.hparams, e, prompt)
-
-    def _tokens(self, prompt: str, answer: str | None = None) -> Tokens:
-        return self.base.tokenize(prompt, answer, max_length=self.hparams.max_length)
-
-    def _add_reworded(self) -> None:
-        """First paraphrases of the next examples of the relation that do not name the subject."""
-        for i, example in enumerate(self.examples):
-            if not example.relation or not example.subject:
-                continue
-            others = [
-                other
-                for other in (*self.examples[i + 1 :], *self.examples[:i])
-                if other.relation == example.relation
-                and other.paraphrases
-                and other.ground_truth
-                and example.subject not in other.paraphrases[0]
-            ]
-            for other in others[:REWORDED]:
-                text = self._tokens(other.paraphrases[0], other.ground_truth)
-                self.prompts[i].append(ScoredPrompt("reworded", other.paraphrases[0], text))
+    def _take_said_now(self) -> None:
+        """What f says is the old answer where the listed truth is the new one."""
+        corrected = [i for i, e in enumerate(self.examples) if e.ground_truth == e.target_new]
+        asked = [self.examples[i].prompt for i in corrected]
+        said = self.base.generate_batch(asked, max_new_tokens=self.max_new_tokens)
+        for i, answer in zip(corrected, said, strict=True):
+            old = replace(self.examples[i], ground_truth=answer.strip() or None)
+            self.examples[i] = old
+            self.prompts[i] = list(_prompts(self.base, self.hparams, old))
 
     def _add_implied(self) -> None:
         """The implied questions that f answers when told the new fact, and their share."""
-        asked = [(i, probe) for i, e in enumerate(self.examples) for probe in e.portability]
-        prompts = [told(self.examples[i], probe.prompt) for i, probe in asked]
-        said = self.base.generate_batch(prompts, max_new_tokens=self.max_new_tokens)
-        known: list[list[bool]] = [[] for _ in self.examples]
-        for (i, probe), text in zip(asked, said, strict=True):
-            known[i].append(answers_probe(text, probe))
-            if known[i][-1]:
-                tokens = self._tokens(probe.prompt)
-                prompt = ScoredPrompt("portability", probe.prompt, tokens, probe=probe)
-                self.prompts[i].append(prompt)
-        self.coverage = [fmean(found) if found else None for found in known]
+        asked = [told(e, probe.prompt) for e in self.examples for probe in e.portability]
+        said = iter(self.base.generate_batch(asked, max_new_tokens=self.max_new_tokens))
+        self.coverage: dict[int, float] = {}
+        for i, example in enumerate(self.examples):
+            known = 0
+            for probe in example.portability:
+                answers = (probe.answer or "", *probe.aliases)
+                if is_said(next(said), answers):
+                    known += 1
+                    text = _text(self.base, self.hparams, probe.prompt)
+                    prompt = ScoredPrompt("portability", probe.prompt, text, answers)
+                    self.prompts[i].append(prompt)
+            if example.portability:
+                self.coverage[i] = known / len(example.portability)
 
-    def _add_greedy(self, most: int) -> None:
-        """What f writes after the first `most` prompts of each role that should stay."""
-        chosen: list[tuple[int, int]] = []
-        for i, prompts in enumerate(self.prompts):
-            seen: Counter[str] = Counter()
-            for k, prompt in enumerate(prompts):
-                seen[prompt.role] += 1
-                if prompt.role in STAY and seen[prompt.role] <= most:
-                    chosen.append((i, k))
-        starts = [self.base.prompt_of(self.prompts[i][k].text) for i, k in chosen]
-        unique = list(dict.fromkeys(starts))
-        limit = self.max_new_tokens
-        new = write(self.base, unique, None, range(len(unique)), max_new_tokens=limit)
-        if self.base.eos_id is not None and self.base.family != CLASSIFIER:
-            for ids in new:  # the end of text is part of what f wrote
-                stopped = STOP.search(self.base.new_text([], ids, stop=False))
-                if len(ids) < limit and not stopped:
-                    ids.append(self.base.eos_id)
-        written = dict(zip(unique, new, strict=True))
-        for (i, k), start in zip(chosen, starts, strict=True):
-            greedy = self.base.continued(start, written[start])
-            self.prompts[i][k] = replace(self.prompts[i][k], greedy=greedy)
+    def _add_greedy(self) -> None:
+        """What f writes after the first prompt of each role that should stay."""
+        chosen = []
+        for prompts in self.prompts:
+            roles = [prompt.role for prompt in prompts]
+            chosen += [(prompts, roles.index(role)) for role in STAY if role in roles]
+        starts = [self.base.prompt_of(prompts[k].text) for prompts, k in chosen]
+        new = write(self.base, starts, max_new_tokens=self.max_new_tokens)
+        for (prompts, k), start, ids in zip(chosen, starts, new, strict=True):
+            prompts[k] = replace(prompts[k], greedy=self.base.continued(start, ids))
 
-    def _texts(self) -> list[Tokens]:
-        """Every text that is read, not written."""
-        return [text for prompts in self.prompts for prompt in prompts for text in prompt.all()]
+    def _fill(self) -> None:
+        """Let the trunk read every text that is not written."""
+        self.trunk.fill([text for prompts in self.prompts for p in prompts for text in p.all()])
 
     # -------------------------------------------------------------------- reading and writing
 
@@ -257,53 +207,156 @@ class EvaluationSet:
         # 1. Read every text once.
         texts = [[text for p in self.prompts[i] for text in p.all()] for i in index]
         read = forced(self.trunk, texts, updates, compare=updates is not None)
-        out: list[list[Reading]] = []
-        for i, values in zip(index, read, strict=True):
-            queue = iter(values)
-            out.append([])
-            for prompt in self.prompts[i]:
-                text, rival, greedy = next(queue), None, None
-                if prompt.rival is not None:
-                    rival = next(queue)
-                if prompt.greedy is not None:
-                    greedy = next(queue)
-                out[-1].append(Reading(text, rival, greedy))
-        # 2. Write after each prompt where reading did not settle what is written.
+        readings: list[list[Reading]] = []
         todo: list[tuple[int, int, Tokens]] = []
         for row, i in enumerate(index):
+            found = dict(zip(texts[row], read[row], strict=True))
+            readings.append([])
             for k, prompt in enumerate(self.prompts[i]):
-                written = self._settled(self.examples[i], prompt, out[row][k])
-                out[row][k] = replace(out[row][k], written=written)
-                if written is None and (prompt.role not in STAY or prompt.greedy is not None):
+                rival = found[prompt.rival] if prompt.rival else None
+                greedy = found[prompt.greedy] if prompt.greedy else None
+                reading = Reading(found[prompt.text], rival, greedy)
+                readings[row].append(self._settled(prompt, reading))
+                asked = prompt.role not in STAY or prompt.greedy is not None
+                if asked and readings[row][k].written is None:
                     todo.append((row, k, self.base.prompt_of(prompt.text)))
+        # 2. Write where reading did not settle what is written.
         starts, edits = [start for _, _, start in todo], [row for row, _, _ in todo]
         new = write(self.base, starts, updates, edits, max_new_tokens=self.max_new_tokens)
         for (row, k, start), ids in zip(todo, new, strict=True):
-            out[row][k] = replace(out[row][k], written=self.base.new_text(start, ids))
-        return out
+            written = self.base.new_text(start, ids)
+            readings[row][k] = replace(readings[row][k], written=written)
+        return readings
 
-    def _settled(self, example: EditExample, prompt: ScoredPrompt, read: Reading) -> str | None:
-        """What greedy decoding must write, if reading says so."""
+    def _settled(self, prompt: ScoredPrompt, read: Reading) -> Reading:
+        """With what greedy decoding must write, if reading says so.
+
+        Where every argmax, the end included, is a text's token, decoding retraces that text.
+        """
         if prompt.greedy and read.greedy and all(read.greedy.same):
-            return self.base.new_text(self.base.prompt_of(prompt.greedy), prompt.greedy.targets)
-        target = example.target_new
-        may_retrace = prompt.text.targets and prompt.role not in STAY and self.hparams.add_eos
-        if may_retrace and read.text.argmax == prompt.text.targets and not STOP.search(target):
-            return f" {self.base.said(target)}"
-        return None
+            start = self.base.prompt_of(prompt.greedy)
+            return replace(read, written=self.base.new_text(start, prompt.greedy.targets))
+        retraced = self.hparams.add_eos and read.text.argmax == prompt.text.targets
+        if retraced and prompt.answers and not STOP.search(prompt.answers[0]):
+            return replace(read, written=f" {prompt.answers[0]}")
+        return read
 
     def _fluency(self, updates: Updates | None, index: Sequence[int]) -> list[float]:
         """The mean entropy of what the model writes on and on after each example's prompts."""
-        edits, starts = [], []
+        if not self.fluency:
+            return []
+        ends, edits, starts = sorted(self.base.end_ids()), [], []
         for row, i in enumerate(index):
             prompts = self.examples[i].generation_prompts or (self.examples[i].prompt,)
+            edits += [row] * len(prompts[:GENERATIONS])
             for prompt in prompts[:GENERATIONS]:
-                edits.append(row)
-                starts.append(self.base.prompt_of(self._tokens(prompt)))
-        limit = FLUENCY_TOKENS
-        new = write(self.base, starts, updates, edits, max_new_tokens=limit, endless=True)
+                starts.append(self.base.prompt_of(_text(self.base, self.hparams, prompt)))
+
+        def never_end(_: nn.Module, __: tuple[Tensor, ...], logits: Tensor) -> Tensor:
+            logits[..., ends] = -math.inf
+            return logits
+
+        how = {"max_new_tokens": FLUENCY_TOKENS, "stop": False}
+        with self.base.model.get_output_embeddings().register_forward_hook(never_end):
+            new = write(self.base, starts, updates, edits, **how)
         entropies: list[list[float]] = [[] for _ in index]
         for row, start, ids in zip(edits, starts, new, strict=True):
             text = self.base.new_text(start, ids, stop=False)
             entropies[row].append(ngram_entropy_bits(text))
         return [fmean(found) for found in entropies]
+
+
+# ------------------------------------------------------------------------ prompts of an example
+
+
+def _prompts(base: BaseModel, h: MENDHyperParams, e: EditExample) -> Iterator[ScoredPrompt]:
+    follow = [("edit", e.prompt), *(("paraphrases", prompt) for prompt in e.paraphrases)]
+    if base.family != CLASSIFIER:  # which has no question form
+        follow.insert(1, ("question", QUESTION.format(prompt=e.prompt)))
+    for role, prompt in follow:
+        text, rival = edit_tokens(base, h, e, prompt), None
+        if e.ground_truth and role != "question":
+            rival = _text(base, h, prompt, e.ground_truth)
+        yield ScoredPrompt(role, prompt, text, (base.said(e.target_new),), rival=rival)
+    known = [probe for probe in e.neighbours if probe.answer is not None]
+    for probe in known or e.neighbours:
+        rival = None
+        if known and base.family != CLASSIFIER:
+            rival = _text(base, h, probe.prompt, e.target_new)
+        text = _text(base, h, probe.prompt, probe.answer)
+        yield ScoredPrompt("neighbours", probe.prompt, text, rival=rival)
+    for probe in e.unrelated:
+        yield ScoredPrompt("unrelated", probe.prompt, _text(base, h, probe.prompt, probe.answer))
+    # Prompts that are only written after are checked now.
+    for prompt in (*(told(e, p.prompt) for p in e.portability), *e.generation_prompts):
+        _text(base, h, prompt)
+
+
+def _reworded(
+    base: BaseModel, h: MENDHyperParams, examples: Sequence[EditExample], i: int
+) -> list[ScoredPrompt]:
+    """First paraphrases of the next examples of the relation that do not name the subject."""
+    relation, subject, found = examples[i].relation, examples[i].subject, []
+    if not relation or not subject:
+        return []
+    others = (e for e in (*examples[i + 1 :], *examples[:i]) if e.relation == relation)
+    fit = (
+        e for e in others if e.paraphrases and e.ground_truth and subject not in e.paraphrases[0]
+    )
+    for other in islice(fit, REWORDED):
+        text = _text(base, h, other.paraphrases[0], other.ground_truth)
+        found.append(ScoredPrompt("reworded", other.paraphrases[0], text))
+    return found
+
+
+def _text(base: BaseModel, h: MENDHyperParams, prompt: str, answer: str | None = None) -> Tokens:
+    return base.tokenize(prompt, answer, max_length=h.max_length)
+
+
+# ------------------------------------------------------------------------------------ decoding
+
+
+@torch.no_grad()
+def write(
+    base: BaseModel,
+    prompts: Sequence[Tokens],
+    updates: Updates | None = None,
+    edits: Sequence[int] = (),
+    *,
+    max_new_tokens: int,
+    stop: bool = True,
+) -> list[list[int]]:
+    """The new ids after each prompt, prompt r under `edits[r]`, with the end of text if written.
+
+    Answers are short, but one of a batch may run on: first all rows get a few tokens, then those
+    that have not ended go on together, with what they wrote as part of their prompt.
+    """
+    written: list[list[int]] = [[] for _ in prompts]
+    # Prompts of like lengths need little padding.
+    going = sorted(range(len(prompts)), key=lambda k: len(prompts[k].ids))
+    stops = base.stop_ids() if stop else frozenset()
+    first = min(FIRST_TOKENS, max_new_tokens)
+    for size in (first, max_new_tokens - first):
+        on = []
+        for at in range(0, len(going) if size else 0, ROWS):
+            chosen = going[at : at + ROWS]
+            rows = [_longer(prompts[k], written[k]) for k in chosen]
+            under = select(updates, [edits[k] for k in chosen]) if updates else {}
+            with side_branches(base, under):
+                new = base.write(rows, max_new_tokens=size, stop=stop)
+            for k, ids in zip(chosen, new, strict=True):
+                written[k] += ids
+                if len(ids) == size and ids[-1] not in stops:
+                    on.append(k)
+                elif base.labels is None and stops.isdisjoint(ids[-1:]):
+                    written[k].append(base.eos_id)
+        going = on
+    return written
+
+
+def _longer(prompt: Tokens, new: Sequence[int]) -> Tokens:
+    """A prompt with what was written after it as part of it."""
+    at = (prompt.scored[0] + len(new),)
+    if prompt.decoder:
+        return replace(prompt, scored=at, decoder=(*prompt.decoder, *new))
+    return replace(prompt, scored=at, ids=(*prompt.ids, *new))

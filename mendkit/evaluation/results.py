@@ -10,42 +10,35 @@ import string
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from statistics import harmonic_mean
 from typing import Any
 
 import numpy as np
 import pandas as pd
 
-from ..data.examples import HEADLINE_ROLES, headline_mean
+from ..data.examples import headline_mean
 from ..errors import MendkitError
 from ..runs import write_text
 
 RESAMPLES = 2000
 
-HEADLINE_KEYS = (
-    "edit_success.free_exact",
-    "paraphrase.free_exact",
-    "neighbourhood.argmax_agreement",
-    "locality.argmax_agreement",
-)
-HEADLINE = dict(zip(HEADLINE_ROLES, HEADLINE_KEYS, strict=True))
-"""The four shares by which editors are compared: an example's role, and the name of its result."""
+# The four shares by which editors are compared, by the role of an example's prompts.
+HEADLINE = {
+    "edit": "edit_success.free_exact",
+    "paraphrases": "paraphrase.free_exact",
+    "neighbours": "neighbourhood.argmax_agreement",
+    "unrelated": "locality.argmax_agreement",
+}
+HEADLINE_KEYS = tuple(HEADLINE.values())
 
+# Harmonic means: S of CounterFact's efficacy scores, and the headline score.
 HARMONIC = {
     "score.harmonic": ("edit_success.es", "paraphrase.ps", "neighbourhood.ns"),
     "score.headline": HEADLINE_KEYS,
 }
-"""Harmonic means: of CounterFact's efficacy scores (S), and of the headline shares."""
 
-SHARE_PARTS = (
-    "edit_success",
-    "paraphrase",
-    "neighbourhood",
-    "locality",
-    "retention",
-    "portability",
-)
+SHARES = ("edit_success", "paraphrase", "neighbourhood", "locality", "retention", "portability")
 LOWER_IS_BETTER = ("kl_nats", "log_p.old", "drawdown.", "norm.", "edit.seconds")
+ABOUT = ("id", "subject", "relation", "prompt", "target_new", "ground_truth")
 
 
 def normalise(text: str) -> str:
@@ -88,22 +81,19 @@ class Summary(dict[str, Interval]):
         """
         found = cls()
         for key in results:
-            if key.startswith(prefix) and key.endswith(".low"):
-                name = key.removesuffix(".low")
-                if f"{name}.n" not in results:
-                    raise MendkitError(f"{name} has no count `{name}.n`; run it again")
-                parts = (results[name + part] for part in ("", ".low", ".high", ".n"))
-                found[name.removeprefix(prefix)] = Interval(*parts)
+            name = key.removesuffix(".low")
+            if not key.startswith(prefix) or name == key:
+                continue
+            if f"{name}.n" not in results:
+                raise MendkitError(f"{name} has no count `{name}.n`; run it again")
+            parts = (results[name + part] for part in ("", ".low", ".high", ".n"))
+            found[name.removeprefix(prefix)] = Interval(*parts)
         return found
 
     def __missing__(self, name: str) -> Interval:
-        raise _unknown(name, self)
-
-
-def _unknown(name: str, known: Mapping[str, Any]) -> MendkitError:
-    near = difflib.get_close_matches(name, known, n=1, cutoff=0.4)
-    hint = f"did you mean {near[0]!r}?" if near else f"there are {', '.join(sorted(known))}"
-    return MendkitError(f"no metric {name!r}; {hint}")
+        near = difflib.get_close_matches(name, self, n=1, cutoff=0.4)
+        hint = f"did you mean {near[0]!r}?" if near else f"there are {', '.join(sorted(self))}"
+        raise MendkitError(f"no metric {name!r}; {hint}")
 
 
 @dataclass(frozen=True)
@@ -124,12 +114,6 @@ class EditRow:
     values: Mapping[str, float]
     outputs: tuple[Mapping[str, Any], ...] = ()
     subject: str | None = None
-
-    @property
-    def about(self) -> dict[str, Any]:
-        """Which edit it is."""
-        names = ("id", "subject", "relation", "prompt", "target_new", "ground_truth")
-        return {name: getattr(self, name) for name in names}
 
 
 @dataclass(frozen=True, repr=False)
@@ -161,30 +145,23 @@ class EvaluationReport:
         prefix += f"{self.mode}."
         for name, interval in self.summary.items():
             out |= interval.to_dict(prefix + name)
-        for name, value in (*self.values.items(), *self.harmonic.items()):
-            out[prefix + name] = value
-        for name, count in self.counts.items():
-            out[f"{prefix}edits.{name}"] = count
-        return out
+        numbers = {**self.values, **self.harmonic}
+        numbers |= {f"edits.{name}": count for name, count in self.counts.items()}
+        return out | {prefix + name: value for name, value in numbers.items()}
 
     @property
     def harmonic(self) -> dict[str, float]:
         """The harmonic means whose shares are all there, and of one time."""
-        if "retention.all" in self.summary:
-            return {}
-        found = {}
+        found: dict[str, float] = {}
         for name, shares in HARMONIC.items():
-            if all(share in self.summary for share in shares):
-                found[name] = harmonic_mean([self.summary[share].mean for share in shares])
+            if "retention.all" not in self.summary and set(shares) <= set(self.summary):
+                found[name] = headline_mean(self.summary[share].mean for share in shares)
         return found
 
     def by(self, key: str, metric: str) -> dict[str, Interval]:
-        """A metric's interval by a row's attribute, such as "relation"."""
-        groups: dict[str, list[float]] = {}
-        for row in self.rows:
-            if metric in row.values:
-                groups.setdefault(str(getattr(row, key)), []).append(row.values[metric])
-        return {name: Interval.of(values) for name, values in sorted(groups.items())}
+        """A metric's interval by a column of `frame`, such as "relation"."""
+        groups = self.frame().dropna(subset=[metric]).groupby(key, dropna=False)[metric]
+        return {str(name): Interval.of(values.tolist()) for name, values in groups}
 
     def frame(self) -> pd.DataFrame:
         """A row an edit: which it is, its text `before` and `after`, and a column a metric."""
@@ -192,18 +169,17 @@ class EvaluationReport:
         for row in self.rows:
             first = row.outputs[0] if row.outputs else {}
             written = {name: first.get(name) for name in ("before", "after")}
-            records.append(row.about | written | dict(row.values))
-        index = pd.Index([row.index for row in self.rows], name="edit")
-        return pd.DataFrame.from_records(records, index=index)
+            about = {name: getattr(row, name) for name in ABOUT}
+            records.append({"edit": row.index} | about | written | dict(row.values))
+        return pd.DataFrame(records).set_index("edit")
 
     def texts(self) -> pd.DataFrame:
         """A row a text of an edit: which edit, its role, prompt, before, after, and scores."""
-        records = []
-        for row in self.rows:
-            about = row.about
-            del about["prompt"]  # the text has its own
-            records += [{"edit": row.index, **about, **output} for output in row.outputs]
-        return pd.DataFrame.from_records(records)
+        about = self.frame()[[name for name in ABOUT if name != "prompt"]].reset_index()
+        texts = pd.DataFrame(
+            [{"edit": row.index} | dict(t) for row in self.rows for t in row.outputs]
+        )
+        return about.merge(texts, on="edit")
 
     def save_rows(self, path: str | Path) -> Path:
         """Write the rows as JSON lines."""
@@ -224,16 +200,14 @@ def compare(report_a: EvaluationReport, report_b: EvaluationReport, *metrics: st
     and for how many of them a is `better`, `worse`, `equal`. Raises MendkitError if the reports
     share no edit, or a metric is unknown.
     """
-    pairs = _frame_of_edits(report_a).join(
-        _frame_of_edits(report_b).add_suffix(" of b"), how="inner"
-    )
+    first, second = _by_edit(report_a), _by_edit(report_b)
+    pairs = first.join(second, how="inner", rsuffix=" of b")
     if pairs.empty:
         raise MendkitError("the two reports share no edit; score both editors on the same examples")
-    both = {name: None for name in report_a.summary if name in report_b.summary}
+    both = Summary({name: x for name, x in report_a.summary.items() if name in report_b.summary})
     rows = {}
     for name in metrics or [name for name in HEADLINE_KEYS if name in both]:
-        if name not in both:
-            raise _unknown(name, both)
+        _ = both[name]  # or says which it may be
         columns = pairs[[name, f"{name} of b"]].dropna()
         a, b = columns[name], columns[f"{name} of b"]
         gain, change = Interval.of((a - b).tolist()), a - b
@@ -245,7 +219,7 @@ def compare(report_a: EvaluationReport, report_b: EvaluationReport, *metrics: st
     return pd.DataFrame.from_dict(rows, orient="index").rename_axis("metric")
 
 
-def _frame_of_edits(report: EvaluationReport) -> pd.DataFrame:
+def _by_edit(report: EvaluationReport) -> pd.DataFrame:
     """A report's frame by edit; of several equal edits the k-th is another than the first."""
     frame, edit = report.frame(), ["id", "prompt", "target_new"]
     frame["repeat"] = frame.groupby(edit, dropna=False).cumcount()
@@ -260,17 +234,13 @@ def summarise(rows: Sequence[EditRow]) -> Summary:
     by_metric: dict[str, list[float]] = {}
     for row in rows:
         for name, value in row.values.items():
-            _check_value(name, value, row.index)
+            part = name.removeprefix("before.").partition(".")[0]
+            share = part in SHARES and not name.endswith("kl_nats")
+            if not math.isfinite(value) or (share and not 0 <= value <= 1):
+                expected = "a share from 0 to 1" if share else "a finite number"
+                raise MendkitError(
+                    f"{name} of edit {row.index} is {value}, expected {expected}; "
+                    "its mean would mean nothing"
+                )
             by_metric.setdefault(name, []).append(value)
     return Summary((name, Interval.of(by_metric[name])) for name in sorted(by_metric))
-
-
-def _check_value(name: str, value: float, index: int) -> None:
-    part = name.removeprefix("before.").partition(".")[0]
-    share = part in SHARE_PARTS and not name.endswith("kl_nats")
-    if math.isfinite(value) and (not share or 0 <= value <= 1):
-        return
-    expected = "a share from 0 to 1" if share else "a finite number"
-    raise MendkitError(
-        f"{name} of edit {index} is {value}, expected {expected}; its mean would mean nothing"
-    )

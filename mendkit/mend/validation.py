@@ -24,7 +24,7 @@ from .batches import RIVALS, ExampleTexts, prepare_texts, role_weights
 from .factors import capture_factors
 from .hypernetwork import MEND
 from .losses import margin_shortfall, wide
-from .updates import Updates, scaled, select, side_branches
+from .updates import Updates, scaled, select, side_branches, unedited
 
 if TYPE_CHECKING:
     from .editor import MENDEditor
@@ -91,7 +91,8 @@ def _read(
     logp, argmax = logits.log_softmax(-1), logits.argmax(-1)
     columns = [argmax, logp.gather(1, batch.targets.clamp(min=0)[:, None])[:, 0]]
     if compare:
-        before = wide(trunk.before(texts, batch))
+        with unedited(trunk.base):
+            before = wide(trunk.before(texts, batch))
         reference = before.log_softmax(-1)
         columns.append((reference.exp() * (reference - logp)).sum(-1).clamp(min=0))
         columns.append(before.argmax(-1) == argmax)

@@ -5,17 +5,19 @@ import copy
 import pytest
 import torch
 
+from mendkit.baselines import tuning
 from mendkit.baselines.base import down_projections, fact_in_context
 from mendkit.baselines.fine_tuning import FineTuning, LocalisedFineTuning
 from mendkit.baselines.gauss_newton import GaussNewton
 from mendkit.baselines.rome import ROME
-from mendkit.baselines.tuning import BUDGET, KINDS, best_of, running_text, tune
-from mendkit.errors import HyperParamError, LimitError, MendkitError
+from mendkit.baselines.tuning import BUDGET, KINDS, best_of, candidates, running_text, tune
+from mendkit.errors import HyperParamError, LimitError, MendkitError, ModelError
 from mendkit.evaluation.evaluate import evaluate
 from mendkit.evaluation.prepare import EvaluationSet
 from mendkit.evaluation.results import normalise
 from mendkit.models.trunk import FrozenTrunk
 from tests.oracles.claims import EXAMPLES, hparams, logits
+from tests.oracles.families import other_base
 
 
 def answer_loss(model, text) -> torch.Tensor:
@@ -58,10 +60,11 @@ def test_fine_tuning_is_gradient_descent_on_the_weights(family, n, cap, tokens, 
 
 
 def test_independent_edits_are_each_tuned_alone(llama64, tokens):
-    site = down_projections(llama64)[2]
+    adam = LocalisedFineTuning(llama64, hparams(), site=down_projections(llama64)[2], lr=2e-2)
+    adam.epochs, adam.stop = 12, 4.5
     for editor in (
         FineTuning(llama64, hparams(), lr=0.05, steps=3, cap=0.02),
-        LocalisedFineTuning(llama64, hparams(), site=site, lr=2e-2, epochs=12, stop=4.5),
+        adam,
     ):
         several = editor.updates(tokens(llama64, 3), trunk=FrozenTrunk(editor.base))
         for k, example in enumerate(EXAMPLES[:3]):
@@ -73,7 +76,8 @@ def test_independent_edits_are_each_tuned_alone(llama64, tokens):
 def test_localised_fine_tuning_is_adam_over_mini_batches_on_one_weight(family, tokens, request):
     base = request.getfixturevalue(family)
     name, texts = down_projections(base)[2], tokens(base, 3)
-    editor = LocalisedFineTuning(base, hparams(), site=name, lr=2e-3, epochs=3, batch_size=2)
+    editor = LocalisedFineTuning(base, hparams(), site=name, lr=2e-3)
+    editor.epochs, editor.batch_size = 3, 2
     change = editor.edit(EXAMPLES[:3]).dense()
     model = copy.deepcopy(base.model)
     weight = model.get_parameter(name).requires_grad_()
@@ -120,18 +124,19 @@ def test_the_fact_in_context_is_read_before_every_prompt(llama):
 
 def test_every_kind_has_the_same_budget_and_keeps_the_best(llama, text, monkeypatch):
     on = EvaluationSet(llama, hparams(), EXAMPLES[:2], max_new_tokens=2)
-    for kind in ("finetune", "finetune_capped", "localised", "rome", "gauss_newton"):
-        assert len(KINDS[kind](on, text, None)) == BUDGET
+    for kind in KINDS[1:]:
+        assert len(candidates(kind, on, text)) == BUDGET
     two = [FineTuning(llama, hparams(), lr=lr, steps=1) for lr in (1e-6, 0.5)]
-    monkeypatch.setitem(KINDS, "two", lambda *_: [(editor, editor.settings) for editor in two])
     scores = [report.harmonic["score.headline"] for report in best_of(two, on)[1]]
-    tuned = tune("two", on, text=text)
+    monkeypatch.setattr(tuning, "candidates", lambda *_: two)
+    tuned = tune("finetune", on, text=text)
     assert [row["settings"] for row in tuned.rows] == ["lr 1e-06, steps 1", "lr 0.5, steps 1"]
     assert [row["score"] for row in tuned.rows] == scores
     best = scores.index(max(scores))
     assert tuned.editor is two[best] and tuned.rows[best]["chosen"]
     assert tuned.to_dict("x.")["x.tuning.kept"] == tuned.rows[best]["settings"]
     assert tuned.to_dict()["tuning.tried"] == 2
+    monkeypatch.undo()
     with pytest.raises(MendkitError, match="set `archive`"):
         tune("identity", on, text=text)
     with pytest.raises(MendkitError, match="expected one of identity"):
@@ -143,7 +148,8 @@ def test_every_kind_has_the_same_budget_and_keeps_the_best(llama, text, monkeypa
 def test_a_set_serves_editors_of_other_sites(llama64):
     """Scores do not depend on which sites the set was prepared with, below or above."""
     names, options = down_projections(llama64), {"max_new_tokens": 3, "text": "Rome is in Italy."}
-    editor = LocalisedFineTuning(llama64, hparams(), site=names[2], lr=5e-3, epochs=3)
+    editor = LocalisedFineTuning(llama64, hparams(), site=names[2], lr=5e-3)
+    editor.epochs = 3
     expected = evaluate(editor, EvaluationSet(editor.base, hparams(), EXAMPLES[:2], **options))
     for block in (1, 3):
         base = llama64.with_sites([names[block]])
@@ -157,11 +163,12 @@ def test_a_set_serves_editors_of_other_sites(llama64):
 def test_every_baseline_undoes_to_the_same_bits(llama, text):
     before, site = logits(llama), down_projections(llama)[1]
     for editor in (
-        ROME(llama, hparams(), text, site=site, steps=3),
-        LocalisedFineTuning(llama, hparams(), site=site, epochs=2),
+        ROME(llama, hparams(), text, site=site),
+        LocalisedFineTuning(llama, hparams(), site=site),
         FineTuning(llama, hparams(), lr=0.1, cap=0.01),
-        GaussNewton(llama, hparams(), text, keep=EXAMPLES[2:], epochs=2),
+        GaussNewton(llama, hparams(), text, keep=EXAMPLES[2:]),
     ):
+        editor.epochs, editor.steps = 2, 3
         edit = editor.edit(EXAMPLES[:2])
         assert torch.equal(logits(llama), before)
         with edit.applied():
@@ -169,10 +176,11 @@ def test_every_baseline_undoes_to_the_same_bits(llama, text):
         assert torch.equal(logits(llama), before)
 
 
-def test_numbers_out_of_range_are_told(llama):
-    site = down_projections(llama)[0]
-    for wrong in ({"lr": 0.0}, {"lr": 1.0, "steps": 0}, {"lr": 1.0, "cap": 0.0}):
+def test_numbers_out_of_range_and_other_models_are_told(llama, text):
+    for wrong in ({"lr": 0.0}, {"lr": 1.0, "cap": 0.0}):
         with pytest.raises(HyperParamError, match="must be positive"):
             FineTuning(llama, hparams(), **wrong)
-    with pytest.raises(HyperParamError, match="at least 1"):
-        LocalisedFineTuning(llama, hparams(), site=site, epochs=0)
+    with pytest.raises(HyperParamError, match="ridge of Gauss-Newton must be positive"):
+        GaussNewton(llama, hparams(), text, ridge=0.0)
+    with pytest.raises(ModelError, match="Gauss-Newton edits causal models"):
+        GaussNewton(other_base("bert"), hparams(), text)

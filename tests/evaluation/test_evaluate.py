@@ -1,18 +1,22 @@
 """Scores against oracles: models whose answers are known, and decoding done the long way."""
 
-import copy
+import sys
 from dataclasses import replace
 
 import pytest
 import torch
 
 from mendkit.data.examples import EditExample, Probe
-from mendkit.errors import DataError, HyperParamError, ModelError
-from mendkit.evaluation.decoding import write
+from mendkit.errors import DataError, HyperParamError
 from mendkit.evaluation.evaluate import evaluate
-from mendkit.evaluation.heldout import ngram_entropy_bits
-from mendkit.evaluation.metrics import Reading, ScoredPrompt, example_values, prompt_scores
-from mendkit.evaluation.prepare import EvaluationSet
+from mendkit.evaluation.metrics import (
+    Reading,
+    ScoredPrompt,
+    example_values,
+    ngram_entropy_bits,
+    prompt_scores,
+)
+from mendkit.evaluation.prepare import EvaluationSet, write
 from mendkit.evaluation.results import normalise
 from mendkit.mend.validation import Forced, forced, next_tokens
 from mendkit.models.tokens import Tokens
@@ -23,7 +27,7 @@ STAY = {"neighbours": "neighbourhood", "unrelated": "locality"}
 
 @pytest.fixture(scope="module")
 def prepared(llama):
-    return EvaluationSet(llama, hparams(), EXAMPLES, max_new_tokens=8, written=2)
+    return EvaluationSet(llama, hparams(), EXAMPLES, max_new_tokens=8)
 
 
 def test_no_edit_changes_nothing(llama, prepared):
@@ -69,7 +73,7 @@ def test_what_reading_settles_is_what_decoding_writes(llama, prepared, strength)
     changed = 0
     for row in report.rows:
         with editor.edit(EXAMPLES[row.index]).scale(strength).applied():
-            for output in row.outputs:
+            for output in (o for o in row.outputs if o["after"] is not None):
                 written = llama.generate(output["prompt"], max_new_tokens=8)
                 assert normalise(written) == normalise(output["after"])
                 changed += output["before"] != output["after"]
@@ -83,19 +87,17 @@ def test_what_reading_settles_is_what_decoding_writes(llama, prepared, strength)
         assert row.values["paraphrase.free_exact"] == sum(right) / 2
         assert row.values["edit_success.free_exact"] == row.outputs[0]["score"]
         for role, name in STAY.items():
-            same = [o["before"] == o["after"] for o in row.outputs if o["role"] == role]
-            assert row.values[f"{name}.greedy_agreement"] == sum(same) / len(same)
+            first = next(o for o in row.outputs if o["role"] == role)
+            assert row.values[f"{name}.greedy_agreement"] == (first["before"] == first["after"])
     assert changed
 
 
-def test_only_the_first_prompts_that_should_stay_are_written_out(llama, prepared):
-    few = EvaluationSet(llama, hparams(), EXAMPLES[:2], max_new_tokens=4)
-    (row, _) = evaluate(editor_for(llama), few).rows
-    written = [o["after"] is not None for o in row.outputs if o["role"] == "neighbours"]
-    assert written == [True, False]
+def test_a_row_has_every_text_and_the_first_that_should_stay_is_written_out(llama, prepared):
+    row = evaluate(editor_for(llama), prepared).rows[0]
     roles = [output["role"] for output in row.outputs]
     assert roles[:4] == ["edit", "question", "paraphrases", "paraphrases"]
-    assert roles[4:] == ["neighbours"] * 2 + ["unrelated"] * 2 + ["reworded"]
+    assert roles[4:] == ["neighbours"] * 2 + ["unrelated"] * 2 + ["reworded"] * 2
+    assert [o["after"] is not None for o in row.outputs[4:]] == [True, False] * 3
     assert row.subject == "France"
 
 
@@ -122,32 +124,26 @@ def test_reworded_neighbours_are_other_subjects_in_a_paraphrases_words(llama, pr
 
 
 @pytest.mark.parametrize("family", ["llama", "gpt2"])
-@pytest.mark.parametrize("n", [1, 9])
-def test_rows_that_leave_the_batch_change_nothing_of_what_is_written(
-    family, n, request, monkeypatch
-):
-    """Two prompts under each edit, of different lengths and ends, against each alone."""
+def test_rows_written_together_are_those_written_alone(family, request, monkeypatch):
+    """Two prompts under each edit, of different lengths and ends; most go on after two tokens."""
     base = request.getfixturevalue(family)
     editor = editor_for(base)
     updates = editor.updates([editor.tokens(e) for e in EXAMPLES])
     texts = [p for e in EXAMPLES for p in (e.prompt, e.neighbours[0].prompt)] + ["Q: Who? A:"] * 5
     edits = [k // 2 if k < 10 else k - 10 for k in range(15)]
     prompts = [base.tokenize(text) for text in texts]
-    monkeypatch.setattr("mendkit.evaluation.decoding.ROWS", 7)
+    monkeypatch.setattr(sys.modules["mendkit.evaluation.prepare"], "ROWS", 7)
+    monkeypatch.setattr(sys.modules["mendkit.evaluation.prepare"], "FIRST_TOKENS", 2)
     base.stop_ids()
-    # Half of all tokens end a row.
-    monkeypatch.setitem(base._memo, "stop_ids", frozenset(range(0, 400, 2)))
-    written = write(base, prompts, updates, edits, max_new_tokens=n)
+    # A third of all tokens end a row.
+    monkeypatch.setitem(base._memo, "stop_ids", frozenset(range(0, 400, 3)))
+    written = write(base, prompts, updates, edits, max_new_tokens=9)
     for row, prompt, edit in zip(written, prompts, edits, strict=True):
         with editor.edit(EXAMPLES[edit]).applied():
-            (alone,) = base.write([prompt], max_new_tokens=n, stop=True)
-        assert row == alone
-    assert len({len(row) for row in written}) > 1 or n == 1
-    whole = copy.copy(base)
-    whole._memo = {**base._memo, "cache_bytes": 0}
-    assert write(whole, prompts, updates, edits, max_new_tokens=n) == written
-    with pytest.raises(ModelError, match="leave `fluency` out"):
-        write(whole, prompts, updates, edits, max_new_tokens=n, endless=True)
+            (alone,) = base.write([prompt], max_new_tokens=9, stop=True)
+        ended = len(alone) < 9 and alone[-1] not in base.stop_ids()
+        assert row == alone + [base.eos_id] * ended
+    assert len({len(row) for row in written}) > 1
 
 
 def hand_made(*targets: int, ends: bool = True) -> Tokens:
@@ -169,15 +165,15 @@ def test_scores_of_hand_made_readings():
     ]
     prompts, scores = [], []
     for role, text, rival, greedy, argmax, logp, written in rows:
-        prompts.append(ScoredPrompt(role, role, text, rival, greedy))
+        prompts.append(ScoredPrompt(role, role, text, ("New York",), rival, greedy))
         other = None if logp is None else reading(7, logp=(logp,))
         read = Reading(reading(*argmax), other, None, written)
-        scores.append(prompt_scores("New York", prompts[-1], read, Reading(right)))
+        scores.append(prompt_scores(prompts[-1], read, Reading(right)))
     kept = reading(7, logp=(-1.0,), kl=(0.5,), same=(True,))
     lost = reading(3, logp=(-1.0,), kl=(1.5,), same=(False,))
-    near = ScoredPrompt("neighbours", "n", old, old, y)
+    near = ScoredPrompt("neighbours", "n", old, rival=old, greedy=y)
     greedy = reading(5, 6, 0, same=(True, True, False))
-    far = ScoredPrompt("unrelated", "u", hand_made(8, ends=False), None, y)
+    far = ScoredPrompt("unrelated", "u", hand_made(8, ends=False), greedy=y)
     same = reading(5, 6, 0, same=(True, True, True))
     for prompt, read, before in (
         (near, Reading(kept, reading(5, logp=(-9.0,)), greedy), right),
@@ -185,7 +181,7 @@ def test_scores_of_hand_made_readings():
         (far, Reading(reading(8, kl=(0.25,), same=(True,)), None, same), reading(2)),
     ):
         prompts.append(prompt)
-        scores.append(prompt_scores("New York", prompt, read, Reading(before)))
+        scores.append(prompt_scores(prompt, read, Reading(before)))
     values = example_values([prompt.role for prompt in prompts], scores)
     edit = {"tf_token": 1.0, "tf_exact": 1.0, "free_exact": 1.0, "free_contains": 1.0, "es": 1.0}
     edit |= {"free_gold_length": 1.0, "free_exact_question": 1.0, "paper": pytest.approx(1 / 3)}
@@ -208,7 +204,7 @@ def test_an_answer_the_model_already_gives_is_counted_not_scored(llama):
     most = len(llama.tokenizer(text)["input_ids"])
     on = EvaluationSet(llama, hparams(), [known, *EXAMPLES[1:3]], max_new_tokens=most)
     pairs = zip(on.before, on.examples, strict=True)
-    already = sum(normalise(b.written[0]) == normalise(e.target_new) for b, e in pairs)
+    already = sum(normalise(b.outputs[0]["after"]) == normalise(e.target_new) for b, e in pairs)
     report = evaluate(editor_for(llama), on)
     assert report.counts["already_true"] == already >= 1
     assert report.counts["scored"] == 3 - already == len(report.rows)
@@ -258,7 +254,8 @@ def on_and_on(base, prompt: str, n: int) -> str:
 def test_fluency_is_of_what_each_edited_model_writes_on_and_on(llama):
     other = EditExample("The capital of Peru is", "Oslo", generation_prompts=("Peru is", "Peru"))
     examples, editor = [EXAMPLES[0], other], editor_for(llama)
-    report = evaluate(editor, examples, max_new_tokens=4, fluency=True)
+    on = EvaluationSet(llama, hparams(), examples, max_new_tokens=4, fluency=True)
+    report = evaluate(editor, on)
     for example, row in zip(examples, report.rows, strict=True):
         for strength, name in ((1.0, ""), (0.0, "before.")):
             with editor.edit(example).scale(strength).applied():

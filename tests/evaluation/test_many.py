@@ -9,9 +9,8 @@ import torch
 
 from mendkit.data.examples import EditExample
 from mendkit.errors import DataError
-from mendkit.evaluation.evaluate import evaluate
-from mendkit.evaluation.heldout import HeldOutText, ngram_entropy_bits, windows
-from mendkit.evaluation.many import one_after_another, so_far, together
+from mendkit.evaluation.evaluate import evaluate, one_after_another, so_far, together
+from mendkit.evaluation.metrics import HeldOutText, ngram_entropy_bits, windows
 from mendkit.evaluation.prepare import EvaluationSet
 from mendkit.evaluation.results import normalise
 from mendkit.mend.updates import LowRankUpdate, side_branches
@@ -49,12 +48,12 @@ def test_a_block_of_a_sequence_is_the_models_edited_one_after_another(family, re
     base = request.getfixturevalue(family)
     editor, trunk = editor_for(base), FrozenTrunk(base)
     texts = [editor.tokens(example) for example in EXAMPLES]
-    first = one_after_another(editor, texts[:2], before={}, trunk=trunk, strength=1.0)
-    before = together(*first)
-    steps = one_after_another(editor, texts[2:], before=before, trunk=trunk, strength=1.0)
+    before = together(*one_after_another(editor, texts[:2], trunk=trunk))
     ids = torch.tensor([base.tokenizer("The capital of France is")["input_ids"]])
-    with side_branches(base, so_far(steps, before)), torch.no_grad():
-        block = base.model(input_ids=ids.repeat(3, 1), use_cache=False).logits
+    with side_branches(base, before):
+        steps = one_after_another(editor, texts[2:], trunk=trunk)
+        with side_branches(base, so_far(steps)), torch.no_grad():
+            block = base.model(input_ids=ids.repeat(3, 1), use_cache=False).logits
     with editor.session() as session:
         for n, example in enumerate(EXAMPLES):
             session.edit(example)
@@ -114,10 +113,9 @@ def test_what_follows_a_sequence_is_told_of_its_end_and_success_of_each_edit(
     editor = editor_for(llama)
     report = evaluate(editor, prepared, mode="sequential")
     texts = [editor.tokens(e) for e in EXAMPLES]
-    steps = one_after_another(editor, texts, before={}, trunk=prepared.trunk, strength=1.0)
+    steps = one_after_another(editor, texts, trunk=prepared.trunk)
     (end,), (then,) = (
-        [scores.values for scores in prepared.score(together(*held), [1])]
-        for held in (steps, steps[:2])
+        [row.values for row in prepared.score(together(*held), [1])] for held in (steps, steps[:2])
     )
     values = report.rows[1].values
     for name in ("neighbourhood.kl_nats", "locality.kl_nats"):
@@ -157,11 +155,10 @@ def test_a_model_without_a_trunk_is_compared_with_its_unedited_self(llama, prepa
     whole = copy.copy(llama)
     whole.blocks = None
     on = EvaluationSet(whole, hparams(), EXAMPLES, max_new_tokens=8)
-    for mode, k in (("batch", 2), ("sequential", None)):
-        expected = evaluate(editor_for(llama), prepared, mode=mode, k=k).summary
-        got = evaluate(editor_for(whole), on, mode=mode, k=k).summary
-        for name in ("neighbourhood.kl_nats", "locality.kl_nats", "edit_success.tf_token"):
-            assert got[name].mean == pytest.approx(expected[name].mean, rel=1e-3)
+    expected = evaluate(editor_for(llama), prepared, mode="sequential").summary
+    got = evaluate(editor_for(whole), on, mode="sequential").summary
+    for name in ("neighbourhood.kl_nats", "locality.kl_nats", "edit_success.tf_token"):
+        assert got[name].mean == pytest.approx(expected[name].mean, rel=1e-3)
     assert got["locality.kl_nats"].mean > 1e-3
 
 
@@ -209,12 +206,10 @@ def test_perplexity_is_token_weighted_under_every_edit(llama, prepared):
     assert before == pytest.approx(perplexity(llama, short.windows), rel=1e-4)
     editor = editor_for(llama)
     updates = editor.updates([editor.tokens(e) for e in EXAMPLES[:2]], trunk=FrozenTrunk(llama))
-    for example, score in zip(EXAMPLES, short.read(updates, 2), strict=False):
+    read = short.read(FrozenTrunk(llama), updates, 2)
+    for example, score in zip(EXAMPLES, read, strict=False):
         with editor.edit(example).applied():
             assert score.perplexity == pytest.approx(perplexity(llama, short.windows), rel=1e-3)
-        lost = score.drawdown(short.before)
-        assert lost["drawdown.perplexity"] == pytest.approx(score.perplexity - before)
-        assert lost["drawdown.accuracy"] == pytest.approx(short.before.accuracy - score.accuracy)
 
 
 def test_a_model_that_knows_nothing_is_as_perplexed_as_its_vocabulary_is_large():

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from mendkit.evaluation.many import one_after_another, together
+from mendkit.evaluation.evaluate import one_after_another, together
 from mendkit.mend.archive import load_archive
 from mendkit.mend.batches import Sampler, prepare_texts
 from mendkit.mend.distributed import Team
@@ -140,9 +140,7 @@ def test_edits_in_a_row_come_to_what_they_come_to_at_once(llama64):
     texts, trunk = [editor.tokens(example) for example in EXAMPLES[:3]], FrozenTrunk(llama64)
     expected = editor.updates(texts, trunk=trunk, at_once=True)
     for making, same in ((editor.remembering(), True), (editor, False)):
-        total = together(
-            *one_after_another(making, texts, before={}, trunk=trunk, strength=strength)
-        )
+        total = together(*one_after_another(making, texts, trunk=trunk, strength=strength))
         for name, update in expected.items():
             wanted = strength * update.dense()
             error = float((total[name].dense() - wanted).norm() / wanted.norm())

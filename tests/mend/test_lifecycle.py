@@ -96,7 +96,8 @@ def test_evaluation_reads_and_writes_under_each_edit(trained):
         length = len(text.targets) - text.ends
         nll = nn.functional.nll_loss(log_p[:length], torch.tensor(text.targets[:length]))
         assert found.values["log_p.new"] == pytest.approx(-float(nll), rel=1e-3, abs=1e-4)
-        written = [pair for pair in zip(found.written, alone, strict=False) if pair[0] is not None]
+        said = [output["after"] for output in found.outputs]
+        written = [pair for pair in zip(said, alone, strict=False) if pair[0] is not None]
         assert all(one.strip() == other.strip() for one, other in written) and len(written) > 3
         asked = "edit_success.free_exact_question" in found.values
         assert asked == (base.labels is None)
