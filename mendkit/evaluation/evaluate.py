@@ -352,7 +352,6 @@ def together(*updates: Updates) -> Updates:
         if whole.u.shape[1] > 2 * width:
             change = whole.dense()[None]
             one = torch.eye(width, dtype=change.dtype, device=change.device)[None]
-            out[name] = LowRankUpdate(change, one, 1.0)
-            if whole.u.shape[2] == width:
-                out[name] = LowRankUpdate(one, change.mT, 1.0)
+            pair = (one, change.mT) if whole.u.shape[2] == width else (change, one)
+            out[name] = LowRankUpdate(*pair, 1.0)
     return out

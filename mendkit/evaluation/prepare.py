@@ -131,7 +131,7 @@ class EvaluationSet:
                 text = {"role": prompt.role, "prompt": prompt.prompt}
                 text |= {"before": before.written, "after": after.written}
                 outputs.append(text | scores[-1])
-            values = example_values([prompt.role for prompt in self.prompts[i]], scores)
+            values = example_values([text["role"] for text in outputs], scores)
             if i in self.coverage:
                 values["portability.coverage"] = self.coverage[i]
             if fluency:

@@ -201,7 +201,7 @@ def compare(report_a: EvaluationReport, report_b: EvaluationReport, *metrics: st
     share no edit, or a metric is unknown.
     """
     first, second = _by_edit(report_a), _by_edit(report_b)
-    pairs = first.join(second, how="inner", rsuffix=" of b")
+    pairs = first.join(second.add_suffix(" of b"), how="inner")
     if pairs.empty:
         raise MendkitError("the two reports share no edit; score both editors on the same examples")
     both = Summary({name: x for name, x in report_a.summary.items() if name in report_b.summary})

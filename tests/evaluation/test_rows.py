@@ -10,7 +10,7 @@ from mendkit.errors import MendkitError
 from mendkit.evaluation.evaluate import evaluate
 from mendkit.evaluation.prepare import EvaluationSet
 from mendkit.evaluation.rows import keeping
-from tests.oracles.claims import EXAMPLES, editor_for, hparams
+from tests.oracles.claims import EXAMPLES, editor_for, hparams, scrambled
 
 EVALUATE = sys.modules["mendkit.evaluation.evaluate"]
 
@@ -67,15 +67,17 @@ def test_rows_of_another_evaluation_are_refused_by_what_differs(llama, prepared,
     with pytest.MonkeyPatch.context() as patch, pytest.raises(KeyboardInterrupt):
         patch.setattr(EvaluationSet, "score", stop)
         evaluate(editor, prepared, rows=path)
+    other = editor_for(llama)
+    scrambled(other.mend, seed=9)
     few = EvaluationSet(llama, hparams(), EXAMPLES[:2], max_new_tokens=4)
-    for other, on, how, word in (
+    for made, on, how, word in (
         (editor, few, {}, "examples"),
         (editor, prepared, {"strength": 0.5}, "strength"),
         (editor, prepared, {"mode": "sequential"}, "mode"),
-        (editor_for(llama, edit_lr=2e-3), prepared, {}, "archive"),
+        (other, prepared, {}, "archive"),
     ):
         with pytest.raises(MendkitError, match=f"another evaluation .*{word}.* delete the file"):
-            evaluate(other, on, rows=path, **how)
+            evaluate(made, on, rows=path, **how)
     assert len(evaluate(editor, prepared, rows=path).rows) == len(prepared.to_edit)
 
 
