@@ -10,7 +10,7 @@ from ..data.examples import EditExample
 from ..evaluation.results import normalise
 from ..mend.edit import Edit
 from ..models.base import BaseModel
-from ..reporting.page import render
+from ..reporting.report import render
 from ..reporting.tables import before_after, prompts_of
 from ..runs import write_text
 from .app import logger

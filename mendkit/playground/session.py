@@ -15,7 +15,7 @@ from ..hparams import MENDHyperParams
 from ..mend.edit import Edit
 from ..mend.validation import next_tokens
 from ..reporting import tables
-from ..reporting.findings import Row
+from ..reporting.tables import Row
 
 MOST_TOKENS = 200  # whose probabilities are read; a chart shows the most probable
 

@@ -1,6 +1,6 @@
-"""What all figures share: the style sheet, panels, lines, dots with whiskers, the finished chart.
+"""What all figures share: panels, lines, dots with whiskers, the finished chart.
 
-Figures are plain `Figure` objects: no pyplot, no global state. Markers differ as colours do.
+Figures are plain `Figure` objects: no pyplot, no global state. `figures.mplstyle` has their look.
 """
 
 import base64
@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import Any
 
 import pandas as pd
-from cycler import cycler
 from matplotlib import rc_context
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
@@ -23,30 +22,8 @@ from ..runs import user_path
 
 WIDTH = 7.2  # inches
 BLACK, GREY = "#222222", "#8A8A8A"
-COLOURS = ["#0072B2", "#E69F00", "#009E73", "#CC79A7", "#D55E00", BLACK]  # Okabe and Ito's
-MARKERS = ["o", "s", "^", "D", "v", "X"]
-
-STYLE: dict[str, Any] = {
-    "axes.axisbelow": True,
-    "axes.grid": True,
-    "axes.labelsize": 9,
-    "axes.prop_cycle": cycler(color=COLOURS, marker=MARKERS),
-    "axes.spines.right": False,
-    "axes.spines.top": False,
-    "axes.titlelocation": "left",
-    "axes.titlesize": 9,
-    "figure.constrained_layout.w_pad": 0.08,
-    "figure.titlesize": 11,
-    "figure.titleweight": "bold",
-    "font.size": 8,
-    "grid.color": "#E6E6E6",
-    "legend.frameon": False,
-    "lines.linewidth": 1.4,
-    "lines.markersize": 4,
-    "savefig.dpi": 150,
-    "text.parse_math": False,  # a dollar sign in a prompt is a dollar sign
-}
-in_style = rc_context(STYLE)  # type: ignore[arg-type]  # the stubs want literal keys
+STYLE = Path(__file__).with_name("figures.mplstyle")
+in_style = rc_context(fname=STYLE)
 """Decorates what draws; matplotlib's settings are the user's again after it."""
 
 
@@ -76,22 +53,23 @@ class Chart:
 
     def _repr_mimebundle_(self, **_: Any) -> tuple[dict[str, str], dict[str, Any]]:
         data = {"image/png": base64.b64encode(self.png()).decode(), "text/plain": self.finding}
-        return data, {"image/png": {"width": round(WIDTH * 100)}}
+        return data, {"image/png": {"width": round(WIDTH * 100), "alt": self.finding}}
 
 
 def panels(count: int, height: float, *, columns: int = 2) -> list[Axes]:
     """The panels of a new figure, in rows of at most `columns`; `height` of a row, in inches."""
-    columns = max(min(columns, count), 1)
-    rows = max(-(-count // columns), 1)
+    count = max(count, 1)
+    columns = min(columns, count)
+    rows = -(-count // columns)
     figure = Figure(figsize=(WIDTH, 1.2 + rows * height), layout="constrained")
     axes = list(figure.subplots(rows, columns, squeeze=False).flat)
-    for spare in axes[max(count, 1) :]:
+    for spare in axes[count:]:
         spare.remove()
-    return axes[: max(count, 1)]
+    return axes[:count]
 
 
 def finish(
-    name: str, finding: str, axes: Sequence[Axes], data: Any, *, note: str, **labels: str
+    name: str, finding: str, axes: Sequence[Axes], data: pd.DataFrame, *, note: str, **labels: str
 ) -> Chart:
     """Put the finding on top, `xlabel` and `ylabel` on all panels, note and legend below."""
     figure = axes[0].get_figure()
@@ -104,7 +82,14 @@ def finish(
             handles.setdefault(label, handle)
     legend = figure.legend(handles.values(), handles, loc="outside lower left", ncols=3, title=note)
     legend.set_alignment("left")
-    return Chart(name, finding, figure, pd.DataFrame(data))
+    return Chart(name, finding, figure, data)
+
+
+def span(values: "Mapping[Any, float] | pd.Series[float]", form: str = ".2f") -> str:
+    """The least and the greatest value, with their names."""
+    known = pd.Series(values)
+    least, most = known.idxmin(), known.idxmax()
+    return f"{known[least]:{form}} ({least}) to {known[most]:{form}} ({most})"
 
 
 def drawable(text: str) -> str:
@@ -157,7 +142,7 @@ def whiskers(frame: pd.DataFrame) -> list["pd.Series[float]"]:
 
 
 def dots(ax: Axes, frame: pd.DataFrame, rows: Mapping[str, str], series: str) -> None:
-    """Means with intervals, a dot for each line of `frame`; its value is printed on the right.
+    """Means with intervals, a dot for each row of `frame`; its value is printed on the right.
 
     `rows` maps the values of the column `row` to names, which stand down the y axis.
     """
@@ -166,10 +151,11 @@ def dots(ax: Axes, frame: pd.DataFrame, rows: Mapping[str, str], series: str) ->
     for k, name in enumerate(names):
         part = frame[frame[series] == name]
         y = part["row"].map(order.index) + 0.26 * (k - (len(names) - 1) / 2)
-        label = name if len(names) > 1 else ""
-        ax.errorbar(part["mean"], y, xerr=whiskers(part), ls="", label=label)
+        ax.errorbar(
+            part["mean"], y, xerr=whiskers(part), ls="", label=name if len(names) > 1 else ""
+        )
         for mean, at in zip(part["mean"], y, strict=True):
-            ax.text(1.05, at, f"{mean:.2f}", color=COLOURS[k], va="center")
+            ax.text(1.05, at, f"{mean:.2f}", color=f"C{k}", va="center")
     categories(ax, list(rows.values()))
     shares(ax, "x")
     ax.set_xlim(-0.03, 1.17)

@@ -1,35 +1,27 @@
 """One notebook: its parameters, its run in a kernel of its own, its page in HTML.
 
-papermill inspects and runs it. The kernel is the Python that runs this process: jupyter_client
-puts it in the place of `python` in the kernel's command.
+papermill reads and sets the parameters; nbclient runs the cells. The kernel is the Python that
+runs this process.
 """
 
 import ast
-import asyncio
+import logging
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Annotated, Any, Optional, get_args, get_origin
 
-from pydantic import FiniteFloat, NonNegativeInt, PositiveInt, TypeAdapter, ValidationError
+from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
 
 from ..errors import MendkitError
-from .page import TEMPLATES
+from ..strict_yaml import read_value
 
 START_SECONDS = 120
 IOPUB_SECONDS = 60  # a busy machine may be late with a cell's last output
 ANSI = re.compile(r"\x1b\[[0-9;]*[A-Za-z]")
-
-# how a value of each kind is read from JSON, and what is expected in words
-PARAMETER_KINDS: dict[str, tuple[Any, str]] = {
-    "bool": (bool, "true or false"),
-    "int": (PositiveInt, "an integer of at least 1"),
-    "limit": (NonNegativeInt, "an integer of at least 0"),  # 0: no limit
-    "float": (FiniteFloat, "a finite number"),
-    "list": (list, "a JSON list"),
-    "str": (str, "non-empty text"),  # taken as it is; blank text is no JSON
-}
+NULL_WORDS = (None, "", "null", "None", "~")
+TYPES = {"Optional": Optional} | {kind.__name__: kind for kind in (bool, int, float, list, str)}
 
 
 @dataclass(frozen=True)
@@ -37,21 +29,38 @@ class Parameter:
     """A name that a notebook's cell tagged `parameters` assigns, with its annotation."""
 
     name: str
-    kind: str  # of PARAMETER_KINDS
-    optional: bool  # may be null
-    default: Any
+    annotation: Any  # a type; an optional one may be null
+    default: Any = None
 
-    def parse(self, text: str) -> Any:
-        """The value that `text` means. Raises MendkitError for text that means none."""
-        if self.optional and text in ("null", "None", "~", ""):
+    def read(self, given: Any) -> Any:
+        """The value that is meant by `given`, a text or what papermill makes of one.
+
+        Text for a number, a truth value or a list is read as YAML. Raises MendkitError.
+        """
+        if given in NULL_WORDS and type(None) in get_args(self.annotation):
             return None
-        if self.kind == "str" and text.strip():
-            return text
-        annotation, expected = PARAMETER_KINDS[self.kind]
+        value, is_list = given, list in (self.annotation, get_origin(self.annotation))
         try:
-            return TypeAdapter(annotation).validate_json(text, strict=True)
-        except ValidationError:
-            raise MendkitError(f"{self.name} must be {expected}, got {text!r}") from None
+            if str in (self.annotation, *get_args(self.annotation)) and not is_list:
+                value = str(given) if type(given) in (int, float) else given
+                if not str(value).strip():
+                    raise ValueError("non-empty text")
+            elif isinstance(given, str):
+                value = read_value(given)
+            return self._adapter().validate_python(value, strict=True)
+        except ValidationError as error:
+            fault = error.errors()[0]["msg"].removeprefix("Input should be ")
+        except ValueError as error:
+            fault = str(error)
+        raise MendkitError(f"{self.name} must be {fault}, got {given!r}")
+
+    def _adapter(self) -> TypeAdapter[Any]:
+        """What checks a value. A limit of 0 means no limit; other integers begin with 1."""
+        annotation = self.annotation
+        if annotation is int:
+            least = 0 if self.name.endswith(("limit", "in_a_row")) else 1
+            annotation = Annotated[int, Field(ge=least)]
+        return TypeAdapter(annotation, config=ConfigDict(allow_inf_nan=False))
 
 
 def read_parameters(path: Path) -> dict[str, Parameter]:
@@ -67,7 +76,8 @@ def read_parameters(path: Path) -> dict[str, Parameter]:
         install = 'pip install -c constraints.txt -e ".[notebooks]"'
         raise MendkitError(f"{error}; notebooks need `{install}`") from None
     try:
-        inspected = papermill.inspect_notebook(_braced(path))
+        # papermill formats paths: braces must be doubled
+        inspected = papermill.inspect_notebook(str(path).replace("{", "{{").replace("}", "}}"))
         found = {name: _parameter(**about) for name, about in inspected.items()}
     except Exception as error:  # papermill has no error of its own for what is no notebook
         raise MendkitError(f"{path}: not a notebook with Python parameters: {error!r}") from None
@@ -77,19 +87,12 @@ def read_parameters(path: Path) -> dict[str, Parameter]:
 
 
 def _parameter(*, name: str, inferred_type_name: str, default: str, help: str) -> Parameter:
-    """A parameter as papermill describes it; without annotation its default tells its kind."""
+    """A parameter as papermill describes it; without annotation its default tells its type."""
     value = ast.literal_eval(default)
-    kind = inferred_type_name
-    if kind == "None":
-        kind = type(value).__name__
-    inside = kind.removeprefix("Optional[")
-    plain = re.split(r"[\[\]]", inside)[0]  # list[str] is a list
-    if plain == "int" and name.endswith("_limit"):
-        plain = "limit"
-    return Parameter(name, plain, inside != kind, value)
-
-
-# ------------------------------------------------------------------------------------------ running
+    if inferred_type_name == "None":
+        return Parameter(name, type(value), value)
+    # papermill's pattern lets names and brackets through, and nothing that could be called
+    return Parameter(name, eval(inferred_type_name, {"__builtins__": {}}, TYPES), value)
 
 
 @dataclass(frozen=True)
@@ -114,54 +117,56 @@ def run_notebook(
     executed: Path,
     parameters: Mapping[str, Any],
     *,
+    page: Path,
     show: Callable[[str], None] = lambda line: None,
     cell_seconds: int | None = None,
 ) -> Failure | None:
     """Execute a notebook in a kernel of its own; None if it ran to its end.
 
-    It is saved as `executed` after every cell, so a failure leaves what was done by then. What
-    the kernel wrote past the notebook is in a `.log` beside it. `show` gets the live line;
-    `cell_seconds` limits every cell.
+    It is saved as `executed` after every cell, and as HTML (`page`) at the end, so a failure leaves
+    what was done by then. What the kernel wrote past the notebook is in a `.log` beside it. `show`
+    gets the live line; `cell_seconds` limits every cell.
     """
-    import papermill
+    import nbformat
 
-    log, fault, interrupted = executed.with_suffix(".log"), "", False
-    try:
-        with log.open("wb") as file:
-            papermill.engines.papermill_engines.register("mendkit", _engine(show, file))
-            papermill.execute_notebook(
-                _braced(path),
-                _braced(executed),
-                parameters=dict(parameters),
-                engine_name="mendkit",
-                kernel_name="python3",
-                language="python",
-                progress_bar=False,
-                execution_timeout=cell_seconds,
-            )
-    except KeyboardInterrupt:
-        fault, interrupted = "interrupted", True
-    except Exception as error:  # whatever it is, the report must be finished and say so
-        lines = str(error).strip().splitlines() or [""]
-        fault = f"{type(error).__name__}: {lines[0]}"
-        if hasattr(error, "ename") and hasattr(error, "evalue"):  # of a cell
-            fault = ANSI.sub("", f"{error.ename}: {error.evalue}").strip()
-    cell, source, ended = _reached(executed)
-    if not fault and not ended:  # papermill takes `exit()` for an end
-        fault = "it exited before its last cell"
+    number, source, fault, interrupted = 0, "", "", False
+    log = executed.with_suffix(".log")
+    with log.open("wb") as file:
+        try:
+            client = _client(path, parameters, show)
+            client.timeout = cell_seconds
+            with client.setup_kernel(stdout=file, stderr=file):
+                for index, cell in enumerate(client.nb.cells):
+                    if cell.cell_type == "code":
+                        number, source = number + 1, cell.source
+                    try:
+                        client.execute_cell(cell, index)
+                    finally:
+                        nbformat.write(client.nb, executed)
+        except KeyboardInterrupt:
+            fault, interrupted = "interrupted", True
+            # The cell's tasks see the kernel die, and nobody is left to hear of it.
+            logging.getLogger("asyncio").setLevel(logging.CRITICAL)
+        except Exception as error:  # whatever it is, the report must be finished and say so
+            lines = str(error).strip().splitlines() or [""]
+            fault = f"{type(error).__name__}: {lines[0]}"
+            if hasattr(error, "ename") and hasattr(error, "evalue"):  # of a cell
+                fault = ANSI.sub("", f"{error.ename}: {error.evalue}").strip()
     if not fault or not log.stat().st_size:
         log.unlink()
-    return Failure(path.stem, cell, fault, source, interrupted) if fault else None
+    if executed.is_file():
+        unwritten = _export(executed, page)
+        fault = fault or unwritten
+    return Failure(path.stem, number or None, fault, source, interrupted) if fault else None
 
 
-def _engine(show: Callable[[str], None], log: BinaryIO) -> type:
-    """papermill's engine, which passes the live line on and keeps the kernel's last words."""
-    import zmq
-    from jupyter_core.utils import ensure_event_loop
-    from papermill.clientwrap import PapermillNotebookClient
-    from papermill.engines import Engine
+def _client(path: Path, parameters: Mapping[str, Any], show: Callable[[str], None]) -> Any:
+    """What runs the notebook's cells, with the parameters set, and passes the live line on."""
+    from nbclient import NotebookClient
+    from papermill.iorw import load_notebook_node
+    from papermill.parameterize import parameterize_notebook
 
-    class LiveClient(PapermillNotebookClient):
+    class LiveClient(NotebookClient):
         def process_message(self, msg: Any, cell: Any, cell_index: int) -> Any:
             # the live line is a display that is updated, so it has an id
             content = msg["content"]
@@ -170,65 +175,21 @@ def _engine(show: Callable[[str], None], log: BinaryIO) -> type:
                 show(f"cell {cell_index + 1}/{len(self.nb.cells)}: {line.strip()}")
             return super().process_message(msg, cell, cell_index)
 
-        def papermill_execute_cells(self) -> None:
-            try:
-                super().papermill_execute_cells()
-            except KeyboardInterrupt:
-                # The cell's tasks are still on the loop, on which the kernel is ended next. They
-                # would see it dead and fail with nobody to hear of it.
-                loop = ensure_event_loop()
-                tasks = asyncio.all_tasks(loop)
-                for task in tasks:
-                    task.cancel()
-                loop.run_until_complete(asyncio.gather(*tasks, return_exceptions=True))
-                raise
-
-    class LiveEngine(Engine):
-        @classmethod
-        def execute_managed_notebook(
-            cls, nb_man: Any, kernel_name: str, *, execution_timeout: int | None, **_: Any
-        ) -> Any:
-            client = LiveClient(
-                nb_man,
-                kernel_name=kernel_name,
-                timeout=execution_timeout,
-                startup_timeout=START_SECONDS,
-                iopub_timeout=IOPUB_SECONDS,
-                coalesce_streams=True,
-            )
-            encryption = "auto" if zmq.has("curve") else "disabled"
-            return client.execute(stdout=log, stderr=log, transport_encryption=encryption)
-
-    return LiveEngine
+    kernel = {"kernel_name": "python3", "language": "python"}
+    notebook = parameterize_notebook(load_notebook_node(str(path)), dict(parameters), **kernel)
+    client = LiveClient(notebook, kernel_name="python3", coalesce_streams=True)
+    client.startup_timeout, client.iopub_timeout = START_SECONDS, IOPUB_SECONDS
+    return client
 
 
-def _reached(executed: Path) -> tuple[int | None, str, bool]:
-    """The last code cell that began: its number, its source, and whether none is left."""
-    import nbformat
-
-    if not executed.is_file():
-        return None, "", False
-    cells = nbformat.read(executed, as_version=4).cells
-    code = [cell for cell in cells if cell.cell_type == "code"]
-    begun = [cell for cell in code if cell.metadata.papermill.start_time]
-    source = begun[-1].source if begun else ""
-    return len(begun) or None, source, len(begun) == len(code)
-
-
-def _braced(path: Path) -> str:
-    """papermill formats paths: braces must be doubled."""
-    return str(path).replace("{", "{{").replace("}", "}}")
-
-
-def export_html(executed: Path, html: Path) -> None:
-    """Write an executed notebook as one HTML file: text and outputs, no code."""
+def _export(executed: Path, page: Path) -> str:
+    """Write an executed notebook as HTML, text and outputs without code; why that failed."""
     from nbconvert import HTMLExporter
 
-    exporter = HTMLExporter(
-        template_file=str(TEMPLATES / "notebook.html.j2"),
-        exclude_input=True,
-        exclude_input_prompt=True,
-        exclude_output_prompt=True,
-    )
-    text, _ = exporter.from_filename(str(executed))
-    html.write_text(text, encoding="utf-8")
+    hidden = dict.fromkeys(["exclude_input", "exclude_input_prompt", "exclude_output_prompt"], True)
+    try:
+        text, _ = HTMLExporter(**hidden).from_filename(str(executed))
+        page.write_text(text, encoding="utf-8")
+    except Exception as error:  # the rest of the report is still worth having
+        return f"export to HTML: {type(error).__name__}: {error}"
+    return ""

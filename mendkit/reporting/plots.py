@@ -1,7 +1,7 @@
 """Figures, one small function each: results in, labelled chart out.
 
-A chart's title is a finding computed from the data. Shares lie in [0, 1]; whiskers and bands are
-95 % intervals over edits.
+A title is computed from the data, so it is right when a run goes badly, too. Shares lie in [0, 1];
+whiskers and bands are 95 % intervals over edits.
 """
 
 import textwrap
@@ -10,11 +10,9 @@ from typing import Any
 
 import pandas as pd
 
-from ..evaluation.results import HEADLINE
-from . import findings
+from ..evaluation.results import HEADLINE, Interval, headline_score
 from .figures import (
     BLACK,
-    COLOURS,
     GREY,
     Chart,
     categories,
@@ -27,8 +25,13 @@ from .figures import (
     mark,
     panels,
     shares,
+    span,
+    whiskers,
 )
-from .findings import Row, Rows, Summary
+from .tables import Row
+
+Rows = Sequence[Row] | pd.DataFrame
+Summary = Mapping[str, Interval]
 
 TINY = 1e-5  # KL may be 0, which a logarithmic axis cannot show
 NATS, KL = "NLL of the new answer (nats per token)", "KL(unedited ‖ edited) (nats)"
@@ -57,16 +60,15 @@ SCORES = {
     "free_exact": "free decoding,\nexactly the answer",
     "free_exact_question": "the same,\nasked as a question",
 }
-IN_A_ROW = {
-    HEADLINE["edit"]: "edit success right after the edit",
-    "retention.all": "retention: of all edits so far, now",
-    HEADLINE["unrelated"]: "locality (argmax as before), now",
-    "norm.relative_max": "relative norm of the change, largest site",
-    "drawdown.perplexity": "perplexity of held-out text, above before",
-}
+OTHERS = ("retention.all", "norm.relative_max", "drawdown.perplexity")  # where edits add up
 
 
-def share_rows(rows: Sequence[Row], *keys: str, prefix: str = "") -> pd.DataFrame:
+def part(values: Row, prefix: str) -> dict[str, Any]:
+    """The entries whose names start with `prefix`, without it."""
+    return {n.removeprefix(prefix): v for n, v in values.items() if n.startswith(prefix)}
+
+
+def share_rows(rows: Rows, *keys: str, prefix: str = "") -> pd.DataFrame:
     """A row for each `share` of each of `rows` that has it: `keys`, `share` and `value`."""
     frame = pd.DataFrame(rows).rename(columns=lambda name: name.removeprefix(prefix))
     names = [name for name in SHARES if name in frame]
@@ -80,13 +82,8 @@ def interval_rows(summaries: Mapping[str, Summary], metrics: Mapping[str, str]) 
     for metric in metrics:
         for series, summary in summaries.items():
             if metric in summary:
-                rows.append({"series": series, "metric": metric, **vars(summary[metric])})
-    return pd.DataFrame(rows, columns=["series", "metric", "mean", "low", "high", "n"])
-
-
-def part(values: Row, prefix: str) -> dict[str, Any]:
-    """The entries whose names start with `prefix`, without it."""
-    return {n.removeprefix(prefix): v for n, v in values.items() if n.startswith(prefix)}
+                rows.append({"series": series, "row": metric, **vars(summary[metric])})
+    return pd.DataFrame(rows, columns=["series", "row", "mean", "low", "high", "n"])
 
 
 # ---- training
@@ -95,71 +92,80 @@ def part(values: Row, prefix: str) -> dict[str, Any]:
 @in_style
 def loss_curves(history: Sequence[Row]) -> Chart:
     """Losses by role and step: training rows, their running mean, validation as markers."""
-    frame = pd.DataFrame(history)
+    frame, moved = pd.DataFrame(history).set_index("step"), []
     axes = panels(2, 2.8)
     roles = {"edit": NATS, "paraphrases": NATS, "neighbours": KL, "unrelated": KL}
-    for colour, (role, unit) in zip(COLOURS, roles.items(), strict=False):
+    for k, (role, unit) in enumerate(roles.items()):
         ax = axes[unit == KL]
         ax.set_ylabel(unit)
         logarithmic(ax, "y")
         for key in (role, f"val.loss.{role}"):
-            loss = frame.set_index("step").get(key, pd.Series(dtype=float)).dropna()
-            loss = loss.clip(lower=TINY)
+            loss = frame.get(key, pd.Series(dtype=float)).dropna().clip(lower=TINY)
             if key == role:
-                mean = findings.smooth(loss)
-                ax.plot(loss, color=colour, marker="", alpha=0.25)
-                ax.plot(mean, color=colour, marker="", lw=2, label=role)
+                # Over a twelfth of the rows, narrower at the ends.
+                mean = loss.rolling(2 * (len(loss) // 24) + 1, center=True, min_periods=1).mean()
+                ax.plot(loss, color=f"C{k}", marker="", alpha=0.25)
+                ax.plot(mean, color=f"C{k}", marker="", lw=2, label=role)
+                loss = mean
             else:
-                ax.plot(loss, color=colour, marker="o", ls=":", mfc="white")
+                ax.plot(loss, color=f"C{k}", marker="o", ls=":", mfc="white")
+            if role == "edit" and len(loss):
+                moved.append(f"from {loss.iloc[0]:.2f} to {loss.iloc[-1]:.2f}")
     note = "faint: logged batches; lines: their running mean; hollow markers: validation edits"
-    title = findings.losses(history)
-    return finish("loss_curves", title, axes, frame, note=note, xlabel="training step")
+    title = f"The edit loss went {', on validation edits '.join(moved)} nats"
+    rows = frame.reset_index()
+    return finish("loss_curves", title, axes, rows, note=note, xlabel="training step")
 
 
 @in_style
 def validation_curves(history: Sequence[Row], best: Row, *, n: int) -> Chart:
-    """Validation shares over n edits by step and wall time; `best` is the kept archive's row."""
-    frame = share_rows(history, "step", "seconds", prefix="val.")
-    axes = panels(2, 2.6)
-    units = {"step": "training step", "seconds": "wall time (s), caches included"}
-    for ax, (key, unit) in zip(axes, units.items(), strict=True):
-        mark(ax, best[key], "the archive that was kept")
-        lines(ax, frame, key, "value", "share")
-        shares(ax, "y")
-        ax.set_xlabel(unit)
-    note, title = f"n = {n} validation edits, {ALONE}", findings.validation(history, best)
-    return finish("validation", title, axes, frame, note=note, ylabel="share of edits")
-
-
-@in_style
-def step_sizes(edit_lrs: Mapping[str, float], *, start: float) -> Chart:
-    """Size of every site's learned step α (an imported one may be negative), and the start."""
-    frame = pd.DataFrame({"site": list(edit_lrs), "edit_lr": list(edit_lrs.values())})
-    sizes, y = frame["edit_lr"].abs(), frame.index
-    (ax,) = axes = panels(1, 0.3 + 0.24 * len(frame))
-    mark(ax, start, "start of training")
-    ax.hlines(y, start, sizes, alpha=0.6)
-    ax.plot(sizes, y, ls="", ms=6)
-    logarithmic(ax, "x")
-    ax.set_xlim(min(start, sizes.min()) / 1.3, max(start, sizes.max()) * 1.3)
-    categories(ax, [findings.short_site(site) for site in edit_lrs])
-    labels = {"xlabel": "step size α (log scale)", "ylabel": "edit site (block.layer)"}
-    note, title = f"n = {len(frame)} sites", findings.step_sizes(edit_lrs, start=start)
-    return finish("step_sizes", title, axes, frame.assign(start=start), note=note, **labels)
+    """Validation shares over n edits by step; `best` is the kept archive's row."""
+    rows = [row for row in history if "val.score" in row]
+    before, kept = rows[0]["val.score"], best["val.score"]
+    verb = "raised" if kept > before else "did not raise"
+    scores = f"{before:.2f} before the first step, {kept:.2f} at step {best['step']:g}"
+    title = f"Training {verb} the validation score: {scores}, whose archive was kept"
+    (ax,) = axes = panels(1, 2.8)
+    mark(ax, best["step"], "the archive that was kept")
+    frame = share_rows(rows, "step", prefix="val.")
+    return _share_lines(axes, frame, "validation", title=title, xlabel="training step", n=n)
 
 
 @in_style
 def control_curve(rows: Sequence[Row], best: Row, *, n: int) -> Chart:
     """The identity control's validation shares by step size, and the trained editor's score."""
-    frame = share_rows(rows, "edit_lr")
+    top, trained = max(rows, key=lambda row: row["score"]), best["val.score"]
+    verb = "beats" if trained > top["score"] else "does not beat"
+    # A best value at the end of a range may not be the best there is.
+    at_end = " (the end of the range tried)" if top in (rows[0], rows[-1]) else ""
+    scores = f"{trained:.2f} against {top['score']:.2f} at α = {top['edit_lr']:.1e}{at_end}"
+    title = f"The trained editor {verb} the identity control at its best step size: {scores}"
     (ax,) = axes = panels(1, 2.8)
-    lines(ax, frame, "edit_lr", "value", "share")
-    ax.axhline(best["val.score"], color=BLACK, ls="--", label="score of the trained editor")
+    ax.axhline(trained, color=BLACK, ls="--", label="score of the trained editor")
     logarithmic(ax, "x")
-    shares(ax, "y")
-    note, title = f"n = {n} validation edits, {ALONE}", findings.control(rows, best)
-    labels = {"xlabel": "step size α of the untrained editor (log scale)"}
-    return finish("control", title, axes, frame, note=note, ylabel="share of edits", **labels)
+    xlabel = "step size α of the untrained editor (log scale)"
+    frame = share_rows(rows, "edit_lr")
+    return _share_lines(axes, frame, "control", title=title, xlabel=xlabel, n=n)
+
+
+@in_style
+def strength_curve(rows: Sequence[Row], *, n: int) -> Chart:
+    """Shares over n edits by the strength that multiplies every update (1: as trained)."""
+    score = {f"{row['strength']:g}": row["score"] for row in rows}
+    title = f"Score by the strength of the edits: {span(score)}; as trained: {score['1']:.2f}"
+    (ax,) = axes = panels(1, 2.8)
+    mark(ax, 1, "as trained")
+    frame, xlabel = share_rows(rows, "strength"), "strength (factor on every update)"
+    return _share_lines(axes, frame, "strength", title=title, xlabel=xlabel, n=n)
+
+
+def _share_lines(axes: Sequence[Any], frame: pd.DataFrame, name: str, **texts: Any) -> Chart:
+    """A line a share, by the first column of `frame`; `texts`: title, xlabel, n."""
+    lines(axes[0], frame, frame.columns[0], "value", "share")
+    shares(axes[0], "y")
+    labels = {"xlabel": texts["xlabel"], "ylabel": "share of edits"}
+    note = f"n = {texts['n']} edits, {ALONE}"
+    return finish(name, texts["title"], axes, frame, note=note, **labels)
 
 
 # ---- editing
@@ -172,51 +178,52 @@ def next_token_bars(facts: Sequence[Row]) -> Chart:
     A fact has `prompt`, its answers `new` and `old` (or None), their first tokens `new_token` and
     `old_token`, and `before` and `after`: probabilities by token.
     """
-    axes, tables = panels(len(facts), 2.4), []
+    axes, tables, told = panels(len(facts), 2.4), [], {"before": 0, "after": 0}
     for ax, fact in zip(axes, facts, strict=True):
-        table = pd.DataFrame({"before": fact["before"], "after": fact["after"]}).fillna(0)
-        table = table.loc[table.max(axis=1).sort_values(ascending=False, kind="stable").index]
+        table = pd.DataFrame({state: fact[state] for state in told}).fillna(0)
         # Both answers and the most probable other tokens, seven in all, most probable first.
-        answers = [
-            token for token in (fact["new_token"], fact["old_token"]) if token in table.index
-        ]
-        chosen = list(dict.fromkeys([*answers, *table.index]))[:7]
-        table = table[table.index.isin(chosen)]
-        for colour, place, state in ((GREY, -0.2, "before"), (COLOURS[0], 0.2, "after")):
+        order = table.max(axis=1).sort_values(ascending=False, kind="stable").index
+        answers = order.isin([fact["new_token"], fact["old_token"]])
+        chosen = [*order[answers], *order[~answers]][:7]
+        table = table.loc[order[order.isin(chosen)]]
+        for colour, place, state in ((GREY, -0.2, "before"), ("C0", 0.2, "after")):
             y = [k + place for k in range(len(table))]
             ax.barh(y, table[state], 0.38, color=colour, label=f"{state} the edit")
+            told[state] += table[state].idxmax() == fact["new_token"]
         categories(ax, [_token_label(str(token), fact) for token in table.index])
         shares(ax, "x")
-        width = 90
-        if len(facts) > 1:
-            width = 38  # two panels share the figure's width
+        width = 90 if len(facts) == 1 else 38  # two panels share the figure's width
         ax.set_title(textwrap.fill(drawable(f"{fact['prompt']} → {fact['new']}"), width))
         about = {key: fact[key] for key in ("prompt", "new", "old")}
         tables.append(table.rename_axis("token").reset_index().assign(**about))
+    counts = f"{told['before']} of {len(facts)} facts before the edit, of {told['after']} after it"
+    title = f"The most probable next token begins the new answer of {counts}"
     note = "␣: a space; ⏎: a new line; (new), (old): first token of the answer"
-    labels, title = {"xlabel": "probability", "ylabel": "next token"}, findings.next_tokens(facts)
+    labels = {"xlabel": "probability", "ylabel": "next token"}
     return finish("next_tokens", title, axes, pd.concat(tables), note=note, **labels)
 
 
 def _token_label(token: str, fact: Row) -> str:
     text = drawable(token.replace("\n", "⏎").replace(" ", "␣")) or "(empty)"
-    answers = [kind for kind in ("new", "old") if token == fact[f"{kind}_token"]]
-    if answers:
-        text += f" ({' and '.join(answers)})"
+    for kind in ("new", "old"):
+        if token == fact[f"{kind}_token"]:
+            text += f" ({kind})"
     return text
 
 
 @in_style
 def editors(summaries: Mapping[str, Summary], *, name: str = "editors") -> Chart:
-    """The headline shares of several editors, a panel each; the title is about the first editor."""
-    frame = interval_rows(summaries, HEADLINE_LABELS).rename(columns={"series": "editor"})
-    frame["row"] = frame["editor"]
+    """The headline shares of several editors, a panel each."""
+    frame = interval_rows(summaries, HEADLINE_LABELS)
+    frame = frame.rename(columns={"series": "editor", "row": "metric"})
     metrics = frame["metric"].unique()
     axes = panels(len(metrics), 0.8 + 0.2 * len(summaries))
     for ax, metric in zip(axes, metrics, strict=True):
-        dots(ax, frame[frame["metric"] == metric], {name: name for name in summaries}, "metric")
+        values = frame[frame["metric"] == metric].assign(row=frame["editor"])
+        dots(ax, values, {name: name for name in summaries}, "metric")
         ax.set_title(HEADLINE_LABELS[metric])
-    title = findings.ranking(summaries)
+    scores = [f"{name} {headline_score(found):.2f}" for name, found in summaries.items()]
+    title = f"Headline score: {', '.join(scores)}"
     note = f"n = {frame['n'].max()} edits, each on a fresh model; score: harmonic mean"
     labels = {"xlabel": "share, with its 95 % interval", "ylabel": "editor"}
     return finish(name, title, axes, frame, note=note, **labels)
@@ -230,142 +237,153 @@ def decoding(summary: Summary) -> Chart:
     summaries = {series: part(summary, prefix) for series, prefix in prefixes.items()}
     frame = interval_rows(summaries, SCORES)
     (ax,) = axes = panels(1, 0.55 * len(SCORES))
-    dots(ax, frame.assign(row=frame["metric"]), SCORES, "series")
+    dots(ax, frame, SCORES, "series")
+    scores = frame[frame["series"] == "edit success"].set_index("row")["mean"]
+    title = f"Edit success by the way to score it: {span(scores)}"
     note = f"n = {frame['n'].max()} edits, each on a fresh model"
     labels = {"xlabel": "share, with its 95 % interval over edits", "ylabel": "score"}
-    return finish("decoding", findings.decoding(summary), axes, frame, note=note, **labels)
+    return finish("decoding", title, axes, frame, note=note, **labels)
 
 
 @in_style
-def by_relation(edit: Summary, paraphrase: Summary) -> Chart:
-    """Edit success and paraphrase (free decoding, exact) of every relation, best first."""
-    order = sorted(edit, key=lambda name: (-edit[name].mean, name))
-    names = {name: f"{findings.relation_name(name)} (n = {edit[name].n})" for name in order}
-    frame = interval_rows({"edit success": edit, "paraphrase": paraphrase}, names)
-    frame = frame.rename(columns={"metric": "row"})
-    (ax,) = axes = panels(1, 0.4 + 0.3 * len(order))
-    dots(ax, frame, names, "series")
-    note, title = "each edit on a fresh model; free decoding", findings.by_relation(edit)
-    labels = {"xlabel": "share written exactly, with its 95 % interval", "ylabel": "relation"}
-    frame = frame.rename(columns={"row": "relation"})
-    return finish("by_relation", title, axes, frame, note=note, **labels)
+def many_edits(rows: Rows, *, name: str) -> Chart:
+    """Each metric by the number of edits that a model holds, a line an editor (`tables.many`).
 
-
-@in_style
-def many_edits(rows: Rows, *, at_once: bool) -> Chart:
-    """Each metric by the number of edits that a model holds, a line an editor (`tables.many`)."""
+    `name` says how they were made: at_once or in_a_row.
+    """
     frame = pd.DataFrame(rows)
-    names = HEADLINE_LABELS if at_once else IN_A_ROW
-    frame = frame[frame["metric"].isin(names)]
-    metrics = [metric for metric in names if metric in set(frame["metric"])]
-    counts = sorted(frame["edits"].unique())
+    frame = frame[frame["metric"].isin([*HEADLINE_LABELS, *OTHERS])]
+    metrics, counts = list(frame["metric"].unique()), sorted(frame["edits"].unique())
     axes = panels(len(metrics), 2.5)
     for ax, metric in zip(axes, metrics, strict=True):
-        values = frame[frame["metric"] == metric]
-        lines(ax, values, "edits", "mean", "editor")
-        ax.set(title=names[metric], xscale="log", ylabel="share")
+        lines(ax, frame[frame["metric"] == metric], "edits", "mean", "editor")
+        ax.set(title=HEADLINE_LABELS.get(metric, metric), xscale="log", ylabel="share")
         ax.set_xticks(counts, [str(count) for count in counts])
         ax.minorticks_off()
         if metric.startswith(("norm.", "drawdown.")):
-            ax.set(yscale="symlog", ylabel=metric.replace("norm.relative_max", "‖ΔW‖ / ‖W‖"))
+            ax.set(yscale="symlog", ylabel="ratio")
             ax.yaxis.set_major_formatter("{x:g}")
-            ax.set_ylim(bottom=1.1 * min(values["mean"].min(), 0))
         else:
             shares(ax, "y")
-    name, how = "in_a_row", "in a row"
-    if at_once:
-        name, how = "at_once", "at once"
+    kept = "retention.all" if "retention.all" in metrics else HEADLINE["edit"]
+    last = frame[(frame["edits"] == counts[-1]) & (frame["metric"] == kept)]
+    how = name.replace("_", " ")
+    title = f"Of {counts[-1]} edits {how} is kept: {span(last.set_index('editor')['mean'])}"
     note = f"bands: 95 % intervals over up to n = {frame['n'].max():.0f} edits; free decoding"
-    title = findings.many(frame, at_once=at_once)
     return finish(name, title, axes, frame, note=note, xlabel=f"edits made {how}")
 
 
-@in_style
-def probability_shifts(rows: Rows) -> Chart:
-    """Each edit's log P of the new and the old answer, before (x) and after (y)."""
-    frame = pd.DataFrame(rows).filter(regex=r"log_p\.(new|old)$")
-    kinds = [kind for kind in ("new", "old") if f"log_p.{kind}" in frame]
-    lowest = frame.min().min()
-    axes = panels(len(kinds), 2.8)
-    for ax, kind in zip(axes, kinds, strict=True):
-        both = frame[[f"before.log_p.{kind}", f"log_p.{kind}"]].dropna()
-        ax.plot([lowest, 0], [lowest, 0], color=GREY, ls="--", marker="")
-        ax.plot(*both.T.to_numpy(), ls="", alpha=0.45)
-        ax.plot(*both.median(), "P", color=BLACK, ms=9, mec="white")
-        limits = (lowest * 1.03, -lowest * 0.03)
-        ax.set(title=f"{kind} answer (n = {len(both)} edits)", aspect="equal")
-        ax.set(xlim=limits, ylim=limits)
-    note, title = "dashed: unchanged; cross: median", findings.shifts(frame)
-    unit = "(nats per token)"
-    labels = {"xlabel": f"log P before {unit}", "ylabel": f"log P after {unit}"}
-    return finish("probability_shifts", title, axes, frame, note=note, **labels)
+# ---- inside an edit, and several runs
 
 
 @in_style
-def strength_curve(rows: Sequence[Row], *, n: int) -> Chart:
-    """Shares over n edits by the strength that multiplies every update (1: as trained)."""
-    frame = share_rows(rows, "strength")
-    (ax,) = axes = panels(1, 2.8)
-    mark(ax, 1, "as trained")
-    lines(ax, frame, "strength", "value", "share")
-    shares(ax, "y")
-    labels = {"xlabel": "strength (factor on every update)", "ylabel": "share of edits"}
-    note = f"n = {n} edits, {ALONE}"
-    return finish("strength", findings.strength(rows), axes, frame, note=note, **labels)
+def ranks(rows: Rows) -> Chart:
+    """Numerical rank of each gradient by its number of tokens (`rank`, `tokens`, `error`)."""
+    frame = pd.DataFrame(rows)
+    (ax,) = axes = panels(1, 2.6)
+    most, full = frame["tokens"].max(), frame["full_rank"].min()
+    ax.plot([0, most], [0, most], color=GREY, ls="--", marker="", label="rank = tokens")
+    ax.plot(frame["tokens"], frame["rank"], ls="", alpha=0.35, ms=5)
+    ax.set(xlim=(0, None), ylim=(0, None))
+    ax.locator_params(integer=True)
+    worst, above = frame["error"].max(), (frame["rank"] > frame["tokens"]).sum()
+    verb = "are" if worst < 1e-3 else "are not"  # a missing error proves nothing, either
+    title = f"{len(frame)} gradients {verb} sums of their tokens' rank-one terms (error at most "
+    title += f"{worst:.0e}); {above} exceed that rank"
+    note = f"n = {len(frame)} gradients (texts × sites), by autograd; full rank: {full} or more"
+    labels = {"xlabel": "tokens that contribute (count)", "ylabel": "numerical rank of ∇L (count)"}
+    return finish("ranks", title, axes, frame, note=note, **labels)
+
+
+@in_style
+def size_curves(name: str, sweeps: Mapping[str, Sequence[Row]], *, n: int) -> Chart:
+    """Edit loss (left) and neighbours' KL (right) by the update's relative norm.
+
+    `sweeps` are rows of `inspection.sweep` by what was varied; a size of 0 is the unedited model.
+    """
+    parts = [pd.DataFrame(rows).assign(series=series) for series, rows in sweeps.items()]
+    frame = pd.concat(parts, ignore_index=True)
+    edited = frame[frame["size"] != 0].assign(size=frame["size"].abs())
+    unedited = frame.loc[frame["size"] == 0, "loss.edit"].max()
+    axes = panels(2, 3.5)
+    units = {"loss.edit": NATS, "loss.neighbours": KL}
+    for ax, (loss, unit) in zip(axes, units.items(), strict=True):
+        # A logarithmic axis cannot show a loss of zero.
+        lines(ax, edited[edited[loss] >= TINY], "size", loss, "series")
+        logarithmic(ax, "x", "y")
+        ax.set_ylabel(unit)
+    axes[0].axhline(unedited, color=GREY, ls="--")
+    lowest = edited.groupby("series", sort=False)["loss.edit"].min()
+    said = ", ".join(f"{loss:.2f} by {series}" for series, loss in lowest.items())
+    title = f"Unedited, the edit loss is {unedited:.2f} nats; at its lowest {said}"
+    note = f"dashed: unedited; n = {n} edits, {ALONE}; an edit's mean norm, over all sites"
+    return finish(name, title, axes, frame, note=note, xlabel="relative norm ‖ΔW‖ / ‖W‖")
+
+
+@in_style
+def spectra(rows: Rows, *, n: int) -> Chart:
+    """Share of ‖ΔW‖² in the first k singular directions (`series`, `directions`, `share`)."""
+    frame = pd.DataFrame(rows)
+    (ax,) = axes = panels(1, 2.6)
+    lines(ax, frame, "directions", "share", "series")
+    ax.set(ylim=(0, 1.03), xticks=sorted(frame["directions"].unique()))
+    first = frame.groupby("series", sort=False)["share"].first()
+    title = f"The first singular direction holds of an update's energy {span(first)}"
+    labels = {"xlabel": "singular directions, largest first (count)", "ylabel": "share of ‖ΔW‖²"}
+    note = f"means over n = {n} edits and all sites"
+    return finish("spectra", title, axes, frame, note=note, **labels)
+
+
+@in_style
+def success_against_locality(runs: Mapping[str, Summary], scores: Mapping[str, float]) -> Chart:
+    """Runs of a sweep as points with intervals: what an edit does by what it leaves alone.
+
+    `runs` and their headline `scores` by what was varied; runs are numbered from 1.
+    """
+    axes = panels(2, 3)
+    pairs = (("edit", "unrelated"), ("paraphrases", "neighbours"))
+    for ax, roles in zip(axes, pairs, strict=True):
+        up, across = (HEADLINE[role] for role in roles)
+        for number, summary in enumerate(runs.values(), 1):
+            if up in summary and across in summary:
+                x, y = pd.DataFrame([summary[across]]), pd.DataFrame([summary[up]])
+                ax.errorbar(x["mean"], y["mean"], xerr=whiskers(x), yerr=whiskers(y), ms=5.5)
+                ax.annotate(f" {number}", (x["mean"][0], y["mean"][0]), va="bottom")
+        shares(ax, "x", "y")
+        ax.set(xlabel=HEADLINE_LABELS[across], ylabel=HEADLINE_LABELS[up])
+    frame = interval_rows(runs, HEADLINE_LABELS)
+    title = f"Score of {len(scores)} runs: {span(scores)}" if scores else "No run was scored"
+    note = f"n = {frame['n'].max()} edits, each on a fresh model; numbers are those of the table"
+    return finish("success_against_locality", title, axes, frame, note=note)
 
 
 # ---- costs
 
 
 def charts_of_costs(results: Mapping[str, Any]) -> list[Chart]:
-    """Every figure of `run_bench`'s results."""
-    charts = [costs_of_training(results), memory_of_training(results)]
-    if "depths" in results:
-        charts.append(depth_curve(results["depths"]))
-    return charts
-
-
-def costs_of_training(results: Mapping[str, Any]) -> Chart:
-    """Seconds per edit of every way to train, a panel a model (`run_bench`'s results)."""
-    title = findings.costs(results)
-    return _bars("costs_of_training", title, results, ("train", "seconds_per_edit", "seconds"))
-
-
-def memory_of_training(results: Mapping[str, Any]) -> Chart:
-    """Peak memory above the base model of every way to train (`run_bench`'s results)."""
-    title = findings.memory(results)
-    return _bars("memory_of_training", title, results, ("memory", "above_gb", "GB"))
+    """Time and memory of every way to train, of `run_bench`'s results."""
+    models = {name: found for name, found in results.items() if "train" in found}
+    measured = {name: found for name, found in models.items() if "memory" in found}
+    return [_bars("train", "seconds_per_edit", models), _bars("memory", "above_gb", measured)]
 
 
 @in_style
-def _bars(name: str, title: str, results: Mapping[str, Any], what: tuple[str, str, str]) -> Chart:
-    """A bar for each way to train; `what`: the part of a model's results, its number, the unit."""
-    part, number, unit = what
-    rows = []
-    for model, found in results.items():
-        if part in found:
-            bars = pd.DataFrame(found[part]).T.rename_axis("way").reset_index()
-            rows.append(bars.assign(model=model))
-    axes = panels(len(rows), 0.8 + 0.26 * len(rows[0]), columns=1)
-    for ax, bars in zip(axes, rows, strict=True):
-        drawn = ax.barh(bars.index, bars[number], 0.7)
-        ax.bar_label(drawn, fmt=" {:.3g}")
-        categories(ax, list(bars["way"]))
-        ax.set_title(f"{bars['model'][0]} (n = {len(bars)} ways to train)")
-    frame = pd.concat(rows)
+def _bars(what: str, number: str, models: Mapping[str, Any]) -> Chart:
+    """A bar for each way to train, a panel a model; the title compares textbook and kit."""
+    name, title, unit = "memory_of_training", "Memory above the base model", "GB above the model"
+    if what == "train":
+        name, title, unit = "costs_of_training", "Time per edit trained", "seconds per edit"
+    ratios, tables = [], []
+    axes = panels(len(models), 1.6, columns=1)
+    for ax, (model, found) in zip(axes, models.items(), strict=True):
+        table = pd.DataFrame(found[what]).T
+        ax.bar_label(ax.barh(range(len(table)), table[number], 0.7), fmt=" {:.3g}")
+        categories(ax, list(table.index))
+        ax.set_title(f"{model} (n = {len(table)} ways to train)")
+        doubt = "" if found["equal"] else ", not the same numbers"
+        ratios.append(f"{found[f'{what}_ratio']:.1f} ({model}{doubt})")
+        tables.append(table.rename_axis("way").reset_index().assign(model=model))
+    title += f", textbook over kit: {', '.join(ratios)}"
     note = "each way is measured with its caches and optimiser"
-    labels = {"xlabel": f"{number.replace('_', ' ')} ({unit})", "ylabel": "way to train"}
-    return finish(name, title, axes, frame, note=note, **labels)
-
-
-@in_style
-def depth_curve(depths: Mapping[str, Row]) -> Chart:
-    """Seconds per edit trained by the number of layers (`depths` of `run_bench`'s results)."""
-    rows = [{"layers": int(count), **found} for count, found in depths.items()]
-    frame = pd.DataFrame(rows)
-    (ax,) = axes = panels(1, 2.2)
-    ax.plot(frame["layers"], frame["seconds_per_edit"])
-    ax.set_ylim(0, None)
-    labels = {"xlabel": "layers of the model (count)", "ylabel": "seconds per edit trained"}
-    note = f"n = {len(rows)} random models of equal width; medians over turns"
-    return finish("depth", findings.depth(rows), axes, frame, note=note, **labels)
+    labels = {"xlabel": unit, "ylabel": "way to train"}
+    return finish(name, title, axes, pd.concat(tables), note=note, **labels)

@@ -1,9 +1,6 @@
 """The report: notebooks run in order, each in a kernel of its own, and a page over what they leave.
 
-`plan_report` and `check_report` look at all that can be known without loading a model, and write
-nothing. `run_report` does the work. Its folder holds run.json ("kind": "report"), the executed
-notebooks with their HTML, a folder of each notebook's files, the archive, results.json and
-index.html.
+`plan_report` and `check_report` write nothing and load no model; `run_report` does the work.
 """
 
 import difflib
@@ -17,18 +14,28 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from jinja2 import Environment, FileSystemLoader, StrictUndefined
+
 from ..data.files import Examples, read_examples
 from ..errors import MendkitError
+from ..evaluation.results import HEADLINE, Summary
 from ..hparams import MENDHyperParams, parse_overrides
-from ..runs import CHECKOUT, Progress, locked, provenance, user_path, write_json
-from .notebook import Failure, Parameter, export_html, read_parameters, run_notebook
-from .page import write_index
+from ..runs import CHECKOUT, Progress, clock, locked, provenance, user_path, write_json, write_text
+from .notebook import Failure, Parameter, read_parameters, run_notebook
 
 logger = logging.getLogger(__name__)
 
 TRAINING, EDITING = "01_train_without_archive", "02_edit_with_archive"
 ARCHIVE_FILE = "archive.safetensors"
+TEMPLATES = Path(__file__).parent / "templates"
 SET_HERE = ("config", "overrides", "archive", "out")  # notebook parameters that the report sets
+
+# The editors of a report, and how the names of their results begin.
+EDITORS = {
+    "before": "single.before.",
+    "identity control": "identity.single.",
+    "trained editor": "single.",
+}
 
 
 def default_notebook(stem: str) -> Path:
@@ -52,8 +59,8 @@ class ReportPlan:
         """The data sets that are read, of training first: source, and number of examples."""
         found = []
         for known in self.notebooks.values():
-            values = {name: self.given.get(name, p.default) for name, p in known.items()}
-            for name in values:
+            values = {name: p.default for name, p in known.items()} | self.given
+            for name in known:
                 role, _, rest = name.rpartition("_")
                 if rest == "data":
                     found.append((values[name], values.get(f"{role}_limit") or None))
@@ -88,7 +95,7 @@ def plan_report(config: str | Path, settings: Sequence[str] = (), *, out: str | 
         if key in given:
             raise MendkitError(f"{text!r}: {key} is given twice")
         if key in parameters:
-            given[key] = parameters[key].parse(value)
+            given[key] = parameters[key].read(value)
             continue
         overrides.append(text)
         near = difflib.get_close_matches(key, [*parameters, *MENDHyperParams.model_fields], 1)
@@ -191,9 +198,8 @@ def _begin(plan: ReportPlan, command: str) -> dict[str, Any]:
     """Remove the earlier report, mark the folder as a report; what run.json holds."""
     given = [f"{name}={value}" for name, value in plan.given.items()]
     run: dict[str, Any] = {"kind": "report", "status": "running", "command": command}
-    run |= {"config": str(plan.config)}
-    run |= {"settings": [*plan.settings, *given], "notebooks": list(plan.notebooks)}
-    run |= {"hparams": plan.hparams.to_dict(), **provenance()}
+    run |= {"config": str(plan.config), "settings": [*plan.settings, *given]}
+    run |= {"notebooks": list(plan.notebooks), "hparams": plan.hparams.to_dict(), **provenance()}
     old = _earlier_report(plan.out)
     # The mark is written before anything is removed, so that the folder is known at all times.
     keep = [write_json(plan.out / "run.json", run), Path(plan.hparams.archive or "")]
@@ -213,16 +219,14 @@ def _run_one(
     """Run a notebook and export it; it must end by itself and leave what is expected of it."""
     folder, executed = plan.out / stem, plan.out / f"{stem}.ipynb"
     folder.mkdir()
-    overrides = [*plan.settings]
-    if stem == EDITING:  # which has `archive` as a parameter
-        overrides = [text for text in overrides if text.partition("=")[0].strip() != "archive"]
-    values = {"config": str(plan.config), "overrides": overrides, **plan.given}
+    values = {"config": str(plan.config), "overrides": [*plan.settings], **plan.given}
     values |= {"archive": archive, "out": str(folder)}
     progress = Progress(stem[:2])
     failure = run_notebook(
         default_notebook(stem),
         executed,
         {name: value for name, value in values.items() if name in plan.notebooks[stem]},
+        page=executed.with_suffix(".html"),
         show=progress.show,
         cell_seconds=cell_seconds,
     )
@@ -230,15 +234,40 @@ def _run_one(
     for name in ("results.json", ARCHIVE_FILE) if stem == TRAINING else ("results.json",):
         if failure is None and not (folder / name).is_file():
             failure = Failure(stem, None, f"it ended without writing {folder / name}")
-    return export_page(executed, executed.with_suffix(".html"), failure)
-
-
-def export_page(executed: Path, page: Path, failure: Failure | None) -> Failure | None:
-    """Write the page of an executed notebook, if there is one; `failure`, or why that failed."""
-    try:
-        if executed.is_file():
-            export_html(executed, page)
-    except Exception as error:  # the rest of the report is still worth having
-        words = f"export to HTML: {type(error).__name__}: {error}"
-        failure = failure or Failure(executed.stem, None, words)
     return failure
+
+
+# --------------------------------------------------------------------------------------------- page
+
+
+def render(template: str, **values: Any) -> str:
+    """A template filled in. What is not markup in `values` is escaped."""
+    loader = FileSystemLoader(TEMPLATES)
+    environment = Environment(loader=loader, autoescape=True, undefined=StrictUndefined)
+    environment.filters["clock"] = clock
+    return environment.get_template(template).render(**values)
+
+
+def write_index(folder: Path, run: Mapping[str, Any], results: Mapping[str, Any]) -> Path:
+    """Write `index.html` over a report's folder; `run` is run.json, `results` the flat results."""
+    model = run["hparams"]["model_name"]
+    defaults = MENDHyperParams(model_name=model).to_dict()
+    text = render(
+        "report.html.j2",
+        run=run,
+        results=results,
+        model=Path(model).name,
+        roles=HEADLINE,
+        summaries={name: Summary.from_dict(results, start) for name, start in EDITORS.items()},
+        scores=[results.get(f"{start}score.headline") for start in EDITORS.values()],
+        figures={stem: _figures(folder / stem / "figures") for stem in run["notebooks"]},
+        changed={key: value for key, value in run["hparams"].items() if value != defaults[key]},
+        exists=lambda path: (folder / path).is_file(),
+    )
+    return write_text(folder / "index.html", text)
+
+
+def _figures(folder: Path) -> list[str]:
+    """The names of a notebook's figures in the order in which they were drawn, headline first."""
+    paths = sorted(folder.glob("*.png"), key=lambda path: path.stat().st_mtime_ns)
+    return sorted([path.stem for path in paths], key=lambda name: name != "headline")

@@ -1,9 +1,8 @@
 """Sweeps: a grid of settings, in which every run is the ordinary report, and what they came to.
 
-A sweep's file (docs/QUESTIONS.md) has a `grid` and says where its runs are executed. Each is a
-process of its own, so nothing that happens in it can stop others. Its folder's name ends in a key
-over all that decides its numbers, and a finished run is not repeated. Other machines must see the
-same files under the same paths.
+A sweep's file (docs/QUESTIONS.md) has a `grid` and says where its runs are executed. Each run is a
+process of its own. Its folder's name ends in a key over all that decides its numbers, and a
+finished run is not repeated. Other machines must see the same files under the same paths.
 """
 
 import itertools
@@ -14,13 +13,10 @@ import re
 import signal
 import subprocess
 import sys
-import time
 from collections.abc import Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack, contextmanager, nullcontext
+from concurrent.futures import ThreadPoolExecutor, as_completed
+from contextlib import ExitStack
 from dataclasses import asdict, dataclass
-from functools import cache
-from os.path import relpath
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -29,20 +25,20 @@ import psutil
 from pandas.io.formats.style import Styler
 from pydantic import BaseModel, Field, ValidationError
 
-from ..data.examples import headline_mean
 from ..errors import MendkitError
 from ..evaluation.results import HEADLINE, Summary
 from ..hparams import Bytes, CountFrom1
-from ..runs import file_sha256, locked, provenance, sha256, write_json
+from ..runs import locked, provenance, sha256, write_json
 from ..strict_yaml import read_yaml
 from . import tables
 from .notebook import Failure, run_notebook
-from .report import TRAINING, ReportPlan, default_notebook, export_page, plan_report, read_json
+from .report import ReportPlan, default_notebook, plan_report, read_json
 
 logger = logging.getLogger(__name__)
 
+PACKAGE = Path(__file__).parents[1]
 SWEEP, COMPARE = "sweep.json", "08_compare_runs"
-POLL_SECONDS, ANSWER_SECONDS = 0.2, 10  # between looks at runs; for a scheduler to answer
+ANSWER_SECONDS = 10  # for a scheduler to answer
 CLUSTER = "slurm"  # submitit's name of it
 NO_RESULT = ("cache_dir", "disk_cache_bytes", "cache_bytes", "results_dir", "logger")
 
@@ -52,18 +48,12 @@ Grid = Annotated[dict[str, Annotated[list[Any], Field(min_length=1)]], Field(min
 class Sweep(BaseModel, frozen=True, extra="forbid", strict=True):
     """What a sweep's file says."""
 
-    grid: Grid | Annotated[list[Grid], Field(min_length=1)]  # settings and lists of their values
+    grid: Grid  # settings and lists of their values
     executor: str = Field("local", pattern="^(local|slurm|.+://.+)$")  # or a Dask scheduler
     workers: CountFrom1 | None = None  # runs at once, at most
     cores: CountFrom1 = 2  # of one run
     memory: Bytes = 4_000_000_000  # of one run
     slurm: dict[str, Any] = {}  # further parameters, as submitit names them
-
-    def combinations(self) -> Iterator[dict[str, Any]]:
-        """The settings of every run."""
-        for grid in self.grid if isinstance(self.grid, list) else [self.grid]:
-            for values in itertools.product(*grid.values()):
-                yield dict(zip(grid, values, strict=True))
 
 
 @dataclass(eq=False)
@@ -88,18 +78,9 @@ class SweepRun:
         return Summary.from_dict(self.results, "single.")
 
     @property
-    def history(self) -> list[dict[str, float]]:
-        """The rows of its training; none if it edited with an archive."""
-        path = self.folder / TRAINING / "history.jsonl"
-        lines = path.read_text(encoding="utf-8").splitlines() if path.is_file() else []
-        return [json.loads(line) for line in lines]
-
-    @property
     def score(self) -> float | None:
         """Harmonic mean of the four headline shares."""
-        means = [self.results.get(f"single.{name}") for name in HEADLINE.values()]
-        known = [mean for mean in means if mean is not None]
-        return headline_mean(known) if len(known) == len(means) else None
+        return self.results.get("single.score.headline")
 
     @property
     def title(self) -> str:
@@ -144,7 +125,8 @@ def plan_sweep(
     if out.exists() and any(out.iterdir()) and not (out / SWEEP).is_file():
         raise MendkitError(f"{out} holds no sweep; nothing was touched: give --out a new folder")
     runs: dict[Path, SweepRun] = {}
-    for values in sweep.combinations():
+    for combination in itertools.product(*sweep.grid.values()):
+        values = dict(zip(sweep.grid, combination, strict=True))
         varied = {key: _setting(value) for key, value in values.items()}
         words = re.sub(r"[^A-Za-z0-9.+_-]+", "-", "_".join(map("-".join, varied.items())))
         file = varied.pop("config", str(config))
@@ -153,38 +135,23 @@ def plan_sweep(
         if folder in runs:
             raise MendkitError(f"two runs of the sweep are the same: {values}; drop one")
         command = ["report", file, *given, "--out", str(folder), *options]
-        runs[folder] = SweepRun(len(runs) + 1, folder, values, command)
-        if _is_finished(folder):
-            runs[folder].status = "done"
+        status = "done" if _is_finished(folder) else "waiting"
+        runs[folder] = SweepRun(len(runs) + 1, folder, values, command, status)
     return list(runs.values())
 
 
 def _report_key(plan: ReportPlan) -> str:
-    """SHA-256 over all that decides a report's numbers."""
+    """SHA-256 over all that decides a report's numbers; of files their sizes and times."""
     hparams = {key: v for key, v in plan.hparams.to_dict().items() if key not in NO_RESULT}
-    names = [hparams["archive"], hparams["model_name"], hparams["tokenizer_name"]]
-    paths = [Path(name) for name in names if name]
-    paths += [Path(source) for source, _ in plan.data()]
-    paths += [default_notebook(stem) for stem in plan.notebooks]
-    content = [hparams, dict(plan.given), provenance()["versions"], _package_sha256()]
-    content += [_fingerprint(path) for path in paths]
+    paths = [PACKAGE, *map(default_notebook, plan.notebooks)]
+    paths += [source for source, _ in plan.data()]
+    paths += [hparams[key] or "" for key in ("archive", "model_name", "tokenizer_name")]
+    content = [hparams, dict(plan.given), provenance()["versions"]]
+    for path in filter(None, paths):
+        for file in sorted([Path(path), *Path(path).rglob("*")]):
+            if file.is_file() and file.suffix != ".pyc":
+                content.append([file.name, file.stat().st_size, file.stat().st_mtime_ns])
     return sha256(json.dumps(content, sort_keys=True))
-
-
-def _fingerprint(path: Path) -> Any:
-    """Of a file its SHA-256, of a folder the size and time of its files: weights are too large."""
-    if path.is_file():
-        return file_sha256(path)
-    files = sorted(path.iterdir()) if path.is_dir() else []
-    return [(file.name, file.stat().st_size, file.stat().st_mtime_ns) for file in files]
-
-
-@cache
-def _package_sha256() -> str:
-    """Of the package's modules and facts."""
-    package = Path(__file__).parents[1]
-    files = [*package.rglob("*.py"), *package.rglob("*.jsonl")]
-    return sha256(*map(file_sha256, sorted(files)))
 
 
 def _is_finished(folder: Path) -> bool:
@@ -203,45 +170,57 @@ def run_sweep(
     `out`/sweep.json says how each run ended; a failed one stops no other. Raises MendkitError if
     the executor cannot be had, or the folder is in use.
     """
-    waiting = [run for run in runs if run.status != "done"]
     about = {"kind": "sweep", "command": command, **sweep.model_dump(), **provenance()}
 
     def note() -> None:
         rows = [asdict(run) | {"folder": run.folder.name} for run in runs]
         write_json(out / SWEEP, about | {"runs": rows})
 
-    with _executor(sweep, out) if waiting else nullcontext() as executor:
+    waiting = [run for run in runs if run.status != "done"]
+    with ExitStack() as stack:
+        remote = _remote(sweep, out, stack) if waiting else None
         out.mkdir(parents=True, exist_ok=True)
         with locked(out):
             note()
-            for run in _as_they_end(executor, waiting, sweep.cores):
+            for run in _as_they_end(sweep, waiting, remote):
                 note()
                 logger.info("%s: %s %s", run.title, run.status, run.error)
-            executed, page = out / f"{COMPARE}.ipynb", out / "index.html"
-            given = {"sweep": str(out), "out": str(out / COMPARE)}
-            failure = run_notebook(default_notebook(COMPARE), executed, given)
-            return page, export_page(executed, page, failure)
+            page, given = out / "index.html", {"sweep": str(out), "out": str(out / COMPARE)}
+            notebook, executed = default_notebook(COMPARE), out / f"{COMPARE}.ipynb"
+            return page, run_notebook(notebook, executed, given, page=page)
 
 
-def _as_they_end(executor: Any, runs: Sequence[SweepRun], cores: int) -> Iterator[SweepRun]:
-    """Start runs; yield each one when it has ended. An interrupt cancels what waits."""
-    pending = {}
-    # submitit makes one array of jobs of a batch
-    with getattr(executor, "batch", nullcontext)():
-        for run in runs:
-            pending[run] = executor.submit(run_row, run.command, run.folder, cores, os.getcwd())
-    try:
-        while pending:
-            for run in [run for run, future in pending.items() if future.done()]:
+def _as_they_end(sweep: Sweep, runs: Sequence[SweepRun], remote: Any) -> Iterator[SweepRun]:
+    """Start runs, here or on what `remote` submits to; yield each one when it has ended."""
+    jobs = []
+
+    def work(run: SweepRun) -> tuple[str, str]:
+        task = (run.command, run.folder, sweep.cores, os.getcwd())
+        if remote is None:
+            return run_row(*task)
+        jobs.append(remote.submit(run_row, *task))
+        return jobs[-1].result()
+
+    # A thread for each run that may run at once; it waits for a process, or for a job.
+    workers = sweep.workers or len(runs) or 1
+    with ThreadPoolExecutor(workers if remote else local_workers(sweep)) as threads:
+        futures = {threads.submit(work, run): run for run in runs}
+        try:
+            for future in as_completed(futures):
+                run = futures[future]
                 try:
-                    run.status, run.error = pending.pop(run).result()
+                    run.status, run.error = future.result()
                 except Exception as error:  # a worker that died, a job that was cancelled
                     run.status, run.error = "failed", f"{type(error).__name__}: {error}"
                 yield run
-            time.sleep(POLL_SECONDS)
-    finally:
-        for future in pending.values():
-            future.cancel()
+        except BaseException:
+            # An interrupt cancels what waits and ends what runs, once.
+            threads.shutdown(wait=False, cancel_futures=True)
+            for job in jobs:
+                job.cancel()
+            for child in psutil.Process().children() if remote is None else ():
+                child.send_signal(signal.SIGINT)
+            raise
 
 
 def run_row(command: Sequence[str], folder: Path, cores: int, cwd: str) -> tuple[str, str]:
@@ -257,7 +236,7 @@ def run_row(command: Sequence[str], folder: Path, cores: int, cwd: str) -> tuple
             stderr=file,
             cwd=cwd,
             env=os.environ | {"OMP_NUM_THREADS": str(cores)},
-            start_new_session=True,  # an interrupt reaches it once, from `_executor`
+            start_new_session=True,  # a terminal's interrupt reaches it once, from `_as_they_end`
         ).returncode
     if code == 0 and _is_finished(folder):
         return "done", ""
@@ -267,33 +246,24 @@ def run_row(command: Sequence[str], folder: Path, cores: int, cwd: str) -> tuple
     return "failed", killed + errors[-1]
 
 
-@contextmanager
-def _executor(sweep: Sweep, out: Path) -> Iterator[Any]:
-    """Something with `submit` that gives futures: threads here, Slurm, or Dask."""
-    with ExitStack() as stack:
-        try:
-            if sweep.executor == "local":  # a thread waits for a process
-                executor: Any = stack.enter_context(ThreadPoolExecutor(local_workers(sweep)))
-            elif sweep.executor == "slurm":
-                import submitit
+def _remote(sweep: Sweep, out: Path, stack: ExitStack) -> Any:
+    """Slurm's or Dask's executor; None for this machine."""
+    try:
+        if sweep.executor == "slurm":
+            import submitit
 
-                executor = submitit.AutoExecutor(folder=out / "slurm", cluster=CLUSTER)
-                wanted = {"cpus_per_task": sweep.cores, "mem_gb": sweep.memory / 1e9}
-                wanted["slurm_array_parallelism"] = sweep.workers or 1000
-                executor.update_parameters(name="mendkit", **wanted | sweep.slurm)
-            else:
-                from distributed import Client
+            executor = submitit.AutoExecutor(folder=out / "slurm", cluster=CLUSTER)
+            wanted = {"cpus_per_task": sweep.cores, "mem_gb": sweep.memory / 1e9}
+            executor.update_parameters(name="mendkit", **wanted | sweep.slurm)
+            return executor
+        if sweep.executor != "local":
+            from distributed import Client
 
-                client = stack.enter_context(Client(sweep.executor, timeout=ANSWER_SECONDS))
-                executor = client.get_executor(pure=False)
-        except Exception as error:  # not installed, a wrong parameter, nobody answers
-            raise MendkitError(f"executor: {sweep.executor} cannot be used: {error}") from None
-        try:
-            yield executor
-        except BaseException:
-            for child in psutil.Process().children() if sweep.executor == "local" else ():
-                child.send_signal(signal.SIGINT)
-            raise
+            client = stack.enter_context(Client(sweep.executor, timeout=ANSWER_SECONDS))
+            return client.get_executor(pure=False)
+    except Exception as error:  # not installed, a wrong parameter, nobody answers
+        raise MendkitError(f"executor: {sweep.executor} cannot be used: {error}") from None
+    return None
 
 
 def local_workers(sweep: Sweep) -> int:
@@ -307,11 +277,14 @@ def local_workers(sweep: Sweep) -> int:
 
 
 def read_runs(folder: str | Path) -> list[SweepRun]:
-    """The runs of the sweep in a folder. Raises MendkitError if it holds none."""
+    """The runs of the sweep in a folder. Raises MendkitError if it holds none, or an old one."""
     rows = read_json(Path(folder) / SWEEP).get("runs")
     if rows is None:
         raise MendkitError(f"{folder} holds no sweep; run `mendkit report CONFIG --sweep FILE`")
-    return [SweepRun(**row | {"folder": Path(folder, row["folder"])}) for row in rows]
+    try:
+        return [SweepRun(**row | {"folder": Path(folder, row["folder"])}) for row in rows]
+    except (KeyError, TypeError):
+        raise MendkitError(f"{folder}/{SWEEP} is of another version; run the sweep again") from None
 
 
 def runs_frame(runs: Sequence[SweepRun]) -> pd.DataFrame:
@@ -330,13 +303,10 @@ def runs_frame(runs: Sequence[SweepRun]) -> pd.DataFrame:
     return pd.DataFrame(records).set_index("run")
 
 
-def runs_table(runs: Sequence[SweepRun], *, out: Path) -> Styler:
-    """`runs_frame` with a link to each run's page, else its log, as seen from the folder `out`."""
-    links = []
-    for run in runs:
-        page, log = run.folder / "index.html", run.folder.with_name(f"{run.folder.name}.log")
-        target = tables.escape(relpath(page if page.is_file() else log, out))
-        links.append(f'<a href="{target}">page</a>')
+def runs_table(runs: Sequence[SweepRun]) -> Styler:
+    """`runs_frame` with a link to each run's page, as seen from the sweep's folder."""
+    pages = [tables.escape(run.folder.name) for run in runs]
+    links = [f'<a href="{page}/index.html">page</a>' for page in pages]
     return tables.table(runs_frame(runs).assign(page=links), {"page": "{}"})
 
 
