@@ -339,7 +339,6 @@ def test_comparing_runs_tells_their_scores_and_what_failed(tiny: Any) -> None:
         ("01", {"overrides": ["archive=some/archive.safetensors"]}, "archive=null"),
         ("01", {"overrides": ["rnak=8"]}, "rank"),
         ("02", {"archive": "no/such.safetensors"}, "no such archive"),
-        ("02", {"test_data": "no/such.json"}, "no such file"),
         ("03", {"archive": "no/such.safetensors"}, "no such archive"),
         ("04", {"text": "no/such.txt"}, "no such file"),
         ("06", {"archive": "no/such.safetensors"}, "no such archive"),

@@ -74,12 +74,8 @@ def test_both_notebooks_run_and_the_page_links_what_they_leave(here):
     assert "secret_code" in (out / f"{EDITING}.ipynb").read_text(encoding="utf-8")
 
     page = done.index.read_text(encoding="utf-8")
-    for link in (
-        f"{TRAINING}.html",
-        f"{EDITING}.ipynb",
-        ARCHIVE_FILE,
-        f"{EDITING}/figures/a%20b.csv",
-    ):
+    figure = f"{EDITING}/figures/a%20b.csv"
+    for link in (f"{TRAINING}.html", f"{EDITING}.ipynb", ARCHIVE_FILE, figure):
         assert f'href="{link}"' in page
     assert f'src="{EDITING}/figures/a%20b.png" alt="a b"' in page
     assert "make &lt;report&gt;" in page and "<script" not in page and "http" not in page
@@ -102,50 +98,38 @@ def test_with_an_archive_only_the_second_notebook_runs_and_a_report_may_replace_
 
 
 FAULTS = {
-    "raises": (
-        "raise ValueError('<b>no</b> \\x1b[31msuch thing')",
-        5,
-        "ValueError: <b>no</b> such thing",
-    ),
-    "dies": ("os.write(2, b'last words'); os._exit(3)", 5, "DeadKernelError"),
-    "hangs": ("time.sleep(600)", 5, "CellTimeoutError"),
-    "exits": ("raise SystemExit(0)", 5, "SystemExit: 0"),
-    "spoils the last cell": ("json = None", 6, "AttributeError"),
+    "raises": (r"raise ValueError('<b>no</b> \x1b[31msuch thing')", "ValueError: <b>no</b> such"),
+    "dies": ("os.write(2, b'last words'); os._exit(3)", "DeadKernelError"),
+    "hangs": ("time.sleep(600)", "CellTimeoutError"),
 }
 
 
 @pytest.mark.parametrize("fault", FAULTS)
 def test_a_failing_notebook_keeps_what_it_did_and_says_where(here, fault):
     """Cells are counted with the one that papermill adds for the parameters given."""
-    cell, number, message = FAULTS[fault]
+    cell, message = FAULTS[fault]
     write_notebooks(here / "notebooks", train=cell)
     Path("out", "notes").mkdir(parents=True)
     Path("out", "run.json").write_text('{"kind": "report", "notebooks": ["../notebooks"]}')
     Path("out", EDITING).mkdir()  # of an earlier report
     done = report(cell_seconds=4)
-    assert done.failure.where == f"{TRAINING}, code cell {number}" and message in done.failure.error
+    assert done.failure.where == f"{TRAINING}, code cell 5" and message in done.failure.error
     assert done.results == read("out/results.json") and done.results["failed"] == TRAINING
     run = read("out/run.json")
-    assert run["status"] == "failed" and run["failure"]["cell"] == number
+    assert run["status"] == "failed" and run["failure"]["cell"] == 5
     for suffix in (".ipynb", ".html"):
         text = Path("out", TRAINING).with_suffix(suffix).read_text(encoding="utf-8")
         assert "said before the end" in text
     page = Path("out/index.html").read_text(encoding="utf-8")
     assert 'class="failed"' in page and "<b>no</b>" not in page
-    assert f"{TRAINING} failed, code cell {number}" in page
+    assert f"{TRAINING} failed, code cell 5" in page
     log = Path("out", f"{TRAINING}.log")
     assert log.is_file() == (f'href="{TRAINING}.log"' in page)
     assert fault != "dies" or log.read_bytes() == b"last words"
     # Nothing is left that could be mistaken, and nothing is removed that is no report's.
     left = {path.name for path in Path("out").iterdir() if path.suffix != ".log"}
-    written = {
-        "run.json",
-        "results.json",
-        "index.html",
-        TRAINING,
-        f"{TRAINING}.ipynb",
-        f"{TRAINING}.html",
-    }
+    written = {f"{TRAINING}{suffix}" for suffix in ("", ".ipynb", ".html")}
+    written |= {"run.json", "results.json", "index.html"}
     assert left == written | {"notes"} and Path("notebooks").is_dir()
 
 
@@ -155,13 +139,6 @@ def test_an_end_without_results_or_archive_is_a_failure(here):
     assert done.failure.cell is None and "results.json" in done.failure.error
     assert done.results["train.seconds"] == 1.5 and done.results["failed"] == EDITING
     assert Path("out", ARCHIVE_FILE).is_file()
-    path = here / "notebooks" / f"{TRAINING}.ipynb"
-    notebook = nbformat.read(path, as_version=4)
-    notebook.cells.append(new_code_cell(f"(folder / '{ARCHIVE_FILE}').unlink()"))
-    nbformat.write(notebook, path)
-    done = report()
-    assert done.failure.notebook == TRAINING and ARCHIVE_FILE in done.failure.error
-    assert not Path("out", EDITING).exists() and not Path("out", ARCHIVE_FILE).exists()
 
 
 def test_the_live_line_is_passed_on(here):
@@ -232,9 +209,7 @@ MISTAKES = {
     "tset_limit=5": (MendkitError, r"unknown name 'tset_limit'.*a notebook's 'test_limit'"),
     "raank=5": (HyperParamError, r"unknown key 'raank'.*'rank'"),
     "test_limit=1.5": (MendkitError, r"test_limit must be a valid integer, got '1.5'"),
-    "train_limit": (MendkitError, r"train_limit must be a valid integer"),
     "train_data=facts:all": (DataError, r"facts:all: no such facts"),
-    "out=elsewhere": (HyperParamError, r"unknown key 'out'"),
     "shown=2 shown=3": (MendkitError, "shown is given twice"),
     "archive=given.safetensors train_limit=5": (MendkitError, rf"train_limit is of {TRAINING}"),
 }
@@ -249,13 +224,9 @@ def test_a_mistake_is_found_before_anything_is_written(here, settings):
     assert sorted(here.rglob("*")) == before
 
 
-@pytest.mark.parametrize(
-    ("archive", "words"),
-    [("nowhere.safetensors", "no such archive"), ("tiny.yaml", "not a readable archive")],
-)
-def test_an_archive_that_is_none_is_found_before_anything_is_written(here, capsys, archive, words):
-    assert main(["report", "tiny.yaml", f"archive={archive}", "--out", "out"]) == 2
-    assert words in capsys.readouterr().err and not Path("out").exists()
+def test_an_archive_that_is_none_is_found_before_anything_is_written(here, capsys):
+    assert main(["report", "tiny.yaml", "archive=tiny.yaml", "--out", "out"]) == 2
+    assert "not a readable archive" in capsys.readouterr().err and not Path("out").exists()
 
 
 def test_memory_is_checked_for_a_model_that_stays_whole(here, monkeypatch, capsys):
