@@ -13,8 +13,8 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
-from importlib.metadata import PackageNotFoundError, version
+from contextlib import ExitStack, contextmanager, suppress
+from importlib.metadata import PackageNotFoundError, files, version
 from pathlib import Path
 from pickle import UnpicklingError
 from typing import TYPE_CHECKING, Any
@@ -64,9 +64,17 @@ def make_folder(path: str | Path) -> Path:
     return path
 
 
-def open_run(folder: str | Path, hparams: Any = None) -> Path:
-    """Make the run folder, and write into it what will run (`hparams`, if any) and where."""
+_until_exit = ExitStack()
+
+
+def open_run(folder: str | Path, hparams: Any = None, *, keep: bool = False) -> Path:
+    """Make the run folder, and write into it what will run (`hparams`, if any) and where.
+
+    With `keep` no other process gets the folder until this one ends (`locked`).
+    """
     folder = make_folder(folder)
+    if keep:
+        _until_exit.enter_context(locked(folder))
     settings = None if hparams is None else hparams.to_dict()
     write_json(folder / "run.json", {"hparams": settings, **provenance()})
     return folder
@@ -107,11 +115,31 @@ def project_path(path: str | Path) -> Path:
     """A path as seen from the project's root, also in JupyterLab, whose folder is `notebooks/`.
 
     There a relative path that does not exist is taken below the root, so that outputs go there,
-    too. Names of data (`facts:train`, `hf:owner/name`) are no paths and stay as they are.
+    too. A config or notebook of the kit is found wherever the kit is (`kit_file`). Names of data
+    (`facts:train`, `hf:owner/name`) are no paths and stay as they are.
     """
     path, here = user_path(path), Path.cwd()
-    meant = path.is_absolute() or path.exists() or str(path).startswith(("facts:", "hf:"))
-    return path if meant or here.name != "notebooks" else here.parent / path
+    if path.is_absolute() or path.exists() or str(path).startswith(("facts:", "hf:")):
+        return path
+    below_root = here.parent / path if here.name == "notebooks" else path
+    if below_root.exists() or path.parts[0] not in ("configs", "notebooks"):
+        return below_root
+    return kit_file(path)
+
+
+def kit_file(path: Path) -> Path:
+    """A file of the kit by its path in a checkout: here, in the checkout, else as installed.
+
+    The path itself is returned where there is none.
+    """
+    for root in (Path(), CHECKOUT):
+        if (root / path).is_file():
+            return root / path
+    with suppress(PackageNotFoundError):
+        for file in files("mendkit") or ():
+            if file.as_posix().endswith(f"share/mendkit/{path.as_posix()}"):
+                return Path(str(file.locate()))
+    return path
 
 
 _held: set[tuple[int, int]] = set()  # device and inode of the folders that this process locks

@@ -1,8 +1,11 @@
 """The package as a user imports it: light, and with every public name."""
 
 import ast
+import os
+import shutil
 import subprocess
 import sys
+import tarfile
 from pathlib import Path
 
 import pytest
@@ -32,3 +35,38 @@ def test_the_package_alone_imports_no_heavy_library():
         [sys.executable, "-c", code], cwd=FOLDER.parent, capture_output=True, text=True, check=True
     )
     assert done.stdout.strip() == ""
+
+
+@pytest.mark.slow
+def test_wheel_and_sdist_hold_what_they_need_and_an_installed_kit_finds_it(tmp_path):
+    pytest.importorskip("setuptools", minversion="77")
+    root, copy = FOLDER.parent, tmp_path / "copy"
+    ignored = shutil.ignore_patterns(".*", "runs", "build", "dist", "*.egg-info", "__pycache__")
+    shutil.copytree(root, copy, ignore=ignored)
+    build = "from setuptools.build_meta import *; build_sdist('dist'); build_wheel('dist')"
+    subprocess.run([sys.executable, "-c", build], cwd=copy, capture_output=True, check=True)
+    (wheel,), (sdist,) = (copy / "dist").glob("*.whl"), (copy / "dist").glob("*.tar.gz")
+    with tarfile.open(sdist) as archive:
+        held = {name.partition("/")[2] for name in archive.getnames()}
+    for folder in ("configs", "docs", "mendkit", "notebooks", "scripts", "tests"):
+        for path in (copy / folder).rglob("*.*"):
+            if path.is_file() and "__pycache__" not in path.parts:
+                assert str(path.relative_to(copy)) in held
+    install = [sys.executable, "-m", "pip", "install", "--no-deps", "--no-index", "--quiet"]
+    subprocess.run([*install, "--prefix", tmp_path / "installed", wheel], check=True)
+    (site,) = (tmp_path / "installed").rglob("site-packages")
+    code = """from pathlib import Path; from mendkit import read_examples, reporting, runs
+for name in ("configs/gpt2.yaml", "notebooks/08_compare_runs.ipynb"):
+    assert runs.kit_file(Path(name)).is_file() and runs.project_path(name).is_file(), name
+assert read_examples("facts:test", limit=1)
+assert (Path(reporting.__file__).parent / "templates/report.html.j2").is_file()
+print(runs.__file__)"""
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        cwd=tmp_path,
+        env=os.environ | {"PYTHONPATH": str(site)},
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert str(site) in done.stdout

@@ -101,11 +101,9 @@ def configuration(words: Sequence[str] | None) -> tuple[Path, list[str]]:
     words = list(words or ())
     if words and ("=" not in words[0] or user_path(words[0]).is_file()):
         return user_path(words[0]), words[1:]
-    from ..runs import CHECKOUT
+    from ..runs import kit_file
 
-    default = Path("configs/smollm2-135m.yaml")
-    if not default.is_file() and (CHECKOUT / default).is_file():
-        default = CHECKOUT / default
+    default = kit_file(Path("configs/smollm2-135m.yaml"))
     logger.info("configuration: %s", default)
     return default, words
 

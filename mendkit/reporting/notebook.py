@@ -5,9 +5,11 @@ runs this process.
 """
 
 import ast
+import difflib
 import logging
 import re
-from collections.abc import Callable, Mapping
+import shlex
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Optional, get_args, get_origin
@@ -15,11 +17,14 @@ from typing import Annotated, Any, Optional, get_args, get_origin
 from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
 
 from ..errors import MendkitError
+from ..runs import project_path
 from ..strict_yaml import read_value
 
 START_SECONDS = 120
 IOPUB_SECONDS = 60  # a busy machine may be late with a cell's last output
 ANSI = re.compile(r"\x1b\[[0-9;]*[A-Za-z]")
+PATHS = ("archive", "config", "data", "out", "sweep", "text")  # and all that end in _data
+NULLABLE = ("archive", "text")
 NULL_WORDS = (None, "", "null", "None", "~")
 TYPES = {"Optional": Optional} | {kind.__name__: kind for kind in (bool, int, float, list, str)}
 
@@ -35,9 +40,11 @@ class Parameter:
     def read(self, given: Any) -> Any:
         """The value that is meant by `given`, a text or what papermill makes of one.
 
-        Text for a number, a truth value or a list is read as YAML. Raises MendkitError.
+        Text for a number, a truth value or a list is read as YAML; a list may also be words.
+        Raises MendkitError.
         """
-        if given in NULL_WORDS and type(None) in get_args(self.annotation):
+        optional = self.name in NULLABLE or type(None) in get_args(self.annotation)
+        if optional and given in NULL_WORDS:
             return None
         value, is_list = given, list in (self.annotation, get_origin(self.annotation))
         try:
@@ -46,7 +53,7 @@ class Parameter:
                 if not str(value).strip():
                     raise ValueError("non-empty text")
             elif isinstance(given, str):
-                value = read_value(given)
+                value = _words(given) if is_list else read_value(given)
             return self._adapter().validate_python(value, strict=True)
         except ValidationError as error:
             fault = error.errors()[0]["msg"].removeprefix("Input should be ")
@@ -54,7 +61,7 @@ class Parameter:
             fault = str(error)
         raise MendkitError(f"{self.name} must be {fault}, got {given!r}")
 
-    def _adapter(self) -> TypeAdapter[Any]:
+    def _adapter(self) -> Any:
         """What checks a value. A limit of 0 means no limit; other integers begin with 1."""
         annotation = self.annotation
         if annotation is int:
@@ -63,13 +70,53 @@ class Parameter:
         return TypeAdapter(annotation, config=ConfigDict(allow_inf_nan=False))
 
 
+def _words(text: str) -> Any:
+    """A list from YAML such as `[1, 2]`, or from words; settings (`key=value`) keep commas."""
+    if text.lstrip().startswith("["):
+        return read_value(text)
+    if "=" in text:
+        return shlex.split(text)
+    return [read_value(word) for word in re.split(r"[,\s]+", text.strip()) if word]
+
+
+def check_parameters(namespace: dict[str, Any]) -> None:
+    """Check a notebook's parameters (`globals()`) by the rules of the command line, in place.
+
+    Afterwards they have their annotated types, and paths are those of `project_path`. Raises
+    MendkitError for a value that means none, and for what papermill set that is no parameter.
+    """
+    annotations = namespace["__annotations__"]
+    for name in _injected(namespace.get("In", ())):
+        if name not in annotations:
+            near = difflib.get_close_matches(name, annotations, 1, 0.4) or [*annotations]
+            raise MendkitError(f"unknown parameter {name!r}; did you mean {' or '.join(near)}?")
+    for name, annotation in annotations.items():
+        if isinstance(annotation, str):
+            annotation = eval(annotation, {"__builtins__": {}}, TYPES)
+        value = Parameter(name, annotation).read(namespace[name])
+        if value is not None and (name in PATHS or name.endswith("_data")):
+            value = str(project_path(value))
+        namespace[name] = value
+
+
+def _injected(sources: Sequence[str]) -> list[str]:
+    """The names that papermill's cell assigns, of the cells that have run."""
+    names = []
+    for source in sources:
+        if source.startswith("# Parameters\n"):
+            names += [ast.unparse(statement.targets[0]) for statement in ast.parse(source).body]
+    return names
+
+
 def read_parameters(path: Path) -> dict[str, Parameter]:
     """The parameters of a notebook, by name.
 
     Raises MendkitError if it is no notebook, or has no cell tagged `parameters`.
     """
     if not path.is_file():
-        raise MendkitError(f"{path}: no such notebook; run in a checkout of mendkit")
+        raise MendkitError(
+            f"{path}: no such notebook; run in a checkout of mendkit, or install it anew"
+        )
     try:
         import papermill
     except ImportError as error:

@@ -20,7 +20,16 @@ from ..data.files import Examples, read_examples
 from ..errors import MendkitError
 from ..evaluation.results import HEADLINE, Summary
 from ..hparams import MENDHyperParams, parse_overrides
-from ..runs import CHECKOUT, Progress, clock, locked, provenance, user_path, write_json, write_text
+from ..runs import (
+    Progress,
+    clock,
+    kit_file,
+    locked,
+    provenance,
+    user_path,
+    write_json,
+    write_text,
+)
 from .notebook import Failure, Parameter, read_parameters, run_notebook
 
 logger = logging.getLogger(__name__)
@@ -39,9 +48,8 @@ EDITORS = {
 
 
 def default_notebook(stem: str) -> Path:
-    """A notebook of the kit: below the working directory, else in the checkout."""
-    here = Path("notebooks", f"{stem}.ipynb")
-    return here if here.is_file() else CHECKOUT / here
+    """A notebook of the kit: below the working directory, in the checkout, else as installed."""
+    return kit_file(Path("notebooks", f"{stem}.ipynb"))
 
 
 @dataclass(frozen=True)

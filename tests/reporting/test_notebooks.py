@@ -2,7 +2,9 @@
 
 import ast
 import csv
+import fcntl
 import json
+import os
 import re
 import shutil
 from collections.abc import Callable, Iterator
@@ -20,10 +22,12 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from nbformat import NotebookNode
 
 from mendkit.baselines.tuning import BUDGET
+from mendkit.errors import MendkitError
 from mendkit.evaluation.results import HEADLINE
 from mendkit.mend.archive import inspect_archive
 from mendkit.reporting import figures
 from mendkit.reporting.figures import Chart
+from mendkit.reporting.notebook import check_parameters
 from mendkit.runs import project_path
 from tests.oracles.tiny import save_tiny
 
@@ -339,6 +343,8 @@ def test_comparing_runs_tells_their_scores_and_what_failed(tiny: Any) -> None:
         ("01", {"overrides": ["archive=some/archive.safetensors"]}, "archive=null"),
         ("01", {"overrides": ["rnak=8"]}, "rank"),
         ("02", {"archive": "no/such.safetensors"}, "no such archive"),
+        ("02", {"archive": None}, "archive is null"),
+        ("05", {"archive": "null"}, "archive is null"),
         ("03", {"archive": "no/such.safetensors"}, "no such archive"),
         ("04", {"text": "no/such.txt"}, "no such file"),
         ("06", {"archive": "no/such.safetensors"}, "no such archive"),
@@ -366,6 +372,73 @@ def test_inside_mend_without_an_archive_says_that_nothing_was_trained(
     html = next(x["text/html"] for x in reversed(shown) if isinstance(x, dict))
     assert html.count(">1<") == 3  # the least, the median and the greatest cosine
     assert any(isinstance(x, Chart) for x in shown)
+
+
+ANNOTATIONS = {
+    "archive": str, "config": str, "overrides": list[str], "sizes": list[float], "kinds": list[str],
+    "shown": int, "test_limit": int,
+}  # fmt: skip
+GIVEN = {"archive": "a", "config": "c", "overrides": [], "sizes": [1.0], "kinds": ["x"]}
+GIVEN |= {"shown": 4, "test_limit": 0}
+MEANT = [("archive", given, None) for given in (None, "", "null", "None", "~")] + [
+    ("overrides", "rank=8 model_name='my model'", ["rank=8", "model_name=my model"]),
+    ("overrides", "[inner_params=auto]", ["inner_params=auto"]),
+    ("sizes", "0.1, 1e-3 2", [0.1, 0.001, 2.0]),
+    ("sizes", [1, 2], [1.0, 2.0]),
+    ("kinds", "identity,rome", ["identity", "rome"]),
+    ("kinds", "rome", ["rome"]),
+    ("test_limit", "7", 7),
+    ("config", 7, "7"),
+]
+REFUSED = [("shown", 0), ("shown", "4.5"), ("shown", None), ("test_limit", -1), ("config", None)]
+REFUSED += [
+    ("overrides", 4),
+    ("overrides", [4]),
+    ("sizes", "a"),
+    ("sizes", "[nan"),
+    ("config", " "),
+]
+
+
+@pytest.mark.parametrize(("name", "given", "value"), MEANT)
+def test_a_parameter_from_papermill_means_what_it_means_on_the_command_line(
+    name: str, given: Any, value: Any
+) -> None:
+    namespace = {"__annotations__": ANNOTATIONS, **GIVEN, name: given}
+    check_parameters(namespace)
+    assert namespace == {"__annotations__": ANNOTATIONS, **GIVEN, name: value}
+
+
+@pytest.mark.parametrize(("name", "given"), REFUSED)
+def test_a_parameter_that_means_nothing_is_refused_by_name(name: str, given: Any) -> None:
+    with pytest.raises(MendkitError, match=f"^{name} must be .*, got "):
+        check_parameters({"__annotations__": ANNOTATIONS, **GIVEN, name: given})
+
+
+def test_a_name_that_is_no_parameter_is_refused_with_the_nearest() -> None:
+    cells = ["import re", "# Parameters\nshown = 4\ntset_limit = 5\n"]
+    with pytest.raises(MendkitError, match="'tset_limit'; did you mean test_limit"):
+        check_parameters({"__annotations__": ANNOTATIONS, **GIVEN, "In": cells})
+
+
+@pytest.mark.slow
+def test_a_notebook_runs_from_any_folder_and_has_its_run_folder_to_itself(
+    tiny: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    given = {**tiny("02").given, "out": "out"}
+    monkeypatch.chdir(tmp_path)
+    Path("out").mkdir()
+    other = os.open("out", os.O_RDONLY)  # as another process has it
+    fcntl.flock(other, fcntl.LOCK_EX)
+    with pytest.raises(MendkitError, match="out is in use by another run"):
+        run_cells("02", given, to="settings")
+    assert list(Path("out").iterdir()) == []
+    os.close(other)
+    run_cells("02", given, to="settings")  # finds its config
+    other = os.open("out", os.O_RDONLY)
+    with pytest.raises(BlockingIOError):  # and keeps the folder
+        fcntl.flock(other, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    os.close(other)
 
 
 def test_paths_are_the_same_from_the_root_and_from_the_notebooks_folder(
