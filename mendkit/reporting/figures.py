@@ -87,8 +87,8 @@ def finish(
 
 def span(values: "Mapping[Any, float] | pd.Series[float]", form: str = ".2f") -> str:
     """The least and the greatest value, with their names."""
-    known = pd.Series(values)
-    least, most = known.idxmin(), known.idxmax()
+    known = dict(values)
+    least, most = min(known, key=known.__getitem__), max(known, key=known.__getitem__)
     return f"{known[least]:{form}} ({least}) to {known[most]:{form}} ({most})"
 
 

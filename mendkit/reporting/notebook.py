@@ -104,7 +104,7 @@ def _injected(sources: Sequence[str]) -> list[str]:
     names = []
     for source in sources:
         if source.startswith("# Parameters\n"):
-            names += [ast.unparse(statement.targets[0]) for statement in ast.parse(source).body]
+            names += re.findall(r"^(\w+) = ", source, re.MULTILINE)
     return names
 
 

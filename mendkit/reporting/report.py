@@ -67,7 +67,7 @@ class ReportPlan:
         """The data sets that are read, of training first: source, and number of examples."""
         found = []
         for known in self.notebooks.values():
-            values = {name: p.default for name, p in known.items()} | self.given
+            values = {**{name: p.default for name, p in known.items()}, **self.given}
             for name in known:
                 role, _, rest = name.rpartition("_")
                 if rest == "data":

@@ -143,7 +143,7 @@ def plan_sweep(
 def _report_key(plan: ReportPlan) -> str:
     """SHA-256 over all that decides a report's numbers; of files their sizes and times."""
     hparams = {key: v for key, v in plan.hparams.to_dict().items() if key not in NO_RESULT}
-    paths = [PACKAGE, *map(default_notebook, plan.notebooks)]
+    paths: list[str | Path] = [PACKAGE, *map(default_notebook, plan.notebooks)]
     paths += [source for source, _ in plan.data()]
     paths += [hparams[key] or "" for key in ("archive", "model_name", "tokenizer_name")]
     content = [hparams, dict(plan.given), provenance()["versions"]]
