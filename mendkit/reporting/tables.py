@@ -94,10 +94,10 @@ def example(e: EditExample) -> Styler:
 
 
 def spread(examples: Sequence[EditExample], n: int) -> list[EditExample]:
-    """The first n examples of as many relations as there are, in their order."""
+    """The first n examples (0: all) of as many relations as there are, in their order."""
     relation = pd.Series([str(e.relation) for e in examples])
     order = relation.groupby(relation).cumcount().sort_values(kind="stable").index
-    return [examples[i] for i in order[:n]]
+    return [examples[i] for i in order[: n or None]]
 
 
 def prompts_of(e: EditExample, *, most: int | None = 2) -> list[Asked]:
