@@ -167,7 +167,9 @@ def read_questions(path: str | Path) -> tuple[Probe, ...]:
             names = answers(record, "answer")
         except DataError as error:
             raise DataError(f"{where}: {error}") from None
-        found.append(Probe(question.removesuffix("?") + "?", *names[:1], aliases=tuple(names[1:])))
+        found.append(
+            Probe(question.removesuffix("?") + "?", next(iter(names), None), tuple(names[1:]))
+        )
     if not found:
         raise DataError(f"{path}: no question in it; expected lines with `question` and `answer`")
     return tuple(found)
@@ -223,25 +225,30 @@ def _records(source: str | Path) -> Iterator[tuple[str, Any]]:
     if name.startswith("facts:") and name not in FACTS:
         raise DataError(f"{name}: no such facts of the kit; expected one of {', '.join(FACTS)}")
     if name.startswith("hf:"):
-        path, rows = source, _from_hub(name)
-    else:
-        path, content = _content(FACTS.get(name, source))
-        rows = _from_parquet(path, content) if content.startswith(b"PAR1") else None
-    if rows is None:
-        decoded = _decoded(path, content)
-        kind = re.sub(r"\.(gz|bz2|xz)$", "", path.name.lower()).rpartition(".")[2]
-        is_json = kind.startswith("json") or decoded.lstrip()[:1] in ("{", "[")
-        if kind in ("csv", "tsv") or not is_json:
-            yield from _from_table(path, decoded)
-            return
-        rows = _from_json(path, decoded)
-    if rows is None:
-        for number, line in enumerate(decoded.split("\n"), 1):
-            if line.strip():
-                yield f"{path}:{number}", _value(line)
+        yield from _numbered(name, _from_hub(name))
         return
+    path, content = _content(FACTS.get(name, source))
+    if content.startswith(b"PAR1"):
+        yield from _numbered(path, _from_parquet(path, content))
+        return
+    decoded = _decoded(path, content)
+    kind = re.sub(r"\.(gz|bz2|xz)$", "", path.name.lower()).rpartition(".")[2]
+    is_json = kind.startswith("json") or decoded.lstrip()[:1] in ("{", "[")
+    if kind in ("csv", "tsv") or not is_json:
+        yield from _from_table(path, decoded)
+        return
+    rows = _from_json(path, decoded)
+    if rows is not None:
+        yield from _numbered(path, rows)
+        return
+    for number, line in enumerate(decoded.split("\n"), 1):
+        if line.strip():
+            yield f"{path}:{number}", _value(line)
+
+
+def _numbered(place: object, rows: Sequence[Any]) -> Iterator[tuple[str, Any]]:
     for number, row in enumerate(rows):
-        yield f"{path}: record {number}", row
+        yield f"{place}: record {number}", row
 
 
 def _value(content: str) -> Any:

@@ -143,8 +143,8 @@ def _example(record: Record, columns: Columns, left: list[str]) -> EditExample:
         left.append("portability without an answer")
     values["portability"] = implied
     single = ("prompt", "target_new", "subject", "relation", "id", "ground_truth")
-    texts = {field: next(iter(values.pop(field)), None) for field in single}
-    lists = {field: tuple(found) for field, found in values.items()}
+    texts: dict[str, Any] = {field: next(iter(values.pop(field)), None) for field in single}
+    lists: dict[str, Any] = {field: tuple(found) for field, found in values.items()}
     return EditExample(**texts, **lists, metadata=metadata)
 
 

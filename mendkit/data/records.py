@@ -138,7 +138,7 @@ def _probe(value: Record, place: str) -> list[Probe]:
 def _objects(record: Record, key: str) -> list[Flat]:
     """A list of objects, or a lone object; the objects are copied."""
     value = record.get(key)
-    listed = value if isinstance(value, list) and value else [value]
+    listed: list[Any] = value if isinstance(value, list) and value else [value]
     for item in listed:
         if not isinstance(item, dict):
             raise DataError(f"field `{key}` must be an object, is {shown(item)}")
@@ -210,7 +210,7 @@ def _ripple(record: Flat, left: list[str]) -> list[Flat]:
     if not verb:
         raise DataError("field `edit.prompt` has no ` is `, after which the answer would begin")
     start = len(stem + verb)
-    flat = {"prompt": f"{stem} is", "target_new": sentence[start:].removesuffix(".")}
+    flat: Flat = {"prompt": f"{stem} is", "target_new": sentence[start:].removesuffix(".")}
     flat["ground_truth"] = old[start:].removesuffix(".")
     # 2. "the name of the country of citizenship of X": the relation, then the subject
     relation = text(edit, "relation") or ""

@@ -210,7 +210,7 @@ def test_a_bad_record_costs_only_itself_if_told_and_is_named(here, capsys, caplo
     good, long = EXAMPLES[0], replace(EXAMPLES[1], target_new="Rome " * 60)
     write_examples([good, long, EXAMPLES[2]], "some.jsonl")
     with Path("some.jsonl").open("a", encoding="utf-8") as file:
-        file.write('{"prompt": "P", "target_new": 3}\n')
+        file.write('{"prompt": "P", "target_new": true}\n')
     assert main([*EDIT, "--data", "some.jsonl"]) == 2
     assert "some.jsonl:4: field `target_new` must be text" in capsys.readouterr().err
     assert main([*EDIT, "--data", "some.jsonl", "--limit", "3"]) == 2
