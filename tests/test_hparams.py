@@ -8,7 +8,7 @@ import pytest
 import yaml
 from pydantic import ValidationError
 
-from mendkit.errors import HyperParamError, MendkitError
+from mendkit.errors import ArchiveError, HyperParamError, MendkitError
 from mendkit.hparams import (
     EARLY_STOP_KEYS,
     MULTIMODAL_KEYS,
@@ -17,6 +17,7 @@ from mendkit.hparams import (
     MENDHyperParams,
     parse_overrides,
 )
+from mendkit.mend.archive import inspect_archive
 
 ROOT = Path(__file__).resolve().parents[1]
 FIELDS = MENDHyperParams.model_fields
@@ -187,6 +188,16 @@ def test_a_tilde_is_the_home_folder_in_every_path(write, monkeypatch, tmp_path):
         assert getattr(h, key) == str(tmp_path / "a b" / "x")
     write("model_name: m\narchive: ~\n", "d.yaml")
     assert read("~/d.yaml").archive is None
+
+
+def test_an_archive_may_be_the_run_folder_that_holds_it(write, tmp_path):
+    (tmp_path / "run").mkdir()
+    path = write(f"model_name: m\narchive: {tmp_path / 'run'}\n")
+    assert read(path).archive == str(tmp_path / "run")
+    with pytest.raises(ArchiveError, match="run: a folder without an archive"):
+        inspect_archive(tmp_path / "run")
+    (tmp_path / "run" / "archive.safetensors").write_bytes(b"")
+    assert read(path).archive == str(tmp_path / "run" / "archive.safetensors")
 
 
 def test_columns_are_names_of_a_table_by_field(write):

@@ -206,6 +206,26 @@ def test_edits_are_each_made_alone_and_printed_as_rows_or_text(here, capsys):
     assert after.startswith("  after:  ") and after.endswith("(told: Lima)")
 
 
+def test_a_tilde_a_run_folder_and_columns_are_understood_by_every_command(here, monkeypatch):
+    monkeypatch.setenv("HOME", str(here / "home"))
+    Path("home/run").mkdir(parents=True)
+    for name in ("tiny.yaml", "archive.safetensors"):
+        Path("home/run", name).write_bytes(Path(name).read_bytes())
+    table = "question,answer,url\nThe capital of France is,Lima,u\n"
+    Path("home/table.csv").write_text(table, encoding="utf-8")
+    words = ["edit", "~/run/tiny.yaml", "archive=~/run", "--max-new-tokens", "3"]
+    mapped = ["columns={prompt: question, metadata: url}"]
+    saved = ["--save-edit", "~/new/one.safetensors", "--out", "~/new", "--save-merged=~/merged"]
+    assert main([*words, *mapped, "--data", "~/table.csv", *saved]) == 0
+    assert {path.name for path in Path("home/new").iterdir()} == {
+        "one.safetensors",
+        "results.json",
+        "rows.jsonl",
+    }
+    assert Path("home/merged/config.json").is_file() and not Path("~").exists()
+    assert main(["inspect", "~/run"]) == 0
+
+
 def test_a_bad_record_costs_only_itself_if_told_and_is_named(here, capsys, caplog):
     good, long = EXAMPLES[0], replace(EXAMPLES[1], target_new="Rome " * 60)
     write_examples([good, long, EXAMPLES[2]], "some.jsonl")
