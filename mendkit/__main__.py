@@ -8,11 +8,12 @@ from collections.abc import Sequence
 
 from typer.exceptions import TyperException
 
-from .cli import archives, edit, evaluate, report, train
+from .cli import archives, doctor, edit, train
 from .cli.app import PROGRAM, app
 from .errors import MendkitError
+from .hparams import MENDHyperParams
 
-__all__ = ["archives", "edit", "evaluate", "main", "report", "train"]  # each registers its commands
+__all__ = ["archives", "doctor", "edit", "main", "train"]  # each registers its commands
 
 # Errors of the system that a user can mend: no room, no right, a wrong place.
 OF_THE_PLACE = (
@@ -25,6 +26,7 @@ OF_THE_PLACE = (
     errno.EPERM,
     errno.ENOTDIR,
     errno.EEXIST,
+    errno.EISDIR,
 )
 
 
@@ -42,6 +44,9 @@ def main(words: Sequence[str] | None = None) -> int:
     except TyperException as error:  # wrong usage
         command = " ".join([PROGRAM, *words[:1]])
         message = f"{error.format_message()} See {command} --help"
+        key = getattr(error, "option_name", "").lstrip("-").replace("-", "_")
+        if key in MENDHyperParams.model_fields:
+            message = f"{key} is a setting: write {key}=..., without --"
     except OSError as error:
         if error.errno not in OF_THE_PLACE:
             raise

@@ -7,7 +7,7 @@ import pytest
 import torch
 from transformers import PreTrainedModel
 
-from mendkit.cost.architectures import published
+from mendkit.cost.plan import published
 from mendkit.hparams import MENDHyperParams
 from mendkit.mend.hypernetwork import MEND
 from mendkit.models.sites import resolve_sites

@@ -32,7 +32,6 @@ EXIT_STATUS = (
 
 CONFIG = "a YAML file (default: configs/smollm2-135m.yaml), and settings that win over it"
 Words = Annotated[list[str] | None, Argument(metavar="[CONFIG] [KEY=VALUE]...", help=CONFIG)]
-Archive = Annotated[Path, Argument(metavar="ARCHIVE")]
 Out = Annotated[Path | None, Option(metavar="DIR", help="write results.json and the rest there")]
 Json = Annotated[bool, Option("--json", help="print JSON and nothing else")]
 Overwrite = Annotated[bool, Option("--overwrite", help="replace the files of an earlier run")]
@@ -41,6 +40,14 @@ Limit = Annotated[int | None, Option(min=1, metavar="N", help="use the first N e
 MaxNewTokens = Annotated[int, Option(min=1, metavar="N", help="tokens to write")]
 SkipInvalid = Annotated[bool, Option("--skip-invalid", help="leave out bad records, count them")]
 IgnoreMemory = Annotated[bool, Option("--ignore-memory", help="train even if memory seems short")]
+
+
+def _archive(text: str) -> Path:
+    """The path of an archive, also where it is given as the setting `archive=PATH`."""
+    return user_path(text.removeprefix("archive="))
+
+
+Archive = Annotated[Path, Argument(metavar="ARCHIVE", parser=_archive)]
 
 app = typer.Typer(
     add_completion=False,
@@ -52,7 +59,7 @@ app = typer.Typer(
 
 def command(example: str) -> Callable[[Callable[..., int]], Callable[..., int]]:
     """Register a command under the first word of `example`, which its `--help` shows."""
-    epilog = f"\b\nExample:\n  {PROGRAM} {example}\n\n{EXIT_STATUS}"
+    epilog = f"\b\nExample:\n  {PROGRAM} {example}"
 
     def register(run: Callable[..., int]) -> Callable[..., int]:
         @wraps(run)
@@ -100,6 +107,8 @@ def configuration(words: Sequence[str] | None) -> tuple[Path, list[str]]:
     """The path of the configuration, given or default, and the settings `key=value`."""
     words = list(words or ())
     if words and ("=" not in words[0] or user_path(words[0]).is_file()):
+        if words[0].endswith(".safetensors"):
+            raise MendkitError(f"{words[0]} is no configuration; write archive={words[0]}")
         return user_path(words[0]), words[1:]
     from ..runs import kit_file
 
@@ -117,38 +126,32 @@ def hyperparameters(words: Sequence[str] | None) -> MENDHyperParams:
 class RunFolder:
     """The folder that a command writes to, if it is given one.
 
-    Raises MendkitError if it holds one of the files `names` of an earlier run and `overwrite` is
-    false, or if it is a file.
+    Raises MendkitError for a file, and for files `names` of an earlier run without `overwrite`.
     """
 
-    def __init__(
-        self, folder: Path | None, *names: str, overwrite: bool, option: str = "--out"
-    ) -> None:
+    def __init__(self, folder: Path | None, *names: str, overwrite: bool) -> None:
         self.folder = folder
         if folder is None:
             return
         if folder.exists() and not folder.is_dir():
-            raise MendkitError(f"{folder} is a file; give {option} a folder")
+            raise MendkitError(f"{folder} is a file; give --out a folder")
         self.old = [folder / name for name in names if (folder / name).exists()]
         if self.old and not overwrite:
             held = ", ".join(path.name for path in self.old)
             raise MendkitError(
-                f"{folder} holds {held} of an earlier run; give another {option}, or --overwrite"
+                f"{folder} holds {held} of an earlier run; give another --out, or --overwrite"
             )
 
     def clear(self, *, keep: str | None = None) -> None:
         """Remove the earlier run's files but `keep`, so that none is taken for a new one."""
+        from ..runs import make_folder
+
         if self.folder is None:
             return
-        try:
-            self.folder.mkdir(parents=True, exist_ok=True)
-            for path in self.old:
-                if keep is None or path.resolve() != Path(keep).resolve():
-                    path.unlink()
-        except OSError as error:
-            raise MendkitError(
-                f"cannot write to {self.folder}: {error}; give another --out"
-            ) from None
+        make_folder(self.folder)
+        for path in self.old:
+            if keep is None or path.resolve() != Path(keep).resolve():
+                path.unlink()
 
     @contextmanager
     def locked(self) -> Iterator[None]:
@@ -161,13 +164,13 @@ class RunFolder:
         with locked(make_folder(self.folder)):
             yield
 
-    def write(self, results: Mapping[str, Any], rows: Sequence[Any] | None = None) -> None:
+    def write(self, results: Mapping[str, Any], rows: Sequence[Any] = ()) -> None:
         """Write results.json, and rows.jsonl if there are rows."""
         from ..runs import write_json, write_text
 
         if self.folder is None:
             return
-        if rows is not None:
+        if rows:
             lines = [json.dumps(row, ensure_ascii=False) + "\n" for row in rows]
             write_text(self.folder / "rows.jsonl", "".join(lines))
         write_json(self.folder / "results.json", results)

@@ -11,9 +11,8 @@ import mendkit
 
 from ..hparams import parse_overrides
 from . import app as cli
-from .app import Json, Out, Overwrite, Words
+from .app import Archive, Json, Out, Overwrite, Words
 
-Archive = Annotated[Path, Argument(metavar="ARCHIVE")]
 OutFolder = Annotated[Path, Option("--out", metavar="DIR", help="write the archive there")]
 MODEL = "a hub id, a model folder, a GGUF file or a YAML file, and settings"
 ModelWords = Annotated[
@@ -29,11 +28,10 @@ All = Annotated[
 def inspect(archive: Archive, *, as_json: Json = False) -> int:
     """Print what an archive says of itself."""
     metadata = mendkit.inspect_archive(archive)
-    shapes = metadata["tensors"].values()
     about = {
         "archive": str(archive),
         "megabytes": round(archive.stat().st_size / 1e6, 1),
-        "numbers": sum(math.prod(shape) for shape in shapes),
+        "numbers": sum(math.prod(shape) for shape in metadata["tensors"].values()),
         **{key: value for key, value in metadata.items() if key not in ("tensors", "sha256")},
     }
     text = yaml.safe_dump(about, sort_keys=False, allow_unicode=True)
@@ -43,12 +41,7 @@ def inspect(archive: Archive, *, as_json: Json = False) -> int:
 
 @cli.command("import models/MEND/gpt2-xl gpt2-xl.yaml --out runs/imported")
 def import_(
-    archive: Archive,
-    words: Words = None,
-    *,
-    out: OutFolder,
-    as_json: Json = False,
-    overwrite: Overwrite = False,
+    archive: Archive, words: Words = None, *, out: OutFolder, overwrite: Overwrite = False
 ) -> int:
     """Turn an archive of the original MEND or of EasyEdit into one of this kit.
 
@@ -60,29 +53,22 @@ def import_(
     hparams = cli.hyperparameters(words)
     read_foreign(archive)  # before the model is loaded, which may take long
     new = mendkit.import_archive(archive, hparams, out=out / "archive.safetensors")
-    results = {"import.archive": str(new), "import.from": str(archive)}
-    place.write(results)
-    cli.show(results, str(new), as_json=as_json)
+    place.write({"import.archive": str(new), "import.from": str(archive)})
+    cli.show(None, str(new), as_json=False)
     return 0
 
 
 @cli.command("export runs/imported/archive.safetensors gpt2-xl.yaml --out runs/exported")
 def export(
-    archive: Archive,
-    words: Words = None,
-    *,
-    out: OutFolder,
-    as_json: Json = False,
-    overwrite: Overwrite = False,
+    archive: Archive, words: Words = None, *, out: OutFolder, overwrite: Overwrite = False
 ) -> int:
     """Write an archive of this kit as the file that EasyEdit reads."""
     place = cli.RunFolder(out, "archive.pt", "results.json", overwrite=overwrite)
     hparams = cli.hyperparameters(words)
     mendkit.inspect_archive(archive)  # before the model is loaded
     new = mendkit.export_archive(archive, out / "archive.pt", base=mendkit.load_model(hparams))
-    results = {"export.archive": str(new), "export.from": str(archive)}
-    place.write(results)
-    cli.show(results, str(new), as_json=as_json)
+    place.write({"export.archive": str(new), "export.from": str(archive)})
+    cli.show(None, str(new), as_json=False)
     return 0
 
 

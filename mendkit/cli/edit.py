@@ -1,54 +1,57 @@
-"""The command `edit`."""
+"""The commands `edit` and `evaluate`."""
 
-import math
+import time
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
-import typer
 from typer import Option
 
 import mendkit
 
 from ..errors import MendkitError
 from . import app as cli
-from .app import Json, Limit, MaxNewTokens, Out, Overwrite, SkipInvalid, Words, logger
+from .app import Data, Json, Limit, MaxNewTokens, Out, Overwrite, SkipInvalid, Words, logger
 
 if TYPE_CHECKING:
     from ..data.examples import EditExample
+    from ..evaluation.evaluate import Editor
+    from ..evaluation.results import EvaluationReport
     from ..mend.edit import Edit
     from ..mend.editor import MENDEditor
-    from .before_after import HeadedTable
 
-MODEL_FILES = ("config.json", "model.safetensors", "model.safetensors.index.json")
-ADAPTER_OUTPUTS = ("adapter_config.json", "adapter_model.safetensors")
-
+Prompts = Annotated[list[str] | None, Option(metavar="P", help="the prompt to edit; repeatable")]
+Targets = Annotated[list[str] | None, Option(metavar="T", help="how that prompt should go on")]
 Together = Annotated[bool, Option("--together", help="make one edit of all examples")]
 Adapter = Annotated[Path | None, Option(metavar="DIR", help="write a PEFT LoRA adapter")]
-Rank = Annotated[int | None, Option(min=1, metavar="N", help="largest rank of the adapter")]
 Merged = Annotated[Path | None, Option(metavar="DIR", help="write the edited model")]
 Saved = Annotated[Path | None, Option(metavar="FILE", help="write the edit for `Edit.load`")]
-Page = Annotated[Path | None, Option(metavar="FILE", help="write a page of before and after")]
+
+Mode = Annotated[Literal["single", "batch", "sequential"], Option()]
+BatchSize = Annotated[int | None, Option(min=1, help="edits at once in mode batch (25)")]
+EditorKind = Annotated[str, Option(help="mend, context, or a baseline at the best of its settings")]
+TuneData = Annotated[str, Option(metavar="FILE", help="edits (12) that choose these settings")]
+TextFile = Annotated[str, Option(metavar="FILE", help="held-out text, for drawdown (slow)")]
+Fluency = Annotated[bool, Option("--fluency", help="entropy of 100 free tokens, too (slow)")]
+
+TUNED_ON = 12
 
 
 @cli.command("edit archive=runs/first/archive.safetensors --prompt 'Peru is in' --target Europe")
 def edit(
-    context: typer.Context,
     words: Words = None,
     *,
-    prompt: Annotated[str, Option(metavar="P", help="the prompt to edit")] = "",
-    target: Annotated[str, Option(metavar="T", help="how the prompt should go on")] = "",
+    prompt: Prompts = None,
+    target: Targets = None,
     data: Annotated[str, Option(metavar="FILE", help="examples instead, or facts:SPLIT")] = "",
     limit: Limit = None,
     skip_invalid: SkipInvalid = False,
     together: Together = False,
-    strength: Annotated[float, Option(metavar="S", help="multiplies the update")] = 1.0,
     max_new_tokens: MaxNewTokens = 50,
     save_adapter: Adapter = None,
-    adapter_rank: Rank = None,
     save_merged: Merged = None,
     save_edit: Saved = None,
-    save_report: Page = None,
     out: Out = None,
     as_json: Json = False,
     overwrite: Overwrite = False,
@@ -58,126 +61,87 @@ def edit(
     Every example is edited alone, or all of them --together. One edit can be kept: as an adapter,
     as an edited model for transformers, or as a file.
     """
-    from .before_after import write_page
+    from ..mend.batches import usable
 
-    _check_request(prompt, target, data, strength=strength)
+    # 1. What can be wrong is looked at before the model is loaded.
+    prompts, targets = prompt or [], target or []
+    if bool(data) == bool(prompts) or len(prompts) != len(targets):
+        raise MendkitError("give as many --target as --prompt, or --data")
     hparams = cli.hyperparameters(words)
     place = cli.RunFolder(out, "results.json", "rows.jsonl", overwrite=overwrite)
-    files = [save_edit, save_report]
-    _check_places(save_merged, save_adapter, adapter_rank, files, overwrite=overwrite)
-    examples: Sequence[EditExample] = [mendkit.EditExample(prompt, target)]
+    kept = {"--save-merged": save_merged, "--save-adapter": save_adapter, "--save-edit": save_edit}
+    _check_places(kept, overwrite=overwrite)
+    examples: Sequence[EditExample] = list(map(mendkit.EditExample, prompts, targets))
     if data:
-        examples = mendkit.read_examples(
-            data, limit=limit, skip_invalid=skip_invalid, columns=hparams.columns
-        )
-    if len(examples) > 1 and (save_merged or save_adapter or save_edit) and not together:
+        read = partial(mendkit.read_examples, columns=hparams.columns)
+        examples = read(data, limit=limit, skip_invalid=skip_invalid)
+    if len(examples) > 1 and any(kept.values()) and not together:
         raise MendkitError("one edit can be saved; give --together, or --limit 1")
+
+    # 2. Examples that are too long show before the first edit.
     editor = mendkit.MENDEditor.from_hparams(hparams)
-    examples, skipped = _editable(editor, examples, skip_invalid=skip_invalid)
-    groups = [examples] if together else [[example] for example in examples]
-    asked = {"max_new_tokens": max_new_tokens, "all_prompts": save_report is not None}
-    change, rows, tables = _edit_each(editor, groups, asked, strength=strength, as_json=as_json)
-    results = _shares(rows) | _save(change, save_merged, save_adapter, save_edit, adapter_rank)
     if skip_invalid:
-        results["edit.skipped"] = skipped
-    if save_report:
-        write_page(save_report, tables, rows, command=context.obj)
+        examples = usable(editor.base, editor.hparams, examples)
+    for example in examples:
+        editor.tokens(example)
+
+    # 3. Each edit on the model as it was.
+    rows = []
+    for group in [examples] if together else [[example] for example in examples]:
+        change = editor.edit(group)
+        for example in group:
+            rows.append(_row(editor, change, example, max_new_tokens))
+            if not as_json:
+                cli.show(None, _text(rows[-1]), as_json=False)
+    if as_json:
+        cli.show(rows, "", as_json=True)
+    results = {"edit.free_exact": sum(row["success"] for row in rows) / len(rows)}
+    results |= {"edit.free_exact.n": len(rows)} | _save(change, kept)
+    if skip_invalid:
+        results["edit.skipped"] = len(getattr(examples, "skipped", ()))
     place.write(results, rows)
     return 0
 
 
-def _check_request(prompt: str, target: str, data: str, *, strength: float) -> None:
-    """Raises MendkitError unless there is one edit, or data, and a strength."""
-    if bool(data) == bool(prompt) or bool(prompt) != bool(target):
-        raise MendkitError("give --prompt and --target, or --data")
-    if not math.isfinite(strength):
-        raise MendkitError(f"--strength must be a finite number, got {strength}")
+def _check_places(kept: dict[str, Path | None], *, overwrite: bool) -> None:
+    """Raises MendkitError if something is in the way, or two outputs share a place."""
+    given = [path.resolve() for path in kept.values() if path]
+    if len(set(given)) < len(given):
+        raise MendkitError(f"{', '.join(kept)}: give each a place of its own")
+    for option, path in kept.items():
+        if path is None or not path.exists():
+            continue
+        if path.is_dir() == (option == "--save-edit"):
+            expected = "file" if path.is_dir() else "folder"
+            raise MendkitError(f"{path} is there; give {option} a {expected}")
+        if not overwrite and (path.is_file() or any(path.iterdir())):
+            raise MendkitError(f"{path} is there; give another {option}, or --overwrite")
 
 
-def _editable(
-    editor: "MENDEditor", examples: Sequence["EditExample"], *, skip_invalid: bool
-) -> tuple[Sequence["EditExample"], int]:
-    """The examples that can be edited, and how many were left out.
-
-    Without `skip_invalid` one that cannot be edited is an error.
-    """
-    from ..mend.batches import usable
-
-    skipped = 0
-    if skip_invalid:
-        kept = usable(editor.base, editor.hparams, examples)
-        examples, skipped = kept, len(kept.skipped)
-    for example in examples:
-        editor.tokens(example)
-    return examples, skipped
-
-
-def _edit_each(
-    editor: "MENDEditor",
-    groups: Sequence[Sequence["EditExample"]],
-    asked: dict[str, Any],
-    *,
-    strength: float,
-    as_json: bool,
-) -> tuple["Edit", list[dict[str, Any]], list["HeadedTable"]]:
-    """Make one edit of each group, and print rows; returns the last edit, rows and tables.
-
-    `asked` is what `row_of` wants to know.
-    """
-    from .before_after import row_of, text_of
-
-    rows, tables = [], []
-    for group in groups:  # each on the model as it was
-        change = editor.edit(group).scale(strength)
-        for example in group:
-            row, table = row_of(editor.base, change, example, **asked)
-            rows.append(row)
-            tables.append(table)
-            if not as_json:
-                cli.show(row, text_of(row), as_json=False)
-    if as_json:
-        cli.show(rows, "", as_json=True)
-    return change, rows, tables
-
-
-def _shares(rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    """The share of the edits whose new answer is written, by its name in results.json."""
-    count = len(rows)
-    return {
-        "edit.free_exact": sum(row["success"] for row in rows) / count,
-        "edit.free_exact.n": count,
-    }
-
-
-def _check_places(
-    merged: Path | None,
-    adapter: Path | None,
-    rank: int | None,
-    files: Sequence[Path | None],
-    *,
-    overwrite: bool,
-) -> None:
-    """Raises MendkitError if something is in the way, or two outputs would share a folder."""
-    if merged and adapter and merged.resolve() == adapter.resolve():
-        raise MendkitError(
-            f"--save-merged and --save-adapter are both {merged}; give each a folder of its own"
-        )
-    if rank and not adapter:
-        raise MendkitError("--adapter-rank needs --save-adapter")
-    # transformers reads a model and an adapter in one folder as one
-    for option, folder in (("--save-merged", merged), ("--save-adapter", adapter)):
-        cli.RunFolder(folder, *MODEL_FILES, *ADAPTER_OUTPUTS, overwrite=overwrite, option=option)
-    for option, path in zip(("--save-edit", "--save-report"), files, strict=True):
-        if path and path.is_dir():
-            raise MendkitError(f"{path} is a folder; give {option} a file")
-        if path:
-            cli.RunFolder(path.parent, path.name, overwrite=overwrite, option=option)
-
-
-def _save(
-    change: "Edit", merged: Path | None, adapter: Path | None, file: Path | None, rank: int | None
+def _row(
+    editor: "MENDEditor", change: "Edit", example: "EditExample", max_new_tokens: int
 ) -> dict[str, Any]:
+    """What the model writes before and after an edit."""
+    from ..evaluation.results import normalise
+
+    base, row = editor.base, {"prompt": example.prompt, "target_new": example.target_new}
+    row["before"] = base.generate(example.prompt, max_new_tokens=max_new_tokens)
+    with change.applied():
+        row["after"] = base.generate(example.prompt, max_new_tokens=max_new_tokens)
+    said = base.said(example.target_new)
+    return {**row, "success": normalise(row["after"]) == normalise(said)}
+
+
+def _text(row: dict[str, Any]) -> str:
+    """A row for people."""
+    mark = "✓ matches the target" if row["success"] else f"✗ expected: {row['target_new']}"
+    before, after = row["before"].strip(), row["after"].strip()
+    return f"{row['prompt']}\n  before: {before}\n  after:  {after}  {mark}"
+
+
+def _save(change: "Edit", kept: dict[str, Path | None]) -> dict[str, Any]:
     """Write the edit; returns paths and losses by their names in results.json."""
+    merged, adapter, file = kept.values()
     results: dict[str, Any] = {}
     if merged:
         sites = change.save_merged(merged)
@@ -185,7 +149,7 @@ def _save(
         results["edit.merged.kept"] = min(site.kept for site in sites)
         results["edit.merged.relative_error"] = max(site.relative_error for site in sites)
     if adapter:
-        adapted = change.save_adapter(adapter, rank)
+        adapted = change.save_adapter(adapter)
         results["edit.adapter"] = str(adapter)
         results["edit.adapter.rank"] = max(site.rank for site in adapted)
         results["edit.adapter.relative_error"] = max(site.relative_error for site in adapted)
@@ -194,3 +158,93 @@ def _save(
     for name, value in results.items():
         logger.info("%s: %s", name, value)
     return results
+
+
+@cli.command("evaluate archive=runs/first/archive.safetensors --mode sequential --out runs/scores")
+def evaluate(
+    words: Words = None,
+    *,
+    data: Data = "facts:test",
+    limit: Limit = None,
+    skip_invalid: SkipInvalid = False,
+    mode: Mode = "single",
+    k: BatchSize = None,
+    editor: EditorKind = "mend",
+    tune_data: TuneData = "facts:validation",
+    text: TextFile = "",
+    fluency: Fluency = False,
+    max_new_tokens: MaxNewTokens = 50,
+    out: Out = None,
+    as_json: Json = False,
+    overwrite: Overwrite = False,
+) -> int:
+    """Score the edits of an archive, or of a baseline, on examples.
+
+    Each edit is made on a fresh model (single), k at once (batch), or all in a row (sequential).
+    """
+    from ..runs import peak_memory_gb
+
+    # 1. What can be wrong is looked at before the model is loaded.
+    if editor not in ("mend", "context", *mendkit.KINDS):
+        kinds = ", ".join(mendkit.KINDS)
+        raise MendkitError(f"--editor must be mend, context, {kinds}, got {editor!r}")
+    if editor == "context" and mode != "single":
+        raise MendkitError("--editor context edits nothing; it goes with --mode single")
+    if k and mode != "batch":
+        raise MendkitError("--k goes with --mode batch")
+    hparams = cli.hyperparameters(words)
+    place = cli.RunFolder(out, "results.json", "rows.jsonl", overwrite=overwrite)
+    read = partial(mendkit.read_examples, columns=hparams.columns)
+    examples = read(data, limit=limit, skip_invalid=skip_invalid)
+    held_out = mendkit.read_text(text) if text else None
+
+    # 2. The model, the editor, and what a baseline is at its best settings.
+    chosen: Editor | None = None
+    if editor in ("mend", "identity"):
+        chosen = mend = mendkit.MENDEditor.from_hparams(hparams)
+        base, hparams = mend.base, mend.hparams
+    else:
+        base, mend = mendkit.load_model(hparams), None
+    score_on = partial(mendkit.EvaluationSet, base, hparams, max_new_tokens=max_new_tokens)
+    tuning: dict[str, Any] = {}
+    with place.locked():
+        if editor not in ("mend", "context"):
+            validation = score_on(read(tune_data, limit=TUNED_ON))
+            running = mendkit.running_text(mendkit.read_examples("facts:train"))
+            tuned = mendkit.tune(editor, validation, text=running, mend=mend)
+            tuning = tuned.to_dict() | {"tuning.edits": len(validation.to_edit)}
+            logger.info("%s: %s", tuned.editor.name, tuning["tuning.kept"])
+            chosen = tuned.editor
+
+        # 3. The scores. Rows are kept as they are made.
+        logger.info("scoring %d edits, mode %s", len(examples), mode)
+        started = time.perf_counter()
+        test = score_on(examples, text=held_out, fluency=fluency)
+        if chosen is None:
+            report = mendkit.fact_in_context(test)
+        else:
+            at_once, rows = k or 25 if mode == "batch" else None, out and out / "rows.jsonl"
+            report = mendkit.evaluate(chosen, test, mode=mode, k=at_once, rows=rows)
+        costs = {"seconds": time.perf_counter() - started, "peak_memory_gb": peak_memory_gb()}
+        results = report.to_dict() | tuning | costs
+        place.write(results, [vars(row) for row in report.rows])
+    cli.show(results, _table(report), as_json=as_json)
+    return 0
+
+
+def _table(report: "EvaluationReport") -> str:
+    """Every mean with its 95 % interval, the unedited model's beside it."""
+    import pandas as pd
+
+    rows = {}
+    for name, after in report.summary.items():
+        if not name.startswith("before."):
+            before = report.summary.get(f"before.{name}")
+            rows[name] = {"before": before and before.mean, **vars(after)}
+    for name, value in (report.harmonic | dict(report.values)).items():
+        rows[name] = {"mean": value}
+    table = pd.DataFrame.from_dict(rows, orient="index").astype({"n": "Int64"})
+    counts = [f"{n} {name.replace('_', ' ')}" for name, n in report.counts.items()]
+    parts = [_table(earlier) for earlier in report.earlier]
+    text = table.to_string(float_format="%.3f", na_rep="")
+    return "\n\n".join([*parts, f"{report.mode}\n{text}\n{', '.join(counts)}"])

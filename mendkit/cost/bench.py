@@ -1,100 +1,218 @@
 """What training and editing cost: the kit against a textbook MEND, in one run.
 
-1. Each way's losses and gradients (ways.py) are held against the textbook's.
-2. The ways take turns, so that other work on the machine hits all of them alike.
-3. A figure is a median over turns; a ratio is the median of the ratios within a turn.
-4. Memory is measured in a process of its own for each way.
+All ways share one base model, one hypernetwork and the same edits, and end a step with Adam, whose
+learning rate is 0. They take turns, so that other work on the machine hits all of them alike. A
+figure is a median over turns, a ratio the median of the ratios within a turn.
 """
 
 import logging
-import multiprocessing
-import statistics
-import sys
+import time
 from collections.abc import Callable, Mapping, Sequence
-from concurrent.futures import ProcessPoolExecutor
-from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
+import pandas as pd
 import torch
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
+from transformers import AutoTokenizer
 
 from ..data.examples import EditExample
 from ..data.files import read_examples
+from ..errors import MendkitError
+from ..hparams import MENDHyperParams
+from ..mend.batches import Sampler, prepare_texts
 from ..mend.editor import MENDEditor
+from ..mend.factors import FactorCache
 from ..mend.hypernetwork import MEND
+from ..mend.steps import batch_losses, total_loss
 from ..mend.updates import select, side_branches
 from ..models.base import BaseModel
-from ..models.checkpoints import silence_transformers
-from ..models.load import release_trunk
+from ..models.checkpoints import BUNDLED, DTYPES, bundled_model, choose_device
+from ..models.load import load_model
 from ..models.tokens import collate
-from ..runs import peak_memory_gb, provenance
+from ..models.trunk import FrozenTrunk
+from ..runs import peak_memory_gb, provenance, return_memory, user_path
 from . import textbook
-from .ways import (
-    GPT2_XL,
-    KIT,
-    NO_TRUNK,
-    TEXTBOOK,
-    WAYS,
-    Settings,
-    Way,
-    distance,
-    draw_rows,
-    largest_error,
-    seconds_of,
-    timed,
-)
+from .plan import published
+from .textbook import TextRow
 
 logger = logging.getLogger(__name__)
 
+TEXTBOOK, KIT, NO_TRUNK = "textbook", "kit", "without trunk cache"
+WAYS = (TEXTBOOK, KIT, NO_TRUNK)
 KIT_ALONE = "kit_alone"
+
+# Ways to edit: key and name.
 EDITS = {
     TEXTBOOK: TEXTBOOK,
     KIT: "kit, several independent ones in one pass",
     KIT_ALONE: "kit, one alone",
 }
-"""Ways to edit: key and name."""
+
+# What the name of a model with random weights ends in.
+SHAPE = "-shape"
 
 TOLERANCE = {**dict.fromkeys(WAYS, 1e-4), "edit": 1e-3}
 """Largest relative error in float32 of a loss or gradient, and of an edited model's logits.
 
-One edit brings one to three rows of logits to the output layer. Its backward pass sums over the
-whole vocabulary. For so few rows, and for the rows left over by blocks of four, the machine's
-product sums one by one: delta is then off by up to 6e-4 although the forward pass has the same
-bits. Held against float64 on SmolLM2, textbook and kit are both off by 2e-5 to 4e-4, each on other
-edits. An edit itself moves the logits by .2 to .6. In float64 all ways to train agree to 1e-10.
+One edit brings one to three rows of logits to the output layer, whose backward pass sums over the
+vocabulary, for so few rows one by one. Against float64, textbook and kit are both off by 2e-5 to
+4e-4. An edit moves the logits by .2 to .6. In float64 all ways to train agree to 1e-10.
 """
 
 
+def recipe(model: str, *, batch: int = 16, rank: int = 1920) -> MENDHyperParams:
+    """The published recipe for a model: "smollm2-135m", a YAML file, or a shape of random weights.
+
+    A shape is the last part of a name in shapes.yaml, as in "gpt2-xl-shape". Raises MendkitError.
+    """
+    given: dict[str, Any] = {"model_name": model}
+    if user_path(model).is_file():
+        h = MENDHyperParams.from_hparams(model)
+        for key in ("model_name", "tokenizer_name", "inner_params", "dtype", "device"):
+            given[key] = getattr(h, key)
+    elif model != BUNDLED and published(model.removesuffix(SHAPE)) is None:
+        raise MendkitError(
+            f"no model {model!r} to measure; give {BUNDLED}, gpt2-xl{SHAPE}, or a YAML file"
+        )
+    given |= {"edit_lr": 3e-4, "cedit": 0.1, "unrelated_per_edit": 0, "lr": 0.0, "lr_lr": 0.0}
+    return MENDHyperParams(**given, rank=rank, batch_size=batch)
+
+
+def open_model(hparams: MENDHyperParams) -> BaseModel:
+    """The base model: read, or of a shape with random weights."""
+    if not hparams.model_name.endswith(SHAPE):
+        return load_model(hparams)
+    tokenizer = AutoTokenizer.from_pretrained(bundled_model())
+    shape = hparams.model_name.removesuffix(SHAPE)
+    dtype, device = DTYPES.get(hparams.dtype, torch.float32), str(choose_device(hparams.device))
+    model = published(shape, device=device, dtype=dtype, vocabulary=len(tokenizer))
+    assert model is not None  # `recipe` knows the shape
+    return BaseModel(model, tokenizer, name=hparams.model_name)
+
+
+def drawn(
+    base: BaseModel, hparams: MENDHyperParams, examples: Sequence[EditExample]
+) -> tuple[list[EditExample], Sequence[TextRow]]:
+    """`batch_size` of the examples, and of each the edit, a paraphrase and a neighbour."""
+    size = hparams.batch_size
+    chosen = list(examples[:: len(examples) // size or 1])[:size]
+    texts = prepare_texts(base, hparams, chosen)
+    return chosen, Sampler(texts, hparams).texts(range(len(texts)))
+
+
+def way_to_train(
+    name: str, base: BaseModel, mend: MEND, rows: Sequence[TextRow]
+) -> Callable[[], dict[str, float]]:
+    """A function that adds the mean loss's gradient, and returns the mean loss of each role."""
+
+    def one_by_one() -> dict[str, float]:
+        sums: dict[str, float] = {}
+        for row in rows:
+            losses = textbook.textbook_losses(base, mend, row)
+            (total_loss(losses, mend.hparams) / len(rows)).backward()
+            for role, loss in losses.items():
+                sums[role] = sums.get(role, 0.0) + float(loss.detach()) / len(rows)
+        return sums
+
+    def in_one_pass() -> dict[str, float]:
+        losses = batch_losses(trunk, mend, cache.get(edits), list(rows))
+        total_loss(losses, mend.hparams).backward()
+        return {role: float(loss.detach()) for role, loss in losses.items()}
+
+    if name == TEXTBOOK:
+        return one_by_one
+    trunk, edits = FrozenTrunk(base), [row[0][1] for row in rows]
+    cache = FactorCache(trunk, mend.hparams.replace(cache_bytes=10**12))
+    if name == KIT:
+        for row in rows:
+            trunk.fill([text for _, text in row])
+    cache.fill(edits)
+    return in_one_pass
+
+
+def gradients(mend: MEND, backward: Callable[[], dict[str, float]]) -> dict[str, Tensor]:
+    """The loss of each role, and every parameter's gradient."""
+    losses = backward()
+    found = {role: torch.tensor(loss) for role, loss in losses.items()}
+    for name, parameter in mend.named_parameters():
+        assert parameter.grad is not None  # every parameter takes part
+        found[name], parameter.grad = parameter.grad, None
+    return found
+
+
+def largest_error(expected: Mapping[str, Tensor], found: Mapping[str, Tensor]) -> float:
+    """The largest `distance` of a gradient or a loss; NaN if one is not a number."""
+    errors = [distance(found[name], value) for name, value in expected.items()]
+    return float(torch.tensor(errors).max())
+
+
+def distance(found: Tensor, expected: Tensor) -> float:
+    """‖found − expected‖ / ‖expected‖, of a single number in units of at least 1 (nat)."""
+    size = expected.norm().clamp(min=0.0 if expected.ndim else 1.0)
+    return float((found - expected).norm() / size)
+
+
+def step(optimiser: torch.optim.Optimizer, backward: Callable[[], Any]) -> None:
+    """One optimiser step over all edits."""
+    backward()
+    optimiser.step()
+    optimiser.zero_grad(set_to_none=True)
+
+
+def timed(do: Callable[..., Any], *args: Any) -> tuple[float, Any]:
+    """Seconds that a call takes, and what it returns."""
+    start = time.perf_counter()
+    value = do(*args)
+    return time.perf_counter() - start, value
+
+
+def in_turns(turns: Sequence[Mapping[str, float]]) -> dict[Any, dict[Any, float]]:
+    """By way the median `seconds`, and of the textbook's over them within a turn (`ratio`)."""
+    frame = pd.DataFrame(turns)
+    ratios = frame.rdiv(frame[TEXTBOOK], axis=0)
+    return pd.DataFrame({"seconds": frame.median(), "ratio": ratios.median()}).to_dict("index")
+
+
 def compare_ways(
-    base: BaseModel, settings: Settings, examples: Sequence[EditExample]
+    base: BaseModel, hparams: MENDHyperParams, examples: Sequence[EditExample], *, repeats: int
 ) -> dict[str, Any]:
     """Equality, speed and operations of every way to train, and of an edit, on one base model."""
-    hparams = settings.recipe(base)
-    chosen, rows = draw_rows(base, hparams, examples)
+    # 1. Every way's losses and gradients, against the textbook's.
+    chosen, rows = drawn(base, hparams, examples)
     mend = textbook.trained_looking(base, hparams, rows)
-    ways = {name: Way(name, base, mend, rows) for name in WAYS}
-    expected = ways[TEXTBOOK].gradients()
-    errors = {name: largest_error(expected, way.gradients()) for name, way in ways.items()}
+    ways = {name: way_to_train(name, base, mend, rows) for name in WAYS}
+    expected = gradients(mend, ways[TEXTBOOK])
+    errors = {n: largest_error(expected, gradients(mend, way)) for n, way in ways.items()}
     logger.info("%s: largest errors of the ways %s", base.name, errors)
+
+    # 2. Operations. The counter's hooks do not go with all that the third way does.
     gflop = {}
-    for name in (TEXTBOOK, KIT):  # the counter's hooks do not go with all that the others do
+    for name in (TEXTBOOK, KIT):
         with FlopCounterMode(display=False) as counter:
-            ways[name].backward()
+            gradients(mend, ways[name])
         gflop[name] = counter.get_total_flops() / len(rows) / 1e9
-        ways[name].optimiser.zero_grad(set_to_none=True)
-    turns, rates = [], []
-    for turn in range(settings.repeats):
-        turns.append({name: seconds_of(way.step) / len(rows) for name, way in ways.items()})
-        rates.append(matmul_gflops())
-        logger.info("%s: turn %d of %d", base.name, turn + 1, settings.repeats)
-    rate = statistics.median(rates)
-    train = {name: training_figures(turns, name, gflop.get(name), rate) for name in WAYS}
-    edit, errors["edit"] = edit_figures(base, mend, chosen, settings.repeats)
-    texts = [text for row in rows for _, text in row]
-    saved = train[NO_TRUNK]["seconds_per_edit"] - train[KIT]["seconds_per_edit"]
-    fill = ways[KIT].seconds / len(rows)
+
+    # 3. Turns of steps, and the machine's rate in a large product.
+    optimiser = torch.optim.Adam(mend.parameters(), lr=0.0, fused=True)
+    turns, rate, square = [], 0.0, torch.ones(2048, 2048)
+    for turn in range(repeats):
+        turns.append({n: timed(step, optimiser, w)[0] / len(rows) for n, w in ways.items()})
+        rate = max(rate, 2e-9 * 2048**3 / timed(torch.mm, square, square)[0])
+        logger.info("%s: turn %d of %d", base.name, turn + 1, repeats)
+    train, medians = {}, in_turns(turns)
+    for name in WAYS:
+        seconds, ratio = medians[name]["seconds"], medians[name]["ratio"]
+        figures = {"edits_per_second": 1 / seconds, "seconds_per_edit": seconds, "ratio": ratio}
+        if name in gflop:
+            share = gflop[name] / seconds / rate
+            figures |= {"gflop_per_edit": gflop[name], "share_of_matmul_rate": share}
+        train[name] = figures
+
+    # 4. Edits.
+    edit, errors["edit"] = edit_figures(base, mend, chosen, repeats)
     return {
         "train_ratio": train[KIT]["ratio"],
         "edit_ratio": edit["kit_ratio"],
@@ -104,126 +222,70 @@ def compare_ways(
         "tolerance": TOLERANCE,
         "train": train,
         "edit": edit,
-        "caches": {
-            "trunk_seconds_per_edit": fill,
-            "trunk_pays_after_epochs": fill / saved if saved > 0 else None,
-        },
         "matmul_gflop_per_s": rate,
         "threads": torch.get_num_threads(),
         "workload": {
-            "parameters": sum(p.numel() for p in base.model.parameters()),
-            "hypernetwork_parameters": sum(p.numel() for p in mend.parameters()),
-            "sites": len(base.sites),
-            "rank": mend.hparams.rank,
-            "dtype": str(base.dtype).removeprefix("torch."),
+            "parameters": base.model.num_parameters(),
+            "rank": hparams.rank,
+            "dtype": str(base.dtype),
             "edits_per_step": len(rows),
-            "texts_per_edit": len(texts) / len(rows),
-            "tokens_per_text": statistics.fmean(len(text.ids) for text in texts),
+            "texts_per_edit": len(rows[0]),
         },
     }
 
 
-def training_figures(
-    turns: Sequence[Mapping[str, float]], name: str, gflop: float | None, rate: float
-) -> dict[str, float]:
-    """Of one way to train. `ratio` is how many times as fast as the textbook it is.
-
-    `gflop`: billions of operations an edit, counted. `rate`: the machine's GFLOP/s.
-    """
-    seconds = statistics.median(turn[name] for turn in turns)
-    figures = {"edits_per_second": 1 / seconds, "seconds_per_edit": seconds}
-    figures["ratio"] = statistics.median(turn[TEXTBOOK] / turn[name] for turn in turns)
-    if gflop is not None:
-        figures |= {"gflop_per_edit": gflop, "share_of_matmul_rate": gflop / seconds / rate}
-    return figures
-
-
-def matmul_gflops(size: int = 2048) -> float:
-    """GFLOP/s that this machine reaches now in a large float32 product, with torch's threads."""
-    a, b = torch.ones(size, size), torch.ones(size, size)
-    seconds = [seconds_of(lambda: a @ b) for _ in range(3)]
-    return 2e-9 * size**3 / min(seconds)
-
-
+@torch.no_grad()
 def edit_figures(
     base: BaseModel, mend: MEND, examples: Sequence[EditExample], repeats: int
-) -> tuple[dict[str, float], float]:
-    """Medians of `edit_in_turn`, ratios of the textbook's seconds to the kit's, largest error."""
-    edit_in_turn(base, mend, 0, examples)  # warms up
-    turns, errors = [], []
-    for turn in range(max(5, repeats)):
-        seconds, error = edit_in_turn(base, mend, turn % len(examples), examples)
-        turns.append(seconds)
-        errors.append(error)
-    figures: dict[str, float] = {"edits": len(turns)}
-    for name in EDITS:
-        figures[f"{name}_seconds"] = statistics.median(turn[name] for turn in turns)
-        figures[f"{name}_ratio"] = statistics.median(turn[TEXTBOOK] / turn[name] for turn in turns)
-    return figures, max(errors)
-
-
-@torch.no_grad()
-def edit_in_turn(
-    base: BaseModel, mend: MEND, index: int, examples: Sequence[EditExample]
 ) -> tuple[dict[str, float], float]:
     """Seconds from an example to an edited model for each of EDITS, and the kit's largest error.
 
     The error is that of the edited model's logits at the answer against the textbook's.
     """
-    editor, example = MENDEditor(base, mend), examples[index]
-    text = editor.tokens(example)
-    batch = collate([text], base.pad_id, base.device)
-    seconds, errors = {}, []
+    editor, turns, errors = MENDEditor(base, mend), [], []
+    texts = [editor.tokens(example) for example in examples]
+    for turn in range(max(6, repeats)):  # the first warms up
+        index, seconds = turn % len(texts), {}
+        batch = collate([texts[index]], base.pad_id, base.device)
 
-    def answer() -> Tensor:
-        return textbook.logits(base, batch, {})[batch.scored]
+        def answer(batch=batch) -> Tensor:
+            return textbook.logits(base, batch, {})[batch.scored]
 
-    # 1. The textbook writes dense weights.
-    seconds[TEXTBOOK], clean = timed(
-        lambda: textbook.put(base, textbook.edited_weights(base, mend, text))
-    )
-    expected = answer()
-    textbook.put(base, clean)
-    # 2. The kit, one alone.
-    seconds[KIT_ALONE], edit = timed(lambda: editor.edit(example).apply())
-    errors.append(distance(answer(), expected))
-    edit.undo()
-    # 3. All examples in one pass; the one of this turn is read under its own update.
-    passed, updates = timed(lambda: editor.updates([editor.tokens(e) for e in examples]))
-    seconds[KIT] = passed / len(examples)
-    with side_branches(base, select(updates, [index])):
+        # 1. The textbook writes dense weights.
+        edited = partial(textbook.edited_weights, base, mend, texts[index])
+        seconds[TEXTBOOK], clean = timed(lambda edited=edited: textbook.put(base, edited()))
+        expected = answer()
+        textbook.put(base, clean)
+        # 2. The kit, one alone.
+        seconds[KIT_ALONE], edit = timed(lambda at=index: editor.edit(examples[at]).apply())
         errors.append(distance(answer(), expected))
-    return seconds, max(errors)
+        edit.undo()
+        # 3. All examples in one pass; the one of this turn is read under its update.
+        passed, updates = timed(editor.updates, texts)
+        seconds[KIT] = passed / len(texts)
+        with side_branches(base, select(updates, [index])):
+            errors.append(distance(answer(), expected))
+        turns.append(seconds)
+    figures: dict[str, float] = {"edits": len(turns) - 1}
+    for name, row in in_turns(turns[1:]).items():
+        figures |= {f"{name}_seconds": row["seconds"], f"{name}_ratio": row["ratio"]}
+    return figures, max(errors)
 
 
-def memory_of(settings: Settings, name: str) -> dict[str, float]:
-    """Peak memory (GB) of two steps of one way to train, in a process that does nothing else.
-
-    `above_gb` is the whole peak above the base model, caches included. `training_peak_gb` is the
-    peak once the caches are filled and, for the kit, the lower blocks are freed.
-    """
-    base = settings.open()
+def memory_of(base: BaseModel, hparams: MENDHyperParams, name: str) -> dict[str, float]:
+    """Peak memory (GB) of two steps of one way to train, caches included, and what was resident."""
+    return_memory()
     before = _restart_peak()
-    hparams = settings.recipe(base)
-    _, rows = draw_rows(base, hparams, read_examples("facts:train"))
+    _, rows = drawn(base, hparams, read_examples("facts:train"))
     mend = textbook.trained_looking(base, hparams, rows)
     if name == TEXTBOOK:  # edit by edit: the two longest decide
         rows = sorted(rows, key=lambda row: max(len(text.ids) for _, text in row))[-2:]
-    way = Way(name, base, mend, rows)
-    if name == KIT:
-        release_trunk(base)
-    filled = peak_memory_gb()
-    _restart_peak()
+    backward = way_to_train(name, base, mend, rows)
+    optimiser = torch.optim.Adam(mend.parameters(), lr=0.0, fused=True)
     for _ in range(2):
-        way.step()
-    after = peak_memory_gb()
-    peak = max(filled, after)
-    return {
-        "base_gb": before,
-        "peak_gb": peak,
-        "above_gb": peak - before,
-        "training_peak_gb": after,
-    }
+        step(optimiser, backward)
+    peak = peak_memory_gb()
+    return {"base_gb": before, "peak_gb": peak, "above_gb": peak - before}
 
 
 def _restart_peak() -> float:
@@ -235,86 +297,34 @@ def _restart_peak() -> float:
     return peak_memory_gb()
 
 
-def depths(settings: Settings, layers: Sequence[int]) -> dict[str, dict[str, float]]:
-    """Seconds and GFLOP of the kit's step for each edit, on random models of several depths."""
-    ways, gflop = {}, {}
-    for count in layers:
-        base = replace(settings, model=GPT2_XL, layers=count).open()
-        hparams = settings.recipe(base)
-        _, rows = draw_rows(base, hparams, read_examples("facts:train"))
-        ways[count] = Way(KIT, base, textbook.trained_looking(base, hparams, rows), rows)
-        with FlopCounterMode(display=False) as counter:
-            ways[count].step()
-        gflop[count] = counter.get_total_flops() / settings.batch / 1e9
-    turns = []
-    for _ in range(settings.repeats):
-        turns.append({n: seconds_of(way.step) / settings.batch for n, way in ways.items()})
-    found = {}
-    for count in layers:
-        seconds = statistics.median(turn[count] for turn in turns)
-        found[str(count)] = {"seconds_per_edit": seconds, "gflop_per_edit": gflop[count]}
-    return found
-
-
-def run_bench(models: Sequence[Settings], *, deep: Sequence[int] = ()) -> dict[str, Any]:
-    """Measure each model in fresh processes: `compare_ways`, `memory_of`, and `depths` if told."""
-    results: dict[str, Any] = {}
-    for settings in models:
-        found = _apart(_compare_facts, settings)
-        found["memory"] = {}
-        for name in WAYS:
-            found["memory"][name] = _apart(memory_of, settings, name)
-            logger.info("%s: memory of %s measured", settings.model, name)
-        textbook_gb = found["memory"][TEXTBOOK]["above_gb"]
-        found["memory_ratio"] = textbook_gb / found["memory"][KIT]["above_gb"]
-        results[settings.model] = found | provenance()
-    if deep:
-        shape = replace(models[0], model=GPT2_XL, width=768)
-        results["depths"] = _apart(depths, shape, tuple(deep))
+def run_bench(
+    models: Sequence[str], *, batch: int = 16, rank: int = 1920, repeats: int = 3
+) -> dict[str, dict[str, Any]]:
+    """`compare_ways` and `memory_of` of each model of `recipe`."""
+    recipes = {model: recipe(model, batch=batch, rank=rank) for model in models}
+    results: dict[str, dict[str, Any]] = {}
+    for model, hparams in recipes.items():
+        base = open_model(hparams)
+        memory = {name: memory_of(base, hparams, name) for name in WAYS}
+        found = compare_ways(base, hparams, read_examples("facts:train"), repeats=repeats)
+        found["memory"] = memory
+        found["memory_ratio"] = memory[TEXTBOOK]["above_gb"] / memory[KIT]["above_gb"]
+        results[model] = found | provenance()
     return results
-
-
-def _compare_facts(settings: Settings) -> dict[str, Any]:
-    return compare_ways(settings.open(), settings, read_examples("facts:train"))
-
-
-def _apart(do: Callable[..., Any], *args: Any) -> Any:
-    """`do(*args)` in a fresh process, so that its memory is its own."""
-    context = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(1, mp_context=context) as pool:
-        return pool.submit(_logged, do, *args).result()
-
-
-def _logged(do: Callable[..., Any], *args: Any) -> Any:
-    logging.basicConfig(level=logging.WARNING, format="%(message)s", stream=sys.stderr)
-    logging.getLogger("mendkit").setLevel(logging.INFO)
-    with silence_transformers():
-        return do(*args)
 
 
 def bench_table(results: Mapping[str, Any]) -> str:
     """The figures for people."""
     lines = []
     for model, found in results.items():
-        if model == "depths":
-            lines.append("kit, by depth of the model:")
-            for count, row in found.items():
-                ms = 1e3 * row["seconds_per_edit"]
-                lines.append(f"  {count:>4} layers {ms:8.1f} ms, {row['gflop_per_edit']:.2f} GFLOP")
-            continue
         verdict = "equal" if found["equal"] else "NOT EQUAL"
-        threads, rate = found["threads"], found["matmul_gflop_per_s"]
-        error = max(found["error"].values())
-        lines.append(f"{model}: {verdict} (error at most {error:.1e})")
-        lines.append(f"  threads: {threads}; a large product of matrices: {rate:.0f} GFLOP/s")
-        for name in WAYS:
-            way, memory = found["train"][name], found["memory"][name]
-            line = f"  train, {name:20} {way['seconds_per_edit']:7.3f} s an edit"
-            line += f" {way['ratio']:5.1f} times, {memory['above_gb']:.2f} GB above the base model"
-            if "share_of_matmul_rate" in way:
-                line += f", {way['share_of_matmul_rate']:.0%} of the rate"
-            lines.append(line)
+        lines.append(f"{model}: {verdict} (error at most {max(found['error'].values()):.1e})")
+        rate = found["matmul_gflop_per_s"]
+        lines.append(f"threads: {found['threads']}; a large product: {rate:.0f} GFLOP/s")
+        train = pd.DataFrame(found["train"]).T.join(pd.DataFrame(found["memory"]).T)
+        shown = ["seconds_per_edit", "ratio", "share_of_matmul_rate", "above_gb"]
+        lines.append(train[shown].to_string(float_format="%.3f", na_rep=""))
         for key, name in EDITS.items():
             seconds, ratio = found["edit"][f"{key}_seconds"], found["edit"][f"{key}_ratio"]
-            lines.append(f"  edit, {name:42} {seconds:7.3f} s {ratio:5.1f} times")
+            lines.append(f"edit, {name}: {seconds:.3f} s, {ratio:.1f} times the textbook")
     return "\n".join(lines)

@@ -1,11 +1,9 @@
 """A textbook MEND: Algorithms 1 and 2 of the paper written plainly, to measure the kit against.
 
-One edit at a time, four passes of the whole model in a step. Updates are dense (d_out, d_in)
-matrices, logits are those of every position, nothing is kept. It shares with the kit the
-hypernetwork's tensors, the tokens and the losses, and none of the code that makes the kit fast.
-
-The recipe is the published one: all tokens, a normaliser of each feature, one transform for all
-layers of a shape. Axes: t tokens, i layer input, o layer output, d = i + o, n texts, v vocabulary.
+One edit at a time, four passes of the whole model in a step, dense updates, logits at every
+position; nothing is kept. It shares the hypernetwork's tensors, the tokens and the losses with the
+kit, and none of the code that makes the kit fast. The recipe is the published one.
+Axes: t tokens, i layer input, o layer output, d = i + o, n texts, v vocabulary.
 """
 
 from collections.abc import Mapping, Sequence
@@ -24,14 +22,14 @@ from ..models.families import CAUSAL
 from ..models.sites import Site
 from ..models.tokens import TextBatch, Tokens, collate
 
+# Weights of the edit sites by name, each in the orientation that the model stores.
 SiteWeights = dict[str, Tensor]
-"""Weights of the edit sites by name, each in the orientation that the model stores."""
 
+# u and delta of one site.
 Pair = tuple[Float[Tensor, "t i"], Float[Tensor, "t o"]]
-"""u and delta of one site."""
 
+# The texts of one edit by role; the edit itself comes first.
 TextRow = list[tuple[str, Tokens]]
-"""The texts of one edit by role; the edit itself comes first."""
 
 RECIPE = {
     "norm": True,
@@ -57,38 +55,35 @@ def check_recipe(base: BaseModel, hparams: MENDHyperParams) -> None:
 
 def logits(base: BaseModel, batch: TextBatch, weights: SiteWeights) -> Float[Tensor, "n t v"]:
     """A full pass of the model with these weights at the sites."""
-    inputs = {
-        "input_ids": batch.input_ids,
-        "attention_mask": batch.attention_mask,
-        "use_cache": False,
-    }
-    return torch.func.functional_call(base.model, weights, (), inputs).logits
+    inputs = {"input_ids": batch.input_ids, "attention_mask": batch.attention_mask}
+    return torch.func.functional_call(base.model, weights, (), inputs | {"use_cache": False}).logits
 
 
 def factors(base: BaseModel, edit: Tokens) -> dict[str, Pair]:
     """(u, delta) of every site at the tokens that contribute, by the gradient on the weights."""
     batch = collate([edit], base.pad_id, base.device)
+    inputs: SiteWeights = {}
+    outputs: SiteWeights = {}
     leaves: SiteWeights = {}
-    seen: SiteWeights = {}
-    deltas: SiteWeights = {}
     handles = []
 
-    def hook_for(name: str):
+    def keep(name: str):
         def hook(_, args, output: Tensor) -> None:
-            seen[name] = args[0].detach()
-            output.register_hook(lambda gradient: deltas.__setitem__(name, gradient))
+            inputs[name], outputs[name] = args[0].detach()[0], output
 
         return hook
 
     for site in base.sites:
         module = base.site_module(site)
         leaves[site.name] = module.weight.detach().requires_grad_()
-        handles.append(module.register_forward_hook(hook_for(site.name)))
+        handles.append(module.register_forward_hook(keep(site.name)))
     try:
         with torch.enable_grad():
             scored = logits(base, batch, leaves)[batch.scored]
             loss = edit_nll(scored, batch.targets, batch.rows, 1).sum()
-            torch.autograd.grad(loss, list(leaves.values()))
+            # With the weights' gradients, as the paper computes them.
+            wanted = [*outputs.values(), *leaves.values()]
+            deltas = dict(zip(outputs, torch.autograd.grad(loss, wanted), strict=False))
     finally:
         for handle in handles:
             handle.remove()
@@ -96,9 +91,8 @@ def factors(base: BaseModel, edit: Tokens) -> dict[str, Pair]:
     for site in base.sites:
         # After the last scored position no gradient arrives. In the last block's MLP only the
         # scored positions have one.
-        keep = list(edit.scored) if site.scored_only else list(range(edit.scored[-1] + 1))
-        u, delta = seen[site.name], deltas[site.name]
-        found[site.name] = (u[0, keep], delta[0, keep])
+        rows = list(edit.scored) if site.scored_only else list(range(edit.scored[-1] + 1))
+        found[site.name] = inputs[site.name][rows], deltas[site.name][0, rows]
     return found
 
 
@@ -114,12 +108,8 @@ def normalised(
 
 def entering(mend: MEND, site: Site, u: Tensor, delta: Tensor) -> Float[Tensor, "t d"]:
     """What enters the hypernetwork: the normalised factors of each token of one site."""
-    moments = mend.moments[stats_name(site, mend.hparams)]
-    pair = [
-        normalised(u, moments["u"], mend.hparams),
-        normalised(delta, moments["delta"], mend.hparams),
-    ]
-    return torch.cat(pair, 1)
+    moments, h = mend.moments[stats_name(site, mend.hparams)], mend.hparams
+    return torch.cat([normalised(u, moments["u"], h), normalised(delta, moments["delta"], h)], 1)
 
 
 def hidden(block: LowRankResidual, layer: int, z: Float[Tensor, "t d"]) -> Float[Tensor, "t d"]:
@@ -144,25 +134,22 @@ def edited_weights(base: BaseModel, mend: MEND, edit: Tokens) -> SiteWeights:
     pairs, edited = factors(base, edit), {}
     for site in base.sites:
         delta_w = change(mend, site, *pairs[site.name])
-        if site.transposed:
-            delta_w = delta_w.T
         weight = base.site_module(site).weight
-        edited[site.name] = weight + delta_w.to(weight.dtype)
+        edited[site.name] = weight + (delta_w.T if site.transposed else delta_w).to(weight.dtype)
     return edited
 
 
 def textbook_losses(base: BaseModel, mend: MEND, texts: TextRow) -> dict[str, Tensor]:
     """The loss of each role for one edit, the mean of its texts; the first text is the edit."""
     edited = edited_weights(base, mend, texts[0][1])
-    local = [pair for pair in texts if pair[0] in ("neighbours", "unrelated")]
-    to_answer = [pair for pair in texts if pair not in local]
     losses: dict[str, Tensor] = {}
-    for chosen in (to_answer, local):
+    for local in (False, True):
+        chosen = [pair for pair in texts if (pair[0] in ("neighbours", "unrelated")) is local]
         if not chosen:
             continue
         batch = collate([text for _, text in chosen], base.pad_id, base.device)
         after = logits(base, batch, edited)[batch.scored]
-        if chosen is local:
+        if local:
             with torch.no_grad():
                 before = logits(base, batch, {})[batch.scored]
             values = locality_kl(before, after, batch.rows, len(chosen))
@@ -170,8 +157,7 @@ def textbook_losses(base: BaseModel, mend: MEND, texts: TextRow) -> dict[str, Te
             values = edit_nll(after, batch.targets, batch.rows, len(chosen))
         roles = [role for role, _ in chosen]
         for role in set(roles):
-            where = [i for i, name in enumerate(roles) if name == role]
-            losses[role] = values[where].mean()
+            losses[role] = values[[name == role for name in roles]].mean()
     return losses
 
 
@@ -180,21 +166,20 @@ def put(base: BaseModel, weights: Mapping[str, Tensor]) -> SiteWeights:
     old = {}
     for site in base.sites:
         module = base.site_module(site)
-        old[site.name] = module.weight.data
-        module.weight.data = weights[site.name]
+        old[site.name], module.weight.data = module.weight.data, weights[site.name]
     return old
 
 
 def trained_looking(base: BaseModel, hparams: MENDHyperParams, rows: Sequence[TextRow]) -> MEND:
     """A hypernetwork as after some training: U is not zero, so every parameter has a gradient."""
     mend = MEND(base.sites, hparams).to(base.device)
-    generator = torch.Generator().manual_seed(hparams.seed)
+    generator = torch.Generator(base.device).manual_seed(hparams.seed)
     for name, parameter in mend.named_parameters():
         if name.endswith(".U"):
             spread = 0.1 / parameter.shape[1] ** 0.5
             torch.nn.init.normal_(parameter, std=spread, generator=generator)
-    seen: dict[str, Pair] = {}
     found = [factors(base, row[0][1]) for row in rows]
+    seen: dict[str, Pair] = {}
     for site in base.sites:
         u, delta = zip(*(pairs[site.name] for pairs in found), strict=True)
         seen[site.name] = torch.cat(u), torch.cat(delta)
@@ -209,9 +194,9 @@ def trained_looking(base: BaseModel, hparams: MENDHyperParams, rows: Sequence[Te
 def clear_hinges(mend: MEND, seen: Mapping[str, Pair]) -> None:
     """Move each ReLU's hinge (o in equation 3) into the widest gap between what it sees.
 
-    The gradient jumps at a hinge. Of millions of values a few are so close to it that rounding
-    decides on which side they are. A whole row of the gradient then differs between two ways that
-    are both right. Only the middle half of a site's tokens is looked at, so that ReLUs stay in use.
+    At a hinge the gradient jumps, and rounding decides on which side a value is: two ways that are
+    both right would differ. Only the middle half of a site's tokens is looked at, so that ReLUs
+    stay in use.
     """
     for site in mend.sites:
         group = group_name(site, mend.hparams.shared)

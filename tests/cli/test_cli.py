@@ -58,12 +58,13 @@ COMMANDS = ["train", "plan", "edit", "evaluate", "inspect", "import", "export", 
 COMMANDS += ["sites", "report", "bench"]
 
 
-@pytest.mark.parametrize("command", COMMANDS)
-def test_help_shows_an_example_and_the_exit_status(command, capsys):
-    assert main([command, "--help"]) == 0
-    text = capsys.readouterr().out
-    assert f"python -m mendkit {command} " in text
-    assert "Example:" in text and "Exit status:" in text
+def test_help_shows_the_exit_status_and_an_example_of_each_command(capsys):
+    assert main(["--help"]) == 0
+    assert "Exit status:" in capsys.readouterr().out
+    for command in COMMANDS:
+        assert main([command, "--help"]) == 0
+        text = capsys.readouterr().out
+        assert "Example:" in text and f"python -m mendkit {command} " in text
 
 
 def test_a_mistake_ends_with_status_2_and_one_clear_line(here):
@@ -94,14 +95,15 @@ MISTAKES = {  # what a user types, and a part of the last line of stderr
     "evaluate tiny.yaml archive=nowhere.safetensors": "nowhere.safetensors: no such archive",
     "evaluate tiny.yaml archive=archive.safetensors inner_params=[no.weight]": "no.weight",
     "evaluate tiny.yaml archive=archive.safetensors --data facts:all": "no such facts",
-    "edit tiny.yaml": "give --prompt and --target, or --data",
-    "edit tiny.yaml --prompt P": "give --prompt and --target, or --data",
+    "edit tiny.yaml": "give as many --target as --prompt, or --data",
+    "edit tiny.yaml --prompt P --prompt Q --target T": "give as many --target as --prompt",
+    "edit archive.safetensors --prompt P --target T": "write archive=archive.safetensors",
+    "edit --archive archive.safetensors --prompt P --target T": "write archive=..., without --",
+    "evaluate --max-length 9": "write max_length=..., without --",
     "edit tiny.yaml raank=5 --prompt P --target T": "unknown key 'raank'",
-    "edit tiny.yaml --prompt P --target T --adapter-rank 3": "--adapter-rank needs --save-adapter",
-    "edit tiny.yaml --prompt P --target T --strength nan": "--strength must be a finite number",
-    "edit tiny.yaml --prompt P --target T --save-edit .": "is a folder; give --save-edit a file",
+    "edit tiny.yaml --prompt P --target T --save-edit .": "give --save-edit a file",
     "edit tiny.yaml --prompt P --target T --save-adapter tiny.yaml": "give --save-adapter a folder",
-    "edit tiny.yaml --prompt P --target T --save-adapter x --save-merged x": "of its own",
+    "edit tiny.yaml --prompt P --target T --save-adapter x --save-merged x": "a place of its own",
     "edit tiny.yaml --prompt P --target T --save-edit archive.safetensors": "or --overwrite",
     "edit tiny.yaml --data facts:test --save-adapter x": "give --together",
     "edit tiny.yaml archive=tiny.yaml --prompt P --target T": "not a readable archive",
@@ -169,13 +171,11 @@ def test_train_prints_the_archives_path_and_writes_over_nothing_unless_told(here
 def test_train_checks_memory_before_it_writes_unless_told_not_to(here, capsys, monkeypatch):
     monkeypatch.setattr("mendkit.cost.plan.check_memory", check_memory)
     monkeypatch.setattr("mendkit.cost.plan.free_memory", lambda _: 10**5)
-    least = ["release_trunk=true", "stream_trunk=true", "dtype=bfloat16", "cache_bytes=0"]
-    least += ["batch_size=1", "rank=1"]
-    assert main(["train", "tiny.yaml", *least, "--out", "run", *DATA]) == 2
+    assert main(["train", "tiny.yaml", "--out", "run", *DATA]) == 2
     last = capsys.readouterr().err.splitlines()[-1]
-    assert "0.00 GB are free; even with all savings it does not fit" in last
+    assert "0.00 GB are free. Most are" in last and "--ignore-memory" in last
     assert not Path("run").exists()
-    assert main(["train", "tiny.yaml", *least, "--out", "run", "--ignore-memory", *DATA]) == 0
+    assert main(["train", "tiny.yaml", "--out", "run", "--ignore-memory", *DATA]) == 0
 
 
 def test_train_goes_on_from_an_archive_even_in_its_own_folder(here, caplog):
@@ -200,10 +200,13 @@ def test_edits_are_each_made_alone_and_printed_as_rows_or_text(here, capsys):
     assert results == {"edit.free_exact": 0.0, "edit.free_exact.n": 3}
     lines = Path("edits/rows.jsonl").read_text().splitlines()
     assert [json.loads(line) for line in lines] == three
+    assert main([*EDIT, *FACT, "--prompt", "The capital of Spain is", "--target", "Rome"]) == 0
+    told = [row["target_new"] for row in json.loads(capsys.readouterr().out)]
+    assert told == ["Lima", "Rome"]
     assert main([*EDIT[:-1], *FACT]) == 0
     prompt, before, after = capsys.readouterr().out.splitlines()
     assert prompt == "The capital of France is" and before.startswith("  before: ")
-    assert after.startswith("  after:  ") and after.endswith("(told: Lima)")
+    assert after.startswith("  after:  ") and after.endswith("✗ expected: Lima")
 
 
 def test_a_tilde_a_run_folder_and_columns_are_understood_by_every_command(here, monkeypatch):
@@ -251,21 +254,22 @@ def test_a_bad_record_costs_only_itself_if_told_and_is_named(here, capsys, caplo
 
 def test_edits_made_together_are_one_edit_that_can_be_kept(here, capsys):
     write_examples(EXAMPLES[:2], "two.jsonl")
-    keep = ["--save-adapter", "lora", "--adapter-rank", "2", "--save-merged", "merged"]
+    keep = ["--save-adapter", "lora", "--save-merged", "merged"]
     keep += ["--save-edit", "kept/edit", "--data", "two.jsonl", "--together", "--out", "out"]
-    assert main([*EDIT, *keep, "--strength", "30"]) == 0
+    assert main([*EDIT, *keep, "lr_scale=30"]) == 0
     rows, results = json.loads(capsys.readouterr().out), read("out/results.json")
     base = mendkit.load_model("merged")  # a plain model folder
     for row in rows:
         assert base.generate(row["prompt"], max_new_tokens=3) == row["after"] != row["before"]
-    hparams = mendkit.MENDHyperParams.from_hparams("tiny.yaml", archive="archive.safetensors")
+    h = mendkit.MENDHyperParams.from_hparams("tiny.yaml", lr_scale=30)
+    hparams = h.replace(archive="archive.safetensors")
     editor = mendkit.MENDEditor.from_hparams(hparams)
-    wanted = editor.edit(EXAMPLES[:2]).scale(30.0).dense()
+    wanted = editor.edit(EXAMPLES[:2]).dense()
     kept = mendkit.Edit.load("kept/edit", editor.base)
     assert kept.archive == editor.archive is not None and len(kept.examples) == 2
     assert all(torch.equal(change, wanted[name]) for name, change in kept.dense().items())
-    assert read("lora/adapter_config.json")["r"] == results["edit.adapter.rank"] == 2
-    assert 0 < results["edit.adapter.relative_error"] < 1 and results["edit.saved"] == "kept/edit"
+    assert read("lora/adapter_config.json")["r"] == results["edit.adapter.rank"]
+    assert results["edit.adapter.relative_error"] < 1e-3 and results["edit.saved"] == "kept/edit"
     assert results["edit.merged.kept"] == pytest.approx(1, abs=1e-3)
     # written over only if told
     before = files(here)
@@ -276,20 +280,6 @@ def test_edits_made_together_are_one_edit_that_can_be_kept(here, capsys):
     assert main([*EDIT, *keep[:-2], "--overwrite"]) == 0
     changed = {path.name for path in before if path.read_bytes() != before[path]}
     assert changed == {"adapter_model.safetensors", "model.safetensors", "edit"}
-
-
-def test_edits_can_be_told_on_a_page(here, capsys):
-    first = {"prompt": "The capital of <b>France</b> is", "target_new": "Lima"}
-    first |= {"neighbours": [{"prompt": "Chad is"}], "paraphrases": ["France's capital is"]}
-    Path("one.jsonl").write_text(json.dumps(first), encoding="utf-8")
-    words = [*EDIT, "--data", "one.jsonl", "--save-report", "pages/edits.html"]
-    assert main(words) == 0
-    page = Path("pages/edits.html").read_text(encoding="utf-8")
-    assert "0 of 1 new answers are written as told" in page and "--save-report" in page
-    assert "<b>France" not in page and "&lt;b&gt;France" in page  # text is escaped
-    assert "s capital is" in page and "Chad is" in page  # the other prompts, too
-    assert main(words) == 2
-    assert "give another --save-report, or --overwrite" in capsys.readouterr().err
 
 
 def test_evaluate_prints_a_table_or_json_and_nothing_else(here, capsys):
@@ -308,7 +298,8 @@ def test_evaluate_prints_a_table_or_json_and_nothing_else(here, capsys):
 
 
 def test_evaluate_tunes_and_scores_a_baseline_and_the_fact_in_the_context(here, capsys):
-    few = ["--limit", "2", "--tune-limit", "1", "--json"]
+    write_examples(EXAMPLES[:1], "one.jsonl")
+    few = ["--limit", "2", "--tune-data", "one.jsonl", "--json"]
     assert main([*SCORE, "--editor", "identity", *few]) == 0
     results = json.loads(capsys.readouterr().out)
     assert results["tuning.tried"] == 4 and results["tuning.edits"] == 1
@@ -322,20 +313,17 @@ def test_evaluate_tunes_and_scores_a_baseline_and_the_fact_in_the_context(here, 
 
 def test_evaluate_names_results_by_the_number_of_edits(here, capsys):
     Path("text.txt").write_text("The capital of France is Paris. " * 9, encoding="utf-8")
-    Path("nq.jsonl").write_text('{"question": "who is y", "answer": ["Z"]}\n' * 3, encoding="utf-8")
     lines = (ROOT / "mendkit/data/facts/test.jsonl").read_text(encoding="utf-8").splitlines()[:5]
     Path("data.jsonl").write_text("\n".join([*lines, '{"prompt": ""}']), encoding="utf-8")
     command = [*SCORE, "--data", "data.jsonl", "--skip-invalid"]
     assert main(command[:-1]) == 2
     assert capsys.readouterr().err.startswith("error: data.jsonl:6: ")
-    options = ["--text", "text.txt", "--text-tokens", "40", "--fluency", "--json"]
+    options = ["--text", "text.txt", "--fluency", "--json"]
     assert main([*command, *options, "--mode", "batch", "--k", "2"]) == 0
     results = json.loads(capsys.readouterr().out)
     assert results["batch_2.edits.invalid_records"] == results["batch_2.edits.left_out"] == 1
     for name in ("drawdown.perplexity", "fluency.entropy_bits", "norm.relative_max"):
         assert f"batch_2.{name}" in results
-    assert main([*command, "--mode", "sequential", "--unrelated", "nq.jsonl"]) == 2
-    assert "give more questions" in capsys.readouterr().err
     assert main([*command, "--mode", "sequential"]) == 0
     text = capsys.readouterr().out
     assert text.startswith("sequential_1\n") and "\nsequential_5\n" in text
@@ -348,26 +336,22 @@ def test_inspect_is_for_people_and_for_programs(here, capsys):
     site = metadata["base_model"]["sites"][0]["name"]
     for part in ("LlamaForCausalLM", "rank: 4", site):
         assert part in text
-    assert main(["inspect", "archive.safetensors", "--json"]) == 0
+    assert main(["inspect", "archive=archive.safetensors", "--json"]) == 0
     assert json.loads(capsys.readouterr().out) == metadata
 
 
-def test_bench_writes_ratios_and_figures_and_fails_if_the_numbers_differ(here, capsys, monkeypatch):
+def test_bench_fails_if_the_numbers_differ(here, capsys, monkeypatch):
     found, asked = {"equal": True}, []
 
-    def run(settings, deep=()):
-        asked.append((settings, deep))
-        return {s.model: found for s in settings}
+    def run(models, **sizes):
+        asked.append((models, sizes))
+        return dict.fromkeys(models, found)
 
     monkeypatch.setattr("mendkit.cost.bench.run_bench", run)
     monkeypatch.setattr("mendkit.cost.bench.bench_table", str)
-    words = ["bench", "--models", "tiny.yaml,gpt2-xl-shape", "--depths", "4,6"]
-    words += ["--repeats", "7", "--rank", "5"]
+    words = ["bench", "--models", "tiny.yaml,gpt2-xl-shape", "--repeats", "7", "--rank", "5"]
     assert main(words) == 0
-    ((settings, deep),) = asked
-    sizes = [(s.model, s.repeats, s.rank, s.batch) for s in settings]
-    assert sizes == [("tiny.yaml", 7, 5, 16), ("gpt2-xl-shape", 7, 5, 16)] and deep == (4, 6)
+    sizes = {"batch": 16, "rank": 5, "repeats": 7}
+    assert asked == [(["tiny.yaml", "gpt2-xl-shape"], sizes)]
     found["equal"] = False
-    assert main(["bench", "--models", "tiny.yaml", "--quick"]) == 1
-    assert asked[-1][0][0].rank < 100
-    assert main(["bench", "--depths", "4,x"]) == 2
+    assert main(["bench", "--models", "tiny.yaml"]) == 1

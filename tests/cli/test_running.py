@@ -70,7 +70,7 @@ WRITING = {
     "edit": [*EDIT, "--out", "PLACE"],
     "adapter": [*EDIT, "--save-adapter", "PLACE"],
     "merged": [*EDIT, "--save-merged", "PLACE"],
-    "page": [*EDIT, "--save-report", "PLACE/page.html"],
+    "kept": [*EDIT, "--save-edit", "PLACE/edit"],
     "evaluate": ["evaluate", *ARCHIVE, "--limit", "2", "--max-new-tokens", "3", "--out", "PLACE"],
     "report": ["report", *ARCHIVE, "test_limit=2", "--out", "PLACE"],
 }

@@ -52,7 +52,7 @@ SIZES: dict[str, dict[str, Any]] = {  # enough to run each of them
     "05": {"limit": 4, "at_once": [1, 2], "in_a_row": 3, "keys_limit": 4, "kinds": [],
            "max_new_tokens": 3},
     "06": {"facts": 3, "strengths": [0, 1]},
-    "07": {"batch": 2, "rank": 8, "repeats": 1, "depths": []},
+    "07": {"batch": 2, "rank": 8, "repeats": 1},
     "08": {},
 }  # fmt: skip
 TRAINING = ["max_iters=4", "val_interval=2", "log_interval=1", "batch_size=4", "rank=8"]

@@ -146,7 +146,7 @@ def test_a_bar_of_costs_is_what_was_measured() -> None:
     ways = {"textbook": {"seconds_per_edit": 2.0}, "kit": {"seconds_per_edit": 0.5}}
     found = {"train": ways, "train_ratio": 4.0, "equal": False}
     memory = {"memory": {"kit": {"above_gb": 1.0}}, "memory_ratio": 3.0}
-    time, _ = plots.charts_of_costs({"tiny": found | memory, "depths": {}})
+    time, _ = plots.charts_of_costs({"tiny": found | memory})
     assert [bar.get_width() for bar in time.figure.axes[0].patches] == [2.0, 0.5]
     assert time.finding.endswith("over kit: 4.0 (tiny, not the same numbers)")
 
