@@ -170,7 +170,8 @@ def load_recorded_model(folder: Path, inner_params: str | Sequence[str]) -> Base
     else:
         writer = AutoModelForSeq2SeqLM if config.is_encoder_decoder else AutoModelForCausalLM
         model = writer.from_config(config)
-    model.to(next(value.dtype for value in weights.values() if value.is_floating_point()))
+    dtype = next(value.dtype for value in weights.values() if value.is_floating_point())
+    model.to(dtype)  # type: ignore[arg-type]  # transformers wraps `to` and loses its type
     try:
         missing, odd = model.load_state_dict(weights, strict=False)
     except RuntimeError as error:
