@@ -3,18 +3,20 @@
 import copy
 import logging
 from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from typing import Any, cast
 
+import torch
 from accelerate.utils import align_module_device
 from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.pytorch_utils import Conv1D
 
 from ..errors import ModelError
-from .families import SEQ2SEQ, encoder_sites
+from .families import SEQ2SEQ, seen_lengths
 from .sites import Blocks, Site, embedding_matrix, find_blocks, resolve_sites
-from .streaming import Weights, is_hollow, probe_hollow
+from .streaming import Weights, is_hollow, probe_blocks, standing_in
 from .text import TextModel
 
 logger = logging.getLogger(__name__)
@@ -63,6 +65,15 @@ class BaseModel(TextModel):
             # The head reads several positions, so all of them receive a gradient.
             self.sites = tuple(replace(site, scored_only=False) for site in self.sites)
         self.blocks: Blocks | None = self._find_blocks()
+        below: AbstractContextManager[None] = nullcontext()
+        if self.released:
+            if self.blocks is None:
+                return
+            below = standing_in(self.model, self.blocks, first=self.released)
+        with below:
+            self.lengths: dict[str, int] = self.remembered(
+                ("lengths", self.sites), lambda: seen_lengths(self.model, self.sites, self._read)
+            )
 
     def _find_blocks(self) -> Blocks | None:
         found = find_blocks(self.model)
@@ -70,18 +81,19 @@ class BaseModel(TextModel):
         if found is None or len(numbers) < len(self.sites):
             return None
         path, blocks = found
-        token = self.pad_id if self.eos_id is None else self.eos_id
-        as_tuple = self.remembered(
-            "as_tuple", lambda: probe_hollow(self.model, self.released, token)
+        first = min(numbers)
+        form = self.remembered(
+            ("form", first),
+            lambda: probe_blocks(self.model, self._read, released=self.released, first=first),
         )
-        if as_tuple is None:
+        if form is None:
             logger.info(
                 "%s: %s is no plain chain of blocks, so nothing below the edits is cached",
                 self.name,
                 path,
             )
             return None
-        return Blocks(path, min(numbers), len(blocks) - 1, as_tuple)
+        return Blocks(path, first, len(blocks) - 1, form)
 
     def with_sites(self, inner_params: str | Sequence[str]) -> "BaseModel":
         """The same shared model with other edit sites; raises as `resolve_sites`."""
@@ -89,15 +101,17 @@ class BaseModel(TextModel):
         other._place(inner_params)
         return other
 
+    def _read(self, n: int = 2) -> Tensor:
+        """Logits of `n` texts of three tokens, two of a decoder: what the model is probed with."""
+        special = set(self.tokenizer.all_special_ids)
+        plain = [i for i in range(self.vocabulary) if i not in special][:4]
+        end = plain[0] if self.eos_id is None else self.eos_id  # some heads look for it
+        ids = torch.tensor([[*plain[:2], end], [*plain[2:], end]], device=self.device)[:n]
+        return self.forward(ids, torch.ones_like(ids), ids[:, :2])
+
     def sees_encoder(self, site: Site) -> bool:
         """Whether a site sees the encoder's positions while the decoder has others."""
-        if self.family != SEQ2SEQ:
-            return False
-        token = self.pad_id if self.eos_id is None else self.eos_id
-        names = self.remembered(
-            ("encoder", self.sites), lambda: encoder_sites(self.model, self.sites, token)
-        )
-        return site.name in names
+        return self.family == SEQ2SEQ and self.lengths[site.name] == 3
 
     def site_module(self, site: Site) -> nn.Linear | Conv1D:
         """The layer of a site."""

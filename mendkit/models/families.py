@@ -5,9 +5,10 @@
 - classifier: a head of a few logits instead of a vocabulary; an answer is the name of a class.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -16,7 +17,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from ..errors import DataError, ModelError
-from .sites import Site, embedding_matrix, find_stacks, hidden_states
+from .sites import Site, embedding_matrix, find_stacks, hidden_states, with_states
 
 CAUSAL, SEQ2SEQ, CLASSIFIER = "causal", "seq2seq", "classifier"
 ONE_LOGIT = (("REFUTES", "false", "0"), ("SUPPORTS", "true", "1"))
@@ -24,7 +25,11 @@ ONE_LOGIT = (("REFUTES", "false", "0"), ("SUPPORTS", "true", "1"))
 
 
 def family_of(model: PreTrainedModel) -> str:
-    """`CAUSAL`, `SEQ2SEQ` or `CLASSIFIER`."""
+    """`CAUSAL`, `SEQ2SEQ` or `CLASSIFIER`. Raises ModelError for a model that reads no tokens."""
+    try:
+        embedding_matrix(model)
+    except (AttributeError, NotImplementedError):
+        raise ModelError(f"{type(model).__name__} has no table of token embeddings") from None
     if model.get_output_embeddings() is None:
         return CLASSIFIER
     return SEQ2SEQ if getattr(model.config, "is_encoder_decoder", False) else CAUSAL
@@ -72,7 +77,7 @@ def probe_head(model: PreTrainedModel, ids: Int[Tensor, "1 t"]) -> Head:
     def restart_graph(_: nn.Module, __: Any, output: Any) -> Any:
         # From here on the graph begins anew, at the block's output.
         hidden.append(hidden_states(output).detach().requires_grad_())
-        return (hidden[-1], *output[1:]) if isinstance(output, tuple) else hidden[-1]
+        return with_states(output, hidden[-1])
 
     gradient, length, position = None, ids.shape[1], None
     with ExitStack() as stack, torch.enable_grad():
@@ -124,22 +129,46 @@ def start_id(model: PreTrainedModel) -> int:
 
 
 @torch.no_grad()
-def encoder_sites(model: PreTrainedModel, sites: Sequence[Site], token: int) -> frozenset[str]:
-    """Names of the sites of a sequence-to-sequence model that see the encoder's positions.
+def seen_lengths(
+    model: PreTrainedModel, sites: Sequence[Site], read: Callable[[int], Any]
+) -> dict[str, int]:
+    """How many positions of a text each site sees: 3 of an encoder or a text, 2 of a decoder.
 
-    These are the encoder's layers, and the decoder's keys and values of its output. Probed with
-    three tokens for the encoder and two for the decoder.
+    `read(n)` reads the first n of two such texts. Raises ModelError for a site that does not see
+    texts × positions in order: where a model pads, reorders or routes them.
     """
-    tokens: dict[str, int] = {}
-    with ExitStack() as stack:
-        for site in sites:
+    seen: list[dict[str, Tensor]] = [{}, {}]
+    for n, rows in enumerate(seen, start=1):
+        with ExitStack() as stack:
+            for site in sites:
+                keep = partial(_keep_input, rows, site.name)
+                module = model.get_submodule(site.module)
+                stack.enter_context(module.register_forward_pre_hook(keep))
+            read(n)
+    lengths = {}
+    for site in sites:
+        alone, both = (rows.get(site.name) for rows in seen)
+        for length in (2, 3):
+            if alone is not None and both is not None and _in_order(alone, both, length, site.d_in):
+                lengths[site.name] = length
+        if site.name not in lengths:
+            shape = None if both is None else tuple(both.shape)
+            raise ModelError(
+                f"{site.name}: {type(model).__name__} does not give this layer texts × positions "
+                f"in order (two texts of 3 tokens came as {shape}): it pads, reorders or routes "
+                "them; edit other layers, or another model"
+            )
+    return lengths
 
-            def count(_: nn.Module, args: tuple[Tensor, ...], site: Site = site) -> None:
-                tokens[site.name] = args[0].numel() // site.d_in
 
-            module = model.get_submodule(site.module)
-            stack.enter_context(module.register_forward_pre_hook(count))
-        ids = torch.full((1, 3), token, device=embedding_matrix(model).device)
-        mask = torch.ones_like(ids)
-        model(input_ids=ids, attention_mask=mask, decoder_input_ids=ids[:, :2], use_cache=False)
-    return frozenset(name for name, seen in tokens.items() if seen == 3)
+def _keep_input(rows: dict[str, Tensor], name: str, _: nn.Module, args: Sequence[Tensor]) -> None:
+    rows[name] = args[0]
+
+
+def _in_order(alone: Tensor, both: Tensor, length: int, width: int) -> bool:
+    """Whether the rows of two texts begin with those of the first text by itself."""
+    if both.shape[:-1] not in ((2, length), (2 * length,)):
+        return False
+    first, by_itself = both.reshape(2, length, width)[0], alone.reshape(-1, width)
+    off = (first - by_itself).abs().max() if len(by_itself) == length else torch.inf
+    return bool(off <= 0.05 * by_itself.abs().max())

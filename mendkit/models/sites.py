@@ -9,9 +9,9 @@ MEND's experiments.
 import difflib
 import re
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, fields, is_dataclass, replace
 from itertools import chain
 from typing import Any, NoReturn
 
@@ -48,8 +48,24 @@ class Site:
 
 
 def hidden_states(output: Any) -> torch.Tensor:
-    """What a block returns: its hidden states, or a tuple that begins with them."""
+    """The hidden states that a block returns: alone, or first in a tuple or a dataclass."""
+    if is_dataclass(output):
+        return getattr(output, fields(output)[0].name)
     return output[0] if isinstance(output, tuple) else output
+
+
+def with_states(output: Any, states: torch.Tensor) -> Any:
+    """A block's output, or the form of one, with these hidden states in it."""
+    if is_dataclass(output) and not isinstance(output, type):
+        return replace(output, **{fields(output)[0].name: states})
+    return (states, *output[1:]) if isinstance(output, tuple) and output else states
+
+
+def form_of(output: Any) -> Any:
+    """A block's output with None in each place; () for hidden states alone."""
+    if is_dataclass(output) and not isinstance(output, type):
+        return replace(output, **{each.name: None for each in fields(output)})
+    return (None,) * len(output) if isinstance(output, tuple) else ()
 
 
 @dataclass(frozen=True)
@@ -59,7 +75,7 @@ class Blocks:
     path: str  # of the nn.ModuleList
     first: int  # lowest block with a site
     last: int  # index of the last block
-    as_tuple: bool  # blocks return a tuple that begins with the hidden states
+    form: Any  # of what a block returns (`form_of`)
 
 
 # ------------------------------------------------------------------------------------------ blocks
@@ -119,30 +135,30 @@ def _relatives(path: str) -> tuple[str, str]:
     return parent.rpartition(".")[0], name
 
 
-@torch.no_grad()
-def probe_chain(model: PreTrainedModel, blocks: nn.ModuleList, token: int) -> bool | None:
-    """Send two tokens through the model: do its blocks return their hidden states in a tuple?
+def watch_chain(
+    blocks: nn.ModuleList, read: Callable[[], torch.Tensor]
+) -> tuple[Any, list[torch.Tensor], torch.Tensor]:
+    """The form of what the blocks return, the states that enter each, and what `read()` returns.
 
-    None if they are no plain chain, each called once with the states of the one before.
+    The form is None if they are no plain chain, each called once with the states of the one before.
     """
     calls: list[tuple[nn.Module, Any, Any]] = []
 
-    def record(block: nn.Module, args: tuple[Any, ...], output: Any) -> None:
-        calls.append((block, args[0] if args else None, output))
+    def record(block: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
+        calls.append((block, args[0] if args else kwargs.get("hidden_states"), output))
 
     with ExitStack() as stack:
         for block in blocks:
-            stack.enter_context(block.register_forward_hook(record))
-        ids = torch.full((1, 2), token, device=embedding_matrix(model).device)
-        model(input_ids=ids, attention_mask=torch.ones_like(ids), use_cache=False)
-    if [id(block) for block, _, _ in calls] != [id(block) for block in blocks]:
-        return None
-    states = calls[0][1]
-    for _, given, output in calls:
-        if given is not states or not isinstance(given, torch.Tensor):
-            return None
-        states = hidden_states(output)
-    return isinstance(output, tuple)
+            stack.enter_context(block.register_forward_hook(record, with_kwargs=True))
+        logits = read()
+    entering = [given for _, given, _ in calls]
+    leaving = [hidden_states(output) for _, _, output in calls]
+    plain = [id(block) for block, _, _ in calls] == [id(block) for block in blocks]
+    plain = plain and isinstance(entering[0], torch.Tensor)
+    plain = plain and all(a is b for a, b in zip(leaving, entering[1:], strict=False))
+    forms = [form_of(output) for _, _, output in calls]
+    plain = plain and all(form == forms[0] for form in forms)
+    return (forms[0] if plain else None), entering, logits
 
 
 # ------------------------------------------------------------------------------------------- sites

@@ -8,7 +8,7 @@ decoder run some of its blocks only, by its own code.
 
 import json
 from collections import defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any, cast
@@ -22,7 +22,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from ..errors import ModelError
 from .checkpoints import DTYPES, explained, loader_of, read_config
-from .sites import Blocks, find_blocks, probe_chain
+from .sites import Blocks, find_blocks, watch_chain, with_states
 
 INDEX, SINGLE = "model.safetensors.index.json", "model.safetensors"
 WHOLE = "set `stream_trunk: false` to load the model whole"
@@ -204,10 +204,10 @@ def present(
 class _StandIn(nn.Module):
     """Takes the place of a block. It hands on `states` if given, else its input."""
 
-    def __init__(self, block: nn.Module, states: Tensor | None, as_tuple: bool) -> None:
+    def __init__(self, block: nn.Module, states: Tensor | None, form: Any) -> None:
         super().__init__()
         self._block = [block]  # in a list, so that its parameters are not this module's
-        self._states, self._as_tuple = states, as_tuple
+        self._states, self._form = states, form
 
     def __getattr__(self, name: str) -> Any:
         # The decoder may ask a block for more, such as its kind of attention.
@@ -216,9 +216,9 @@ class _StandIn(nn.Module):
         except AttributeError:
             return getattr(super().__getattribute__("_block")[0], name)
 
-    def forward(self, hidden: Tensor, *_: Any, **__: Any) -> Any:
-        out = hidden if self._states is None else self._states
-        return (out,) if self._as_tuple else out
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        hidden = args[0] if args else kwargs["hidden_states"]
+        return with_states(self._form, hidden if self._states is None else self._states)
 
 
 @contextmanager
@@ -240,7 +240,7 @@ def standing_in(
     swapped = list(modules)
     for i, module in enumerate(modules):
         if i < first or (last is not None and i > last):
-            swapped[i] = _StandIn(module, states if i == 0 else None, blocks.as_tuple)
+            swapped[i] = _StandIn(module, states if i == 0 else None, blocks.form)
     setattr(parent, name, nn.ModuleList(swapped))
     try:
         yield
@@ -248,20 +248,36 @@ def standing_in(
         setattr(parent, name, modules)
 
 
-def probe_hollow(model: PreTrainedModel, first: int, token: int) -> bool | None:
-    """As `probe_chain`; stand-ins run for the blocks below `first`, which are hollow."""
-    blocks_found = find_blocks(model)
-    assert blocks_found is not None
-    path, modules = blocks_found
-    if first == 0:
-        return probe_chain(model, modules, token)
-    for as_tuple in (False, True):
-        blocks = Blocks(path, first, len(modules) - 1, as_tuple)
-        with standing_in(model, blocks, first=first):
-            try:
-                found = probe_chain(model, cast(nn.ModuleList, model.get_submodule(path)), token)
-            except (AttributeError, IndexError, RuntimeError, TypeError, ValueError):
-                continue  # the decoder expects the other kind
-        if found is as_tuple:
+@torch.no_grad()
+def probe_blocks(
+    model: PreTrainedModel, read: Callable[[], Tensor], *, released: int, first: int
+) -> Any:
+    """The form of what the blocks return, if those from `first` on need hidden states alone.
+
+    None for no plain chain (`watch_chain`), and where more is handed from block to block. `read()`
+    gives logits of some texts. Blocks below `released` have no weights.
+    """
+    blocks = find_blocks(model)
+    assert blocks is not None
+    path, last = blocks[0], len(blocks[1]) - 1
+    for n in range(4 if released else 1):  # the form of released blocks is not known
+        form = (None,) * n
+        try:
+            # 1. All blocks, or stand-ins and those that have weights.
+            with standing_in(model, Blocks(path, released, last, form), first=released):
+                modules = cast(nn.ModuleList, model.get_submodule(path))
+                found, entering, whole = watch_chain(modules, read)
+            if found is None or (released and found != form):
+                continue
+            # 2. From the states that enter one of the others.
+            above = max(first, released + bool(released))
+            if not 0 < above <= last:
+                return found
+            blocks = Blocks(path, above, last, found)
+            with standing_in(model, blocks, first=above, states=entering[above]):
+                again = read()
+        except (AttributeError, LookupError, RuntimeError, TypeError, ValueError):
+            continue  # the decoder expects another form, or more than the states
+        if torch.allclose(again, whole, rtol=1e-3, atol=1e-3 * float(whole.abs().max())):
             return found
     return None
