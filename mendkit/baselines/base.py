@@ -4,6 +4,7 @@ MEND at identity initialisation, editors that nothing is trained for, and the ne
 every prompt, which changes no weight.
 """
 
+import math
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
@@ -20,13 +21,14 @@ from ..mend.edit import Edit
 from ..mend.editor import MENDEditor
 from ..mend.hypernetwork import MEND
 from ..mend.updates import Updates
-from ..mend.validation import strength_curve
+from ..mend.validation import AUTO_EDITS, best_edit_lr, strength_curve
 from ..models.base import BaseModel
 from ..models.families import CAUSAL
 from ..models.sites import mlp_names
 from ..models.tokens import Tokens
 from ..models.trunk import FrozenTrunk
 
+# Of SmolLM2; other models have them as many times as large as their best step is.
 IDENTITY_EDIT_LRS = (2e-4, 4e-4, 8e-4, 1.6e-3, 3.2e-3, 6.4e-3)
 
 
@@ -75,17 +77,30 @@ def identity_editor(base: BaseModel, mend: MEND, *, edit_lr: float) -> MENDEdito
     return MENDEditor(base, restarted(base, mend, edit_lr=edit_lr), name="identity")
 
 
+def identity_edit_lrs(
+    base: BaseModel, mend: MEND, examples: Sequence[EditExample]
+) -> tuple[float, ...]:
+    """Step sizes to try: `IDENTITY_EDIT_LRS` times the power of 2 that suits the model."""
+    texts = [each.first(1) for each in prepare_texts(base, mend.hparams, examples[:AUTO_EDITS])]
+    trunk, unit = FrozenTrunk(base), identity_editor(base, mend, edit_lr=1.0).mend
+    trunk.fill([text for each in texts for text in each.all()])
+    highest = 1.5 * best_edit_lr(trunk, unit, texts, mend.hparams)
+    power = math.ceil(math.log2(highest / IDENTITY_EDIT_LRS[-1]))
+    return tuple(edit_lr * 2.0**power for edit_lr in IDENTITY_EDIT_LRS)
+
+
 def tune_identity(
     base: BaseModel,
     mend: MEND,
     examples: Sequence[EditExample],
     *,
-    edit_lrs: Sequence[float] = IDENTITY_EDIT_LRS,
+    edit_lrs: Sequence[float] | None = None,
 ) -> tuple[MENDEditor, tuple[dict[str, float], ...]]:
     """The identity control at the step size with the best validation score on `examples`.
 
     And a row for each step size: `edit_lr` and the values of `validate`.
     """
+    edit_lrs = edit_lrs or identity_edit_lrs(base, mend, examples)
     unit = identity_editor(base, mend, edit_lr=1.0)
     curve = strength_curve(unit, examples, strengths=edit_lrs)
     rows = [{"edit_lr": row.pop("strength"), **row} for row in curve]

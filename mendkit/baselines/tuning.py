@@ -17,7 +17,7 @@ from ..evaluation.evaluate import Editor, evaluate
 from ..evaluation.prepare import EvaluationSet
 from ..evaluation.results import HEADLINE_KEYS, EvaluationReport, headline_score
 from ..mend.editor import MENDEditor
-from .base import IDENTITY_EDIT_LRS, Baseline, down_projections, identity_editor
+from .base import Baseline, down_projections, identity_edit_lrs, identity_editor
 from .fine_tuning import FineTuning, LocalisedFineTuning
 from .gauss_newton import GaussNewton
 from .rome import ROME
@@ -90,7 +90,7 @@ def candidates(
     if kind == "identity":
         if mend is None:
             raise MendkitError("identity needs the statistics of an archive; set `archive`")
-        rates = IDENTITY_EDIT_LRS[-BUDGET:]
+        rates = identity_edit_lrs(mend.base, mend.mend, on.examples)[-BUDGET:]
         return [identity_editor(mend.base, mend.mend, edit_lr=lr) for lr in rates]
     if kind == "finetune":
         return [FineTuning(base, h, lr=lr, steps=25) for lr in (0.001, 0.003, 0.01, 0.03)]

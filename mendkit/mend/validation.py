@@ -222,18 +222,6 @@ def _read_group(
 
 
 @torch.no_grad()
-def validate_at(
-    strengths: Iterable[float],
-    trunk: FrozenTrunk,
-    mend: MEND,
-    examples: Sequence[ExampleTexts],
-    h: MENDHyperParams,
-) -> list[dict[str, float]]:
-    """`validate` at several strengths of the same edits, which are made once."""
-    edits = list(_make_edits(trunk, mend, examples, h, at_once=1))
-    return [_read_edits(trunk, edits, h, strength) for strength in strengths]
-
-
 def strength_curve(
     editor: "MENDEditor", examples: Sequence[EditExample], *, strengths: Sequence[float]
 ) -> list[dict[str, float]]:
@@ -241,8 +229,8 @@ def strength_curve(
     mend, h = editor.mend, editor.mend.hparams
     prepared, trunk = prepare_texts(editor.base, h, examples), FrozenTrunk(editor.base)
     trunk.fill([text for texts in prepared for text in texts.all()])
-    rows = validate_at(strengths, trunk, mend, prepared, h)
-    return [{"strength": s, **row} for s, row in zip(strengths, rows, strict=True)]
+    edits = list(_make_edits(trunk, mend, prepared, h, at_once=1))
+    return [{"strength": s, **_read_edits(trunk, edits, h, s)} for s in strengths]
 
 
 # Training edits on which `edit_lr: auto` is measured.

@@ -20,7 +20,7 @@ from mendkit.mend.hypernetwork import MEND
 from mendkit.mend.preparation import Preparation
 from mendkit.mend.steps import batch_losses, learning_rate_factor, total_loss
 from mendkit.mend.training import train
-from mendkit.mend.validation import best_edit_lr, forced, validate, validate_at
+from mendkit.mend.validation import best_edit_lr, forced, strength_curve, validate
 from mendkit.models.trunk import FrozenTrunk
 from tests.oracles.claims import EXAMPLES, hparams, quick, scrambled, with_statistics
 
@@ -231,8 +231,8 @@ def test_the_best_start_is_the_least_loss_of_the_grid_whatever_the_scale(llama, 
     mend, texts = with_statistics(llama, MEND(llama.sites, h)), prepare_texts(llama, h, EXAMPLES)
     mend.edit_lr_unit.fill_(unit)
     trunk, powers = FrozenTrunk(llama), range(-24, 12)
-    rows = validate_at([2 ** (k / 2) / unit for k in powers], trunk, mend, texts, h)
-    losses = [row["loss"] for row in rows]
+    editor, strengths = MENDEditor(llama, mend), [2 ** (k / 2) / unit for k in powers]
+    losses = [row["loss"] for row in strength_curve(editor, EXAMPLES, strengths=strengths)]
     expected = 2 ** (powers[losses.index(min(losses))] / 2)
     assert best_edit_lr(trunk, mend, texts, h) * unit == pytest.approx(expected)
 
