@@ -16,7 +16,7 @@ from ..evaluation.metrics import Reading
 from ..evaluation.prepare import EvaluationSet
 from ..evaluation.results import EvaluationReport, summarise
 from ..hparams import MENDHyperParams
-from ..mend.batches import edit_tokens, told
+from ..mend.batches import edit_tokens, prepare_texts, told
 from ..mend.edit import Edit
 from ..mend.editor import MENDEditor
 from ..mend.hypernetwork import MEND

@@ -111,7 +111,7 @@ def candidates(
 
 def _settings(editor: Editor) -> str:
     """An editor's settings in words."""
-    settings = {"edit_lr": editor.hparams.edit_lr}
+    settings: Mapping[str, float | str] = {"edit_lr": editor.hparams.edit_lr}
     if isinstance(editor, Baseline):
         settings = editor.settings
     said = [f"{k} {v}" if isinstance(v, str) else f"{k} {v:g}" for k, v in settings.items()]
