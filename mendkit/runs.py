@@ -138,7 +138,7 @@ def kit_file(path: Path) -> Path:
     with suppress(PackageNotFoundError):
         for file in files("mendkit") or ():
             if file.as_posix().endswith(f"share/mendkit/{path.as_posix()}"):
-                return Path(str(file.locate()))
+                return Path(str(file.locate())).resolve()
     return path
 
 

@@ -93,7 +93,7 @@ def stages(base: BaseModel, mend: MEND, texts: Sequence[Tokens]) -> dict[str, ME
     `texts` give the per-feature statistics where `mend` has others.
     """
     h = mend.hparams
-    out = {ALL: _untrained(base, h.replace(edit_tokens="all"), ())}
+    out = {ALL: _untrained(base, h, (), edit_tokens="all")}
     if h.edit_tokens == "scored":
         out[SCORED] = _untrained(base, h, ())
     whitened = h.norm and h.whiten is not None
@@ -105,10 +105,12 @@ def stages(base: BaseModel, mend: MEND, texts: Sequence[Tokens]) -> dict[str, ME
     return out
 
 
-def _untrained(base: BaseModel, h: MENDHyperParams, texts: Sequence[Tokens]) -> MEND:
+def _untrained(
+    base: BaseModel, h: MENDHyperParams, texts: Sequence[Tokens], **settings: Any
+) -> MEND:
     """MEND at identity initialisation, with per-feature statistics of `texts`, if there are any."""
     plain = {"whiten": None, "whiten_pairs": False, "unit_response": False, "archive": None}
-    h = h.replace(norm=bool(texts), init="id_xavier", update_sign=-1, **plain)
+    h = h.replace(norm=bool(texts), init="id_xavier", update_sign=-1, **plain | settings)
     mend, how = MEND(base.sites, h).to(base.device), {"tokens": h.edit_tokens}
     if texts:
         factors = capture_factors(FrozenTrunk(base), texts, reduction=h.loss_reduction, **how)

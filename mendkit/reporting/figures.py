@@ -74,7 +74,8 @@ def finish(
     """Put the finding on top, `xlabel` and `ylabel` on all panels, note and legend below."""
     figure = axes[0].get_figure()
     assert isinstance(figure, Figure)
-    figure.suptitle(textwrap.fill(finding, 80), x=0.01, ha="left")
+    title = textwrap.fill(finding, 76, break_on_hyphens=False)
+    figure.suptitle(title, x=0.01, ha="left")
     handles: dict[str, Any] = {}
     for ax in axes:
         ax.set(**labels)

@@ -28,7 +28,7 @@ from pydantic import BaseModel, Field, ValidationError
 from ..errors import MendkitError
 from ..evaluation.results import HEADLINE, Summary
 from ..hparams import Bytes, CountFrom1
-from ..runs import locked, provenance, sha256, write_json
+from ..runs import locked, provenance, sha256, user_path, write_json
 from ..strict_yaml import read_yaml
 from . import tables
 from .notebook import Failure, run_notebook
@@ -145,10 +145,11 @@ def _report_key(plan: ReportPlan) -> str:
     hparams = {key: v for key, v in plan.hparams.to_dict().items() if key not in NO_RESULT}
     paths: list[str | Path] = [PACKAGE, *map(default_notebook, plan.notebooks)]
     paths += [source for source, _ in plan.data()]
-    paths += [hparams[key] or "" for key in ("archive", "model_name", "tokenizer_name")]
+    names = [hparams[key] for key in ("archive", "model_name", "tokenizer_name")]
+    paths += [name for name in names if name]
     content = [hparams, dict(plan.given), provenance()["versions"]]
-    for path in filter(None, paths):
-        for file in sorted([Path(path), *Path(path).rglob("*")]):
+    for path in map(user_path, paths):
+        for file in sorted([path, *path.rglob("*")]):
             if file.is_file() and file.suffix != ".pyc":
                 content.append([file.name, file.stat().st_size, file.stat().st_mtime_ns])
     return sha256(json.dumps(content, sort_keys=True))

@@ -198,7 +198,7 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[[str], S
 def check_whole(chart: Chart) -> None:
     """Title, labels, n; all that is drawn lies within the figure."""
     figure = chart.figure
-    assert " ".join(figure.get_suptitle().split()) == chart.finding
+    assert "".join(figure.get_suptitle().split()) == "".join(chart.finding.split())
     assert all(ax.get_xlabel() and ax.get_ylabel() for ax in figure.axes)
     texts = [figure.legends[0].get_title().get_text()]
     texts += [tick.get_text() for ax in figure.axes for tick in ax.get_yticklabels()]
