@@ -24,7 +24,6 @@ from ..hparams import MENDHyperParams
 from ..mend.factors import FACTOR_BATCH
 from ..mend.hypernetwork import MEND
 from ..mend.validation import POSITIONS_PER_PASS
-from ..models.cache import SHARD_BYTES
 from ..models.checkpoints import DTYPES, choose_device, silence_transformers
 from ..models.load import skeleton
 from ..models.sites import embedding_matrix, find_stacks, resolve_sites
@@ -180,9 +179,8 @@ class _Shape:
         self.block = sum(weight.numel() for weight in blocks[0].parameters())
         layers = [getattr(m, "out_features", getattr(m, "nf", 0)) for m in blocks[-1].modules()]
         self.features = sum(layers)  # of the linear layers of a block, per token
-        short = self.parameters * self.number > free_memory(choose_device(h.device))
         self.trunk = "kept"
-        if self.below and (h.stream_trunk is True or (h.stream_trunk == "auto" and short)):
+        if self.below and h.stream_trunk is True:
             self.trunk = "streamed"
         elif self.below and h.release_trunk is not False:
             self.trunk = "released"
@@ -204,7 +202,7 @@ def _phases(
     held = {"weights": (shape.parameters - shape.below * streamed) * number}
     states = (texts.tokens + texts.positions) * shape.width * number
     held["trunk states"] = states * (states > h.disk_cache_bytes)
-    portion = 2 * shape.block * number if streamed else 2 * SHARD_BYTES
+    portion = 2 * number * (shape.block if streamed else TOKENS_PER_PASS * shape.width)
     working = TOKENS_PER_PASS * shape.features * number * SAVED + portion
     yield "trunk pass", held | {"working memory": working}
 

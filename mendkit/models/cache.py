@@ -1,21 +1,18 @@
 """Values of texts on disk, shared by all runs: <folder>/trunk/<space>/trunk-<texts>.safetensors.
 
-A *space* is what the values depend on besides the text: weights, configuration, versions. A
-*shard* holds the tensors of some texts. It gets its name in one rename and never changes, so
-processes need no lock, and a killed one leaves at most a temporary file that nobody reads. When
-the limit is reached, the least recently used shards go.
+A *space* is what the values depend on besides the text: weights, configuration, versions. A file
+gets its name in one rename and never changes, so processes need no lock, and a killed one leaves at
+most a temporary file that nobody reads. At the limit the least recently used files go.
 """
 
 import json
 import logging
 import os
-import time
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Hashable, Iterator, Mapping
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
@@ -24,14 +21,7 @@ from ..runs import DAMAGE, atomically, sha256
 
 logger = logging.getLogger(__name__)
 
-SHARD_BYTES = 16_000_000
-"""The size of a shard to aim at: little to lose in a crash, and few files."""
-
-STALE_SECONDS = 3600
-"""Older temporary files belong to a killed process: a shard is written in less than a minute."""
-
-TextValues = tuple[Tensor, ...]
-"""The tensors of one text, each (its length, width)."""
+TextValues = tuple[Tensor, Tensor]
 
 
 def cache_root() -> Path:
@@ -49,11 +39,10 @@ def default_folder() -> Path:
 
 
 class TextCache:
-    """Tensors of texts by key, in one space. `folder` None is `default_folder()`; `limit` is in
-    bytes.
+    """Two tensors of each text by its key, in one space; `limit` in bytes is of all spaces.
 
-    The limit holds for all spaces of a folder. Nothing raises: a shard that cannot be read is
-    dropped with a warning, and where nothing can be written, one warning says so.
+    Nothing raises: a file that cannot be read is dropped, one that cannot be written is left out,
+    with a warning.
     """
 
     def __init__(self, folder: str | Path | None, space: Mapping[str, Any], *, limit: int) -> None:
@@ -61,33 +50,51 @@ class TextCache:
         described = json.dumps(space, sort_keys=True, default=str)
         self.folder = self.root / sha256(described)[:32]
         self.limit, self.writable = limit, True
-        self._in_use: set[Path] = set()  # shards that this cache has mapped
-        self._where: dict[bytes, Path] = {}
-        self._seen: set[Path] = set()
+        self._names: dict[Path, set[str]] = {}  # of the texts in each file
+        self._in_use: set[Path] = set()  # files that this process has mapped
 
-    def find(self, keys: Collection[bytes]) -> dict[bytes, TextValues]:
-        """The values of those keys that are on disk now, whoever wrote them."""
-        self._look_for_new_shards()
-        paths = {self._where[key] for key in keys if key in self._where}
-        found: dict[bytes, TextValues] = {}
-        for path in sorted(paths):
-            values = self._read(path)
-            found.update((key, values[key]) for key in keys if key in values)
+    def find(self, keys: Collection[Hashable]) -> dict[Any, TextValues]:
+        """The values of those keys that are on disk now, whoever wrote them, as memory maps."""
+        by_name = {_name(key): key for key in keys}
+        found: dict[Any, TextValues] = {}
+        for path in sorted(self.folder.glob("trunk-*.safetensors")):
+            try:
+                for name, values in self._read(path, by_name):
+                    found[by_name[name]] = values
+            except DAMAGE as error:
+                self._names.pop(path, None)
+                if path.exists():  # otherwise another process has made room
+                    logger.warning(
+                        "cache: %s cannot be read (%s); its values are computed again", path, error
+                    )
+                    with suppress(OSError):
+                        path.unlink()
         return found
 
-    def add(self, values: Mapping[bytes, TextValues]) -> None:
-        """Write one shard."""
-        rows = list(values.values())
-        tensors = {
-            "keys": torch.tensor([list(key) for key in values], dtype=torch.uint8),
-            "counts": torch.tensor([[len(tensor) for tensor in row] for row in rows]),
-        }
-        for i, column in enumerate(zip(*rows, strict=True)):
-            tensors[f"array{i}"] = torch.cat(column)
+    def _read(self, path: Path, names: Collection[str]) -> Iterator[tuple[str, TextValues]]:
+        if path not in self._names:
+            with safe_open(path, "pt") as file:
+                names_held = file.keys()
+            self._names[path] = {name.partition(".")[0] for name in names_held}
+        chosen = self._names[path].intersection(names)
+        if chosen:
+            self._in_use.add(path)
+            with suppress(OSError):  # a read-only folder can be read all the same
+                os.utime(path)
+            with safe_open(path, "pt") as file:
+                for name in chosen:
+                    yield name, (file.get_tensor(f"{name}.0"), file.get_tensor(f"{name}.1"))
+
+    def add(self, values: Mapping[Hashable, TextValues]) -> None:
+        """Write one file."""
+        tensors: dict[str, Tensor] = {}
+        for key, pair in values.items():
+            for i, tensor in enumerate(pair):
+                tensors[f"{_name(key)}.{i}"] = tensor
         # One failure is told; after it nothing is tried again.
         if not self.writable or not self._make_room(sum(t.nbytes for t in tensors.values())):
             return
-        path = self.folder / f"trunk-{sha256(*values)[:32]}.safetensors"
+        path = self.folder / f"trunk-{sha256(*tensors)[:32]}.safetensors"
         try:
             atomically(path, lambda temporary: save_file(tensors, temporary))
         except (OSError, SafetensorError) as error:
@@ -99,63 +106,20 @@ class TextCache:
                 error,
             )
 
-    def _look_for_new_shards(self) -> None:
-        for path in sorted(self.folder.glob("trunk-*.safetensors")):
-            if path not in self._seen:
-                self._seen.add(path)
-                for key in self._tensors(path, "keys").get("keys", ()):
-                    self._where[bytes(key.tolist())] = path
-
-    def _read(self, path: Path) -> dict[bytes, TextValues]:
-        """All values of a shard, as views of its memory map; none if it is damaged or gone."""
-        tensors = self._tensors(path)
-        if not tensors:
-            return {}
-        self._in_use.add(path)
-        with suppress(OSError):  # a read-only folder can be read all the same
-            os.utime(path)
-        columns = []
-        for i, lengths in enumerate(tensors["counts"].T.tolist()):
-            columns.append(tensors[f"array{i}"].split(lengths))
-        keys = [bytes(key.tolist()) for key in tensors["keys"]]
-        return dict(zip(keys, zip(*columns, strict=True), strict=True))
-
-    def _tensors(self, path: Path, *names: str) -> dict[str, Tensor]:
-        """The named tensors of a shard, or all. None if it cannot be read: then it is forgotten."""
-        try:
-            with safe_open(path, "pt") as file:
-                return {name: file.get_tensor(name) for name in names or file.keys()}
-        except DAMAGE as error:
-            self._where = {key: where for key, where in self._where.items() if where != path}
-            self._seen.discard(path)
-            if path.exists():  # otherwise another process has made room
-                logger.warning(
-                    "cache: %s cannot be read (%s); its values are computed again", path, error
-                )
-            if not isinstance(error, OSError):
-                with suppress(OSError):
-                    path.unlink()
-            return {}
-
     def _make_room(self, size: int) -> bool:
-        """Remove stale temporary files and the least recently used shards; is there room now?"""
-        for path in self.root.glob("*/.trunk-*"):
-            with suppress(OSError):
-                if time.time() - path.stat().st_mtime > STALE_SECONDS:
-                    path.unlink()
-        # Reading a shard sets its time, so the oldest is the one that was not used for longest.
-        shards = []
-        for path in self.root.glob("*/trunk-*.safetensors"):
-            with suppress(OSError):
-                shards.append((path.stat().st_mtime_ns, path.stat().st_size, path))
-        held = sum(bytes_held for _, bytes_held, _ in shards)
-        for _, bytes_held, path in sorted(shards):
+        """Remove the files that were not used for longest; is there room now?"""
+        files = []
+        for path in self.root.glob("*/*trunk-*"):  # what a killed process left, too
+            with suppress(OSError):  # another process may remove it now
+                files.append((path.stat().st_mtime_ns, path.stat().st_size, path))
+        held = sum(length for _, length, _ in files)
+        for _, length, path in sorted(files):
             if held + size > self.limit and path not in self._in_use:
                 with suppress(OSError):
                     path.unlink()
-                    held -= bytes_held
-        if held + size > self.limit:
-            logger.info(
-                "cache: full (%.1f GB, `disk_cache_bytes`); further values are not kept", held / 1e9
-            )
+                    held -= length
         return held + size <= self.limit
+
+
+def _name(key: Hashable) -> str:
+    return sha256(repr(key))[:32]

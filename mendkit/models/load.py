@@ -10,11 +10,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers import PreTrainedModel
 
 from ..errors import ModelError
 from ..hparams import MENDHyperParams
-from ..runs import free_memory, return_memory
+from ..runs import return_memory
 from .base import BaseModel
 from .checkpoints import (
     DTYPES,
@@ -33,10 +33,9 @@ from .sites import editable_names, find_blocks, mlp_names, resolve_sites
 from .streaming import (
     WHOLE,
     Weights,
-    empty_out,
+    empty,
     fill_rest,
     hollow_model,
-    is_hollow,
     trunk_names,
 )
 
@@ -71,23 +70,7 @@ def load_model(source: str | Path | MENDHyperParams) -> BaseModel:
 
 def load_for_training(hparams: MENDHyperParams) -> BaseModel:
     """`load_model`, or `load_streamed` where `stream_trunk` says so; raises as they do."""
-    stream = hparams.stream_trunk
-    if stream == "auto":
-        place = locate(hparams.model_name)
-        weights, free = Weights.of(place), free_memory(choose_device(hparams.device))
-        needed = weights.bytes(DTYPES.get(hparams.dtype)) if weights else 0
-        stream = False
-        if needed > free:
-            config = read_config(place, trust_remote_code=hparams.trust_remote_code)
-            stream = loader_of(config, place) is AutoModelForCausalLM
-        if stream:
-            logger.warning(
-                "%s needs %.1f GB, %.1f GB are free: its blocks are streamed",
-                place,
-                needed / 1e9,
-                free / 1e9,
-            )
-    return load_streamed(hparams) if stream else load_model(hparams)
+    return load_streamed(hparams) if hparams.stream_trunk is True else load_model(hparams)
 
 
 def load_streamed(hparams: MENDHyperParams) -> BaseModel:
@@ -111,7 +94,6 @@ def load_streamed(hparams: MENDHyperParams) -> BaseModel:
         # Every weight above the trunk is read now; the trunk's stay in their files.
         below = trunk_names(model, found[0], min(numbers))
         fill_rest(model, below, weights, target)
-        empty_out(model, below, target)
         tokenizer = read_tokenizer(locate_tokenizer(hparams), **remote)
         base = BaseModel(
             model, tokenizer, name=name, inner_params=hparams.inner_params, weights=weights
@@ -125,7 +107,7 @@ def load_streamed(hparams: MENDHyperParams) -> BaseModel:
 
 
 def release_trunk(base: BaseModel) -> None:
-    """Free the weights below the lowest edited block, and input embeddings that nothing else uses.
+    """Free the weights of the blocks below the lowest edited one.
 
     The model is changed for all who share it: what needs it whole raises ModelError from then on,
     as does a model without blocks below the edits.
@@ -139,9 +121,9 @@ def release_trunk(base: BaseModel) -> None:
         return
     with keeping_digests(base):
         below = trunk_names(base.model, base.blocks.path, base.blocks.first)
-        empty_out(base.model, below, base.device)
+        empty(base.model, below)
         for value in base.model.parameters():
-            if not is_hollow(value):  # a view of a file would keep all its pages
+            if not value.is_meta:  # a view of a file would keep all its pages
                 value.data = value.data.clone()
     base.guard_released()
     return_memory()

@@ -37,6 +37,8 @@ from .tokens import Tokens, pad_rows, tokenize, tokenize_claim, tokenize_pair
 STOP = re.compile(r"[\n.]")
 """Where an answer ends, if it does not end by itself."""
 
+ROWS_PER_BATCH = 64
+
 
 class TextModel:
     """A model, frozen and in eval mode, with its family and its fast tokenizer.
@@ -107,15 +109,13 @@ class TextModel:
         """
         if self.head is not None:
             label = None if answer is None else self.head.labels.id(answer)
-            options: dict[str, Any] = {
-                "position": self.head.position or 0,
-                "max_length": max_length,
-            }
-            return tokenize_claim(self.tokenizer, prompt, label, **options)
-        options = {"add_eos": add_eos, "max_length": max_length}
-        if self.family == CAUSAL:
+            position = self.head.position or 0
+            return tokenize_claim(
+                self.tokenizer, prompt, label, position=position, max_length=max_length
+            )
+        options: dict[str, Any] = {"add_eos": add_eos, "max_length": max_length}
+        if self.start_id is None:
             return tokenize(self.tokenizer, prompt, answer, subject=subject, **options)
-        assert self.start_id is not None  # a decoder has a token to start with
         return tokenize_pair(self.tokenizer, prompt, answer, start=self.start_id, **options)
 
     def prompt_of(self, text: Tokens) -> Tokens:
@@ -149,8 +149,7 @@ class TextModel:
         if self.family == CLASSIFIER:
             logits = self.model(input_ids=input_ids, attention_mask=attention_mask).logits
             return two_classes(logits) if logits.shape[1] == 1 else logits
-        inputs: dict[str, Tensor | None] = {"input_ids": input_ids}
-        inputs["attention_mask"] = attention_mask
+        inputs: dict[str, Any] = {"input_ids": input_ids, "attention_mask": attention_mask}
         if self.family == SEQ2SEQ:
             inputs["decoder_input_ids"] = decoder_ids
         return self.model(**inputs, use_cache=False).logits
@@ -167,24 +166,22 @@ class TextModel:
         *,
         max_new_tokens: int = 50,
         stop: bool = True,
-        batch_size: int = 64,
     ) -> list[str]:
         """Greedy continuations (new text only) of prompts; a classifier's labels.
 
         A row ends at the end-of-text token and, with `stop`, before the first newline or full stop.
         Raises DataError as `write`.
         """
-        if isinstance(prompts, str) or batch_size < 1:
+        if isinstance(prompts, str):
             raise HyperParamError(
-                f"generate_batch needs a list of prompts and batch_size >= 1, got {prompts!r:.40} "
-                f"and {batch_size}; for one prompt use `generate`"
+                f"generate_batch needs a list of prompts, got {prompts!r:.40}; use `generate`"
             )
         encoded = [self.prompt_of(self.tokenize(prompt, max_length=10**9)) for prompt in prompts]
         # By length, so that a batch has little padding.
         order = sorted(range(len(encoded)), key=lambda index: len(encoded[index].ids))
         texts = [""] * len(encoded)
-        for start in range(0, len(order), batch_size):
-            chosen = order[start : start + batch_size]
+        for start in range(0, len(order), ROWS_PER_BATCH):
+            chosen = order[start : start + ROWS_PER_BATCH]
             batch = [encoded[index] for index in chosen]
             rows = self.write(batch, max_new_tokens=max_new_tokens, stop=stop)
             for index, row in zip(chosen, rows, strict=True):
@@ -201,7 +198,7 @@ class TextModel:
         token). Raises DataError for a prompt without tokens, or too long for the model's positions.
         """
         # An encoder counts positions from the left.
-        ids, mask = self._padded([prompt.ids for prompt in prompts], left=self.family == CAUSAL)
+        ids, mask = self.left_pad([prompt.ids for prompt in prompts], left=self.family == CAUSAL)
         self.check_lengths(mask, max_new_tokens)
         if self.family == CLASSIFIER:
             return self.forward(ids, mask).argmax(-1, keepdim=True).tolist()
@@ -233,18 +230,15 @@ class TextModel:
         return [_until_end(row, ends, stops) for row in output[:, width:].tolist()]
 
     def left_pad(
-        self, rows: Sequence[Sequence[int]]
+        self, rows: Sequence[Sequence[int]], *, left: bool = True
     ) -> tuple[Int[Tensor, "b t"], Int[Tensor, "b t"]]:
         """Token ids and attention mask, padded on the left. Raises DataError for an empty row."""
-        return self._padded(rows, left=True)
-
-    def _padded(self, rows: Sequence[Sequence[int]], *, left: bool) -> tuple[Tensor, Tensor]:
         if not all(rows):
             raise DataError(
                 "cannot generate from a prompt without tokens; give at least one character"
             )
-        ones = [[1] * len(row) for row in rows]
         ids = pad_rows(rows, self.pad_id, left=left, device=self.device)
+        ones = [[1] * len(row) for row in rows]
         return ids, pad_rows(ones, 0, left=left, device=self.device)
 
     def new_text(

@@ -37,7 +37,7 @@ class Tokens:
     @property
     def key(self) -> tuple[tuple[int, ...], ...]:
         """What the frozen model's values for this text depend on."""
-        return (self.ids, self.scored, self.decoder) if self.decoder else (self.ids, self.scored)
+        return self.ids, self.scored, self.decoder
 
 
 def tokenize(
@@ -52,13 +52,16 @@ def tokenize(
     """Tokenise prompt and answer as one text.
 
     `add_eos` appends the end-of-text token to the answer: an edit also teaches where to stop.
-    Raises DataError for a text that is not Unicode, an answer without tokens, or beyond
+    Raises DataError for a text that is not Unicode or an answer without tokens, LimitError beyond
     `max_length` tokens.
     """
     text = check_unicode(prompt if answer is None else join(prompt, answer))
     encoded = tokenizer(text, return_offsets_mapping=True, return_special_tokens_mask=True)
-    ids, offsets = list(encoded["input_ids"]), encoded["offset_mapping"]
-    ordinary = [p for p, special in enumerate(encoded["special_tokens_mask"]) if not special]
+    ids, offsets, ordinary = (
+        list(encoded["input_ids"]),
+        encoded["offset_mapping"],
+        _ordinary(encoded),
+    )
     _check_length(text, ids, max_length)
     if answer is None:
         # The next token follows the last ordinary one, not a special token behind it.
@@ -93,8 +96,7 @@ def tokenize_pair(
     add_eos: bool = False,
     max_length: int = 512,
 ) -> Tokens:
-    """Tokenise a prompt for an encoder, and its answer for a decoder that starts with token
-    `start`.
+    """Tokenise a prompt for an encoder, and its answer for a decoder that starts with `start`.
 
     Special tokens before an answer (BART's `<s>`) are given to the decoder and not scored. Without
     an answer, the position that predicts its first token is scored. Otherwise as `tokenize`.
@@ -102,7 +104,7 @@ def tokenize_pair(
     ids = tuple(tokenizer(check_unicode(prompt))["input_ids"])
     answered = "a" if answer is None else check_unicode(answer)
     encoded = tokenizer(text_target=answered, return_special_tokens_mask=True)
-    ordinary = [p for p, special in enumerate(encoded["special_tokens_mask"]) if not special]
+    ordinary = _ordinary(encoded)
     if not ids or not ordinary or not answered.strip():
         raise _nothing_to_predict(prompt, answer)
     _check_length(prompt, ids, max_length)
@@ -120,16 +122,11 @@ def tokenize_pair(
 
 
 def tokenize_claim(
-    tokenizer: Any,
-    claim: str,
-    label: int | None = None,
-    *,
-    position: int,
-    max_length: int = 512,
+    tokenizer: Any, claim: str, label: int | None = None, *, position: int, max_length: int = 512
 ) -> Tokens:
-    """Tokenise a claim for a classifier whose head reads the token at `position` (0 or -1).
+    """Tokenise a claim of class `label` for a head that reads the token at `position` (0 or -1).
 
-    `label` is its class. Raises DataError for a claim without tokens, LimitError as `tokenize`.
+    Raises DataError for a claim without tokens, LimitError as `tokenize`.
     """
     ids = tuple(tokenizer(check_unicode(claim))["input_ids"])
     if not ids:
@@ -137,6 +134,11 @@ def tokenize_claim(
     _check_length(claim, ids, max_length)
     targets = () if label is None else (label,)
     return Tokens(ids, (position % len(ids),), targets)
+
+
+def _ordinary(encoded: Any) -> list[int]:
+    """The positions of tokens that are not special."""
+    return [p for p, special in enumerate(encoded["special_tokens_mask"]) if not special]
 
 
 def _nothing_to_predict(prompt: str, answer: str | None) -> DataError:

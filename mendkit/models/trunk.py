@@ -3,14 +3,12 @@
 An edit changes only its sites. So the *trunk states* that enter the lowest edited block are
 constants of a frozen model, and so is the *reference*: the last block's output at the scored
 positions, or a classifier's logits. The *suffix*, the rest of the model, runs from trunk states by
-the model's code, while stand-ins take the place of lower blocks. A model without a chain of blocks
-runs whole.
+the model's code. A model without a chain of blocks runs whole.
 
 Axes: n texts, t padded tokens, l padded tokens of a decoder (else t), d width, s scored positions,
 v vocabulary.
 """
 
-import copy
 import logging
 import random
 from collections.abc import Callable, Iterator, Sequence
@@ -23,18 +21,18 @@ from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
 from ..errors import ModelError
-from ..runs import sha256
 from .base import BaseModel
-from .cache import SHARD_BYTES, TextCache
+from .cache import TextCache, TextValues
 from .families import CLASSIFIER
 from .fingerprint import weights_sha256
-from .sites import embedding_matrix, hidden_states
-from .streaming import present, standing_in, trunk_names
+from .sites import hidden_states
+from .streaming import empty, fill, standing_in, trunk_names
 from .tokens import TextBatch, Tokens, collate
 
 logger = logging.getLogger(__name__)
 
 TOKENS_PER_PASS = 2048
+"""The states of a pass are also a file of the cache: little to lose in a crash, and few files."""
 
 
 @contextmanager
@@ -54,40 +52,27 @@ def only_scored(base: BaseModel, scored: Bool[Tensor, "n l"]) -> Iterator[None]:
 class FrozenTrunk:
     """Trunk states and references of texts, for one base model and its edit sites.
 
-    `fill(texts)` reads them from `cache` or computes them. The last bits of a text's values depend
-    on the texts that shared its pass. Blocks whose weights are not in memory are read from the
-    checkpoint.
+    `fill` reads them from `cache` or computes them. The last bits of a text's values depend on the
+    texts that shared its pass.
     """
 
     def __init__(self, base: BaseModel, *, cache: TextCache | None = None) -> None:
-        self.base, self.cache = base, cache
-        self.split = base.blocks is not None and base.blocks.first > 0
-        self._values: dict[Any, tuple[Tensor, Tensor]] = {}  # states (t, d), reference (s, d)
+        self.base, self.cache, self.blocks = base, cache, base.blocks
+        self._values: dict[Any, TextValues] = {}  # states (t, d), reference (s, d)
+
+    @property
+    def split(self) -> bool:
+        """Whether blocks lie below the lowest edited one."""
+        return self.blocks is not None and self.blocks.first > 0
 
     def at(self, base: BaseModel) -> "FrozenTrunk":
         """A trunk for other sites of the same model; it shares the values where the sites allow."""
         other = FrozenTrunk(base)
-        if base.blocks and self.base.blocks and self.base.blocks.first <= base.blocks.first:
-            other.base = copy.copy(base)
-            other.base.blocks = self.base.blocks
-            other.split, other._values = self.split, self._values
+        if base.blocks and self.blocks and self.blocks.first <= base.blocks.first:
+            other.blocks, other._values = self.blocks, self._values
         return other
 
-    def holds(self, texts: Sequence[Tokens]) -> bool:
-        """Whether the values of all these texts are in memory."""
-        return all(text.key in self._values for text in texts)
-
-    def states(self, texts: Sequence[Tokens], t: int) -> Float[Tensor, "n t d"]:
-        """Trunk states of `texts`, right-padded with zeros to `t` tokens."""
-        rows = [self._values[text.key][0] for text in texts]
-        out = torch.zeros((len(rows), t, rows[0].shape[1]), dtype=self.base.dtype)
-        for padded, row in zip(out, rows, strict=True):
-            padded[: len(row)] = row
-        return out.to(self.base.device)
-
-    def references(self, texts: Sequence[Tokens]) -> Float[Tensor, "s d"]:
-        """The unedited model's references at the scored positions of `texts`."""
-        return torch.cat([self._values[text.key][1] for text in texts]).to(self.base.device)
+    # ---------------------------------------------------------------------------------- reading
 
     def suffix(self, texts: Sequence[Tokens], batch: TextBatch) -> Float[Tensor, "s v"]:
         """Logits at the scored positions, from cached trunk states where there are any.
@@ -95,158 +80,133 @@ class FrozenTrunk:
         Hooks and side branches on the edit sites take effect, and gradients flow to them.
         """
         below: AbstractContextManager[None] = nullcontext()
-        blocks = self.base.blocks
-        if blocks is not None and self.split and self.holds(texts):
-            states = self.states(texts, batch.input_ids.shape[1])
-            below = standing_in(self.base.model, blocks, first=blocks.first, states=states)
+        blocks, values = self.blocks, self._values_of(texts)
+        if blocks is not None and blocks.first > 0 and values:
+            rows = [states for states, _ in values]
+            t, d = batch.input_ids.shape[1], rows[0].shape[1]
+            states = torch.zeros((len(rows), t, d), dtype=self.base.dtype)
+            for padded, row in zip(states, rows, strict=True):
+                padded[: len(row)] = row
+            run = range(blocks.first, blocks.last + 1)
+            below = standing_in(self.base.model, blocks, run, states.to(self.base.device))
         with only_scored(self.base, batch.scored), below:
             return self._forward(batch)
 
     @torch.no_grad()
     def before(self, texts: Sequence[Tokens], batch: TextBatch) -> Float[Tensor, "s v"]:
-        """The unedited model's logits at the scored positions.
-
-        From cached references only the output layer runs.
-        """
-        if not self.holds(texts):
+        """The unedited model's logits there; from cached references by the output layer alone."""
+        values = self._values_of(texts)
+        if self.blocks is None or not values:
             return self.suffix(texts, batch)
-        references, blocks = self.references(texts), self.base.blocks
+        references = torch.cat([reference for _, reference in values]).to(self.base.device)
         if self.base.family == CLASSIFIER:
             return references
-        assert blocks is not None  # else no text has values
         hidden = references[:, None]
         ids = torch.zeros(hidden.shape[:2], dtype=torch.long, device=self.base.device)
-        with standing_in(self.base.model, blocks, first=blocks.last + 1, states=hidden):
+        with standing_in(self.base.model, self.blocks, range(0), hidden):
             return self.base.model(input_ids=ids, use_cache=False).logits[:, 0]
+
+    def _values_of(self, texts: Sequence[Tokens]) -> list[TextValues]:
+        """The values of these texts; none unless all are in memory."""
+        if not all(text.key in self._values for text in texts):
+            return []
+        return [self._values[text.key] for text in texts]
+
+    def _forward(self, batch: TextBatch) -> Tensor:
+        return self.base.forward(batch.input_ids, batch.attention_mask, batch.decoder_ids)
+
+    # ---------------------------------------------------------------------------------- filling
 
     def fill(
         self, texts: Sequence[Tokens], progress: Callable[[int, int], None] | None = None
     ) -> int:
         """Read or compute the values of `texts`. Returns how many were not in memory.
 
-        `progress` gets the number of texts done and in all, of a streamed model also of blocks.
+        `progress` gets the number of texts done and in all. Raises ModelError if blocks are away
+        and no files hold them.
         """
-        if self.base.blocks is None:
+        if self.blocks is None:
             return 0
         # 1. Texts that are not in memory, by length, so that a pass has little padding.
         missing = list({text.key: text for text in texts if text.key not in self._values}.values())
         missing.sort(key=lambda text: (len(text.ids), text.key))
-        # 2. Those on disk are read.
+        # 2. Those on disk are read, the others computed. Where blocks are away, each is read once
+        #    for all texts.
         left = self._read(missing)
-        if self.cache is not None and len(left) < len(missing):
-            logger.info("trunk: %d texts read from %s", len(missing) - len(left), self.cache.folder)
-        # 3. The others are computed by shards. A streamed model takes all of them at once, because
-        #    each call reads its blocks from the disk.
-        portions = list(self._shards(left))
-        if self.base.released and left:
-            portions = [left]
+        groups = list(passes(left))
+        entering = self._stream(groups) if groups and self.base.released else {}
+        # 3. Processes that fill the same texts at once share the work if their order differs.
         if self.cache is not None:
-            # Processes that fill the same texts at once share the work if their order differs.
-            random.SystemRandom().shuffle(portions)
+            random.SystemRandom().shuffle(groups)
         done = 0
-        for portion in portions:
-            todo = self._read(portion)
+        for group in groups:
+            todo = group if entering else self._read(group)
             if todo:
-                self._compute(todo, progress)
-            done += len(portion)
+                self._compute(todo, entering.get(group[0].key))
+            done += len(group)
             if progress is not None:
                 progress(done, len(left))
         return len(missing)
 
-    # ------------------------------------------------------------------------ keeping and computing
-
     def _read(self, texts: Sequence[Tokens]) -> list[Tokens]:
         """Take values from the disk. Returns the texts that are not there."""
-        if self.cache is None or not texts:
-            return list(texts)
-        by_digest = {_digest(text): text for text in texts}
-        found = self.cache.find(by_digest)
-        for digest, (states, references) in found.items():
-            self._values[by_digest[digest].key] = states, references
-        return [text for digest, text in by_digest.items() if digest not in found]
-
-    def _shards(self, texts: Sequence[Tokens]) -> Iterator[list[Tokens]]:
-        """Whole passes, joined until their states fill a shard of the cache."""
-        width = embedding_matrix(self.base.model).shape[1]
-        enough = SHARD_BYTES // (width * self.base.dtype.itemsize)
-        shard: list[Tokens] = []
-        for group in passes(texts):
-            shard += group
-            if sum(len(text.ids) for text in shard) >= enough:
-                yield shard
-                shard = []
-        if shard:
-            yield shard
+        found = self.cache.find([text.key for text in texts]) if self.cache else {}
+        self._values |= found
+        return [text for text in texts if text.key not in found]
 
     @torch.no_grad()
-    def _compute(self, texts: Sequence[Tokens], progress: Any) -> None:
-        """Compute values and keep them in memory, or as maps of the cache's files."""
-        groups = list(passes(texts))
-        batches = [collate(group, self.base.pad_id, self.base.device) for group in groups]
-        streamed = self._stream(batches, progress) if self.base.released else None
-        for i, (group, batch) in enumerate(zip(groups, batches, strict=True)):
-            keep = batch.attention_mask.bool()
-            if streamed is None:
-                entering, leaving, logits = self._run(batch)
-                packed = entering[keep.to(entering.device)].cpu()
-            else:
-                packed = streamed[i]
-                _, leaving, logits = self._run(batch, states=_unpacked(packed, keep))
-            reference = logits
-            if self.base.family != CLASSIFIER:
-                reference = leaving[batch.scored.to(leaving.device)]
-            # Packed rows are cut into texts again.
-            states = packed.split([len(text.ids) for text in group])
-            references = reference.cpu().split([len(text.scored) for text in group])
-            for text, entered, kept in zip(group, states, references, strict=True):
-                self._values[text.key] = entered, kept
+    def _compute(self, group: Sequence[Tokens], states: Tensor | None) -> None:
+        """Compute values in one pass, from `states` if given, and keep them."""
+        assert self.blocks is not None  # `fill` computes nothing without a chain of blocks
+        batch = collate(group, self.base.pad_id, self.base.device)
+        first = 0 if states is None else self.blocks.first
+        entering, leaving, logits = self._run(batch, range(first, self.blocks.last + 1), states)
+        reference = logits
+        if self.base.family != CLASSIFIER:
+            reference = leaving[batch.scored.to(leaving.device)]
+        # Rows without their padding, cut into texts.
+        packed = entering[batch.attention_mask.bool().to(entering.device)].cpu()
+        rows = packed.split([len(text.ids) for text in group])
+        references = reference.cpu().split([len(text.scored) for text in group])
+        for text, row, kept in zip(group, rows, references, strict=True):
+            self._values[text.key] = row, kept
         if self.cache is not None:
-            for shard in self._shards(texts):
-                self.cache.add({_digest(text): self._values[text.key] for text in shard})
-                self._read(shard)  # a map of the file takes their place and frees the memory
+            self.cache.add({text.key: self._values[text.key] for text in group})
+            self._read(group)  # a map of the file takes their place and frees the memory
 
-    def _stream(self, batches: Sequence[TextBatch], progress: Any) -> list[Tensor]:
-        """Packed states that enter the lowest edited block.
+    @torch.no_grad()
+    def _stream(self, groups: Sequence[Sequence[Tokens]]) -> dict[Any, Tensor]:
+        """What enters the lowest edited block, for each group by its first text.
 
-        Each block below is read from the checkpoint, run on all batches, and freed.
+        Each block below is read from the checkpoint, run on all groups, and sent away again.
         """
-        base, blocks = self.base, self.base.blocks
-        assert blocks is not None  # `fill` computes nothing without a chain of blocks
-        path, first = blocks.path, blocks.first
-        if base.weights is None or base.released < first:
+        base, blocks = self.base, self.blocks
+        assert blocks is not None
+        if base.weights is None or base.released < blocks.first:
             raise ModelError(
-                f"{base.name} was released and {sum(map(len, batches))} texts are not cached; "
+                f"{base.name} was released and {sum(map(len, groups))} texts are not cached; "
                 "load the model again"
             )
-        names = trunk_names(base.model, path, first)
-        states: list[Any] = [None] * len(batches)
-        for block in range(first):
-            here = [name for name in names if name.startswith(f"{path}.{block}.")]
-            if block == 0:  # with the input embeddings
-                here += [name for name in names if not name.startswith(f"{path}.")]
-            with present(base.model, here, base.weights, base.device):
-                for i, batch in enumerate(batches):
-                    keep = batch.attention_mask.bool()
-                    given = _unpacked(states[i], keep) if block else None
-                    _, leaving, _ = self._run(batch, states=given, alone=block)
-                    states[i] = leaving[keep].cpu()
-            if progress is not None:
-                progress(block + 1, first)
+        states: dict[Any, Tensor] = {}
+        names = trunk_names(base.model, blocks.path, blocks.first)
+        for block in range(blocks.first):
+            here = [name for name in names if name.startswith(f"{blocks.path}.{block}.")]
+            fill(base.model, here, base.weights, base.device)
+            for group in groups:
+                batch, first = collate(group, base.pad_id, base.device), group[0].key
+                entering, _, _ = self._run(batch, range(block, block + 1), states.get(first))
+                states[first] = entering.cpu()
+            empty(base.model, here)
         return states
 
     def _run(
-        self, batch: TextBatch, *, states: Tensor | None = None, alone: int | None = None
+        self, batch: TextBatch, run: range, states: Tensor | None
     ) -> tuple[Tensor, Tensor, Tensor]:
         """States (n, t, d) entering the lowest edited block and leaving the last, and logits.
 
-        With `states` nothing runs below the lowest edited block. If a block runs `alone`, it takes
-        the place of both. The output layer runs on no position.
+        Only the blocks in `run` run, from `states` if given. The output layer runs on no position.
         """
-        blocks = self.base.blocks
-        assert blocks is not None
-        first, last = blocks.first, blocks.last
-        if alone is not None:
-            first = last = alone
+        assert self.blocks is not None
         seen: dict[str, Tensor] = {}
 
         def entering(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
@@ -255,18 +215,16 @@ class FrozenTrunk:
         def leaving(_: nn.Module, __: Any, output: Any) -> None:
             seen["out"] = hidden_states(output)
 
-        modules = self.base.model.get_submodule(blocks.path)
-        others: AbstractContextManager[None] = nullcontext()
-        if states is not None or alone is not None:
-            others = standing_in(self.base.model, blocks, first=first, last=last, states=states)
-        before = modules[first].register_forward_pre_hook(entering, with_kwargs=True)
-        after = modules[last].register_forward_hook(leaving)
-        with before, after, others, only_scored(self.base, torch.zeros_like(batch.scored)):
+        if states is not None:
+            states = states.to(self.base.device)
+        model, blocks = self.base.model, self.blocks
+        modules = model.get_submodule(blocks.path)
+        before = modules[blocks.first].register_forward_pre_hook(entering, with_kwargs=True)
+        after = modules[blocks.last].register_forward_hook(leaving)
+        nothing = only_scored(self.base, torch.zeros_like(batch.scored))
+        with before, after, nothing, standing_in(model, blocks, run, states):
             logits = self._forward(batch)
         return seen["in"], seen["out"], logits
-
-    def _forward(self, batch: TextBatch) -> Tensor:
-        return self.base.forward(batch.input_ids, batch.attention_mask, batch.decoder_ids)
 
 
 def trunk_cache(base: BaseModel, folder: str | Path | None, *, limit: int) -> TextCache | None:
@@ -279,7 +237,7 @@ def trunk_cache(base: BaseModel, folder: str | Path | None, *, limit: int) -> Te
     config = base.model.config
     settings = config.to_diff_dict() | {"_name_or_path": None, "dtype": None}
     space = {
-        "format": 2,
+        "format": 3,
         "weights": weights_sha256(base),
         "model": [type(base.model).__name__, settings, config._attn_implementation],
         "runs as": [str(base.dtype), base.device.type, torch.__version__],
@@ -298,15 +256,3 @@ def passes(texts: Sequence[Tokens]) -> Iterator[list[Tokens]]:
         group.append(text)
     if group:
         yield group
-
-
-def _unpacked(packed: Tensor, keep: Bool[Tensor, "n t"]) -> Float[Tensor, "n t d"]:
-    """Packed states of the tokens to keep, zeros elsewhere."""
-    out = torch.zeros((*keep.shape, packed.shape[1]), dtype=packed.dtype, device=keep.device)
-    out[keep] = packed.to(keep.device)
-    return out
-
-
-def _digest(text: Tokens) -> bytes:
-    """What a text's values are found by on disk."""
-    return bytes.fromhex(sha256(repr(text.key))[:32])

@@ -35,11 +35,7 @@ def test_fifteen_steps_already_edit_a_real_model(smollm2, tmp_path):
         assert 0 <= results[f"{key}.low"] <= results[key] <= results[f"{key}.high"] <= 1
     before, after = (results[f"single.{when}edit_success.tf_token"] for when in ("before.", ""))
     assert results["train.steps"] == 15 and after > before + 0.2
-    for name in ("index.html", "01_train_without_archive.html", "02_edit_with_archive.html"):
-        assert (tmp_path / name).stat().st_size > 1000
-    figures = list(tmp_path.glob("*/figures/*.png"))
-    assert len(figures) >= 8 and all(path.with_suffix(".csv").is_file() for path in figures)
-    # one fact is edited and comes back
+    # One fact is edited and comes back.
     archive = load_archive(tmp_path / "archive.safetensors", base=smollm2)
     edit = MENDEditor(archive.base, archive.mend).edit(
         EditExample(prompt="The capital of France is", target_new="Lyon")

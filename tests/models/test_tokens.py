@@ -9,10 +9,13 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from mendkit.data.examples import join
+from mendkit.errors import DataError
+from mendkit.mend.batches import edit_tokens
 from mendkit.mend.losses import edit_nll
 from mendkit.models.base import BaseModel
 from mendkit.models.tokens import collate, tokenize
 from mendkit.models.trunk import FrozenTrunk
+from tests.oracles.claims import EXAMPLES, hparams
 from tests.oracles.kinds import ANSWERS, BOS, EOS, KINDS, PROMPTS, UNK, spelling, tokenizer_of
 
 KIND = pytest.mark.parametrize("kind", KINDS)
@@ -144,3 +147,27 @@ def test_padding_on_either_side_does_not_change_the_loss(kind):
             log_p = output.logits[row, shifted].log_softmax(-1)
             nll = -log_p.gather(1, torch.tensor(text.targets)[:, None]).mean()
             torch.testing.assert_close(nll, alone[row], **close)
+
+
+def test_the_answer_is_not_the_answer_tokenised_alone(llama):
+    alone = llama.tokenizer("Paris")["input_ids"]
+    assert list(tokenize(llama.tokenizer, PROMPT, "Paris").targets) != alone
+
+
+def test_impossible_answers_are_refused(llama):
+    with pytest.raises(DataError, match="no token"):
+        tokenize(llama.tokenizer, "", "Paris")
+    with pytest.raises(DataError, match="limit is 4"):
+        tokenize(llama.tokenizer, PROMPT, "Paris", max_length=4)
+    with pytest.raises(DataError, match="max_target_tokens"):
+        edit_tokens(llama, hparams(max_target_tokens=2), EXAMPLES[2])
+
+
+def test_collate_masks_padding_and_keeps_the_order(llama):
+    texts = [tokenize(llama.tokenizer, p, "Lima") for p in ("X is", "The long capital of X is")]
+    batch = collate(texts, llama.pad_id)
+    assert batch.attention_mask.sum(1).tolist() == [len(t.ids) for t in texts]
+    assert batch.targets.tolist() == [t for text in texts for t in text.targets]
+    for row, text in zip(batch.scored, texts, strict=True):
+        assert tuple(row.nonzero()[:, 0].tolist()) == text.scored
+    assert batch.rows.tolist() == [0] * len(texts[0].scored) + [1] * len(texts[1].scored)
