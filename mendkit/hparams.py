@@ -260,6 +260,7 @@ class MENDHyperParams(BaseModel, frozen=True, extra="forbid", strict=True):
     logger: Literal["tensorboard", "wandb"] | None = None
     # data and caches
     columns: Columns = None
+    target_prefix: str | None = None  # null: by the script
     add_eos: bool = True
     max_target_tokens: CountFrom1 = 32
     max_length: Annotated[int, Field(ge=2)] = 512

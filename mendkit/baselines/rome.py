@@ -70,7 +70,7 @@ class ROME(Baseline):
         self.cholesky = torch.linalg.cholesky(c).to(base.device)
         self.contexts = ((), *self._contexts(text))
         self.start = len(first_token(base))  # where a context goes
-        self.essence = tuple(base.tokenizer(" is a", add_special_tokens=False)["input_ids"])
+        self.essence = tuple(base.encode(" is a"))
 
     def _contexts(self, text: str) -> list[tuple[int, ...]]:
         """Short pieces of the text, of different lengths, each ending with a new line."""
@@ -80,8 +80,7 @@ class ROME(Baseline):
         contexts = []
         for k, at in enumerate(starts):
             piece = " ".join(words[at : at + 3 + k % 4]) + ".\n"
-            ids = self.base.tokenizer(piece, add_special_tokens=False)["input_ids"]
-            contexts.append(tuple(ids))
+            contexts.append(tuple(self.base.encode(piece)))
         return contexts
 
     def updates(
@@ -196,7 +195,7 @@ def key_moments(base: BaseModel, text: str, *, ridge: float = 0.0) -> dict[str, 
     In float64, plus `ridge` times the mean of C's diagonal on it. Raises DataError for a text
     without tokens.
     """
-    ids = base.tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"][:KEY_TOKENS]
+    ids = base.encode(text)[:KEY_TOKENS]
     if not ids:
         raise DataError("the text for ROME's covariance has no token; give a longer one")
     begin, trunk, sums = first_token(base), FrozenTrunk(base), {}

@@ -1,6 +1,7 @@
 """Edit examples: what is to be edited, and what should and should not follow from it."""
 
 import math
+import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from statistics import harmonic_mean
@@ -40,6 +41,7 @@ class EditExample:
     `generation_prompts` begin free text about the subject. `ground_truth` is the answer before the
     edit (y° in the metrics). For a classifier a prompt is a claim, and an answer names a class.
     `metadata` is kept beside the edit and changes nothing.
+    `target_prefix` stands between a prompt and `target_new`; None: as `join` says.
     """
 
     prompt: str
@@ -54,6 +56,7 @@ class EditExample:
     portability: tuple[Probe, ...] = ()
     generation_prompts: tuple[str, ...] = ()
     metadata: Mapping[str, Any] = field(default_factory=dict, compare=False, repr=False)
+    target_prefix: str | None = None
 
     def roles(self) -> dict[str, tuple[Probe, ...]]:
         """Every prompt of the example by its role; the headline roles come first.
@@ -70,10 +73,44 @@ class EditExample:
         }
 
 
-def join(prompt: str, answer: str) -> str:
-    """Prompt and answer as one text, with a space between unless one of them brings white space."""
-    spaced = prompt[-1:].isspace() or answer[:1].isspace()
-    return prompt + answer if spaced else f"{prompt} {answer}"
+BLANKS = " \t\u00a0\u3000"
+
+UNSPACED = re.compile(
+    "[\u0e00-\u109f\u1780-\u17ff\u2e80-\u9fff\uf900-\ufaff\uff00-\uffef\U00020000-\U0003ffff]"
+)
+"""Characters of scripts that part no words by spaces: Chinese, Japanese, Thai, Lao, Burmese, …"""
+
+_OPEN = re.compile(
+    r"""
+    [(\[{<«„‚¿¡/\\]$                           # a bracket, a slash
+    | (?:^|(?<!\d)[\s(\[{])["'`“‘$€£¥#@]$  # a quotation or a price begins
+    | \w[-_=]$                                # a word goes on
+    | \b[A-Za-z_]\w+(?:\.\w\w+)+\.$           # torch.nn.
+    """,
+    re.VERBOSE,
+)
+
+
+def join(prompt: str, answer: str, prefix: str | None = None) -> str:
+    """Prompt and answer as one text, with `prefix` between them.
+
+    Without `prefix` there is a space between, unless one of them brings white space, their script
+    has none there, or the prompt ends in the middle of something: `(`, `https://`, `said "`.
+    """
+    if prefix is not None:
+        return prompt + prefix + answer
+    if prompt[-1:] in tuple(BLANKS):
+        return prompt + answer.lstrip(BLANKS)
+    return prompt + _separator(prompt, answer) + answer
+
+
+def _separator(prompt: str, answer: str) -> str:
+    last, first = prompt[-1:], answer[:1]
+    unspaced = UNSPACED.match(last) or (UNSPACED.match(first) and UNSPACED.search(prompt))
+    if last.isspace() or first.isspace() or unspaced or _OPEN.search(prompt):
+        return ""
+    name = re.search(r"\b(\w\w+)\.$", prompt)  # `np.`, where the prompt also speaks of `np.bool`
+    return "" if name and re.search(rf"\b{name[1]}\.\w", prompt) else " "
 
 
 def check_unicode(text: str, what: str = "a text") -> str:

@@ -35,6 +35,7 @@ NAMES = {
     "unrelated": "unrelated locality locality_question",
     "portability": "portability portability_inputs",
     "generation_prompts": "generation_prompts",
+    "target_prefix": "target_prefix",
     "metadata": "metadata _*",
     "left out": "answer_alias* attribute* bert_score cond dataset eval_* example_type fact_new*"
     " fact_true* label loc_prompts meta multiple_choice* new_answer_alias* new_single_hops"
@@ -57,6 +58,7 @@ ANSWERS = {answer for answer, _ in PAIRS.values()}
 
 READ: dict[str, Callable[[Record, str], list[Any]]] = {
     "prompt": lambda record, name: [text(record, name)],
+    "target_prefix": lambda record, name: [text(record, name, empty=True)],
     **dict.fromkeys(("target_new", "subject", "relation", "id"), name_or_number),
     **dict.fromkeys(("ground_truth", "told"), answers),
     **dict.fromkeys(("paraphrases", "generation_prompts"), items),
@@ -142,7 +144,7 @@ def _example(record: Record, columns: Columns, left: list[str]) -> EditExample:
     if len(implied) < len(values["portability"]):
         left.append("portability without an answer")
     values["portability"] = implied
-    single = ("prompt", "target_new", "subject", "relation", "id", "ground_truth")
+    single = ["prompt", "target_new", "subject", "relation", "id", "ground_truth", "target_prefix"]
     texts: dict[str, Any] = {field: next(iter(values.pop(field)), None) for field in single}
     lists: dict[str, Any] = {field: tuple(found) for field, found in values.items()}
     return EditExample(**texts, **lists, metadata=metadata)

@@ -18,14 +18,14 @@ TRUTHS = ("answer", "ground_truth", "target", "loc_ans", "answers", "New Answer"
 BESIDE = ("metric", "id", "type", "relation", "Recalled Relation", "Other")
 
 
-def text(record: Record, key: str) -> str | None:
-    """A text field; None where it is missing or null."""
+def text(record: Record, key: str, *, empty: bool = False) -> str | None:
+    """A text field, which may be blank if `empty`; None where it is missing or null."""
     value = record.get(key)
     if value is None:
         return None
     if not isinstance(value, str):
         raise DataError(f"field `{key}` must be text, is {shown(value)}")
-    if not value.strip():
+    if not value.strip() and not empty:
         raise DataError(f"field `{key}` is empty")
     return check_unicode(value, f"field `{key}`")
 

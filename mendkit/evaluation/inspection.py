@@ -74,7 +74,8 @@ def answer_tokens(base: BaseModel, example: EditExample) -> dict[str, str | None
     for name, answer in answers.items():
         token = base.said(answer) if base.labels and answer else None
         if answer and not base.labels:
-            token = str(base.tokenizer.decode([base.tokenize(example.prompt, answer).targets[0]]))
+            text = base.tokenize(example.prompt, answer, prefix=example.target_prefix)
+            token = str(base.tokenizer.decode([text.targets[0]]))
         found[f"{name}_token"] = token
     return found
 

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from statistics import fmean
 from typing import NamedTuple
 
+from ..data.examples import UNSPACED
 from ..errors import DataError
 from ..mend.updates import Updates
 from ..mend.validation import POSITIONS_PER_PASS, Forced, forced
@@ -81,6 +82,12 @@ def is_said(text: str, answers: Sequence[str]) -> bool:
     return normalise(text) in map(normalise, answers)
 
 
+def _words(text: str) -> str:
+    """A normalised text in which each word, or letter of a script without spaces, stands alone."""
+    words = UNSPACED.sub(r" \g<0> ", normalise(text)).split()
+    return f" {' '.join(words)} "
+
+
 def prompt_scores(prompt: ScoredPrompt, read: Reading, before: Reading) -> dict[str, float]:
     """The scores of one prompt.
 
@@ -97,12 +104,12 @@ def prompt_scores(prompt: ScoredPrompt, read: Reading, before: Reading) -> dict[
     # Teacher forcing counts y's tokens, not the end of text.
     count = len(prompt.text.targets) - prompt.text.ends
     hits = list(map(int.__eq__, read.text.argmax[:count], prompt.text.targets[:count]))
-    want, got = normalise(prompt.answers[0]), normalise(said)
+    want, got = _words(prompt.answers[0]), _words(said)
     scores |= {
         "tf_token": fmean(hits),
         "tf_exact": float(all(hits)),
-        "free_gold_length": float(f"{got} ".startswith(f"{want} ")),  # cut where y ends
-        "free_contains": float(f" {want} " in f" {got} "),
+        "free_gold_length": float(got.startswith(want)),  # cut where y ends
+        "free_contains": float(want in got),
         "log_p.new": fmean(read.text.logp[:count]),
     }
     if read.rival is not None:
@@ -175,8 +182,7 @@ class HeldOutText:
         tokens: int = TEXT_TOKENS,
         window: int = TEXT_WINDOW,
     ) -> None:
-        tokenizer = trunk.base.tokenizer
-        ids = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"][:tokens]
+        ids = trunk.base.encode(text)[:tokens]
         self.windows = windows(ids, first_token(trunk.base), window=window)
         self.count = sum(len(part.scored) for part in self.windows)
         if not self.count:

@@ -13,10 +13,10 @@ from statistics import fmean
 import torch
 from torch import Tensor, nn
 
-from ..data.examples import EditExample
+from ..data.examples import BLANKS, EditExample
 from ..errors import DataError, LimitError, MendkitError
 from ..hparams import MENDHyperParams
-from ..mend.batches import edit_tokens, told
+from ..mend.batches import edit_tokens, told, with_prefix
 from ..mend.updates import Updates, select, side_branches
 from ..mend.validation import forced
 from ..models.base import BaseModel
@@ -75,7 +75,7 @@ class EvaluationSet:
         self.reasons = {"empty_target": 0, "too_long": 0}
         self.reasons["invalid_records"] = len(getattr(examples, "skipped", ()))
         for example in examples:
-            self._take(example)
+            self._take(with_prefix(hparams, example))
         if not self.examples:
             first = self.skipped[0] if self.skipped else "no example given"
             raise DataError(f"no example can be scored; first problem: {first}")
@@ -238,7 +238,8 @@ class EvaluationSet:
             return replace(read, written=self.base.new_text(start, prompt.greedy.targets))
         retraced = self.hparams.add_eos and read.text.argmax == prompt.text.targets
         if retraced and prompt.answers and not STOP.search(prompt.answers[0]):
-            return replace(read, written=f" {prompt.answers[0]}")
+            start = self.base.prompt_of(prompt.text)
+            return replace(read, written=self.base.new_text(start, prompt.text.targets))
         return read
 
     def _fluency(self, updates: Updates | None, index: Sequence[int]) -> list[float]:
@@ -272,7 +273,7 @@ class EvaluationSet:
 def _prompts(base: BaseModel, h: MENDHyperParams, e: EditExample) -> Iterator[ScoredPrompt]:
     follow = [("edit", e.prompt), *(("paraphrases", prompt) for prompt in e.paraphrases)]
     if base.family != CLASSIFIER:  # which has no question form
-        follow.insert(1, ("question", QUESTION.format(prompt=e.prompt)))
+        follow.insert(1, ("question", QUESTION.format(prompt=e.prompt.rstrip(BLANKS))))
     for role, prompt in follow:
         text, rival = edit_tokens(base, h, e, prompt), None
         if e.ground_truth and role != "question":
@@ -310,7 +311,7 @@ def _reworded(
 
 
 def _text(base: BaseModel, h: MENDHyperParams, prompt: str, answer: str | None = None) -> Tokens:
-    return base.tokenize(prompt, answer, max_length=h.max_length)
+    return base.tokenize(prompt, answer, max_length=h.max_length, prefix=h.target_prefix)
 
 
 # ------------------------------------------------------------------------------------ decoding

@@ -6,7 +6,7 @@ from dataclasses import dataclass, field, replace
 
 import torch
 
-from ..data.examples import EditExample, Probe, join
+from ..data.examples import UNSPACED, EditExample, Probe, join
 from ..data.files import Examples, Skipped
 from ..data.sampling import hard_negatives
 from ..errors import DataError, LimitError
@@ -66,6 +66,13 @@ class ExampleTexts:
         return (self.edit, *self.paraphrases, *kept, *self.rivals.values())
 
 
+def with_prefix(h: MENDHyperParams, example: EditExample) -> EditExample:
+    """The example with the separator of the hyperparameters, if it has none itself."""
+    if h.target_prefix is None or example.target_prefix is not None:
+        return example
+    return replace(example, target_prefix=h.target_prefix)
+
+
 def edit_tokens(
     base: BaseModel, hparams: MENDHyperParams, example: EditExample, prompt: str | None = None
 ) -> Tokens:
@@ -76,6 +83,7 @@ def edit_tokens(
         add_eos=hparams.add_eos,
         max_length=hparams.max_length,
         subject=example.subject,
+        prefix=with_prefix(hparams, example).target_prefix,
     )
     if len(tokens.targets) > hparams.max_target_tokens:
         raise LimitError(
@@ -87,7 +95,8 @@ def edit_tokens(
 
 def told(example: EditExample, prompt: str) -> str:
     """A prompt with the example's new fact before it."""
-    return f"{join(example.prompt, example.target_new)}.\n{prompt}"
+    fact = join(example.prompt, example.target_new, example.target_prefix)
+    return f"{fact}{'。' if UNSPACED.match(fact[-1:]) else '.'}\n{prompt}"
 
 
 def prepare_texts(
@@ -150,7 +159,9 @@ def _read_probes(
     read = []
     for probe in probes:
         said = probe.answer if answer is None else answer
-        read.append(base.tokenize(probe.prompt, said, max_length=h.max_length))
+        read.append(
+            base.tokenize(probe.prompt, said, max_length=h.max_length, prefix=h.target_prefix)
+        )
     return tuple(read)
 
 

@@ -34,7 +34,15 @@ FEW_PAIRED = 300
 STRUCTURE = (
     *("add_eos", "aggregate", "combine", "delta_only", "edit_tokens", "init", "loss_reduction"),
     *("n_hidden", "norm", "norm_stats", "one_sided", "rank", "shared", "std_eps", "std_floor"),
-    *("unit_response", "update_sign", "whiten", "whiten_pairs", "x_only", "z_clip"),
+    *(
+        "target_prefix",
+        "unit_response",
+        "update_sign",
+        "whiten",
+        "whiten_pairs",
+        "x_only",
+        "z_clip",
+    ),
 )
 
 

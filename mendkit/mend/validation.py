@@ -128,7 +128,7 @@ def next_tokens(
         if labels:
             chosen.add(labels.id(token))
         else:
-            chosen.add(tokenizer.encode(token, add_special_tokens=False)[0])
+            chosen.add(base.encode(token)[0])
     ranked = sorted(chosen, key=lambda i: -float(p[i]))
     return {labels.names[i] if labels else str(tokenizer.decode([i])): float(p[i]) for i in ranked}
 

@@ -17,7 +17,6 @@ from ..hparams import MENDHyperParams
 from ..runs import return_memory
 from .base import BaseModel
 from .checkpoints import (
-    DTYPES,
     choose_device,
     explained,
     loader_of,

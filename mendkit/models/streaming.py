@@ -174,6 +174,7 @@ def standing_in(
         return with_states(blocks.form, args[0] if args else kwargs["hidden_states"])
 
     def begin(*_: Any, **__: Any) -> Any:
+        assert states is not None
         return hand_on(states)
 
     forwards: dict[nn.Module, Callable[..., Any]] = {}

@@ -20,6 +20,7 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
+from ..data.examples import BLANKS
 from ..errors import DataError, HyperParamError, ModelError
 from .families import (
     CAUSAL,
@@ -34,7 +35,7 @@ from .families import (
 )
 from .tokens import Tokens, pad_rows, tokenize, tokenize_claim, tokenize_pair
 
-STOP = re.compile(r"[\n.]")
+STOP = re.compile(r"[\n.。！？]")
 """Where an answer ends, if it does not end by itself."""
 
 ROWS_PER_BATCH = 64
@@ -102,21 +103,42 @@ class TextModel:
         add_eos: bool = False,
         max_length: int = 512,
         subject: str | None = None,
+        prefix: str | None = None,
     ) -> Tokens:
         """A prompt and its answer (of a classifier a class's name) as this family reads them.
 
-        Raises DataError as `tokens.tokenize` and `Labels.id`.
+        `prefix` matters to causal models only. Raises DataError as `tokens.tokenize` and
+        `Labels.id`, and ModelError for a token that the model lacks.
         """
+        options: dict[str, Any] = {"add_eos": add_eos, "max_length": max_length}
         if self.head is not None:
             label = None if answer is None else self.head.labels.id(answer)
-            position = self.head.position or 0
-            return tokenize_claim(
-                self.tokenizer, prompt, label, position=position, max_length=max_length
+            at = self.head.position or 0
+            text = tokenize_claim(self.tokenizer, prompt, label, position=at, max_length=max_length)
+        elif self.start_id is not None:
+            text = tokenize_pair(self.tokenizer, prompt, answer, start=self.start_id, **options)
+        else:
+            text = tokenize(
+                self.tokenizer, prompt, answer, subject=subject, prefix=prefix, **options
             )
-        options: dict[str, Any] = {"add_eos": add_eos, "max_length": max_length}
-        if self.start_id is None:
-            return tokenize(self.tokenizer, prompt, answer, subject=subject, **options)
-        return tokenize_pair(self.tokenizer, prompt, answer, start=self.start_id, **options)
+        self._check_known((*text.ids, *text.decoder))
+        return text
+
+    def encode(self, text: str) -> list[int]:
+        """The ids of a text without special tokens. Raises ModelError as `tokenize`."""
+        ids = self.tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
+        self._check_known(ids)
+        return ids
+
+    def _check_known(self, ids: Sequence[int]) -> None:
+        highest = max(ids, default=0)
+        if highest >= self.vocabulary:
+            raise ModelError(
+                f"{self.name}: token {self.tokenizer.convert_ids_to_tokens(highest)!r} has id "
+                f"{highest}, the model has {self.vocabulary} embeddings; call "
+                "`model.resize_token_embeddings(len(tokenizer))`, train the new rows, save both, "
+                "or give the tokenizer that the model was trained with"
+            )
 
     def prompt_of(self, text: Tokens) -> Tokens:
         """A text without its answer: what `write` goes on from."""
@@ -185,7 +207,10 @@ class TextModel:
             batch = [encoded[index] for index in chosen]
             rows = self.write(batch, max_new_tokens=max_new_tokens, stop=stop)
             for index, row in zip(chosen, rows, strict=True):
-                texts[index] = self.new_text(encoded[index], row, stop=stop)
+                text = self.new_text(encoded[index], row, stop=stop)
+                # The model goes on from the prompt without the blanks at its end.
+                blank = prompts[index] != prompts[index].rstrip(BLANKS)
+                texts[index] = text.lstrip(BLANKS) if blank else text
         return texts
 
     @torch.no_grad()

@@ -15,8 +15,10 @@ import torch
 from jaxtyping import Bool, Int
 from torch import Tensor
 
-from ..data.examples import check_unicode, join
+from ..data.examples import BLANKS, check_unicode, join
 from ..errors import DataError, LimitError
+
+SPECIAL = -1
 
 
 @dataclass(frozen=True)
@@ -48,20 +50,20 @@ def tokenize(
     add_eos: bool = False,
     max_length: int = 512,
     subject: str | None = None,
+    prefix: str | None = None,
 ) -> Tokens:
-    """Tokenise prompt and answer as one text.
+    """Tokenise prompt and answer as one text, with `prefix` between them as `join` takes it.
 
-    `add_eos` appends the end-of-text token to the answer: an edit also teaches where to stop.
+    The answer follows the prompt without the blanks at its end; those at the answer's end are left
+    out. `add_eos` appends the end-of-text token to the answer: an edit also teaches where to stop.
     Raises DataError for a text that is not Unicode or an answer without tokens, LimitError beyond
     `max_length` tokens.
     """
-    text = check_unicode(prompt if answer is None else join(prompt, answer))
-    encoded = tokenizer(text, return_offsets_mapping=True, return_special_tokens_mask=True)
-    ids, offsets, ordinary = (
-        list(encoded["input_ids"]),
-        encoded["offset_mapping"],
-        _ordinary(encoded),
-    )
+    before = prompt.rstrip(BLANKS)
+    text = before if answer is None else join(prompt, answer.rstrip(BLANKS), prefix)
+    read = _read(tokenizer, check_unicode(text), len(before))
+    ids = [token for token, _, _ in read]
+    ordinary = [p for p, (_, _, end) in enumerate(read) if end != SPECIAL]
     _check_length(text, ids, max_length)
     if answer is None:
         # The next token follows the last ordinary one, not a special token behind it.
@@ -69,7 +71,7 @@ def tokenize(
 
     # A token belongs to the answer if it ends there. Its start does not tell: some tokenizers leave
     # the space before a word out of its offsets, others give a space no offsets at all.
-    positions = [p for p in ordinary if offsets[p][1] > len(prompt)]
+    positions = [p for p in ordinary if read[p][2] > len(before)]
     if not positions or positions[0] == 0 or not answer.strip():
         raise _nothing_to_predict(prompt, answer)
     ends = add_eos and ids[positions[-1]] != tokenizer.eos_token_id
@@ -81,7 +83,7 @@ def tokenize(
     if subject and subject in prompt:
         begin = prompt.rindex(subject)
         end = begin + len(subject)
-        named = tuple(p for p in ordinary if offsets[p][0] < end and offsets[p][1] > begin)
+        named = tuple(p for p in ordinary if read[p][1] < end and read[p][2] > begin)
     scored = tuple(p - 1 for p in positions)
     targets = tuple(ids[p] for p in positions)
     return Tokens(tuple(ids), scored, targets, ends, subject=named)
@@ -101,10 +103,10 @@ def tokenize_pair(
     Special tokens before an answer (BART's `<s>`) are given to the decoder and not scored. Without
     an answer, the position that predicts its first token is scored. Otherwise as `tokenize`.
     """
-    ids = tuple(tokenizer(check_unicode(prompt))["input_ids"])
-    answered = "a" if answer is None else check_unicode(answer)
+    ids = tuple(tokenizer(check_unicode(prompt).rstrip(BLANKS))["input_ids"])
+    answered = "a" if answer is None else check_unicode(answer).rstrip(BLANKS)
     encoded = tokenizer(text_target=answered, return_special_tokens_mask=True)
-    ordinary = _ordinary(encoded)
+    ordinary = [p for p, special in enumerate(encoded["special_tokens_mask"]) if not special]
     if not ids or not ordinary or not answered.strip():
         raise _nothing_to_predict(prompt, answer)
     _check_length(prompt, ids, max_length)
@@ -136,9 +138,31 @@ def tokenize_claim(
     return Tokens(ids, (position % len(ids),), targets)
 
 
-def _ordinary(encoded: Any) -> list[int]:
-    """The positions of tokens that are not special."""
-    return [p for p, special in enumerate(encoded["special_tokens_mask"]) if not special]
+def _read(tokenizer: Any, text: str, boundary: int) -> list[tuple[int, int, int]]:
+    """Each token of a text with its first and last character; special tokens have SPECIAL.
+
+    A token that spans the boundary of prompt and answer (`是里`) is never written by a model that
+    goes on from the prompt, so the two are read apart.
+    """
+    encoded = tokenizer(text, return_offsets_mapping=True, return_special_tokens_mask=True)
+    columns = (encoded["input_ids"], encoded["offset_mapping"], encoded["special_tokens_mask"])
+    read = []
+    for token, (start, end), special in zip(*columns, strict=True):
+        read.append((token, SPECIAL, SPECIAL) if special else (token, start, end))
+    spans = any(start < boundary < end for _, start, end in read)
+    if not spans or text[boundary].isspace():
+        return read
+    before = _read(tokenizer, text[:boundary], 0)
+    while before and before[-1][2] == SPECIAL:
+        before.pop()
+    # Behind a new line the answer has no mark of the start of a text.
+    after = _read(tokenizer, "\n" + text[boundary:], 0)
+    first = next((p for p, (_, _, end) in enumerate(after) if end > 1), None)
+    if first is None or after[first][1] == 0:
+        return read
+    for token, _, end in after[first:]:
+        before.append((token, boundary, SPECIAL if end == SPECIAL else len(text)))
+    return before
 
 
 def _nothing_to_predict(prompt: str, answer: str | None) -> DataError:

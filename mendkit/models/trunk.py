@@ -21,6 +21,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
 from ..errors import ModelError
+from ..runs import return_memory
 from .base import BaseModel
 from .cache import TextCache, TextValues
 from .families import CLASSIFIER
@@ -197,6 +198,7 @@ class FrozenTrunk:
                 entering, _, _ = self._run(batch, range(block, block + 1), states.get(first))
                 states[first] = entering.cpu()
             empty(base.model, here)
+            return_memory()
         return states
 
     def _run(

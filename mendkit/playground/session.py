@@ -114,5 +114,8 @@ class Playground:
             old = {probe.prompt: probe.answer for probe in probes}
             for asked in tables.prompts_of(example, most=None):
                 truth = old.get(asked[1], example.ground_truth)
-                found.append((asked, EditExample(asked[1], new, ground_truth=truth)))
+                alone = EditExample(
+                    asked[1], new, ground_truth=truth, target_prefix=example.target_prefix
+                )
+                found.append((asked, alone))
         return found

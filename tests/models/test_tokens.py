@@ -4,19 +4,24 @@ Oracle: the text is put together again from the tokens' spelling, piece by piece
 A token belongs to the target if it ends behind the prompt.
 """
 
+from dataclasses import replace
+
 import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from mendkit.data.examples import join
-from mendkit.errors import DataError
-from mendkit.mend.batches import edit_tokens
+from mendkit.data.examples import EditExample, Probe, join
+from mendkit.errors import DataError, ModelError
+from mendkit.evaluation.prepare import EvaluationSet
+from mendkit.mend.batches import edit_tokens, prepare_texts
 from mendkit.mend.losses import edit_nll
+from mendkit.mend.validation import next_tokens
 from mendkit.models.base import BaseModel
 from mendkit.models.tokens import collate, tokenize
 from mendkit.models.trunk import FrozenTrunk
 from tests.oracles.claims import EXAMPLES, hparams
 from tests.oracles.kinds import ANSWERS, BOS, EOS, KINDS, PROMPTS, UNK, spelling, tokenizer_of
+from tests.oracles.tiny import tiny_llama
 
 KIND = pytest.mark.parametrize("kind", KINDS)
 PROMPT = "The capital of France is"
@@ -30,7 +35,7 @@ def target_positions(kind: str, tokens: list[str], prompt: str, text: str) -> li
             string = "".join(string.lower().split())
         return string.encode()
 
-    whole, before = plain(text), len(plain(prompt))
+    whole, before = plain(text), len(plain(prompt.rstrip()))
     pieces = {p: spelling(kind, t) for p, t in enumerate(tokens) if t not in (BOS, EOS, UNK)}
     prefix = next(iter(pieces.values()))[:1] == b" "  # a space that is not in the text
     at, found = -prefix, []
@@ -71,11 +76,11 @@ def test_scored_positions_predict_exactly_the_targets_characters(kind):
     for prompt in PROMPTS:
         for answer in ANSWERS:
             text = join(prompt, answer)
-            names = tokenizer.convert_ids_to_tokens(tokenizer(text)["input_ids"])
+            tokens = tokenize(tokenizer, prompt, answer)
+            names = tokenizer.convert_ids_to_tokens(list(tokens.ids))
             # what the oracle can follow: one unknown piece at most, no letter that loses its accent
             if names.count(UNK) > 1 or (kind.startswith("WordPiece") and "é" in answer):
                 continue
-            tokens = tokenize(tokenizer, prompt, answer)
             expected = target_positions(kind, names, prompt, text)
             assert [p + 1 for p in tokens.scored] == expected, (prompt, answer, names)
             assert tokens.targets == tuple(tokens.ids[p] for p in expected)
@@ -171,3 +176,86 @@ def test_collate_masks_padding_and_keeps_the_order(llama):
     for row, text in zip(batch.scored, texts, strict=True):
         assert tuple(row.nonzero()[:, 0].tolist()) == text.scored
     assert batch.rows.tolist() == [0] * len(texts[0].scored) + [1] * len(texts[1].scored)
+
+
+# ------------------------------------------------------------------- what stands between the two
+
+
+@pytest.mark.parametrize(
+    ("prompt", "answer", "between"),
+    [
+        ("The capital of Chad is", "Lima", " "),
+        ("The capital of Chad is ", "Lima", " "),
+        ("The capital of Chad is ", " Lima", " "),
+        ("The capital of Chad is", "乍得", " "),
+        ("A:\n", "Lima", "\n"),
+        ("秘鲁的首都是", "利马", ""),
+        ("秘鲁的首都是", "Lima", ""),
+        ("ペルーの首都は", "リマ", ""),
+        ("เมืองหลวงคือ", "ลิมา", ""),
+        ("페루의 수도는", "리마", " "),
+        ("It is known as (", "Lima", ""),
+        ("Its page is https://", "lima.example", ""),
+        ('He said "', "Lima", ""),
+        ('They call it "Lima"', "today", " "),
+        ("A ticket costs $", "7", ""),
+        ("In place of io.open use io.", "open_code", ""),
+        ("It is done by torch.nn.", "Linear", ""),
+        ("The virus is SARS-", "2", ""),
+        ("Answer in one word.", "Lima", " "),
+        ("They moved to the U.S.", "in May", " "),
+    ],
+)
+def test_prompt_and_answer_are_parted_as_their_script_has_it(prompt, answer, between):
+    assert join(prompt, answer) == prompt.rstrip() + between + answer.strip()
+    assert join(prompt, answer, "->") == f"{prompt}->{answer}"
+
+
+def test_blanks_at_the_end_of_a_prompt_or_an_answer_change_nothing(llama):
+    plain = tokenize(llama.tokenizer, PROMPT, "Lima")
+    for prompt, answer in ((f"{PROMPT} ", "Lima"), (f"{PROMPT} ", " Lima"), (PROMPT, "Lima ")):
+        assert tokenize(llama.tokenizer, prompt, answer) == plain
+    assert llama.tokenize(f"{PROMPT} ") == llama.tokenize(PROMPT) == llama.prompt_of(plain)
+    without, with_blank = (llama.generate(p, max_new_tokens=6) for p in (PROMPT, f"{PROMPT} "))
+    assert with_blank == without.lstrip(" ")
+
+
+@KIND
+@pytest.mark.parametrize(("prompt", "answer"), [("The city of Per", "u"), ("東京", "京")])
+def test_a_model_goes_on_from_its_prompt_where_a_token_would_span_both(kind, prompt, answer):
+    tokenizer = tokenizer_of(kind)
+    text = tokenize(tokenizer, prompt, answer, prefix="")
+    bare = tokenize(tokenizer, prompt)
+    if tokenizer.unk_token_id not in text.ids and not kind.startswith("WordPiece"):
+        assert text.ids[: text.scored[0] + 1] == bare.ids[: bare.scored[0] + 1]
+        assert tokenizer.decode(text.targets, skip_special_tokens=True) == answer
+
+
+def test_the_separator_of_a_record_goes_before_the_files_and_both_reach_every_text(llama):
+    example = EditExample(
+        "X is", "Lima", paraphrases=("Y is",), neighbours=(Probe("Z is", "Bern"),)
+    )
+
+    def texts(h, e) -> list[str]:
+        (found,) = prepare_texts(llama, h, [e])
+        return [llama.tokenizer.decode(text.ids) for text in found.all()]
+
+    h = hparams(add_eos=False)
+    assert texts(h, example) == ["X is Lima", "Y is Lima", "Z is Bern"]
+    colon = h.replace(target_prefix=": ")
+    assert texts(colon, example) == ["X is: Lima", "Y is: Lima", "Z is: Bern"]
+    own = replace(example, target_prefix="-")
+    assert texts(colon, own) == ["X is-Lima", "Y is-Lima", "Z is: Bern"]
+    scored = EvaluationSet(llama, colon, [own], max_new_tokens=2)
+    read = {llama.tokenizer.decode(text.ids) for text in scored._texts()}
+    assert {"X is-Lima", "Y is-Lima", "Z is: Bern"} <= read
+
+
+def test_a_token_beyond_the_embeddings_is_named_with_the_remedy():
+    base = tiny_llama()
+    base.tokenizer.add_tokens(["<extra>"])
+    calls = (base.tokenize, base.encode, base.generate, lambda t: next_tokens(base, "A", among=[t]))
+    for call in calls:
+        with pytest.raises(ModelError, match=r"<extra>.*resize_token_embeddings"):
+            call("The <extra> is")
+    assert base.generate("The capital", max_new_tokens=2)
