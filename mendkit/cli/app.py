@@ -35,7 +35,7 @@ Words = Annotated[list[str] | None, Argument(metavar="[CONFIG] [KEY=VALUE]...", 
 Out = Annotated[Path | None, Option(metavar="DIR", help="write results.json and the rest there")]
 Json = Annotated[bool, Option("--json", help="print JSON and nothing else")]
 Overwrite = Annotated[bool, Option("--overwrite", help="replace the files of an earlier run")]
-Data = Annotated[str, Option(metavar="FILE", help="examples, or facts:SPLIT")]
+Data = Annotated[str, Option(metavar="FILE", help="examples, facts:SPLIT or hf:OWNER/NAME")]
 Limit = Annotated[int | None, Option(min=1, metavar="N", help="use the first N examples")]
 MaxNewTokens = Annotated[int, Option(min=1, metavar="N", help="tokens to write")]
 SkipInvalid = Annotated[bool, Option("--skip-invalid", help="leave out bad records, count them")]

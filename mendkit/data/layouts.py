@@ -37,7 +37,7 @@ NAMES = {
     "generation_prompts": "generation_prompts",
     "target_prefix": "target_prefix",
     "metadata": "metadata _*",
-    "left out": "answer_alias* attribute* bert_score cond dataset eval_* example_type fact_new*"
+    "left out": "answer_* attribute* bert_score cond dataset eval_* example_type fact_new*"
     " fact_true* label loc_prompts meta multiple_choice* new_answer_alias* new_single_hops"
     " no_question* object_id orig pararel_idx path prompt_full rephrases reversed_* single_hops"
     " source* split subject_id tag target_id time_* topic type unsfact_* yes_question*",

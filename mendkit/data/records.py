@@ -147,7 +147,7 @@ def _objects(record: Record, key: str) -> list[Flat]:
 
 def _drop(record: Flat, left: list[str], *names: str) -> None:
     """Remove what is not read, noting it in `left`."""
-    left += [name for name in names if record.pop(name, None) is not None]
+    left += [name for name in names if record.pop(name, None)]
 
 
 def _rewrites(record: Flat, left: list[str]) -> list[Flat]:
@@ -197,11 +197,12 @@ RIPPLES = {
 
 def _ripple(record: Flat, left: list[str]) -> list[Flat]:
     """RippleEdits: the edit is a sentence, whose answer begins after its last ` is `."""
-    edit = _objects(record, "edit")[0]
+    edit, old = _objects(record, "edit")[0], ""
     del record["edit"]
-    sentence, old = text(edit, "prompt") or "", ""
+    sentence, relation = text(edit, "prompt") or "", text(edit, "relation") or ""
     if edit.get("original_fact"):
         old = text(_objects(edit, "original_fact")[0], "prompt") or ""
+        del edit["original_fact"]
     # 1. the answer begins after the last ` is ` that the new and the old sentence share
     same = sentence
     while old and not old.startswith(same):
@@ -210,13 +211,12 @@ def _ripple(record: Flat, left: list[str]) -> list[Flat]:
     if not verb:
         raise DataError("field `edit.prompt` has no ` is `, after which the answer would begin")
     start = len(stem + verb)
-    flat: Flat = {"prompt": f"{stem} is", "target_new": sentence[start:].removesuffix(".")}
+    flat = edit | {"prompt": f"{stem} is", "target_new": sentence[start:].removesuffix(".")}
     flat["ground_truth"] = old[start:].removesuffix(".")
     # 2. "the name of the country of citizenship of X": the relation, then the subject
-    relation = text(edit, "relation") or ""
     _, named, subject = stem.rpartition(f" {relation.replace('_', ' ').lower()} of ")
     if named:
-        flat |= {"relation": relation, "subject": subject}
+        flat["subject"] = subject
     # 3. the queries, by what should become of their answers
     for kind in record:
         if kind not in RIPPLES:

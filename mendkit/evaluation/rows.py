@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import MendkitError
-from ..runs import append_line, locked, make_folder, write_text
+from ..runs import append_line, locked, make_folder, user_path, write_text
 from .results import EditRow
 
 logger = logging.getLogger(__name__)
@@ -50,7 +50,7 @@ def keeping(rows: str | Path | None, run_of: Callable[[], dict[str, Any]]) -> It
     if rows is None:
         yield Kept()
         return
-    path = Path(rows).with_suffix(".unfinished.jsonl")
+    path = user_path(rows).with_suffix(".unfinished.jsonl")
     with locked(make_folder(path.parent)):
         now = run_of()
         if path.exists():

@@ -30,7 +30,7 @@ from ..errors import MendkitError
 from ..models.base import BaseModel
 from ..models.cache import cache_root
 from ..models.checkpoints import BUNDLED, silence_transformers
-from ..runs import make_folder, write_text
+from ..runs import make_folder, user_path, write_text
 from .losses import wide
 from .updates import unedited
 
@@ -264,7 +264,7 @@ def write_model(folder: str | Path, edited: BaseModel) -> None:
 
     Raises MendkitError if the folder is a file, cannot be written to, or is the model's own.
     """
-    if Path(folder).resolve() == Path(edited.model.name_or_path or "/").resolve():
+    if user_path(folder).resolve() == Path(edited.model.name_or_path or "/").resolve():
         raise MendkitError(f"{folder} holds the base model itself; give another folder")
     with silence_transformers(), _new_files(folder, "the edited model") as new:
         edited.model.save_pretrained(new)

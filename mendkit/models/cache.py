@@ -17,7 +17,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from ..runs import DAMAGE, atomically, sha256
+from ..runs import DAMAGE, atomically, sha256, user_path
 
 logger = logging.getLogger(__name__)
 
@@ -27,9 +27,9 @@ TextValues = tuple[Tensor, Tensor]
 def cache_root() -> Path:
     """$MENDKIT_CACHE, else $XDG_CACHE_HOME/mendkit, else ~/.cache/mendkit."""
     if given := os.environ.get("MENDKIT_CACHE"):
-        return Path(given).expanduser()
+        return user_path(given)
     if given := os.environ.get("XDG_CACHE_HOME"):
-        return Path(given).expanduser() / "mendkit"
+        return user_path(given) / "mendkit"
     return Path.home() / ".cache" / "mendkit"
 
 
@@ -46,7 +46,7 @@ class TextCache:
     """
 
     def __init__(self, folder: str | Path | None, space: Mapping[str, Any], *, limit: int) -> None:
-        self.root = default_folder() if folder is None else Path(folder).expanduser() / "trunk"
+        self.root = default_folder() if folder is None else user_path(folder) / "trunk"
         described = json.dumps(space, sort_keys=True, default=str)
         self.folder = self.root / sha256(described)[:32]
         self.limit, self.writable = limit, True

@@ -35,7 +35,7 @@ from transformers.utils import logging as transformers_logging
 
 from ..errors import ModelError
 from ..hparams import MENDHyperParams
-from ..runs import file_sha256
+from ..runs import file_sha256, user_path
 from .cache import cache_root
 
 BUNDLED = "smollm2-135m"
@@ -123,7 +123,7 @@ def locate(source: str | Path) -> str | Path:
     """
     if source == BUNDLED:
         return bundled_model()
-    path, text = Path(source).expanduser(), str(source)
+    path, text = user_path(source), str(source)
     if path.is_file():
         with path.open("rb") as file:
             if file.read(4) == b"GGUF":
@@ -146,7 +146,7 @@ def locate(source: str | Path) -> str | Path:
 def locate_tokenizer(h: MENDHyperParams) -> str | Path:
     """Where a model's tokenizer is: as `locate`, or in a folder that holds nothing else."""
     name = h.tokenizer_name or h.model_name
-    folder = Path(name).expanduser()
+    folder = user_path(name)
     return folder if folder.is_dir() else locate(name)
 
 

@@ -279,11 +279,11 @@ def local_workers(sweep: Sweep) -> int:
 
 def read_runs(folder: str | Path) -> list[SweepRun]:
     """The runs of the sweep in a folder. Raises MendkitError if it holds none, or an old one."""
-    rows = read_json(Path(folder) / SWEEP).get("runs")
+    rows = read_json(user_path(folder) / SWEEP).get("runs")
     if rows is None:
         raise MendkitError(f"{folder} holds no sweep; run `mendkit report CONFIG --sweep FILE`")
     try:
-        return [SweepRun(**row | {"folder": Path(folder, row["folder"])}) for row in rows]
+        return [SweepRun(**row | {"folder": user_path(folder) / row["folder"]}) for row in rows]
     except (KeyError, TypeError):
         raise MendkitError(f"{folder}/{SWEEP} is of another version; run the sweep again") from None
 
