@@ -1,8 +1,7 @@
 """The two files of a training run: the archive it ends with, and the checkpoint it goes on from.
 
-The archive is a trained hypernetwork: transforms, statistics of the normaliser, log step sizes;
-hyperparameters, base model, sign of the update, step sizes and training summary as metadata. It is
-refused on another base model than its own (CORRECTNESS rows 3, 23, 24).
+The archive is a trained hypernetwork: transforms, statistics of the normaliser, log step sizes. It
+is refused on another base model than its own (CORRECTNESS rows 3, 23, 24).
 
 The checkpoint holds what the next steps depend on: hypernetwork, optimiser, generator, what is left
 of the epoch; as metadata how far the run has come and what it is a run of. A run that goes on ends
@@ -198,8 +197,8 @@ class Checkpoint:
         if differences:
             raise MendkitError(
                 f"{self.path}: the checkpoint of another run ({'; '.join(differences)}), at step "
-                f"{course.step} of {course.steps}; give the settings and examples of that run to "
-                "go on with it, give this one another folder, or delete the file to start anew"
+                f"{course.step} of {course.steps}; go on with that run's settings and examples, "
+                "give this one another folder, or delete the file"
             )
         return course
 

@@ -1,8 +1,7 @@
 """Training in several processes (Hugging Face Accelerate; gloo between CPUs, NCCL between GPUs).
 
-Every process has the whole model, draws the same batches from the same generator and takes its
-share of each. Sums over the processes then give what one process would have computed. Only the
-first process decides and writes, and it keeps other runs out of the folder.
+Every process has the whole model, draws the same batches and takes its share of each. Sums over
+the processes then give what one process would have computed. The first one decides and writes.
 """
 
 import os

@@ -1,8 +1,7 @@
 """Gradient factors: the gradient of a linear layer is a sum of rank-one terms (MEND, section 3.1).
 
-For y = W x a token t adds delta_t u_tᵀ to dL/dW, with u_t = x_t and delta_t = dL/dy_t. Hooks on the
-layer read both, so the orientation of its weight does not matter. Tokens are chosen by position,
-never by comparing floats with zero (CORRECTNESS row 11).
+For y = W x a token t adds delta_t u_tᵀ to dL/dW, with u_t = x_t and delta_t = dL/dy_t. Hooks read
+both, so a weight's orientation does not matter. Tokens are chosen by position (CORRECTNESS row 11).
 Axes: e edits, n tokens of all edits (packed), t tokens padded, i layer input, o layer output.
 """
 
@@ -35,8 +34,7 @@ SiteTensors = dict[str, tuple[Tensor, Tensor]]
 class GradientFactors:
     """Factors of one or several edits at a layer, packed; `rows[k]` is the edit of token k.
 
-    Each edit's loss is a mean over its target tokens, so its factors have the scale of a single
-    edit whatever the batch (CORRECTNESS row 12).
+    They have the scale of a single edit, whatever the batch (CORRECTNESS row 12).
     """
 
     u: Float[Tensor, "n i"]  # layer inputs
@@ -189,7 +187,7 @@ def as_one_loss(factors: Factors, texts: Sequence[Tokens]) -> Factors:
 
 
 class FactorCache:
-    """Factors by text: kept in memory within `cache_bytes`, recomputed from the trunk beyond it."""
+    """Factors by text: kept within `cache_bytes`, recomputed from the trunk beyond it."""
 
     def __init__(self, trunk: FrozenTrunk, hparams: MENDHyperParams) -> None:
         self.trunk, self.budget = trunk, hparams.cache_bytes

@@ -1,10 +1,8 @@
 """The kit's own files: safetensors with JSON metadata, tied to a base model.
 
-A file is whole or not there: it is written to a temporary one and renamed.
-Its metadata hold one SHA-256 over themselves and all tensors, and name the base model.
-Another model is refused (CORRECTNESS rows 23, 24).
-A file is not trusted: what it declares is compared with what it holds before anything is built.
-Whatever is wrong becomes one ArchiveError. Files of the first format are still read.
+A file is whole or not there. Its metadata hold one SHA-256 over themselves and all tensors, and
+name the base model: another one is refused (CORRECTNESS rows 23, 24). Whatever is wrong becomes
+one ArchiveError, before anything is built. Files of the first format are still read.
 """
 
 import json
@@ -73,8 +71,8 @@ def save_tensors(
 ) -> Path:
     """Write a file of this kind; its format and checksum join the metadata.
 
-    Raises ArchiveError for numbers that no reader would take, MendkitError if it cannot be written.
-    What was there before then stays.
+    Raises ArchiveError for numbers that are not finite, MendkitError if it cannot be written: what
+    was there stays.
     """
     path = user_path(path)
     tensors = {name: value.detach().cpu().contiguous() for name, value in tensors.items()}
@@ -127,8 +125,7 @@ def read_tensors(kind: Kind, path: str | Path) -> tuple[dict[str, Any], dict[str
         intact = set(header) == {"mendkit"} and _is_intact(kind, metadata, tensors)
     if not intact or not all(map(is_finite, tensors.values())):
         raise ArchiveError(
-            f"{path}: damaged: its content does not match its checksum, or is not finite; "
-            "restore it or make it anew"
+            f"{path}: damaged: it does not match its checksum, or is not finite; make it anew"
         )
     shapes = {name: list(tensor.shape) for name, tensor in tensors.items()}
     return metadata | {"tensors": shapes}, tensors
@@ -155,7 +152,7 @@ def _is_intact(kind: Kind, metadata: Mapping[str, Any], tensors: Mapping[str, Te
 
 @contextmanager
 def damage_named(path: str | Path, what: str = "file") -> Iterator[None]:
-    """Whatever damaged content raises in here becomes one ArchiveError naming the file."""
+    """Whatever damaged content raises in here becomes an ArchiveError naming the file."""
     try:
         yield
     except ArchiveError:

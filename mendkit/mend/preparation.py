@@ -147,7 +147,6 @@ class Preparation:
         return_memory()
 
     def _measure_edit_lr(self, mend: MEND, h: MENDHyperParams) -> float:
-        """The best step of the untrained hypernetwork on some training edits."""
         start, generator = time.perf_counter(), torch.Generator().manual_seed(h.seed)
         order = torch.randperm(len(self.train), generator=generator)[:AUTO_EDITS].tolist()
         at_once = h.most_edits if h.train_on == "batch" else 1
@@ -169,11 +168,11 @@ class Preparation:
         return sorted((texts[i] for i in order), key=lambda example: len(example.edit.ids))
 
     def _with_statistics(self, h: MENDHyperParams) -> MEND:
-        """A new hypernetwork, or the archive's with least squares; each process gathers a share."""
+        """A new hypernetwork, or the archive's with least squares."""
         if h.whiten_pairs and len(self.statistics) < FEW_PAIRED:
             logger.warning(
-                "whiten_pairs: statistics of %d examples are poor (700 are good, 48 fail); give "
-                "more training examples and `stats_examples`, or set `whiten_pairs: false`",
+                "whiten_pairs: statistics of %d examples are poor (700 are good); give more and "
+                "raise `stats_examples`, or set `whiten_pairs: false`",
                 len(self.statistics),
             )
         share = self.team.share(self.statistics)
@@ -190,7 +189,6 @@ class Preparation:
         return mend
 
     def _edit_factors(self, examples: Sequence[ExampleTexts]) -> Iterator[Factors]:
-        """Factors of the examples' edits, batch by batch."""
         for batch in self._batches(examples, "statistics"):
             edits = [example.edit for example in batch]
             yield capture_factors(self.trunk, edits, **self.factors.how)
@@ -231,13 +229,12 @@ class Preparation:
 
 
 def _check_team(h: MENDHyperParams, examples: int, processes: int) -> None:
-    """Raise HyperParamError if several processes cannot share the batches."""
     if h.train_on != "single" and processes > 1:
         raise HyperParamError(
             f"train_on: {h.train_on} works in one process only; set `train_on: single`"
         )
     if min(h.batch_size, examples) < processes:
         raise HyperParamError(
-            f"batch_size: {h.batch_size} of {examples} training examples cannot be shared by "
-            f"{processes} processes; raise `batch_size`, give more examples, or fewer processes"
+            f"batch_size: {h.batch_size} of {examples} examples cannot be shared by {processes} "
+            "processes; raise `batch_size`, give more examples, or fewer processes"
         )

@@ -1,7 +1,6 @@
 """Training a hypernetwork (MEND, Algorithm 1): the loop, and what it leaves in the run folder.
 
-`history.jsonl` has a row for each logged step and each validation. `logger` sends the same rows to
-TensorBoard (files in the run folder) or Weights & Biases (set up by wandb itself).
+`history.jsonl` has a row for each logged step and each validation. `logger` gets the same rows.
 """
 
 import json
@@ -95,7 +94,7 @@ class Trainer:
         return self.team.first(lambda: self.finish(stopped))
 
     def start(self) -> None:
-        """Build the hypernetwork and, if the run goes on, take up where it stopped."""
+        """Build the hypernetwork; a run that goes on takes up where it stopped."""
         prepared, course = self.prepared, self.course
         saved = self.checkpoint.tensors(prepared.base) if self.goes_on else {}
         names = [name for name in saved if name.startswith("mend/")]
@@ -129,12 +128,11 @@ class Trainer:
         )
 
     def out_of_time(self) -> bool:
-        """Whether the time budget is used up; the first process's clock counts."""
         most = self.hparams.max_seconds
         return most is not None and self.team.first(lambda: self.course.elapsed > most)
 
     def over(self) -> str | None:
-        """Why training ends after the steps made so far; None if it does not."""
+        """Why training ends now; None if it does not."""
         h, course = self.hparams, self.course
         if course.step and self.out_of_time():
             return f"time budget of {h.max_seconds:g} s used up at step {course.step}"
@@ -166,7 +164,7 @@ class Trainer:
         return better
 
     def record(self, row: dict[str, float]) -> None:
-        """Keep a row of the history, log it, and (the first process) write it to the folder."""
+        """Keep a row of the history, log it, and write it to the folder."""
         self.course.history.append(row)
         self.log(row)
         if self.team.rank:
@@ -179,12 +177,11 @@ class Trainer:
             ) from None
 
     def save(self) -> None:
-        """Write the checkpoint."""
         self.course.seconds = time.perf_counter() - self.started
         self.checkpoint.write(self.prepared.base, self.course, self.learner.tensors())
 
     def save_archive(self) -> None:
-        """Write the archive, with what tells of its training: the same for the same training."""
+        """Write the archive with a summary of its training, the same for the same training."""
         prepared = self.prepared
         keys = [t.key for e in (*prepared.train, *prepared.held_out) for t in e.all()]
         told = {key: value for key, value in provenance().items() if key != "started"}
@@ -217,7 +214,6 @@ class Trainer:
                 )
 
     def finish(self, stopped: str) -> TrainingResult:
-        """Mark the run as ended."""
         course = self.course
         if not course.best:
             raise MendkitError(
@@ -234,7 +230,6 @@ class Trainer:
 
 
 def _without_seconds(row: Mapping[str, float]) -> dict[str, float]:
-    """A row of the history without its time."""
     return {name: value for name, value in row.items() if name != "seconds"}
 
 
@@ -272,8 +267,9 @@ def train(
     check_logger(hparams.logger)
     if not train_examples or not val_examples:
         raise MendkitError("training needs at least one training and one validation example")
-    warn_of_shared_subjects(train_examples, val_examples[: hparams.val_steps])
     team = Team(hparams.device)
+    if team.rank == 0:
+        _warn_of_shared_subjects(train_examples, val_examples[: hparams.val_steps])
     run = team.first(lambda: make_folder(run_dir))
     with team.alone_in(run):
         checkpoint = Checkpoint(run, hparams, train_examples, val_examples)
@@ -294,14 +290,12 @@ def train(
             except KeyboardInterrupt:
                 made, steps = trainer.course.step, trainer.course.steps
                 if team.rank == 0:
-                    said = (
-                        "interrupted after step %d of %d; this call, or --resume, goes on from %s"
-                    )
-                    logger.warning(said, made, steps, checkpoint.path)
+                    how = f"this call, or --resume, goes on from {checkpoint.path}"
+                    logger.warning("interrupted after step %d of %d; %s", made, steps, how)
                 raise
 
 
-def warn_of_shared_subjects(
+def _warn_of_shared_subjects(
     train_examples: Sequence[EditExample], val_examples: Sequence[EditExample]
 ) -> None:
     """Warn of subjects that validation has in common with training: its scores flatter then."""

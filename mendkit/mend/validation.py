@@ -250,9 +250,8 @@ def best_edit_lr(
 ) -> float:
     """The step size at which an untrained hypernetwork, whose α is 1, has the least loss.
 
-    `edit_lr: auto` starts all sites there. Models differ in it by orders of magnitude, as their
-    gradients do. The search goes up from steps that change nothing, over a geometric grid.
-    Raises HyperParamError if no step lowers the loss.
+    `edit_lr: auto` starts all sites there. The search goes up a geometric grid, from steps that
+    change nothing. Raises HyperParamError if no step lowers the loss.
     """
     edits = list(_make_edits(trunk, untrained, examples, h, at_once))
     losses: dict[int, float] = {}

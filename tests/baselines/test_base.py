@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from mendkit.baselines import tuning
-from mendkit.baselines.base import down_projections, fact_in_context
+from mendkit.baselines.base import down_projections, fact_in_context, tune_identity
 from mendkit.baselines.fine_tuning import FineTuning, LocalisedFineTuning
 from mendkit.baselines.gauss_newton import GaussNewton
 from mendkit.baselines.rome import ROME
@@ -15,8 +15,9 @@ from mendkit.errors import HyperParamError, LimitError, MendkitError, ModelError
 from mendkit.evaluation.evaluate import evaluate
 from mendkit.evaluation.prepare import EvaluationSet
 from mendkit.evaluation.results import normalise
+from mendkit.mend.hypernetwork import MEND
 from mendkit.models.trunk import FrozenTrunk
-from tests.oracles.claims import EXAMPLES, hparams, logits
+from tests.oracles.claims import EXAMPLES, hparams, logits, with_statistics
 from tests.oracles.families import other_base
 
 
@@ -120,6 +121,15 @@ def test_the_fact_in_context_is_read_before_every_prompt(llama):
 
 
 # ------------------------------------------------------------------------------------------ tuning
+
+
+def test_the_identity_control_tries_steps_that_suit_the_model(llama):
+    mend = with_statistics(llama, MEND(llama.sites, hparams(z_clip=None)))
+    rates = [row["edit_lr"] for row in tune_identity(llama, mend, EXAMPLES)[1]]
+    for moments in mend.moments.values():  # deltas 1024 times as large
+        moments["delta"].m2 *= 2.0**-20
+    smaller = [row["edit_lr"] for row in tune_identity(llama, mend, EXAMPLES)[1]]
+    assert smaller == [rate / 1024 for rate in rates]
 
 
 def test_every_kind_has_the_same_budget_and_keeps_the_best(llama, text, monkeypatch):

@@ -11,6 +11,7 @@ import resource
 import zipfile
 from collections import Counter, OrderedDict
 from collections.abc import Callable, Iterable
+from io import BytesIO
 from pathlib import Path
 
 import psutil
@@ -220,7 +221,7 @@ def test_changed_metadata_are_refused_even_where_they_make_sense(base, archive):
     metadata = layout.metadata  # another editor, of the same tensors
     metadata["hparams"]["lr_scale"], metadata["update_sign"] = 3.0, 1
     archive.write_bytes(layout.retold(json.dumps(metadata)))
-    with pytest.raises(ArchiveError, match="does not match its checksum"):
+    with pytest.raises(ArchiveError, match="not match its checksum"):
         inspect_archive(archive)
     archive.write_bytes(layout.retold(metadata))  # the control: with a checksum made anew
     assert inspect_archive(archive)["update_sign"] == 1
@@ -254,43 +255,13 @@ def as_imported(gpt, h) -> Load:
     return load
 
 
-def rezipped(path: Path, whole: bytes, change: Callable[[str, bytes], bytes], **how) -> None:
-    """The zip with some entries' bytes changed, its checksums right."""
-    path.with_name("whole").write_bytes(whole)
-    with zipfile.ZipFile(path.with_name("whole")) as old, zipfile.ZipFile(path, "w", **how) as new:
-        for entry in old.infolist():
-            new.writestr(entry.filename, change(entry.filename, old.read(entry)))
-
-
-def test_damaged_foreign_archives_are_refused_or_the_same(gpt, published):
-    path, _, h = published
-    whole, rng, load, refused = path.read_bytes(), random.Random(8), as_imported(gpt, h), 0
-    cuts = [(f"cut at {at}", whole[:at]) for at in sorted(rng.sample(range(len(whole)), 40))]
-    flips = []
-    for _ in range(160):
-        at, bit = rng.randrange(len(whole)), rng.randrange(8)
-        content = bytearray(whole)
-        content[at] ^= 1 << bit
-        flips.append((f"bit {bit} of byte {at}", bytes(content)))
-    assert attacked(path, cuts + flips, load)["refused"] > 130
-    for _ in range(80):  # in the pickle, with the checksum of the zip made anew
-        place, bit = rng.random(), rng.randrange(8)
-
-        def change(name: str, content: bytes, place: float = place, bit: int = bit) -> bytes:
-            out = bytearray(content)
-            if name.endswith("data.pkl"):
-                out[int(place * len(out))] ^= 1 << bit
-            return bytes(out)
-
-        rezipped(path, whole, change)
-        refused += result(path, load, f"bit {bit} at {place}") is None
-    assert refused > 20
-
-
 def test_a_foreign_archive_that_grows_or_declares_much_is_refused(gpt, published):
     path, state, h = published
-    whole, load = path.read_bytes(), as_imported(gpt, h)
-    rezipped(path, whole, lambda name, content: content, compression=zipfile.ZIP_DEFLATED)
+    load = as_imported(gpt, h)
+    whole = zipfile.ZipFile(BytesIO(path.read_bytes()))
+    with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as compressed:
+        for entry in whole.infolist():
+            compressed.writestr(entry.filename, whole.read(entry))
     with pytest.raises(ArchiveError, match=r"attacked\.pt.*compressed"):
         read_foreign(path)
     (v,) = [name for name in state if name.endswith("layers.0.v")]

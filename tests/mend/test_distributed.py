@@ -4,15 +4,12 @@ import json
 import os
 import subprocess
 import sys
-import threading
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
 import torch
 
 from mendkit.mend.archive import load_archive
-from mendkit.mend.normaliser import RunningMoments, Whitening
 from mendkit.mend.training import train
 from tests.oracles.claims import EXAMPLES, hparams
 
@@ -143,50 +140,3 @@ def test_the_first_process_decides_for_all(two):
 def test_a_failing_process_takes_the_other_along(two):
     assert "MemoryError: no room in process 1" in (two / "stderr").read_text()
     assert len(history(two / "fails")) == 1  # the first one got no further
-
-
-# ---------------------------------------- statistics, in threads
-
-
-def merge_together(modules: list) -> None:
-    """Merge every module in a thread; what `total` gives is the sum over the threads."""
-    barrier, box = threading.Barrier(len(modules)), [None] * len(modules)
-
-    def merge(index: int) -> None:
-        def total(x: torch.Tensor) -> torch.Tensor:
-            box[index] = x.clone()
-            barrier.wait()
-            whole = torch.stack(box).sum(0)
-            barrier.wait()
-            return whole
-
-        modules[index].merge(total)
-
-    with ThreadPoolExecutor(len(modules)) as pool:
-        list(pool.map(merge, range(len(modules))))
-
-
-@pytest.mark.parametrize("split", [8, 0])
-@pytest.mark.parametrize("kind", ["moments", "stored", "pairs"])
-def test_merged_statistics_are_those_of_all_rows(split, kind):
-    make = {
-        "moments": lambda: RunningMoments(6),
-        "stored": lambda: RunningMoments(6, 1e-7),
-        "pairs": lambda: Whitening(6, 0.1, pairs=True, unit_response=True),
-    }[kind]
-    x = torch.randn(40, 6, generator=torch.Generator().manual_seed(0)) * 3 + 100
-    columns = [x]
-    if kind == "pairs":
-        columns += [torch.arange(40) // 4, torch.arange(40) % 2 == 0]
-    whole, first, second = make(), make(), make()
-    whole.add(*columns)
-    if split:
-        first.add(*(values[:split] for values in columns))
-    second.add(*(values[split:] for values in columns))
-    merge_together([first, second])
-    for module in (whole, first, second):
-        if kind == "pairs":
-            module.fit()
-    for module in (first, second):
-        for key, value in whole.state_dict().items():
-            torch.testing.assert_close(module.state_dict()[key], value, rtol=1e-9, atol=1e-9)
