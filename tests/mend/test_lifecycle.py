@@ -1,11 +1,16 @@
 """A model of every family, from its folder to an exported archive and scored edits."""
 
+import copy
+
 import pytest
 import torch
+from peft import PeftModel
 from torch import nn
 
+from mendkit.errors import MendkitError
 from mendkit.evaluation.evaluate import evaluate
 from mendkit.evaluation.prepare import EvaluationSet
+from mendkit.hparams import MENDHyperParams
 from mendkit.interop.foreign import export_archive, import_archive
 from mendkit.mend.archive import load_archive
 from mendkit.mend.batches import edit_tokens, prepare_texts
@@ -13,19 +18,19 @@ from mendkit.mend.editor import MENDEditor
 from mendkit.mend.training import train
 from mendkit.models.load import load_model
 from tests.oracles.claims import examples_of, hparams, plain_logits
-from tests.oracles.families import CAUSAL_KIND_OF, KIND_OF, other_base
+from tests.oracles.families import FAMILIES, other_base
 from tests.oracles.tiny import save_tiny
 
 
-@pytest.fixture(scope="module", params=[*KIND_OF, *CAUSAL_KIND_OF])
+@pytest.fixture(scope="module", params=FAMILIES)
 def trained(request, tmp_path_factory):
     """A saved model of a family, loaded again and trained for three steps, and its archive."""
     folder = tmp_path_factory.mktemp("family")
     saved = other_base(request.param)
     path = save_tiny(folder / "model", saved)
-    base = load_model(path)
+    inner = tuple(site.name for site in saved.sites)
+    base = load_model(MENDHyperParams(model_name=str(path), inner_params=inner))
     assert base.family == saved.family and base.sites == saved.sites and base.name == "model"
-    inner = tuple(site.name for site in base.sites)
     h = hparams(norm_stats="shape", z_clip=None, inner_params=inner, edit_lr=1e-2, lr=1e-2).replace(
         model_name=str(path), max_iters=3, val_interval=3, batch_size=2
     )
@@ -64,6 +69,23 @@ def test_edits_are_made_added_up_undone_and_merged(trained):
         assert torch.equal(reading(base), once) and first.active
     assert torch.equal(reading(base), before)
     assert all(torch.equal(value, bits[name]) for name, value in base.model.state_dict().items())
+
+
+def test_an_adapter_gives_the_edited_logits_or_is_refused_by_name(trained):
+    h, base, folder = trained
+    edit = MENDEditor.from_hparams(h, base=base).edit(examples_of(base)[0])
+    with edit.applied():
+        edited = reading(base)
+    try:
+        edit.save_adapter(folder / "adapter")
+    except MendkitError as error:
+        assert base.sites[0].module.rpartition(".")[2] in str(error)
+        assert base.model.config.model_type in ("deepseek_v3", "qwen2_moe", "qwen3_next")
+        return
+    other = copy.copy(base)
+    other.model = PeftModel.from_pretrained(copy.deepcopy(base.model), folder / "adapter").eval()
+    near = 1e-4 * float(edited.abs().max())
+    torch.testing.assert_close(reading(other), edited, rtol=1e-3, atol=near)
 
 
 def test_an_archive_goes_out_and_comes_back_with_every_bit(trained):

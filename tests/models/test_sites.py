@@ -1,15 +1,21 @@
 """Edit sites and blocks are read from the module tree (CORRECTNESS rows 10 and 25)."""
 
+from dataclasses import dataclass
+
 import pytest
 import torch
 from torch import nn
-from transformers import MixtralConfig, MixtralForCausalLM, PreTrainedConfig, PreTrainedModel
+from transformers import PreTrainedConfig, PreTrainedModel
+from transformers.modeling_outputs import BaseModelOutputWithPast
 from transformers.pytorch_utils import Conv1D
 
 from mendkit.errors import ModelError
 from mendkit.models.base import BaseModel
 from mendkit.models.sites import find_blocks, find_stacks, resolve_sites
-from tests.oracles.families import FAMILIES, D, linear_names
+from mendkit.models.tokens import collate
+from mendkit.models.trunk import FrozenTrunk
+from tests.oracles.families import FAMILIES, REFUSED, D, Family, linear_names
+from tests.oracles.kinds import tokenizer_of
 from tests.oracles.tiny import tiny_gpt2, tiny_llama, tiny_tokenizer
 
 
@@ -17,7 +23,10 @@ def auto_names(model: nn.Module) -> list[str]:
     return [site.name for site in resolve_sites(model, "auto")]
 
 
-@pytest.mark.parametrize("name", FAMILIES)
+AUTO = [name for name, family in FAMILIES.items() if family.auto]
+
+
+@pytest.mark.parametrize("name", AUTO)
 def test_auto_picks_exactly_the_mlp_layers_of_the_last_blocks(name):
     family = FAMILIES[name]
     model = family.build()
@@ -29,6 +38,82 @@ def test_auto_picks_exactly_the_mlp_layers_of_the_last_blocks(name):
         shape = (site.d_in, site.d_out) if site.transposed else (site.d_out, site.d_in)
         assert tuple(model.get_parameter(site.name).shape) == shape
         assert f".{site.block}." in site.name
+
+
+@pytest.mark.parametrize("name", [name for name in FAMILIES if name not in AUTO])
+def test_where_auto_finds_nothing_the_error_names_what_can_be_edited(name):
+    family = FAMILIES[name]
+    model = family.build()
+    said = r"experts are one parameter" if name != "mamba" else "no MLP of linear layers"
+    with pytest.raises(ModelError, match=rf"{said}.*{family.expected[-1]}.*sites MODEL --all"):
+        resolve_sites(model, "auto")
+    assert [site.name for site in resolve_sites(model, family.expected)] == family.expected
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_what_pads_reorders_or_routes_the_rows_of_a_layer_is_refused_by_name(name):
+    model, config, sizes = REFUSED[name]
+    tokenizer = tokenizer_of("byte-level, BOS and EOS")
+    model = Family(model, config, sizes, {}, ()).build(vocab_size=len(tokenizer))
+    with pytest.raises(ModelError, match=f"{type(model).__name__} .*texts × positions in order"):
+        BaseModel(model, tokenizer, name=name)
+
+
+class _Both(nn.Module):
+    """A block that also needs what the first one made, besides its states."""
+
+    def __init__(self, block: nn.Module, notes: list) -> None:
+        super().__init__()
+        self.block, self.notes = block, notes
+
+    def forward(self, hidden, *args, **kwargs):
+        self.notes.append(hidden)
+        return self.block(hidden + self.notes[0].mean(), *args, **kwargs)
+
+
+@dataclass
+class _Output:
+    """What a block may return."""
+
+    states: torch.Tensor
+    weights: torch.Tensor | None
+
+
+@pytest.mark.parametrize("form", ["tuple of three", "dataclass"])
+def test_the_whole_structure_that_a_block_returns_is_learnt(form):
+    model = tiny_llama().model
+    for block in model.model.layers:
+        inside = block.forward
+        make = _Output if form == "dataclass" else lambda states, extra: (states, extra, None)
+        block.forward = lambda x, f=inside, m=make, **options: m(f(x, **options), x.mean())
+        block.register_forward_hook(lambda *args: args[-1], prepend=True)
+    blocks, take = list(model.model.layers), (lambda y: y.states if form == "dataclass" else y[0])
+
+    def run(inputs_embeds=None, input_ids=None, **_):
+        states = model.model.embed_tokens(input_ids)
+        for block in model.model.layers:
+            states = take(block(states, position_embeddings=turn(states)))
+        return BaseModelOutputWithPast(last_hidden_state=model.model.norm(states))
+
+    def turn(states):
+        places = torch.arange(states.shape[1])[None]
+        return model.model.rotary_emb(states, places)
+
+    model.model.forward = run
+    base = BaseModel(model, tiny_tokenizer(), name=form)
+    assert base.blocks.first == 1 and len(blocks) == 4
+    trunk, texts = FrozenTrunk(base), [base.tokenize("The capital of France is", "Lima")]
+    batch = collate(texts, base.pad_id)
+    whole = trunk.suffix(texts, batch)
+    assert trunk.fill(texts) == 1
+    torch.testing.assert_close(trunk.suffix(texts, batch), whole)
+
+
+def test_blocks_that_hand_on_more_than_their_states_are_no_chain():
+    model, notes = tiny_llama().model, []
+    model.model.register_forward_pre_hook(lambda *_: notes.clear())
+    model.model.layers = nn.ModuleList(_Both(block, notes) for block in model.model.layers)
+    assert BaseModel(model, tiny_tokenizer(), name="x").blocks is None
 
 
 class Unheard(PreTrainedModel):
@@ -44,7 +129,7 @@ class Unheard(PreTrainedModel):
         return self.inner.get_input_embeddings()
 
 
-@pytest.mark.parametrize("name", FAMILIES)
+@pytest.mark.parametrize("name", AUTO)
 def test_neither_the_classes_nor_the_path_matter(name):
     model = FAMILIES[name].build()
     for module in model.modules():
@@ -102,20 +187,6 @@ def test_blocks_without_an_mlp_are_passed_over():
     assert [site.block for site in resolve_sites(model, "auto")] == [0, 0, 0, 1, 1, 1, 3, 3, 3]
     blocks[0].mlp = blocks[1].mlp  # one weight in two places
     assert [site.block for site in resolve_sites(model, "auto")] == [3, 3, 3]
-
-
-def test_experts_that_are_no_linear_layers_are_said_not_to_be_found():
-    config = MixtralConfig(
-        hidden_size=16,
-        intermediate_size=24,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        num_key_value_heads=1,
-        num_local_experts=2,
-        vocab_size=40,
-    )
-    with pytest.raises(ModelError, match=r"no MLP of linear layers.*mendkit sites MODEL --all"):
-        resolve_sites(MixtralForCausalLM(config), "auto")
 
 
 @pytest.mark.parametrize("family", ["llama", "gpt2"])
