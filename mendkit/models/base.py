@@ -51,13 +51,8 @@ class BaseModel(TextModel):
         self.guard_released()
 
     def __repr__(self) -> str:
-        layers = getattr(self.model.config.get_text_config(), "num_hidden_layers", "?")
-        width = embedding_matrix(self.model).shape[1]
-        dtype = str(self.dtype).removeprefix("torch.")
-        return (
-            f"BaseModel({self.name!r}, {type(self.model).__name__}, {layers} layers, "
-            f"width {width}, {len(self.sites)} sites, {self.device}, {dtype})"
-        )
+        shown = f"{self.name!r}, {type(self.model).__name__}, {len(self.sites)} sites"
+        return f"BaseModel({shown}, {self.device}, {self.dtype})"
 
     def _place(self, inner_params: str | Sequence[str]) -> None:
         self.sites: tuple[Site, ...] = resolve_sites(self.model, inner_params)

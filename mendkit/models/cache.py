@@ -2,7 +2,7 @@
 
 A *space* is what the values depend on besides the text: weights, configuration, versions. A file
 gets its name in one rename and never changes, so processes need no lock, and a killed one leaves at
-most a temporary file that nobody reads. At the limit the least recently used files go.
+most a temporary file that nobody reads. At the limit no more is kept: delete the folder.
 """
 
 import json
@@ -51,7 +51,6 @@ class TextCache:
         self.folder = self.root / sha256(described)[:32]
         self.limit, self.writable = limit, True
         self._names: dict[Path, set[str]] = {}  # of the texts in each file
-        self._in_use: set[Path] = set()  # files that this process has mapped
 
     def find(self, keys: Collection[Hashable]) -> dict[Any, TextValues]:
         """The values of those keys that are on disk now, whoever wrote them, as memory maps."""
@@ -62,13 +61,12 @@ class TextCache:
                 for name, values in self._read(path, by_name):
                     found[by_name[name]] = values
             except DAMAGE as error:
+                logger.warning(
+                    "cache: %s cannot be read (%s); its values are computed again", path, error
+                )
                 self._names.pop(path, None)
-                if path.exists():  # otherwise another process has made room
-                    logger.warning(
-                        "cache: %s cannot be read (%s); its values are computed again", path, error
-                    )
-                    with suppress(OSError):
-                        path.unlink()
+                with suppress(OSError):
+                    path.unlink()
         return found
 
     def _read(self, path: Path, names: Collection[str]) -> Iterator[tuple[str, TextValues]]:
@@ -78,9 +76,6 @@ class TextCache:
             self._names[path] = {name.partition(".")[0] for name in names_held}
         chosen = self._names[path].intersection(names)
         if chosen:
-            self._in_use.add(path)
-            with suppress(OSError):  # a read-only folder can be read all the same
-                os.utime(path)
             with safe_open(path, "pt") as file:
                 for name in chosen:
                     yield name, (file.get_tensor(f"{name}.0"), file.get_tensor(f"{name}.1"))
@@ -91,34 +86,22 @@ class TextCache:
         for key, pair in values.items():
             for i, tensor in enumerate(pair):
                 tensors[f"{_name(key)}.{i}"] = tensor
-        # One failure is told; after it nothing is tried again.
-        if not self.writable or not self._make_room(sum(t.nbytes for t in tensors.values())):
+        if not self.writable:
             return
         path = self.folder / f"trunk-{sha256(*tensors)[:32]}.safetensors"
+        size = sum(tensor.nbytes for tensor in tensors.values())
         try:
+            if size + sum(file.stat().st_size for file in self.root.glob("*/*")) > self.limit:
+                raise OSError("`disk_cache_bytes` is reached")
             atomically(path, lambda temporary: save_file(tensors, temporary))
         except (OSError, SafetensorError) as error:
-            self.writable = False
+            self.writable = False  # one failure is told, then nothing is tried again
             logger.warning(
                 "cache: cannot write to %s (%s); values are not kept: free some space, set "
                 "`cache_dir` or MENDKIT_CACHE to another folder, or `disk_cache_bytes: 0`",
                 self.folder,
                 error,
             )
-
-    def _make_room(self, size: int) -> bool:
-        """Remove the files that were not used for longest; is there room now?"""
-        files = []
-        for path in self.root.glob("*/*trunk-*"):  # what a killed process left, too
-            with suppress(OSError):  # another process may remove it now
-                files.append((path.stat().st_mtime_ns, path.stat().st_size, path))
-        held = sum(length for _, length, _ in files)
-        for _, length, path in sorted(files):
-            if held + size > self.limit and path not in self._in_use:
-                with suppress(OSError):
-                    path.unlink()
-                    held -= length
-        return held + size <= self.limit
 
 
 def _name(key: Hashable) -> str:

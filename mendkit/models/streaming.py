@@ -60,7 +60,6 @@ class Weights:
             return file.get_tensor(key).to(dtype, copy=True)
 
     def dtype(self) -> torch.dtype:
-        """That of the first tensor."""
         return self.read(next(iter(self._files)), None).dtype
 
     def _key(self, name: str) -> str | None:
@@ -200,5 +199,4 @@ def guard(block: nn.Module, name: str) -> None:
 
 
 def is_away(block: nn.Module) -> bool:
-    """Whether parameters of a block are not in memory."""
     return any(value.is_meta for value in block.parameters())

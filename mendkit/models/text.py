@@ -80,7 +80,6 @@ class TextModel:
 
     @property
     def eos_id(self) -> int | None:
-        """None for a classifier's tokenizer without one."""
         return self.tokenizer.eos_token_id
 
     @property
@@ -230,9 +229,6 @@ class TextModel:
         ends, stops = self.end_ids(), self.stop_ids() if stop else frozenset()
         config = GenerationConfig(
             max_new_tokens=max_new_tokens,
-            do_sample=False,
-            num_beams=1,
-            use_cache=True,
             eos_token_id=sorted(ends | stops),
             pad_token_id=self.pad_id,
             decoder_start_token_id=self.start_id,
@@ -319,7 +315,6 @@ class TextModel:
 
 
 def _prepare_tokenizer(base: TextModel) -> None:
-    """Refuse a tokenizer that cannot serve, and give one without padding token its end of text."""
     tokenizer, vocabulary = base.tokenizer, base.vocabulary
     if not getattr(tokenizer, "is_fast", False) or not tokenizer("a")["input_ids"]:
         raise ModelError(
@@ -340,7 +335,6 @@ def _prepare_tokenizer(base: TextModel) -> None:
 
 
 def _until_end(row: list[int], ends: frozenset[int], stops: frozenset[int]) -> list[int]:
-    """A row up to its end; a token that stops it is part of the text, an end-of-text token not."""
     for index, token in enumerate(row):
         if token in ends or token in stops:
             return row[: index + (token not in ends)]

@@ -108,7 +108,6 @@ class FrozenTrunk:
             return self.base.model(input_ids=ids, use_cache=False).logits[:, 0]
 
     def _values_of(self, texts: Sequence[Tokens]) -> list[TextValues]:
-        """The values of these texts; none unless all are in memory."""
         if not all(text.key in self._values for text in texts):
             return []
         return [self._values[text.key] for text in texts]
@@ -150,14 +149,12 @@ class FrozenTrunk:
         return len(missing)
 
     def _read(self, texts: Sequence[Tokens]) -> list[Tokens]:
-        """Take values from the disk. Returns the texts that are not there."""
         found = self.cache.find([text.key for text in texts]) if self.cache else {}
         self._values |= found
         return [text for text in texts if text.key not in found]
 
     @torch.no_grad()
     def _compute(self, group: Sequence[Tokens], states: Tensor | None) -> None:
-        """Compute values in one pass, from `states` if given, and keep them."""
         assert self.blocks is not None  # `fill` computes nothing without a chain of blocks
         batch = collate(group, self.base.pad_id, self.base.device)
         first = 0 if states is None else self.blocks.first
@@ -177,10 +174,7 @@ class FrozenTrunk:
 
     @torch.no_grad()
     def _stream(self, groups: Sequence[Sequence[Tokens]]) -> dict[Any, Tensor]:
-        """What enters the lowest edited block, for each group by its first text.
-
-        Each block below is read from the checkpoint, run on all groups, and sent away again.
-        """
+        """What enters the lowest edited block, for each group by its first text."""
         base, blocks = self.base, self.blocks
         assert blocks is not None
         if base.weights is None or base.released < blocks.first:
@@ -190,7 +184,7 @@ class FrozenTrunk:
             )
         states: dict[Any, Tensor] = {}
         names = trunk_names(base.model, blocks.path, blocks.first)
-        for block in range(blocks.first):
+        for block in range(blocks.first):  # each is read, run on all groups, and sent away again
             here = [name for name in names if name.startswith(f"{blocks.path}.{block}.")]
             fill(base.model, here, base.weights, base.device)
             for group in groups:
@@ -230,10 +224,7 @@ class FrozenTrunk:
 
 
 def trunk_cache(base: BaseModel, folder: str | Path | None, *, limit: int) -> TextCache | None:
-    """The cache on disk of this model's trunk. None without a trunk, or with a limit of 0 bytes.
-
-    Its space is the weights, what the model does with them, and the lowest edited block.
-    """
+    """The cache on disk of this model's trunk. None without a trunk, or with a limit of 0 bytes."""
     if base.blocks is None or limit == 0:
         return None
     config = base.model.config
@@ -249,7 +240,6 @@ def trunk_cache(base: BaseModel, folder: str | Path | None, *, limit: int) -> Te
 
 
 def passes(texts: Sequence[Tokens]) -> Iterator[list[Tokens]]:
-    """Consecutive texts whose padded size stays within TOKENS_PER_PASS."""
     group: list[Tokens] = []
     for text in texts:
         if group and (len(group) + 1) * max(len(text.ids), len(group[0].ids)) > TOKENS_PER_PASS:

@@ -40,7 +40,7 @@ def test_a_folder_loads_as_it_was_saved_frozen_and_silently(folder, llama, capfd
     assert all(torch.equal(loaded[name], saved[name]) for name in saved)
     assert not base.model.training and not any(p.requires_grad for p in loaded.values())
     assert capfd.readouterr().err == ""  # no bars, no advice
-    shown = "BaseModel('my-model', LlamaForCausalLM, 4 layers, width 32, 9 sites, cpu, float32)"
+    shown = "BaseModel('my-model', LlamaForCausalLM, 9 sites, cpu, torch.float32)"
     assert repr(base) == shown
 
 
