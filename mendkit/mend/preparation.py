@@ -138,7 +138,7 @@ class Preparation:
         for alike, others in map(self.wordings, chosen):
             statistics += [*alike, *others]
         parts = [training, validation, statistics]
-        if self.base.released:  # the weights are read once for all of them
+        if self.base.streamed:  # each block runs once for all of them
             parts = [training + validation + statistics]
         for part in parts:
             self.trunk.fill(part, self.progress.phase("trunk"))

@@ -17,7 +17,7 @@ from transformers.pytorch_utils import Conv1D
 from ..errors import ModelError
 from .families import SEQ2SEQ, seen_lengths
 from .sites import Blocks, Site, embedding_matrix, find_blocks, resolve_sites, watch_chain
-from .streaming import Weights, guard, is_away, running_instead, standing_in
+from .streaming import guard, is_away, running_instead, standing_in
 from .text import TextModel
 
 logger = logging.getLogger(__name__)
@@ -27,7 +27,6 @@ class BaseModel(TextModel):
     """A frozen model with its tokenizer and its edit sites.
 
     Takes the given model over as `TextModel` does, and raises as it does and as `resolve_sites`.
-    `weights` are the files that the model came from.
     """
 
     def __init__(
@@ -37,7 +36,6 @@ class BaseModel(TextModel):
         *,
         name: str,
         inner_params: str | Sequence[str] = "auto",
-        weights: Weights | None = None,
     ) -> None:
         self.is_spread = hasattr(model, "hf_device_map")  # a device map places the weights
         if self.is_spread and embedding_matrix(model).is_meta:
@@ -46,7 +44,7 @@ class BaseModel(TextModel):
                 "give them cpu or a GPU"
             )
         super().__init__(model, tokenizer, name=name)
-        self.weights = weights
+        self.streamed = False  # the trunk runs block by block
         self._place(inner_params)
         self.guard_released()
 
@@ -138,7 +136,7 @@ class BaseModel(TextModel):
         return self.value_of(site.name, self.site_module(site).weight)
 
     def value_of(self, name: str, tensor: Tensor) -> Tensor:
-        """A parameter or buffer, from its file or by the device map if it is not here."""
+        """A parameter or buffer, by the device map if it is not here."""
         if not tensor.is_meta:
             return tensor
         if self.is_spread:
@@ -146,20 +144,19 @@ class BaseModel(TextModel):
             module = self.model.get_submodule(path)
             with align_module_device(module, "cpu"):
                 return getattr(module, leaf).detach().clone()
-        if self.weights is None:
-            raise ModelError(
-                f"{self.name} was released, and now other sites are asked for; load the model again"
-            )
-        return self.weights.read(name, tensor.dtype)
+        raise ModelError(
+            f"{self.name} was released, and now other sites are asked for; load the model again"
+        )
 
     @property
     def released(self) -> int:
-        """How many blocks, from the first on, have no weights in memory."""
+        """How many blocks, from the first on, are away."""
         found = None if self.is_spread else find_blocks(self.model)
-        return len(list(takewhile(is_away, found[1]))) if found else 0
+        blocks = found[1] if found else ()
+        return len(list(takewhile(lambda block: is_away(block, self.device), blocks)))
 
     def guard_released(self) -> None:
-        """Make blocks without weights say so if they run."""
+        """Make blocks that are away say so if they run."""
         found = find_blocks(self.model)
         for block in found[1][: self.released] if found else ():
-            guard(block, self.name)
+            guard(self.model, block, self.name)

@@ -1,7 +1,7 @@
 """Loading a base model: its name → where it is → tokenizer and weights → edit sites.
 
-A model is loaded whole, or without the blocks below the edits, which are then read one at a time
-(`streaming.py`).
+A model is loaded whole; the blocks below the edits may be released once they have run, or run one
+at a time (`streaming.py`).
 """
 
 import logging
@@ -28,15 +28,8 @@ from .checkpoints import (
     silence_transformers,
 )
 from .fingerprint import keeping_digests
-from .sites import editable_names, find_blocks, mlp_names, resolve_sites
-from .streaming import (
-    WHOLE,
-    Weights,
-    empty,
-    fill_rest,
-    hollow_model,
-    trunk_names,
-)
+from .sites import editable_names, mlp_names, resolve_sites
+from .streaming import move, trunk_names
 
 logger = logging.getLogger(__name__)
 
@@ -58,11 +51,8 @@ def load_model(source: str | Path | MENDHyperParams) -> BaseModel:
         tokenizer = read_tokenizer(locate_tokenizer(h), **remote)
         model = read_model(place, loader, dtype=h.dtype, **remote)
         model.to(target)  # type: ignore[arg-type]  # transformers wraps `to` and loses its type
-        # 3. The edit sites, and the files that single weights may be read from later.
-        weights = Weights.of(place, model.base_model_prefix)
-        base = BaseModel(
-            model, tokenizer, name=_name_of(place), inner_params=h.inner_params, weights=weights
-        )
+        # 3. The edit sites.
+        base = BaseModel(model, tokenizer, name=_name_of(place), inner_params=h.inner_params)
     logger.info("loaded in %.1f s: %r", time.perf_counter() - start, base)
     return base
 
@@ -73,35 +63,28 @@ def load_for_training(hparams: MENDHyperParams) -> BaseModel:
 
 
 def load_streamed(hparams: MENDHyperParams) -> BaseModel:
-    """Load the blocks from the lowest edited one on, and the output; the rest stays in the files.
+    """Load a model whose trunk runs block by block, each for all texts before the next one.
 
-    Raises ModelError as `load_model` does, and where no chain of blocks lies below the edits.
+    On the CPU the weights of safetensors files are mapped: the system reads a block when it runs
+    and forgets it when memory is short. Beside a GPU the blocks below the edits stay there, and
+    visit the GPU one at a time. Raises ModelError as `load_model` does, and where no plain chain of
+    blocks lies below the edits.
     """
-    start, target = time.perf_counter(), choose_device(hparams.device)
-    remote = {"trust_remote_code": hparams.trust_remote_code}
-    with silence_transformers():
-        place = locate(hparams.model_name)
-        name = _name_of(place)
-        model, weights = hollow_model(place, dtype=hparams.dtype, **remote)
-        sites, found = resolve_sites(model, hparams.inner_params), find_blocks(model)
-        numbers = [site.block for site in sites if site.block is not None]
-        if found is None or len(numbers) < len(sites) or min(numbers) < 1:
-            raise ModelError(
-                f"{name}: no list of blocks lies below the edits, so nothing can be streamed; "
-                f"{WHOLE}"
-            )
-        # Every weight above the trunk is read now; the trunk's stay in their files.
-        below = trunk_names(model, found[0], min(numbers))
-        fill_rest(model, below, weights, target)
-        tokenizer = read_tokenizer(locate_tokenizer(hparams), **remote)
-        base = BaseModel(
-            model, tokenizer, name=name, inner_params=hparams.inner_params, weights=weights
-        )
-    if base.blocks is None:
+    base, target = load_model(hparams.replace(device="cpu")), choose_device(hparams.device)
+    if base.blocks is None or base.blocks.first == 0:
         raise ModelError(
-            f"{name}: its blocks are no plain chain, so nothing can be streamed; {WHOLE}"
+            f"{base.name}: no plain chain of blocks lies below the edits, so nothing can be "
+            "streamed; set `stream_trunk: false`"
         )
-    logger.info("loaded without its trunk in %.1f s: %r", time.perf_counter() - start, base)
+    below = trunk_names(base.model, base.blocks.path, base.blocks.first)
+    names = {name for name, _ in base.model.named_parameters()}
+    move(base.model, names.difference(below), target)
+    for module in base.model.modules():
+        for name, buffer in module.named_buffers(recurse=False):
+            module._buffers[name] = buffer.to(target)
+    base.model.tie_weights()
+    base.streamed = True
+    base.guard_released()
     return base
 
 
@@ -120,7 +103,7 @@ def release_trunk(base: BaseModel) -> None:
         return
     with keeping_digests(base):
         below = trunk_names(base.model, base.blocks.path, base.blocks.first)
-        empty(base.model, below)
+        move(base.model, below, "meta")
         for value in base.model.parameters():
             if not value.is_meta:  # a view of a file would keep all its pages
                 value.data = value.data.clone()

@@ -20,14 +20,12 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
-from ..errors import ModelError
-from ..runs import return_memory
 from .base import BaseModel
 from .cache import TextCache, TextValues
 from .families import CLASSIFIER
 from .fingerprint import weights_sha256
 from .sites import hidden_states
-from .streaming import empty, fill, standing_in, trunk_names
+from .streaming import standing_in, visiting
 from .tokens import TextBatch, Tokens, collate
 
 logger = logging.getLogger(__name__)
@@ -122,19 +120,19 @@ class FrozenTrunk:
     ) -> int:
         """Read or compute the values of `texts`. Returns how many were not in memory.
 
-        `progress` gets the number of texts done and in all. Raises ModelError if blocks are away
-        and no files hold them.
+        `progress` gets the number of texts done and in all. Raises ModelError if the trunk was
+        released.
         """
         if self.blocks is None:
             return 0
         # 1. Texts that are not in memory, by length, so that a pass has little padding.
         missing = list({text.key: text for text in texts if text.key not in self._values}.values())
         missing.sort(key=lambda text: (len(text.ids), text.key))
-        # 2. Those on disk are read, the others computed. Where blocks are away, each is read once
-        #    for all texts.
+        # 2. Those on disk are read, the others computed; of a streamed model a block runs for all
+        #    of them before the next one.
         left = self._read(missing)
         groups = list(passes(left))
-        entering = self._stream(groups) if groups and self.base.released else {}
+        entering = self._stream(groups) if self.base.streamed else {}
         # 3. Processes that fill the same texts at once share the work if their order differs.
         if self.cache is not None:
             random.SystemRandom().shuffle(groups)
@@ -177,22 +175,14 @@ class FrozenTrunk:
         """What enters the lowest edited block, for each group by its first text."""
         base, blocks = self.base, self.blocks
         assert blocks is not None
-        if base.weights is None or base.released < blocks.first:
-            raise ModelError(
-                f"{base.name} was released and {sum(map(len, groups))} texts are not cached; "
-                "load the model again"
-            )
         states: dict[Any, Tensor] = {}
-        names = trunk_names(base.model, blocks.path, blocks.first)
-        for block in range(blocks.first):  # each is read, run on all groups, and sent away again
-            here = [name for name in names if name.startswith(f"{blocks.path}.{block}.")]
-            fill(base.model, here, base.weights, base.device)
-            for group in groups:
-                batch, first = collate(group, base.pad_id, base.device), group[0].key
-                entering, _, _ = self._run(batch, range(block, block + 1), states.get(first))
-                states[first] = entering.cpu()
-            empty(base.model, here)
-            return_memory()
+        modules = list(base.model.get_submodule(blocks.path).children())
+        for i in range(blocks.first):
+            with visiting(modules[i], base.device):
+                for group in groups:
+                    batch, first = collate(group, base.pad_id, base.device), group[0].key
+                    entering, _, _ = self._run(batch, range(i, i + 1), states.get(first))
+                    states[first] = entering.cpu()
         return states
 
     def _run(
