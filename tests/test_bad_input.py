@@ -5,7 +5,6 @@ hypothesis draws the input.
 
 import gzip
 import json
-import logging
 from dataclasses import replace
 
 import pytest
@@ -220,14 +219,6 @@ def test_any_batch_of_requests_is_the_sum_of_its_edits_or_refused_by_name(editor
         with edit.applied():
             assert not torch.equal(editor.base.forward(probe, mask), before)
     assert torch.equal(editor.base.forward(probe, mask), before)
-
-
-def test_contradictory_requests_in_a_batch_are_told(editor, caplog):
-    caplog.set_level(logging.WARNING)
-    editor.edit([EXAMPLES[0], EXAMPLES[0], EXAMPLES[1]])
-    assert not caplog.records
-    editor.edit([EXAMPLES[0], replace(EXAMPLES[0], target_new="Oslo")])
-    assert "'The capital of France is' is given 2 answers: 'Lima', 'Oslo'" in caplog.text
 
 
 def test_a_refused_request_leaves_a_session_as_it_was(editor):

@@ -273,8 +273,9 @@ def _from_json(path: Path, content: str) -> list[Any] | None:
                 raise DataError(f"{path}: {part}")
     if not isinstance(whole, dict):
         return whole if isinstance(whole, list) else [whole]
-    if isinstance(whole.get("records"), list):
-        return whole["records"]
+    for name in ("records", "data", "examples", "edits"):
+        if isinstance(whole.get(name), list):
+            return whole[name]
     if whole and all(isinstance(value, dict) for value in whole.values()):
         # pandas writes columns of rows; others write records by their id
         if not {"prompt", "src", "question"} & whole.keys():

@@ -66,6 +66,9 @@ READ: dict[str, Callable[[Record, str], list[Any]]] = {
 }
 """How the values of a field are read."""
 
+SINGLE = ("prompt", "target_new", "target_prefix", "subject", "relation", "id", "ground_truth")
+"""Fields with one value: the first."""
+
 
 def parse(record: Any, columns: Columns | None = None) -> tuple[list[EditExample], list[str]]:
     """The edits in a record, and the names of what was left out.
@@ -134,6 +137,7 @@ def _example(record: Record, columns: Columns, left: list[str]) -> EditExample:
         if not values[field]:
             found = ", ".join(record)
             raise DataError(f"field `{field}` is missing in {found}; expected at least {LEAST}")
+    left += [f"{field} after the first" for field in SINGLE if len(values[field]) > 1]
     # 3. what the model says, not what is true, decides whether there is something to edit
     new, told = values["target_new"][0], values.pop("told")
     if new in told:
@@ -144,8 +148,7 @@ def _example(record: Record, columns: Columns, left: list[str]) -> EditExample:
     if len(implied) < len(values["portability"]):
         left.append("portability without an answer")
     values["portability"] = implied
-    single = ["prompt", "target_new", "subject", "relation", "id", "ground_truth", "target_prefix"]
-    texts: dict[str, Any] = {field: next(iter(values.pop(field)), None) for field in single}
+    texts: dict[str, Any] = {field: next(iter(values.pop(field)), None) for field in SINGLE}
     lists: dict[str, Any] = {field: tuple(found) for field, found in values.items()}
     return EditExample(**texts, **lists, metadata=metadata)
 

@@ -185,7 +185,7 @@ READ_AS = {
 @pytest.mark.parametrize("name", READ_AS)
 def test_every_layout_is_read_from_lines_arrays_and_objects_with_records(tmp_path, name):
     record, expected = READ_AS[name]
-    for content in ([record], {"dataset": name, "records": [record]}):
+    for content in ([record], {"dataset": name, "records": [record]}, {"data": [record]}):
         assert tuple(read_examples(write(tmp_path / "x.json", content))) == (expected,)
     lines = write(tmp_path / "x.jsonl", [record, record], lines=True)
     assert tuple(read_examples(lines)) == (expected, expected)
@@ -217,6 +217,9 @@ def test_mixed_layouts_lose_nothing_and_typos_are_refused(tmp_path):
         "The capital of Z is",
     }
     assert (example.id, example.unrelated) == ("mine", (Probe("Snow is"),))
+    named = {**COUNTERFACT, "id": "mine", "ground_truth": ["French", "la langue"]}
+    read = read_examples(write(tmp_path / "x.json", [named]))
+    assert read.left_out == {"id after the first": 1, "ground_truth after the first": 1}
     for typo, nearest in {
         "subjct": "subject",
         "localty": "locality",
