@@ -10,7 +10,6 @@ import os
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from functools import wraps
 from importlib.metadata import version
 from pathlib import Path
 from typing import Annotated, Any
@@ -32,7 +31,8 @@ EXIT_STATUS = (
 
 CONFIG = "a YAML file (default: configs/smollm2-135m.yaml), and settings that win over it"
 Words = Annotated[list[str] | None, Argument(metavar="[CONFIG] [KEY=VALUE]...", help=CONFIG)]
-Out = Annotated[Path | None, Option(metavar="DIR", help="write results.json and the rest there")]
+OUT = "write results.json and the rest there"
+Out = Annotated[Path | None, Option(metavar="DIR", parser=user_path, help=OUT)]
 Json = Annotated[bool, Option("--json", help="print JSON and nothing else")]
 Overwrite = Annotated[bool, Option("--overwrite", help="replace the files of an earlier run")]
 Data = Annotated[str, Option(metavar="FILE", help="examples, facts:SPLIT or hf:OWNER/NAME")]
@@ -59,19 +59,7 @@ app = typer.Typer(
 
 def command(example: str) -> Callable[[Callable[..., int]], Callable[..., int]]:
     """Register a command under the first word of `example`, which its `--help` shows."""
-    epilog = f"\b\nExample:\n  {PROGRAM} {example}"
-
-    def register(run: Callable[..., int]) -> Callable[..., int]:
-        @wraps(run)
-        def with_home(**options: Any) -> int:
-            for name, value in options.items():
-                if isinstance(value, Path):
-                    options[name] = user_path(value)
-            return run(**options)
-
-        return app.command(example.split()[0], epilog=epilog)(with_home)
-
-    return register
+    return app.command(example.split()[0], epilog=f"\b\nExample:\n  {PROGRAM} {example}")
 
 
 def _print_version(wanted: bool) -> None:
@@ -95,9 +83,11 @@ def start(
 
 def show(values: Any, text: str, *, as_json: bool) -> None:
     """Print `values` as JSON, or the same as text for people."""
-    if as_json:
-        text = json.dumps(values, indent=1, ensure_ascii=False)
-    # Characters that the terminal lacks are written as escapes.
+    say(json.dumps(values, indent=1, ensure_ascii=False) if as_json else text)
+
+
+def say(text: str) -> None:
+    """Print a line; characters that the terminal lacks are written as escapes."""
     encoding = sys.stdout.encoding or "utf-8"
     sys.stdout.write(text.encode(encoding, "backslashreplace").decode(encoding) + "\n")
     sys.stdout.flush()

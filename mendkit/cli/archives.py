@@ -1,6 +1,5 @@
 """The commands `inspect`, `import`, `export`, `conformance` and `sites`."""
 
-import math
 from pathlib import Path
 from typing import Annotated
 
@@ -10,15 +9,18 @@ from typer import Argument, Option
 import mendkit
 
 from ..hparams import parse_overrides
+from ..runs import user_path
 from . import app as cli
 from .app import Archive, Json, Out, Overwrite, Words
 
-OutFolder = Annotated[Path, Option("--out", metavar="DIR", help="write the archive there")]
+OutFolder = Annotated[Path, Option("--out", metavar="DIR", parser=user_path, help="where to")]
 MODEL = "a hub id, a model folder, a GGUF file or a YAML file, and settings"
 ModelWords = Annotated[
     list[str] | None, Argument(metavar="[MODEL|CONFIG] [KEY=VALUE]...", help=MODEL)
 ]
-Folders = Annotated[list[Path], Argument(metavar="DIR...", help="folders of reference vectors")]
+Folders = Annotated[
+    list[Path], Argument(metavar="DIR...", parser=user_path, help="folders of reference vectors")
+]
 All = Annotated[
     bool, Option("--all", help="attention and output layers, too; JSON has them always")
 ]
@@ -28,12 +30,7 @@ All = Annotated[
 def inspect(archive: Archive, *, as_json: Json = False) -> int:
     """Print what an archive says of itself."""
     metadata = mendkit.inspect_archive(archive)
-    about = {
-        "archive": str(archive),
-        "megabytes": round(archive.stat().st_size / 1e6, 1),
-        "numbers": sum(math.prod(shape) for shape in metadata["tensors"].values()),
-        **{key: value for key, value in metadata.items() if key not in ("tensors", "sha256")},
-    }
+    about = {key: metadata[key] for key in metadata if key not in ("tensors", "sha256")}
     text = yaml.safe_dump(about, sort_keys=False, allow_unicode=True)
     cli.show(metadata, text, as_json=as_json)
     return 0
@@ -54,7 +51,7 @@ def import_(
     read_foreign(archive)  # before the model is loaded, which may take long
     new = mendkit.import_archive(archive, hparams, out=out / "archive.safetensors")
     place.write({"import.archive": str(new), "import.from": str(archive)})
-    cli.show(None, str(new), as_json=False)
+    cli.say(str(new))
     return 0
 
 
@@ -68,7 +65,7 @@ def export(
     mendkit.inspect_archive(archive)  # before the model is loaded
     new = mendkit.export_archive(archive, out / "archive.pt", base=mendkit.load_model(hparams))
     place.write({"export.archive": str(new), "export.from": str(archive)})
-    cli.show(None, str(new), as_json=False)
+    cli.say(str(new))
     return 0
 
 

@@ -1,10 +1,8 @@
 """The command `doctor`: is all in place for training and editing?"""
 
-import os
-from collections.abc import Sequence
-from pathlib import Path
+from collections.abc import Callable, Sequence
 from tempfile import TemporaryDirectory
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import mendkit
 
@@ -29,127 +27,108 @@ def doctor(
     validation_data: Data = "facts:validation",
     data: Data = "facts:test",
 ) -> int:
-    """Check settings, data, memory, folders, archive and model, and make and undo one edit.
+    """Check settings, data, memory, archive and model; make one edit, and undo it.
 
     A line for each check: `ok`, or `failed` and what to do. The exit status is 1 if one failed.
     """
-    checkup = Checkup(words, {"train": train_data, "validation": validation_data, "test": data})
-    failed = 0
-    for name, look, needed in (
-        ("settings", checkup.settings, ()),
-        ("data", checkup.read, ("hparams",)),
-        ("memory", checkup.memory, ("hparams", "examples")),
-        ("folders", checkup.folders, ("hparams",)),
-        ("archive", checkup.archive, ("hparams",)),
-        ("model", checkup.load, ("hparams",)),
-        ("texts", checkup.texts, ("base", "examples")),
-        ("one edit", checkup.edit, ("base", "examples")),
-    ):
-        if not all(getattr(checkup, key) for key in needed):
-            cli.show(None, f"skipped {name}", as_json=False)
-            continue
+    failed: list[str] = []
+
+    def check(name: str, look: Callable[..., tuple[Any, str]], *needed: Any) -> Any:
+        """What `look` finds, or None; without something that it needs it is not asked."""
+        if any(value is None for value in needed):
+            cli.say(f"skipped {name}")
+            return None
         try:
-            verdict, said = "ok     ", look()
+            value, said = look(*needed)
         except (MendkitError, OSError, RuntimeError) as error:
-            verdict, said = "failed ", str(error) or type(error).__name__
-            failed += 1
-        cli.show(None, f"{verdict} {name}: {' '.join(said.split())}", as_json=False)
-    return int(failed > 0)
+            failed.append(name)
+            value, said = None, str(error) or type(error).__name__
+        verdict = "failed " if name in failed else "ok     "
+        cli.say(f"{verdict} {name}: {' '.join(said.split())}")
+        return value
+
+    h = check("settings", _settings, words or [])
+    train = check(f"data {train_data}", _read, train_data, h)
+    validation = check(f"data {validation_data}", _read, validation_data, h)
+    test = check(f"data {data}", _read, data, h)
+    check("memory", _memory, h, train, validation)
+    check("archive", _archive, h)
+    base = check("model", _load, h)
+    for file, examples in ((train_data, train), (validation_data, validation), (data, test)):
+        check(f"texts of {file}", _tokenise, base, h, examples)
+    check("one edit", _edit_and_undo, base, h, train, test)
+    return int(bool(failed))
 
 
-class Checkup:
-    """What was found so far. Each check returns what it saw, or raises."""
+def _settings(words: Sequence[str]) -> tuple["MENDHyperParams", str]:
+    from ..mend.training import check_logger
 
-    hparams: "MENDHyperParams"
-    base: "BaseModel"
+    h = cli.hyperparameters(words)
+    check_logger(h.logger)
+    return h, f"model_name: {h.model_name}, inner_params: {h.inner_params}"
 
-    def __init__(self, words: Sequence[str] | None, files: dict[str, str]) -> None:
-        self.words, self.files = words, files
-        self.hparams = self.base = None  # type: ignore[assignment]
-        self.examples: dict[str, Sequence[EditExample]] = {}
 
-    def settings(self) -> str:
-        """The hyperparameters."""
-        from ..mend.training import check_logger
+def _read(file: str, h: "MENDHyperParams") -> tuple[Sequence["EditExample"], str]:
+    examples = mendkit.read_examples(file, columns=h.columns)
+    return examples, f"{len(examples)} edits"
 
-        h = self.hparams = cli.hyperparameters(self.words)
-        check_logger(h.logger)
-        return f"model_name: {h.model_name}, inner_params: {h.inner_params}"
 
-    def read(self) -> str:
-        """The files of examples."""
-        found = {}
-        for name, file in self.files.items():
-            found[name] = mendkit.read_examples(file, columns=self.hparams.columns)
-        self.examples = dict(found)
-        return ", ".join(f"{len(rows)} edits in {self.files[name]}" for name, rows in found.items())
+def _memory(
+    h: "MENDHyperParams", train: Sequence["EditExample"], validation: Sequence["EditExample"]
+) -> tuple[None, str]:
+    from ..cost.plan import check_memory
 
-    def memory(self) -> str:
-        """Whether training fits."""
-        from ..cost.plan import check_memory
+    check_memory(h, train, validation)
+    return None, "training fits; `plan` says how much it takes"
 
-        check_memory(self.hparams, self.examples["train"], self.examples["validation"])
-        return "training fits; `plan` says how much it takes"
 
-    def folders(self) -> str:
-        """Whether runs and caches can be written."""
-        from ..models.cache import cache_root
-        from ..runs import make_folder
+def _archive(h: "MENDHyperParams") -> tuple[None, str]:
+    if h.archive is None:
+        return None, "none; `train` writes one"
+    name = mendkit.inspect_archive(h.archive)["base_model"]["name"]
+    return None, f"{h.archive}, trained for {name}"
 
-        cache = Path(self.hparams.cache_dir or cache_root()).expanduser()
-        for folder in (Path(self.hparams.results_dir), cache):
-            if not os.access(make_folder(folder), os.W_OK):
-                raise MendkitError(f"no right to write in {folder}; give another folder")
-        return f"runs in {self.hparams.results_dir}, caches in {cache}"
 
-    def archive(self) -> str:
-        """What the archive says of itself."""
-        path = self.hparams.archive
-        if path is None:
-            return "none; `train` writes one"
-        metadata = mendkit.inspect_archive(path)
-        return f"{path}, trained for {metadata['base_model']['name']}"
+def _load(h: "MENDHyperParams") -> tuple["BaseModel", str]:
+    base = mendkit.load_model(h)
+    return base, f"{base!r}, the first site {base.sites[0].name}"
 
-    def load(self) -> str:
-        """The model and its edit sites."""
-        self.base = mendkit.load_model(self.hparams)
-        return f"{self.base!r}, the first site {self.base.sites[0].name}"
 
-    def texts(self) -> str:
-        """Whether every example can be tokenised."""
-        from ..mend.batches import usable
+def _tokenise(
+    base: "BaseModel", h: "MENDHyperParams", examples: Sequence["EditExample"]
+) -> tuple[None, str]:
+    from ..mend.batches import usable
 
-        for name, examples in self.examples.items():
-            kept = usable(self.base, self.hparams, examples)
-            if len(kept) < len(examples):
-                where, why = kept.skipped[-1].where, kept.skipped[-1].why
-                raise MendkitError(
-                    f"{len(examples) - len(kept)} of {len(examples)} in {self.files[name]} cannot "
-                    f"be used, the last {where}: {why}; or give --skip-invalid"
-                )
-        return "all can be used"
+    kept = usable(base, h, examples)
+    if len(kept) == len(examples):
+        return None, "all can be used"
+    where, why = kept.skipped[-1].where, kept.skipped[-1].why
+    many = f"{len(examples) - len(kept)} of {len(examples)} cannot be used"
+    raise MendkitError(f"{many}, the last {where}: {why}; or give --skip-invalid")
 
-    def edit(self) -> str:
-        """An edit changes what the model says, and is undone to the bit."""
-        example, h = self.examples["test"][0], self.hparams
-        if h.archive is None:  # an editor that is not trained
-            plain = {"max_iters": 0, "whiten": None, "whiten_pairs": False, "val_steps": 2}
-            h = h.replace(**plain, release_trunk=False, stream_trunk=False, logger=None)
-            few = self.examples["train"][:FEW]
-            with TemporaryDirectory() as run:
-                result = mendkit.train(h, few, few[:2], base=self.base, run_dir=run)
-                h = h.replace(archive=str(result.archive))
-                editor = mendkit.MENDEditor.from_hparams(h, base=self.base)
-        else:
-            editor = mendkit.MENDEditor.from_hparams(h, base=self.base)
-        base, prompt = editor.base, example.prompt
-        before, change = mendkit.next_tokens(base, prompt), editor.edit(example)
-        with change.applied():
-            during = mendkit.next_tokens(base, prompt)
-            said = base.generate(prompt, max_new_tokens=8)
-        if during == before:
-            raise MendkitError("it moves no probability; raise `lr_scale` or `edit_lr`")
-        if mendkit.next_tokens(base, prompt) != before:
-            raise MendkitError("the probabilities did not come back; load the model anew")
-        by = "" if self.hparams.archive else " by an untrained editor"
-        return f"{prompt!r} → {said.strip()!r}{by}; undone, the model is what it was"
+
+def _edit_and_undo(
+    base: "BaseModel",
+    h: "MENDHyperParams",
+    train: Sequence["EditExample"],
+    test: Sequence["EditExample"],
+) -> tuple[None, str]:
+    """An edit of the archive, or of an untrained editor, changes the model and is undone."""
+    by = ""
+    with TemporaryDirectory() as run:
+        if h.archive is None:
+            h = h.replace(max_iters=0, whiten=None, whiten_pairs=False, unit_response=False)
+            h = h.replace(val_steps=2, release_trunk=False, stream_trunk=False, logger=None)
+            result = mendkit.train(h, train[:FEW], train[:2], base=base, run_dir=run)
+            h, by = h.replace(archive=str(result.archive)), " by an untrained editor"
+        editor = mendkit.MENDEditor.from_hparams(h, base=base)
+    prompt = test[0].prompt
+    before, change = mendkit.next_tokens(base, prompt), editor.edit(test[0])
+    with change.applied():
+        during = mendkit.next_tokens(base, prompt)
+        said = base.generate(prompt, max_new_tokens=8).strip()
+    if during == before:
+        raise MendkitError("it moves no probability; raise `lr_scale` or `edit_lr`")
+    if mendkit.next_tokens(base, prompt) != before:
+        raise MendkitError("the probabilities did not come back; load the model anew")
+    return None, f"{prompt!r} → {said!r}{by}; undone, the model is what it was"

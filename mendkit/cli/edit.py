@@ -11,6 +11,7 @@ from typer import Option
 import mendkit
 
 from ..errors import MendkitError
+from ..runs import user_path
 from . import app as cli
 from .app import Data, Json, Limit, MaxNewTokens, Out, Overwrite, SkipInvalid, Words, logger
 
@@ -24,9 +25,15 @@ if TYPE_CHECKING:
 Prompts = Annotated[list[str] | None, Option(metavar="P", help="the prompt to edit; repeatable")]
 Targets = Annotated[list[str] | None, Option(metavar="T", help="how that prompt should go on")]
 Together = Annotated[bool, Option("--together", help="make one edit of all examples")]
-Adapter = Annotated[Path | None, Option(metavar="DIR", help="write a PEFT LoRA adapter")]
-Merged = Annotated[Path | None, Option(metavar="DIR", help="write the edited model")]
-Saved = Annotated[Path | None, Option(metavar="FILE", help="write the edit for `Edit.load`")]
+Adapter = Annotated[
+    Path | None, Option(metavar="DIR", parser=user_path, help="write a PEFT LoRA adapter")
+]
+Merged = Annotated[
+    Path | None, Option(metavar="DIR", parser=user_path, help="write the edited model")
+]
+Saved = Annotated[
+    Path | None, Option(metavar="FILE", parser=user_path, help="write the edit for `Edit.load`")
+]
 
 Mode = Annotated[Literal["single", "batch", "sequential"], Option()]
 BatchSize = Annotated[int | None, Option(min=1, help="edits at once in mode batch (25)")]
@@ -92,7 +99,7 @@ def edit(
         for example in group:
             rows.append(_row(editor, change, example, max_new_tokens))
             if not as_json:
-                cli.show(None, _text(rows[-1]), as_json=False)
+                cli.say(_text(rows[-1]))
     if as_json:
         cli.show(rows, "", as_json=True)
     results = {"edit.free_exact": sum(row["success"] for row in rows) / len(rows)}
@@ -233,18 +240,14 @@ def evaluate(
 
 
 def _table(report: "EvaluationReport") -> str:
-    """Every mean with its 95 % interval, the unedited model's beside it."""
+    """Every mean with its 95 % interval and number of edits."""
     import pandas as pd
 
-    rows = {}
-    for name, after in report.summary.items():
-        if not name.startswith("before."):
-            before = report.summary.get(f"before.{name}")
-            rows[name] = {"before": before and before.mean, **vars(after)}
-    for name, value in (report.harmonic | dict(report.values)).items():
-        rows[name] = {"mean": value}
+    rows = {name: vars(interval) for name, interval in report.summary.items()}
+    rows |= {name: {"mean": value} for name, value in report.harmonic.items()}
+    rows |= {name: {"mean": value} for name, value in report.values.items()}
     table = pd.DataFrame.from_dict(rows, orient="index").astype({"n": "Int64"})
     counts = [f"{n} {name.replace('_', ' ')}" for name, n in report.counts.items()]
-    parts = [_table(earlier) for earlier in report.earlier]
     text = table.to_string(float_format="%.3f", na_rep="")
-    return "\n\n".join([*parts, f"{report.mode}\n{text}\n{', '.join(counts)}"])
+    parts = [*map(_table, report.earlier), f"{report.mode}\n{text}\n{', '.join(counts)}"]
+    return "\n\n".join(parts)

@@ -13,6 +13,7 @@ from typer import Option
 import mendkit
 
 from ..errors import MendkitError
+from ..runs import user_path
 from . import app as cli
 from .app import Data, IgnoreMemory, Json, Limit, Out, Overwrite, SkipInvalid, Words, logger
 
@@ -22,7 +23,8 @@ if TYPE_CHECKING:
     from ..reporting.report import ReportPlan
 
 Resume = Annotated[bool, Option("--resume", help="go on with the stopped run in --out")]
-SweepFile = Annotated[Path | None, Option(metavar="FILE", help="YAML with a `grid` of settings")]
+GRID = "YAML with a `grid` of settings"
+SweepFile = Annotated[Path | None, Option(metavar="FILE", parser=user_path, help=GRID)]
 Seconds = Annotated[int | None, Option(min=1, metavar="S", help="fail if a cell takes longer")]
 Models = Annotated[str, Option(metavar="A,B", help="of these, or YAML files")]
 Count = Annotated[int, Option(min=1, metavar="N")]
@@ -86,7 +88,7 @@ def train(
     if team.rank == 0:
         logger.info("%s", result.stopped)
         place.write({"train.examples": len(examples), **_results(result)})
-        cli.show(None, str(result.archive), as_json=False)
+        cli.say(str(result.archive))
     return 0
 
 

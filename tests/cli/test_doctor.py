@@ -8,7 +8,8 @@ from mendkit.__main__ import main
 from mendkit.data.files import write_examples
 from tests.oracles.claims import EXAMPLES
 
-CHECKS = ["settings", "data", "memory", "folders", "archive", "model", "texts", "one edit"]
+CHECKS = ["settings", "data some.jsonl", "memory", "archive", "model", "texts of some.jsonl"]
+CHECKS += ["one edit"]
 
 
 @pytest.fixture
@@ -40,12 +41,11 @@ def test_all_is_well_with_and_without_an_archive(checked):
     ("words", "failed", "said"),
     [
         (["raank=4"], "settings", "nearest key is 'rank'"),
-        (["--data=nowhere.json"], "data", "no such file"),
-        (["results_dir=tiny.yaml"], "folders", "give another"),
+        (["--data=nowhere.json"], "data nowhere.json", "no such file"),
         (["archive=nowhere.safetensors"], "archive", "no such archive"),
         (["model_name=nowhere/at/all"], "model", "no such file or folder"),
-        (["inner_params=[no.weight]"], "model", "no parameter 'no.weight'"),
-        (["max_length=3"], "texts", "raise `max_length`"),
+        (["inner_params=[no.weight]"], "model", "'no.weight' cannot be edited"),
+        (["max_length=3"], "texts of some.jsonl", "raise `max_length`"),
         (["lr_scale=0"], "one edit", "lr_scale"),
     ],
 )
@@ -54,5 +54,5 @@ def test_what_is_wrong_is_named_with_a_remedy_and_the_other_checks_are_made(
 ):
     status, lines = checked(*words)
     assert status == 1 and lines[failed][0] == "failed" and said in lines[failed][1]
-    assert list(lines) == CHECKS
+    assert set(CHECKS) <= set(lines)
     assert Path("tiny.yaml").is_file()
