@@ -49,7 +49,7 @@ HEADLINE_LABELS = {
     HEADLINE["edit"]: "edit success (writes the new answer)",
     HEADLINE["paraphrases"]: "paraphrase (writes the new answer)",
     HEADLINE["neighbours"]: "neighbourhood (argmax as before)",
-    HEADLINE["unrelated"]: "locality, unrelated (argmax as before)",
+    HEADLINE["unrelated"]: "locality (argmax as before)",
 }
 # Ways to score one and the same answer, roughly from the easiest to the hardest.
 SCORES = {
