@@ -179,6 +179,7 @@ class MENDHyperParams(BaseModel, frozen=True, extra="forbid", strict=True):
     """All settings of a model editor: model and sites, hypernetwork, training, data and caches.
 
     Values are stored in normal form: `device: 0` is "cuda:0". Raises HyperParamError.
+    `model_fields_set` are the keys that a caller gave, not those of a file.
     """
 
     # identity
@@ -287,15 +288,21 @@ class MENDHyperParams(BaseModel, frozen=True, extra="forbid", strict=True):
         values, lines = read_yaml(Path(path))
         places = {ALIASES.get(key, key): f"{path}:{line}: " for key, line in lines.items()}
         places |= {ALIASES.get(key, key): "override: " for key in overrides}
+        asked = _last_word(_resolve(overrides))
         try:
-            return cls(**_resolve(values) | _last_word(_resolve(overrides)))
+            made = cls(**_resolve(values) | asked)
         except HyperParamError as error:
             place = places.get(error.key or "", f"{path}: ")
             raise HyperParamError(f"{place}{error}", error.key) from None
+        made.model_fields_set.intersection_update(asked)
+        return made
 
     def replace(self, **changes: Any) -> "MENDHyperParams":
         """A copy with some keys changed, validated as a file is. Raises HyperParamError."""
-        return type(self)(**self.to_dict() | _last_word(_resolve(changes)))
+        changes = _last_word(_resolve(changes))
+        made = type(self)(**self.to_dict() | changes)
+        made.model_fields_set.intersection_update(self.model_fields_set | changes.keys())
+        return made
 
     def to_dict(self) -> dict[str, Any]:
         """Every key and value in plain types, for JSON; `MENDHyperParams(**d)` equals this one."""

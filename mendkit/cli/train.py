@@ -50,6 +50,7 @@ def train(
     is written to <results_dir>/train.
     """
     from ..cost.plan import check_memory
+    from ..mend.archive import look_at_archive
     from ..mend.batches import usable
     from ..mend.distributed import Team
     from ..mend.training import check_logger, finished
@@ -68,6 +69,8 @@ def train(
         validation: Sequence[EditExample] = read(validation_data, limit=validation_limit)
         if not ignore_memory:
             team.first(lambda: check_memory(hparams, examples, validation))
+        if hparams.archive is not None:
+            look_at_archive(hparams, to_train=True)
         base = load_for_training(hparams)
         if hparams.archive is not None:
             mendkit.load_archive(hparams.archive, base=base)

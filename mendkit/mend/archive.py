@@ -9,6 +9,7 @@ with the archive, bit for bit, of a run that was never stopped. Other settings, 
 would change the result, so they are refused. When a run has ended only the metadata stay.
 """
 
+import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -18,13 +19,15 @@ import torch
 from torch import Tensor
 
 from ..data.examples import EditExample
-from ..errors import MendkitError
+from ..errors import HyperParamError, MendkitError, shown
 from ..hparams import MENDHyperParams
 from ..models.base import BaseModel
 from ..models.fingerprint import model_fingerprint
 from ..runs import archive_file, provenance, sha256
 from .files import Kind, damage_named, matching_base, read_tensors, save_tensors
 from .hypernetwork import MEND
+
+logger = logging.getLogger(__name__)
 
 ARCHIVE = Kind(
     format="mendkit-2",
@@ -63,6 +66,64 @@ def save_archive(
         "training": dict(training or {}),
     }
     return save_tensors(ARCHIVE, path, mend.state_dict(), metadata)
+
+
+STRUCTURE = (
+    *("add_eos", "aggregate", "combine", "delta_only", "edit_tokens", "init", "loss_reduction"),
+    *("n_hidden", "norm", "norm_stats", "one_sided", "rank", "shared", "std_eps", "std_floor"),
+    *("target_prefix", "unit_response", "update_sign", "whiten", "whiten_pairs", "x_only"),
+    "z_clip",
+)
+"""What an archive decides, besides its sites, step sizes and ridges."""
+OF_EITHER = ("max_relative_norm", "lifelong_norm", "max_length", "max_target_tokens", "seed")
+"""What an archive decides unless whoever edits does."""
+OF_EDITING = (
+    *("model_name", "tokenizer_name", "dtype", "device", "trust_remote_code", "archive"),
+    *("lr_scale", "cache_dir", "disk_cache_bytes", "cache_bytes", "release_trunk", "stream_trunk"),
+    *("results_dir", "columns", "logger", "log_interval", *OF_EITHER),
+)
+"""What whoever edits decides."""
+
+
+def look_at_archive(hparams: MENDHyperParams, *, to_train: bool = False) -> None:
+    """Find what is wrong with `hparams.archive` before a model is loaded.
+
+    Raises ArchiveError as `inspect_archive`, and HyperParamError for a setting that a caller gave
+    beside it, but that it decides or only training knows. Of a file's it says what does not hold.
+    """
+    path = hparams.archive
+    assert path is not None
+    metadata = inspect_archive(path)
+    with damage_named(path, "metadata"):
+        trained = dict(metadata["hparams"])
+        sites = metadata["base_model"]["sites"]
+        trained["inner_params"] = [site["name"] for site in sites]
+        widest = max(sum(site["shape"]) for site in sites)
+    decided = {*STRUCTURE, "edit_lr", "inner_params", "ridge", "ridge_shared"}
+    if to_train and trained.get("aggregate") == "sum":  # which training may change
+        decided -= {"aggregate", "ridge", "ridge_shared"}
+    without_effect = []
+    for key, about in type(hparams).model_fields.items():
+        asked, is_given = hparams.to_dict()[key], key in hparams.model_fields_set
+        there = trained.get(key, about.default)
+        if key in OF_EDITING or (asked == about.default and not is_given):
+            continue
+        if key == "rank":
+            asked, there = min(asked or widest, widest), min(there or widest, widest)
+        if key == "inner_params" and asked != "auto":
+            asked, there = sorted(asked), sorted(there)
+        if asked in ("auto", there) or (to_train and key not in decided):
+            continue
+        if is_given:
+            raise HyperParamError(
+                f"{key}: {shown(asked)}, but that belongs to the archive {path}, which has "
+                f"{shown(there)}; leave it out, or train another archive with it",
+                key,
+            )
+        if key in decided:
+            without_effect.append(f"{key} {shown(there)}, not {shown(asked)}")
+    if without_effect:
+        logger.warning("the archive %s decides: %s", path, "; ".join(without_effect))
 
 
 def inspect_archive(path: str | Path) -> dict[str, Any]:

@@ -15,7 +15,7 @@ from ..models.load import load_model
 from ..models.tokens import Tokens
 from ..models.trunk import FrozenTrunk
 from ..runs import file_sha256
-from .archive import load_archive
+from .archive import OF_EDITING, OF_EITHER, load_archive, look_at_archive
 from .batches import edit_tokens, prepare_texts
 from .edit import Edit, load_edits, save_edits
 from .factors import as_one_loss, capture_factors, capture_inputs
@@ -56,20 +56,23 @@ class MENDEditor:
     ) -> "MENDEditor":
         """Load the base model (unless given) and the archive that `hparams` name.
 
-        Raises ArchiveError if `archive` is null or belongs to another model.
+        Raises ArchiveError if `archive` is null or belongs to another model, HyperParamError for
+        a setting that belongs to the archive (`look_at_archive`).
         """
         if hparams.archive is None:
             raise ArchiveError(
                 "archive is null: there is nothing to edit with; train one with "
                 "`python -m mendkit train CONFIG` and set `archive:` to the path it prints"
             )
+        look_at_archive(hparams)
         archive = load_archive(hparams.archive, base=base or load_model(hparams))
         trained = archive.mend.hparams
-        archive.mend.hparams = trained.replace(
-            lr_scale=hparams.lr_scale,
-            max_relative_norm=hparams.max_relative_norm or trained.max_relative_norm,
-            lifelong_norm=hparams.lifelong_norm or trained.lifelong_norm,
-        )
+        given = {key: getattr(hparams, key) for key in OF_EDITING if key != "archive"}
+        for key in OF_EITHER:
+            default = type(hparams).model_fields[key].default
+            if key not in hparams.model_fields_set and given[key] == default:
+                given[key] = getattr(trained, key)
+        archive.mend.hparams = trained.replace(**given)
         return cls(archive.base, archive.mend, archive=file_sha256(archive.path))
 
     def tokens(self, example: EditExample) -> Tokens:

@@ -18,7 +18,7 @@ from ..models.load import release_trunk
 from ..models.tokens import Tokens
 from ..models.trunk import FrozenTrunk, trunk_cache
 from ..runs import Progress, return_memory
-from .archive import load_archive
+from .archive import STRUCTURE, load_archive
 from .batches import ExampleTexts, prepare_texts, training_texts
 from .distributed import Team
 from .factors import FACTOR_BATCH, FactorCache, Factors, capture_factors, capture_inputs
@@ -29,21 +29,6 @@ logger = logging.getLogger(__name__)
 
 # Examples below which statistics with `whiten_pairs` are poor.
 FEW_PAIRED = 300
-
-# Hyperparameters that an archive decides when training goes on from it.
-STRUCTURE = (
-    *("add_eos", "aggregate", "combine", "delta_only", "edit_tokens", "init", "loss_reduction"),
-    *("n_hidden", "norm", "norm_stats", "one_sided", "rank", "shared", "std_eps", "std_floor"),
-    *(
-        "target_prefix",
-        "unit_response",
-        "update_sign",
-        "whiten",
-        "whiten_pairs",
-        "x_only",
-        "z_clip",
-    ),
-)
 
 
 class Preparation:

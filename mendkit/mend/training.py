@@ -21,7 +21,13 @@ from ..hparams import MENDHyperParams
 from ..models.base import BaseModel
 from ..models.load import load_for_training
 from ..runs import append_line, make_folder, open_run, provenance, sha256, user_path, write_text
-from .archive import Checkpoint, TrainingResult, inspect_archive, save_archive
+from .archive import (
+    Checkpoint,
+    TrainingResult,
+    inspect_archive,
+    look_at_archive,
+    save_archive,
+)
 from .batches import Sampler
 from .distributed import Team
 from .preparation import Preparation
@@ -267,6 +273,8 @@ def train(
     check_logger(hparams.logger)
     if not train_examples or not val_examples:
         raise MendkitError("training needs at least one training and one validation example")
+    if hparams.archive is not None:
+        look_at_archive(hparams, to_train=True)
     team = Team(hparams.device)
     if team.rank == 0:
         _warn_of_shared_subjects(train_examples, val_examples[: hparams.val_steps])

@@ -129,7 +129,7 @@ def test_the_ridge_on_what_wordings_share_grows_with_the_number_of_edits(llama64
         keys = padded(factors[name].u, factors[name].rows, 2).flatten(0, 1)[None]
         other = editor.mend.others[name.replace(".", "-")]
         u, *_ = solve(keys, alone[name].u.flatten(0, 1)[None], other, ridge)
-        torch.testing.assert_close(update.u, sum(u.chunk(2, 1)), rtol=1e-6, atol=1e-9)
+        torch.testing.assert_close(update.u, sum(u.chunk(2, 1)), rtol=1e-4, atol=1e-7)
 
 
 def test_edits_in_a_row_come_to_what_they_come_to_at_once(llama64):
