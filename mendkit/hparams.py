@@ -288,8 +288,8 @@ class MENDHyperParams(BaseModel, frozen=True, extra="forbid", strict=True):
         values, lines = read_yaml(Path(path))
         places = {ALIASES.get(key, key): f"{path}:{line}: " for key, line in lines.items()}
         places |= {ALIASES.get(key, key): "override: " for key in overrides}
-        asked = _last_word(_resolve(overrides))
         try:
+            asked = _last_word(_resolve(overrides))
             made = cls(**_resolve(values) | asked)
         except HyperParamError as error:
             place = places.get(error.key or "", f"{path}: ")

@@ -340,7 +340,7 @@ def test_going_on_from_an_archive_keeps_its_sites_shape_and_weights(llama, tmp_p
     fewer, first = llama.with_sites([site.name for site in llama.sites[:2]]), tmp_path / "first"
     h = quick(edit_tokens="scored")
     source = train(h, EXAMPLES, EXAMPLES[:1], base=fewer, run_dir=first).archive
-    h = quick(lr=0.0, lr_lr=0.0).replace(archive=str(source), rank=3)
+    h = quick(lr=0.0, lr_lr=0.0).replace(archive=str(source))
     result = train(h, EXAMPLES, EXAMPLES[:1], base=llama, run_dir=tmp_path / "second")
     assert "going on training" in caplog.text
     a, b = (load_archive(path, base=llama) for path in (source, result.archive))
