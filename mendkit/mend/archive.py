@@ -75,10 +75,7 @@ STRUCTURE = (
     "z_clip",
 )
 """What an archive decides, besides its sites, step sizes and ridges."""
-OF_EITHER = (
-    *("max_relative_norm", "lifelong_norm", "max_length", "max_target_tokens", "target_prefix"),
-    "seed",
-)
+OF_EITHER = ("max_relative_norm", "lifelong_norm", "max_length", "max_target_tokens", "seed")
 """What an archive decides unless whoever edits does."""
 OF_EDITING = (
     *("model_name", "tokenizer_name", "dtype", "device", "trust_remote_code", "archive"),
