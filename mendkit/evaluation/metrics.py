@@ -82,10 +82,13 @@ def is_said(text: str, answers: Sequence[str]) -> bool:
     return normalise(text) in map(normalise, answers)
 
 
-def _words(text: str) -> str:
-    """A normalised text in which each word, or letter of a script without spaces, stands alone."""
-    words = UNSPACED.sub(r" \g<0> ", normalise(text)).split()
-    return f" {' '.join(words)} "
+def words(text: str) -> list[str]:
+    """The words of a text; of a script without spaces its letters."""
+    return UNSPACED.sub(r" \g<0> ", text).split()
+
+
+def _spaced(text: str) -> str:
+    return f" {' '.join(words(normalise(text)))} "
 
 
 def prompt_scores(prompt: ScoredPrompt, read: Reading, before: Reading) -> dict[str, float]:
@@ -104,7 +107,7 @@ def prompt_scores(prompt: ScoredPrompt, read: Reading, before: Reading) -> dict[
     # Teacher forcing counts y's tokens, not the end of text.
     count = len(prompt.text.targets) - prompt.text.ends
     hits = list(map(int.__eq__, read.text.argmax[:count], prompt.text.targets[:count]))
-    want, got = _words(prompt.answers[0]), _words(said)
+    want, got = _spaced(prompt.answers[0]), _spaced(said)
     scores |= {
         "tf_token": fmean(hits),
         "tf_exact": float(all(hits)),
@@ -229,10 +232,9 @@ def windows(ids: Sequence[int], prefix: Sequence[int], *, window: int) -> list[T
 
 def ngram_entropy_bits(text: str) -> float:
     """Fluency (Meng et al., 2022): (⅔ H₂ + 4⁄3 H₃) / 2, H_n the entropy of word n-grams."""
-    words = text.split()
-    entropies = []
+    found, entropies = words(text), []
     for n in (2, 3):
-        counts = Counter(zip(*(words[k:] for k in range(n)), strict=False))
+        counts = Counter(zip(*(found[k:] for k in range(n)), strict=False))
         shares = [count / counts.total() for count in counts.values()]
         entropies.append(-sum(share * math.log2(share) for share in shares))
     two, three = entropies

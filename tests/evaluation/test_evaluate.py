@@ -196,6 +196,18 @@ def test_scores_of_hand_made_readings():
     assert values == expected | {"log_p.new": -2.0, "log_p.old": -2.5}
 
 
+@pytest.mark.parametrize(
+    ("written", "at_the_start", "within"),
+    [("里昂市", 1, 1), ("是里昂", 0, 1), ("里约", 0, 0), ("Lyon 里昂", 0, 1), ("昂里", 0, 0)],
+)
+def test_scripts_without_spaces_are_compared_letter_by_letter(written, at_the_start, within):
+    prompt = ScoredPrompt("edit", "法国的首都是", hand_made(5, ends=False), ("里昂",))
+    read = Reading(reading(5, logp=(-1.0,)), written=written)
+    scores = prompt_scores(prompt, read, read)
+    assert (scores["free_gold_length"], scores["free_contains"]) == (at_the_start, within)
+    assert ngram_entropy_bits("里昂在法国") == ngram_entropy_bits("a b c d e") > 0
+
+
 def test_an_answer_the_model_already_gives_is_counted_not_scored(llama):
     prompt = "The capital of France is"
     texts = (llama.generate(prompt, max_new_tokens=n) for n in range(1, 9))
