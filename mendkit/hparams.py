@@ -167,7 +167,11 @@ FilePath = Annotated[str, BeforeValidator(_path)]  # `~` is the home folder
 OtherTokenizer = Annotated[
     FilePath | None, BeforeValidator(lambda name: None if name == "." else name)
 ]
-ArchivePath = Annotated[FilePath, AfterValidator(_archive)]
+# papermill and Python write null as None
+ArchivePath = Annotated[
+    Annotated[FilePath, AfterValidator(_archive)] | None,
+    BeforeValidator(lambda path: None if path in ("", "None") else path),
+]
 Columns = Annotated[tuple[tuple[str, tuple[str, ...]], ...] | None, PlainValidator(_columns)]
 StopKey = Annotated[
     Literal["score", "loss", "edit_success"],
@@ -183,7 +187,7 @@ class MENDHyperParams(BaseModel, frozen=True, extra="forbid", strict=True):
     """
 
     # identity
-    archive: ArchivePath | None = None
+    archive: ArchivePath = None
     alg_name: Literal["MEND"] = "MEND"
     model_name: FilePath
     tokenizer_name: OtherTokenizer = None

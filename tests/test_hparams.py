@@ -113,7 +113,7 @@ STORED = {  # key -> values as spelt in YAML, and their normal form
         **{"0": 0, "1_000": 1000, "1e9": 10**9, "2KiB": 2048, "'7'": 7},
         **{"1.5GB": 1_500_000_000, "1.1 GB": 1_100_000_000},
     },
-    "archive": {"null": None, "~": None, "": None, "None": "None"},
+    "archive": {"null": None, "~": None, "": None, "None": None},
     "cloc": {"2": 2.0},  # an integer is accepted for a real number
     "tokenizer_name": {".": None},
     "cache_dir": {"no": "no"},  # text in YAML 1.2

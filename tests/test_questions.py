@@ -5,6 +5,7 @@ import shlex
 import subprocess
 from io import StringIO
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -16,6 +17,7 @@ ROOT = Path(__file__).parents[1]
 TEXT = (ROOT / "docs" / "QUESTIONS.md").read_text(encoding="utf-8")
 BLOCKS = re.findall(r"^```(\w+)\n(.*?)^```$", TEXT, re.MULTILINE | re.DOTALL)
 CONFIG = "configs/smollm2-135m.yaml"
+README = (ROOT / "README.md").read_text(encoding="utf-8")
 
 
 def run_line(line: str, monkeypatch, capsys) -> None:
@@ -34,8 +36,9 @@ def run_line(line: str, monkeypatch, capsys) -> None:
     assert bool(out) == (not status) and message in err
 
 
-@pytest.mark.slow
-def test_every_block_runs(tmp_path, monkeypatch, capsys):
+@pytest.fixture
+def checkout(tmp_path, monkeypatch) -> None:
+    """A working directory with the default configuration, of a tiny model."""
     monkeypatch.chdir(tmp_path)
     Path("configs").mkdir()
     settings = (ROOT / CONFIG).read_text(encoding="utf-8")
@@ -46,6 +49,10 @@ def test_every_block_runs(tmp_path, monkeypatch, capsys):
         assert given in settings
         settings = settings.replace(given, small)
     Path(CONFIG).write_text(settings, encoding="utf-8")
+
+
+@pytest.mark.slow
+def test_every_block_runs(checkout, monkeypatch, capsys):
     names: dict[str, object] = {}
     for kind, block in BLOCKS:
         if kind == "python":
@@ -66,3 +73,16 @@ def test_every_block_runs(tmp_path, monkeypatch, capsys):
 def test_every_question_has_an_example():
     sections = TEXT.split("\n## ")[1:]
     assert len(sections) >= 12 and all("\n```" in section for section in sections)
+
+
+@pytest.mark.slow
+def test_the_script_for_users_of_easyedit_runs_and_names_metrics_that_there_are(checkout):
+    page = (ROOT / "docs" / "FROM_EASYEDIT.md").read_text(encoding="utf-8")
+    (script,) = re.findall(r"^```python\n(.*?)^```$", page, re.MULTILINE | re.DOTALL)
+    names: dict[str, Any] = {}
+    exec(compile(script, "docs/FROM_EASYEDIT.md", "exec"), names)
+    scored = names["report"].frame()
+    metrics = re.findall(r"`(\w+\.(?:tf_token|free_exact|argmax_agreement))`", page)
+    answered = set(metrics) - {"portability.free_exact"}  # this fact implies none
+    assert len(answered) >= 5 and answered <= set(scored)
+    assert len(page.splitlines()) <= 90 and "docs/FROM_EASYEDIT.md" in README
