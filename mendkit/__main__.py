@@ -5,6 +5,7 @@ import logging
 import shlex
 import sys
 from collections.abc import Sequence
+from pathlib import Path
 
 from typer.exceptions import TyperException
 
@@ -35,12 +36,16 @@ def main(words: Sequence[str] | None = None) -> int:
     words = list(sys.argv[1:] if words is None else words)
     logging.basicConfig(level=logging.WARNING, format="%(message)s", stream=sys.stderr)
     logging.getLogger("mendkit").setLevel(logging.INFO)
-    logging.getLogger("papermill").setLevel(logging.ERROR)
+    for chatty in ("papermill", "huggingface_hub"):
+        logging.getLogger(chatty).setLevel(logging.ERROR)
     typed = shlex.join([*PROGRAM.split(), *words])
     try:
         status = app(words, prog_name=PROGRAM, standalone_mode=False, obj=typed)
     except MendkitError as error:
         message = str(error)
+        here = sorted(map(str, Path("runs").glob("*/archive.safetensors")))
+        if here and ("no such archive" in message or "archive is null" in message):
+            message += f"; here are {', '.join(here[:5])}"
     except TyperException as error:  # wrong usage
         command = " ".join([PROGRAM, *words[:1]])
         message = f"{error.format_message()} See {command} --help"

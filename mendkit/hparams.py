@@ -415,6 +415,7 @@ def parse_overrides(overrides: Iterable[str]) -> dict[str, Any]:
             raise HyperParamError(
                 f"override {text!r}: expected key=value, such as lr=1e-4, each once"
             )
+        value = "null" if value == "None" else value  # as papermill and Python write it
         plain = key in PLAIN_TEXTS and value not in ("", "~", "null") and value[0] not in "'\""
         try:
             given[key] = value if plain else read_value(value)

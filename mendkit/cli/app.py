@@ -10,7 +10,7 @@ import os
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from importlib.metadata import version
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -64,7 +64,10 @@ def command(example: str) -> Callable[[Callable[..., int]], Callable[..., int]]:
 
 def _print_version(wanted: bool) -> None:
     if wanted:
-        typer.echo(f"mendkit {version('mendkit')}")
+        try:
+            say(f"mendkit {version('mendkit')}")
+        except PackageNotFoundError:
+            say("mendkit of a checkout that is not installed")
         raise typer.Exit
 
 

@@ -173,7 +173,7 @@ def matching_base(
         checked = base.with_sites(tuple(site["name"] for site in fingerprint["sites"]))
         differences = _differences(fingerprint, model_fingerprint(checked))
     except ValueError as error:
-        differences = str(error)
+        differences = str(error).partition("; ")[0]  # without its advice on other layers
     if differences:
         raise ArchiveError(
             f"{path}: {kind.made} for another model than {base.name}: {differences}; "

@@ -67,6 +67,15 @@ def test_help_shows_the_exit_status_and_an_example_of_each_command(capsys):
         assert "Example:" in text and f"python -m mendkit {command} " in text
 
 
+def test_archives_that_are_here_are_named_and_none_is_null(here, capsys):
+    Path("runs/first").mkdir(parents=True)
+    Path("archive.safetensors").rename("runs/first/archive.safetensors")
+    for archive in ("archive=None", "archive=null", "archive=nowhere"):
+        assert main(["evaluate", "tiny.yaml", archive]) == 2
+        assert "; here are runs/first/archive.safetensors" in capsys.readouterr().err
+    assert main(["edit", "tiny.yaml", "archive=runs/first", *FACT, "--max-new-tokens", "2"]) == 0
+
+
 def test_a_mistake_ends_with_status_2_and_one_clear_line(here):
     """As a process: the other mistakes are made in this one."""
     before = files(here)
