@@ -187,6 +187,7 @@ def test_a_target_is_tokenised_exactly_or_refused_by_name(editor, prompt, answer
     assert found.targets == tuple(found.ids[p + 1] for p in found.scored)
     scored = base.tokenizer.decode(found.targets, clean_up_tokenization_spaces=False)
     blanks = len(prompt) - len(prompt.rstrip())
+    answer = answer.rstrip()
     assert scored.endswith(answer) and len(scored) <= len(answer) + 1 + blanks
 
 

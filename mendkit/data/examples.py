@@ -82,21 +82,23 @@ UNSPACED = re.compile(
 
 _OPEN = re.compile(
     r"""
-    [(\[{<«„‚¿¡/\\]$                           # a bracket, a slash
-    | (?:^|(?<!\d)[\s(\[{])["'`“‘$€£¥#@]$  # a quotation or a price begins
-    | \w[-_=]$                                # a word goes on
-    | \b[A-Za-z_]\w+(?:\.\w\w+)+\.$           # torch.nn.
+    [(\[{<«„‚¿¡/\\]$                                # a bracket, a slash
+    | (?:^|(?<!\d)[\s(\[{:=])["'`“‘$€£¥#@+]$        # a quotation, a price, a number begins
+    | \w[-_=@]$                                     # a word goes on
+    | \b(?:[cdjlmnst]|qu)['’]$                      # l'
+    | \b(?:www|[A-Za-z_]\w+(?:\.\w\w+)+)\.$         # torch.nn.
     """,
-    re.VERBOSE,
+    re.VERBOSE | re.IGNORECASE,
 )
 
 
 def join(prompt: str, answer: str, prefix: str | None = None) -> str:
-    """Prompt and answer as one text, with `prefix` between them.
+    """Prompt and answer as one text without white space at its end, with `prefix` between them.
 
     Without `prefix` there is a space between, unless one of them brings white space, their script
     has none there, or the prompt ends in the middle of something: `(`, `https://`, `said "`.
     """
+    answer = answer.rstrip()
     if prefix is not None:
         return prompt + prefix + answer
     if prompt[-1:] in tuple(BLANKS):
@@ -109,8 +111,10 @@ def _separator(prompt: str, answer: str) -> str:
     unspaced = UNSPACED.match(last) or (UNSPACED.match(first) and UNSPACED.search(prompt))
     if last.isspace() or first.isspace() or unspaced or _OPEN.search(prompt):
         return ""
-    name = re.search(r"\b(\w\w+)\.$", prompt)  # `np.`, where the prompt also speaks of `np.bool`
-    return "" if name and re.search(rf"\b{name[1]}\.\w", prompt) else " "
+    # `np.` before a name with an underscore, or where the prompt also speaks of `np.bool`
+    name = re.search(r"\b(\w\w+)\.$", prompt)
+    dotted = name and (re.match(r"\w*_", answer) or re.search(rf"\b{name[1]}\.\w", prompt))
+    return "" if dotted else " "
 
 
 def check_unicode(text: str, what: str = "a text") -> str:

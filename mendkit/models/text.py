@@ -35,7 +35,7 @@ from .families import (
 )
 from .tokens import Tokens, pad_rows, tokenize, tokenize_claim, tokenize_pair
 
-STOP = re.compile(r"[\n.。！？]")
+STOP = re.compile(r"[\n.。｡！？।]")
 """Where an answer ends, if it does not end by itself."""
 
 ROWS_PER_BATCH = 64

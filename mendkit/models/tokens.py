@@ -54,13 +54,13 @@ def tokenize(
 ) -> Tokens:
     """Tokenise prompt and answer as one text, with `prefix` between them as `join` takes it.
 
-    The answer follows the prompt without the blanks at its end; those at the answer's end are left
-    out. `add_eos` appends the end-of-text token to the answer: an edit also teaches where to stop.
+    The answer follows the prompt without the blanks at its end. `add_eos` appends the end-of-text
+    token to the answer: an edit also teaches where to stop.
     Raises DataError for a text that is not Unicode or an answer without tokens, LimitError beyond
     `max_length` tokens.
     """
     before = prompt.rstrip(BLANKS)
-    text = before if answer is None else join(prompt, answer.rstrip(BLANKS), prefix)
+    text = before if answer is None else join(prompt, answer, prefix)
     read = _read(tokenizer, check_unicode(text), len(before))
     ids = [token for token, _, _ in read]
     ordinary = [p for p, (_, _, end) in enumerate(read) if end != SPECIAL]
@@ -104,7 +104,7 @@ def tokenize_pair(
     an answer, the position that predicts its first token is scored. Otherwise as `tokenize`.
     """
     ids = tuple(tokenizer(check_unicode(prompt).rstrip(BLANKS))["input_ids"])
-    answered = "a" if answer is None else check_unicode(answer).rstrip(BLANKS)
+    answered = "a" if answer is None else check_unicode(answer).rstrip()
     encoded = tokenizer(text_target=answered, return_special_tokens_mask=True)
     ordinary = [p for p, special in enumerate(encoded["special_tokens_mask"]) if not special]
     if not ids or not ordinary or not answered.strip():
