@@ -129,14 +129,14 @@ def _row(
     editor: "MENDEditor", change: "Edit", example: "EditExample", max_new_tokens: int
 ) -> dict[str, Any]:
     """What the model writes before and after an edit."""
-    from ..evaluation.results import normalise
+    from ..evaluation.results import is_said
 
     base, row = editor.base, {"prompt": example.prompt, "target_new": example.target_new}
     row["before"] = base.generate(example.prompt, max_new_tokens=max_new_tokens)
     with change.applied():
         row["after"] = base.generate(example.prompt, max_new_tokens=max_new_tokens)
     said = base.said(example.target_new)
-    return {**row, "success": normalise(row["after"]) == normalise(said)}
+    return {**row, "success": is_said(row["after"], (said,), example.ground_truth)}
 
 
 def _text(row: dict[str, Any]) -> str:

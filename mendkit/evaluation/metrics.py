@@ -18,7 +18,7 @@ from ..mend.validation import POSITIONS_PER_PASS, Forced, forced
 from ..models.base import BaseModel
 from ..models.tokens import Tokens
 from ..models.trunk import FrozenTrunk
-from .results import normalise
+from .results import is_said, normalise
 
 # Roles of the prompts that should stay as they were. Neighbours share the edit prompt's words,
 # reworded ones a paraphrase's: only those show an editor that answers for a whole relation.
@@ -53,6 +53,7 @@ class ScoredPrompt:
     `answers`: what may be written where it should follow.
     `rival`: with the other answer, y° after the edit and its paraphrases, y after a neighbour.
     `greedy`: with what f writes, for prompts that should stay and are written out.
+    `old`: the answer before the edit, where it should follow.
     """
 
     role: str
@@ -61,6 +62,7 @@ class ScoredPrompt:
     answers: tuple[str, ...] = ()
     rival: Tokens | None = None
     greedy: Tokens | None = None
+    old: str | None = None
 
     def all(self) -> list[Tokens]:
         """Every text."""
@@ -75,11 +77,6 @@ class Reading:
     rival: Forced | None = None
     greedy: Forced | None = None
     written: str | None = None
-
-
-def is_said(text: str, answers: Sequence[str]) -> bool:
-    """Whether a text is one of the answers."""
-    return normalise(text) in map(normalise, answers)
 
 
 def words(text: str) -> list[str]:
@@ -100,7 +97,7 @@ def prompt_scores(prompt: ScoredPrompt, read: Reading, before: Reading) -> dict[
     if prompt.role in STAY:
         return _staying(prompt, read, before)
     said = read.written or ""
-    right = float(is_said(said, prompt.answers))
+    right = float(is_said(said, prompt.answers, prompt.old))
     scores = {"score": right, "free_exact": right}
     if not prompt.text.targets:  # an implied question is only written after
         return scores

@@ -32,11 +32,10 @@ from .metrics import (
     Reading,
     ScoredPrompt,
     example_values,
-    is_said,
     ngram_entropy_bits,
     prompt_scores,
 )
-from .results import ABOUT, EditRow, normalise
+from .results import ABOUT, EditRow, is_said
 
 QUESTION = "Answer in a few words, without a full sentence.\nQuestion: {prompt} …?\nAnswer:"
 REWORDED = 2
@@ -148,7 +147,7 @@ class EvaluationSet:
     def _take(self, example: EditExample) -> None:
         """Tokenise an example, or count it as skipped."""
         try:
-            if not normalise(example.target_new):  # any silence would pass for it
+            if not example.target_new.strip():  # any silence would pass for it
                 self.reasons["empty_target"] += 1
                 about = f"target_new {example.target_new!r} of {example.prompt!r}"
                 raise DataError(f"{about} has no words")
@@ -278,7 +277,8 @@ def _prompts(base: BaseModel, h: MENDHyperParams, e: EditExample) -> Iterator[Sc
         text, rival = edit_tokens(base, h, e, prompt), None
         if e.ground_truth and role != "question":
             rival = _text(base, h, prompt, e.ground_truth)
-        yield ScoredPrompt(role, prompt, text, (base.said(e.target_new),), rival=rival)
+        answers, old = (base.said(e.target_new),), e.ground_truth
+        yield ScoredPrompt(role, prompt, text, answers, rival=rival, old=old)
     known = [probe for probe in e.neighbours if probe.answer is not None]
     for probe in known or e.neighbours:
         rival = None

@@ -6,7 +6,7 @@ Needs no torch.
 import difflib
 import json
 import math
-import string
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -41,10 +41,31 @@ LOWER_IS_BETTER = ("kl_nats", "log_p.old", "drawdown.", "norm.", "edit.seconds")
 ABOUT = ("id", "subject", "relation", "prompt", "target_new", "ground_truth")
 
 
+# A full stop between digits and a minus before one tell numbers apart, + and # languages.
+MARKS = re.compile(
+    r"""["'`!?;:()\[\]{},…“”‘’«»。，、！？；：]|(?<!\d)\.|\.(?!\d)|(?<=\w)-|-(?!\d)"""
+)
+ARTICLES = re.compile(r"\b(a|an|the)\s+(?=\S)")
+
+
 def normalise(text: str) -> str:
-    """Lower case, no punctuation, no a/an/the, single spaces: how written answers are compared."""
-    text = text.lower().translate(str.maketrans("", "", string.punctuation))
-    return " ".join(word for word in text.split() if word not in {"a", "an", "the"})
+    """Lower case, no punctuation, no article before a word, single spaces.
+
+    What tells answers apart stays: `C++`, `3.5`, `-5`, `Hepatitis A`, and signs that stand alone.
+    """
+    text = " ".join(text.lower().split())
+    plain = " ".join(MARKS.sub("", text).split())
+    return ARTICLES.sub("", plain) or text
+
+
+def is_said(text: str, answers: Sequence[str], old: str | None = None) -> bool:
+    """Whether a text is one of the answers, in other case, punctuation or articles perhaps.
+
+    These count where they are all that differs from the `old` answer.
+    """
+    if old is not None and old not in answers and normalise(old) in map(normalise, answers):
+        return text.strip() in map(str.strip, answers)
+    return normalise(text) in map(normalise, answers)
 
 
 @dataclass(frozen=True)

@@ -13,6 +13,7 @@ from mendkit.evaluation.results import (
     Interval,
     Summary,
     compare,
+    is_said,
     normalise,
     summarise,
 )
@@ -39,6 +40,25 @@ def test_normalise():
     assert normalise(" The  Netherlands.") == "netherlands" == normalise("netherlands")
     assert normalise("New York-City") == "new yorkcity"
     assert normalise("An apple, a day") == "apple day"
+
+
+@pytest.mark.parametrize(
+    ("one", "other"),
+    [
+        *[("C", "C++"), ("C#", "C"), ("A", "The"), ("?", "!"), ("3.5", "35"), ("-5", "5")],
+        *[("Hepatitis A", "Hepatitis"), ("np.bool_", "np.bool"), ("$5", "5"), ("a", "")],
+    ],
+)
+def test_answers_that_differ_in_signs_or_an_article_alone_are_told_apart(one, other):
+    assert is_said(one, (one,)) and is_said(f" {one} ", (one,))
+    assert not is_said(other, (one,)) and not is_said(one, (other,))
+
+
+def test_case_and_punctuation_count_where_they_are_all_that_an_edit_changes():
+    for new, old in (("polish", "Polish"), ("Oklahoma!", "Oklahoma"), ("F-16", "F16")):
+        assert is_said(old, (new,)) and is_said(old, (new,), "else")
+        assert not is_said(old, (new,), old) and is_said(f"{new} ", (new,), old)
+        assert is_said(old, (old,), old)
 
 
 def test_interval_covers_and_is_reproducible():
