@@ -1,6 +1,7 @@
 """A model of every family, from its folder to an exported archive and scored edits."""
 
 import copy
+from pathlib import Path
 
 import pytest
 import torch
@@ -18,7 +19,7 @@ from mendkit.mend.editor import MENDEditor
 from mendkit.mend.training import train
 from mendkit.models.load import load_model
 from tests.oracles.claims import examples_of, hparams, plain_logits
-from tests.oracles.families import FAMILIES, other_base
+from tests.oracles.families import FAMILIES, NO_CHAIN, REFUSED, other_base, table_row
 from tests.oracles.tiny import save_tiny
 
 
@@ -31,12 +32,19 @@ def trained(request, tmp_path_factory):
     inner = tuple(site.name for site in saved.sites)
     base = load_model(MENDHyperParams(model_name=str(path), inner_params=inner))
     assert base.family == saved.family and base.sites == saved.sites and base.name == "model"
+    assert (base.blocks is None) == (request.param in NO_CHAIN)
     h = hparams(norm_stats="shape", z_clip=None, inner_params=inner, edit_lr=1e-2, lr=1e-2).replace(
         model_name=str(path), max_iters=3, val_interval=3, batch_size=2
     )
     result = train(h, examples_of(base), examples_of(base)[:2], base=base, run_dir=folder / "run")
     assert result.history[-1]["step"] == 3 and 0 <= result.best["val.score"] <= 1
     return h.replace(archive=str(result.archive)), base, folder
+
+
+def test_the_table_of_families_is_that_of_the_tests():
+    page = (Path(__file__).parents[2] / "docs/DATA_AND_MODELS.md").read_text(encoding="utf-8")
+    table = page.partition("| family | transformers' class |")[2].partition("\n\n")[0]
+    assert table.splitlines()[2:] == [table_row(name) for name in (*FAMILIES, *REFUSED)]
 
 
 def reading(base):

@@ -224,6 +224,20 @@ def other_base(case: str, kind: str | None = None) -> BaseModel:
     return BaseModel(model, tokenizer, name=case, inner_params=family.inner_params)
 
 
+NO_CHAIN = ("gemma3n", "t5", "t5-v1.1", "bart")  # nothing is cached below their edits
+
+
+def table_row(name: str) -> str:
+    """A family's row in docs/DATA_AND_MODELS.md."""
+    if name in REFUSED:
+        return f"| {name} | `{REFUSED[name][0]}` | refused: rows out of order | |"
+    family = FAMILIES[name]
+    layers = ", ".join(f"`{layer}`" for layer in family.layers)
+    how = "" if family.auto else " (by name)"
+    cached = "no" if name in NO_CHAIN else "yes"
+    return f"| {name} | `{family.model}` | {layers}{how} | {cached} |"
+
+
 def linear_names(model: nn.Module) -> set[str]:
     """Weights of every layer that is linear, whatever it is for."""
     kinds = (nn.Linear, transformers.pytorch_utils.Conv1D)
