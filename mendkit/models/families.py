@@ -69,7 +69,7 @@ class Head:
 def probe_head(model: PreTrainedModel, ids: Int[Tensor, "1 t"]) -> Head:
     """Let a classifier read one text, and see on which positions its logits depend.
 
-    Raises ModelError for several labels at once, and for classes without names.
+    Raises ModelError for several labels at once, or answers, and for classes without names.
     """
     stacks = find_stacks(model)
     hidden: list[Tensor] = []
@@ -85,10 +85,12 @@ def probe_head(model: PreTrainedModel, ids: Int[Tensor, "1 t"]) -> Head:
             last_block = list(stacks.values())[-1][-1]
             stack.enter_context(last_block.register_forward_hook(restart_graph))
         logits = model(input_ids=ids, attention_mask=torch.ones_like(ids)).logits
+        if not isinstance(logits, Tensor) or logits.dim() != 2:
+            raise ModelError(f"{type(model).__name__} does not answer with one row of classes")
         if hidden:
             (gradient,) = torch.autograd.grad(logits[0, 0], hidden[-1:], allow_unused=True)
-    if gradient is not None and length > 1:
-        used = gradient.reshape(length, -1).any(1).nonzero()[:, 0].tolist()
+    if gradient is not None and gradient.shape[:2] == (1, length) and length > 1:
+        used = gradient[0].any(1).nonzero()[:, 0].tolist()
         position = {(0,): 0, (length - 1,): -1}.get(tuple(used))
     return Head(_labels(model, logits.shape[1]), position)
 

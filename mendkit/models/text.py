@@ -53,6 +53,7 @@ class TextModel:
         self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, *, name: str
     ) -> None:
         self.model, self.name = model.eval().requires_grad_(False), name
+        model.config.return_dict = True  # outputs are read by name
         self.family = family_of(model)
         self.tokenizer = tokenizer
         _prepare_tokenizer(self)

@@ -300,6 +300,12 @@ def test_one_logit_is_two_classes():
     p = FrozenTrunk(base).suffix([text], collate([text], base.pad_id)).softmax(-1)[0]
     torch.testing.assert_close(p, torch.stack([1 - z.sigmoid(), z.sigmoid()]), rtol=1e-5, atol=1e-6)
     assert base.generate("Gold is a metal") == ("SUPPORTS" if z > 0 else "REFUTES")
+    base.model.config.update({"return_dict": False, "output_attentions": True})
+    other = BaseModel(
+        base.model, base.tokenizer, name="a model that returns many tensors in a tuple"
+    )
+    ids = torch.tensor([text.ids])
+    torch.testing.assert_close(other.forward(ids, torch.ones_like(ids))[0, 1], z)
 
 
 _SMALL = {"num_attention_heads": 2, "hidden_size": 16, "num_hidden_layers": 2, "vocab_size": 400}
