@@ -189,15 +189,14 @@ def test_one_wrong_number_is_the_one_miss(recorded, tmp_path, name):
     assert [check.name for check in checks if check.verdict == MISS] == [name]
 
 
-@pytest.mark.parametrize(
-    "change",
-    [
-        changed("hparams", "norm", to=lambda norm: not norm),
-        changed("hparams", "init", to=lambda init: "xavier"),
-        changed("inner_params", to=lambda names: names[::-1]),
-    ],
-    ids=["norm", "init", "inner_params"],
-)
+OTHERWISE = {
+    "norm": changed("hparams", "norm", to=lambda norm: not norm),
+    "init": changed("hparams", "init", to=lambda init: "xavier"),
+    "inner_params": changed("inner_params", to=lambda names: names[::-1]),
+}
+
+
+@pytest.mark.parametrize("change", OTHERWISE.values(), ids=OTHERWISE)
 def test_another_setting_than_the_recorded_one_misses(recorded, tmp_path, change):
     shutil.copytree(recorded, tmp_path / "spoilt")
     change(tmp_path / "spoilt")

@@ -15,7 +15,7 @@ import torch
 from mendkit.__main__ import main
 from mendkit.errors import ArchiveError
 from mendkit.hparams import MENDHyperParams
-from mendkit.interop.conformance import load_recorded_model
+from mendkit.interop.conformance import Recording
 from mendkit.interop.foreign import (
     export_archive,
     from_foreign,
@@ -109,10 +109,7 @@ def test_a_payload_is_refused_by_name_and_does_not_run(gpt2, published, tmp_path
     assert mark.is_dir()
 
 
-@pytest.mark.parametrize(
-    "name",
-    ["transformers.Trainer", "os.systemConfig", "transformers.x.XConfig.y", "torch.hub.load"],
-)
+@pytest.mark.parametrize("name", ["transformers.Trainer", "os.XConfig", "transformers.XConfig.y"])
 def test_a_name_that_only_resembles_a_configuration_is_refused(tmp_path, name):
     module, _, attribute = name.rpartition(".")
     with zipfile.ZipFile(tmp_path / "a.pt", "w") as file:
@@ -213,12 +210,9 @@ def test_there_and_back_keeps_every_bit(options):
 def test_the_reference_archives_come_back_as_they_were(name):
     if not REFERENCE.is_dir():
         pytest.skip(f"no reference vectors at {REFERENCE}")
-    meta = json.loads((REFERENCE / name / "meta.json").read_text())
-    known = {k: v for k, v in meta["hparams"].items() if k in MENDHyperParams.model_fields}
-    h = MENDHyperParams(model_name="tiny", inner_params=tuple(meta["inner_params"]), **known)
-    base = load_recorded_model(REFERENCE / name, h.inner_params)
+    record = Recording(REFERENCE / name)
     state = read_foreign(REFERENCE / name / "archive.pt").state
-    back = to_foreign(from_foreign(state, base.sites, h))
+    back = to_foreign(from_foreign(state, record.base.sites, record.hparams))
     assert list(back) == list(state)
     assert all(torch.equal(back[n], value) for n, value in state.items())
 
@@ -241,17 +235,10 @@ def test_a_native_archive_goes_out_and_comes_back_with_the_same_updates_bit_for_
     assert (model["edit_lrs"] < 0).all()  # published code adds
 
 
-@pytest.mark.parametrize(
-    "change",
-    [
-        {"z_clip": 10.0},
-        {"whiten": 0.1},
-        {"norm_stats": "layer"},
-        {"edit_tokens": "scored"},
-        {"aggregate": "least_squares"},
-    ],
-    ids=str,
-)
+CANNOT = {"z_clip": 10.0, "whiten": 0.1, "norm_stats": "layer", "edit_tokens": "scored"}
+
+
+@pytest.mark.parametrize("change", [{key: value} for key, value in CANNOT.items()], ids=str)
 def test_what_the_published_format_cannot_say_is_refused(gpt2, tmp_path, change):
     base = gpt2.with_sites(LAYERS)
     mend = MEND(base.sites, hparams(**{"norm_stats": "shape", "z_clip": None} | change))
@@ -291,17 +278,6 @@ def test_another_base_model_is_refused(published, tmp_path):
         import_archive(published[0], hparams(NAMES["llama"]), out=out, base=tiny_llama())
     with pytest.raises(ArchiveError, match="n_layer"):
         import_archive(published[0], hparams(), out=out, base=tiny_gpt2(layers=5))
-
-
-def test_a_std_that_does_not_follow_from_its_sum_has_the_last_word(published):
-    sites = sites_of(published[1].shapes, LAYERS)
-    state, prefix = dict(published[1].state), published[1].prefix(LAYERS[0])
-    state[f"{prefix}u_std"] = state[f"{prefix}u_std"] * 2
-    mend = from_foreign(state, sites, hparams())
-    moments = mend.moments["{}x{}".format(*published[1].shapes[LAYERS[0]])]["u"]
-    x = torch.randn(3, len(moments.mean), dtype=torch.float64)
-    expected = (x - state[f"{prefix}u_mean"]) / (state[f"{prefix}u_std"] + 1e-7)
-    torch.testing.assert_close(moments.normalise(x, floor=0.0, clip=None), expected)
 
 
 # ------------------------------------------------------------------------------------ command line
