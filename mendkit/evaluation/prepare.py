@@ -333,15 +333,15 @@ def write(
     that have not ended go on together, with what they wrote as part of their prompt.
     """
     written: list[list[int]] = [[] for _ in prompts]
-    # Prompts of like lengths need little padding.
-    going = sorted(range(len(prompts)), key=lambda k: len(prompts[k].ids))
+    going = list(range(len(prompts)))
     stops = base.stop_ids() if stop else frozenset()
     first = min(FIRST_TOKENS, max_new_tokens)
     for size in (first, max_new_tokens - first):
         on = []
-        for at in range(0, len(going) if size else 0, ROWS):
-            chosen = going[at : at + ROWS]
-            rows = [_longer(prompts[k], written[k]) for k in chosen]
+        longer = {k: _longer(prompts[k], written[k]) for k in going if size}
+        for batch in base.together(list(longer.values()), ROWS):
+            chosen = [list(longer)[k] for k in batch]
+            rows = [longer[k] for k in chosen]
             under = select(updates, [edits[k] for k in chosen]) if updates else {}
             with side_branches(base, under):
                 new = base.write(rows, max_new_tokens=size, stop=stop)

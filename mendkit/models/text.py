@@ -5,7 +5,7 @@ end a text. Axes: b rows, t tokens, l tokens of a decoder, v vocabulary or class
 """
 
 import re
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Callable, Hashable, Iterator, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -199,11 +199,8 @@ class TextModel:
                 f"generate_batch needs a list of prompts, got {prompts!r:.40}; use `generate`"
             )
         encoded = [self.prompt_of(self.tokenize(prompt, max_length=10**9)) for prompt in prompts]
-        # By length, so that a batch has little padding.
-        order = sorted(range(len(encoded)), key=lambda index: len(encoded[index].ids))
         texts = [""] * len(encoded)
-        for start in range(0, len(order), ROWS_PER_BATCH):
-            chosen = order[start : start + ROWS_PER_BATCH]
+        for chosen in self.together(encoded, ROWS_PER_BATCH):
             batch = [encoded[index] for index in chosen]
             rows = self.write(batch, max_new_tokens=max_new_tokens, stop=stop)
             for index, row in zip(chosen, rows, strict=True):
@@ -228,28 +225,67 @@ class TextModel:
         if self.family == CLASSIFIER:
             return self.forward(ids, mask).argmax(-1, keepdim=True).tolist()
         ends, stops = self.end_ids(), self.stop_ids() if stop else frozenset()
-        config = GenerationConfig(
-            max_new_tokens=max_new_tokens,
-            eos_token_id=sorted(ends | stops),
-            pad_token_id=self.pad_id,
-            decoder_start_token_id=self.start_id,
-        )
         begun, width = {}, ids.shape[1]
         if self.family == SEQ2SEQ:
             given = torch.tensor([prompt.decoder for prompt in prompts], device=self.device)
             # transformers' default cache would count the encoder's blocks.
             cache = EncoderDecoderCache(DynamicCache(), DynamicCache())
             begun, width = {"decoder_input_ids": given, "past_key_values": cache}, given.shape[1]
+        begun |= {"max_new_tokens": max_new_tokens, "eos_token_id": sorted(ends | stops)}
+        rows = self._greedily(ids, mask, **begun).sequences[:, width:]
+        return [_until_end(row, ends, stops) for row in rows.tolist()]
+
+    def _greedily(self, ids: Tensor, mask: Tensor, **options: Any) -> Any:
+        """What transformers generates, none of the checkpoint's settings being heeded."""
+        config = GenerationConfig(
+            do_sample=False,
+            num_beams=1,
+            use_cache=True,
+            pad_token_id=self.pad_id,
+            decoder_start_token_id=self.start_id,
+            return_dict_in_generate=True,
+        )
         # transformers fills what `config` leaves open from the model's settings, so these go aside.
         settings = self.model.generation_config
         self.model.generation_config = config
         try:
-            output = self.model.generate(
-                input_ids=ids, attention_mask=mask, generation_config=config, **begun
+            return self.model.generate(
+                input_ids=ids, attention_mask=mask, generation_config=config, **options
             )
         finally:
             self.model.generation_config = settings
-        return [_until_end(row, ends, stops) for row in output[:, width:].tolist()]
+
+    def together(self, prompts: Sequence[Tokens], rows: int) -> Iterator[list[int]]:
+        """Which prompts to write after together, `rows` at most, by length for little padding.
+
+        They have one length where padding changes what is written, as in RWKV, which ignores masks.
+        """
+        order = sorted(range(len(prompts)), key=lambda index: len(prompts[index].ids))
+        batch: list[int] = []
+        for index in order:
+            longer = batch and len(prompts[batch[0]].ids) < len(prompts[index].ids)
+            if len(batch) == rows or (longer and not self._pads()):
+                yield batch
+                batch = []
+            batch.append(index)
+        if batch:
+            yield batch
+
+    @torch.no_grad()
+    def _pads(self) -> bool:
+        """Whether padding on the left changes nothing."""
+        if self.family != CAUSAL:
+            return True
+
+        def compute() -> bool:
+            plain = [i for i in range(self.vocabulary) if i not in (self.pad_id, self.eos_id)]
+            first = []
+            for rows in ([plain[:2]], [plain[:2], plain[:5]]):
+                output = self._greedily(*self.left_pad(rows), max_new_tokens=1, output_logits=True)
+                first.append(output.logits[0][0])
+            return torch.allclose(*first, rtol=1e-2, atol=1e-2 * float(first[0].abs().max()))
+
+        return self.remembered("pads", compute)
 
     def left_pad(
         self, rows: Sequence[Sequence[int]], *, left: bool = True

@@ -39,9 +39,7 @@ def test_what_belongs_to_the_archive_is_refused_by_name_before_loading(key, arch
 
 def test_a_files_settings_do_not_hold_and_that_is_said(llama, archive, tmp_path, caplog):
     file = tmp_path / "tiny.yaml"
-    file.write_text(
-        "model_name: tiny\nrank: 4\nmax_iters: 7\nmax_target_tokens: 9\n"
-    )
+    file.write_text("model_name: tiny\nrank: 4\nmax_iters: 7\nmax_target_tokens: 9\n")
     h = MENDHyperParams.from_hparams(file, archive=archive, seed=3)
     editor = MENDEditor.from_hparams(h, base=llama)
     assert (editor.hparams.rank, editor.hparams.max_target_tokens, editor.hparams.seed) == (8, 9, 3)

@@ -227,6 +227,9 @@ def other_base(case: str, kind: str | None = None) -> BaseModel:
 NO_CHAIN = ("gemma3n", "t5", "t5-v1.1", "bart")  # nothing is cached below their edits
 
 
+NO_ADAPTER = ("deepseek_v3", "mamba", "qwen3_next")  # PEFT renames or refuses their layers
+
+
 def table_row(name: str) -> str:
     """A family's row in docs/DATA_AND_MODELS.md."""
     if name in REFUSED:
