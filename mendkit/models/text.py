@@ -258,7 +258,7 @@ class TextModel:
     def together(self, prompts: Sequence[Tokens], rows: int) -> Iterator[list[int]]:
         """Which prompts to write after together, `rows` at most, by length for little padding.
 
-        They have one length where padding changes what is written, as in RWKV, which ignores masks.
+        They have one length where padding changes what is written, as in RecurrentGemma.
         """
         order = sorted(range(len(prompts)), key=lambda index: len(prompts[index].ids))
         batch: list[int] = []

@@ -51,8 +51,6 @@ _GRANITE |= {"shared_intermediate_size": FF, "num_local_experts": 2}
 _RECURRENT = {**_HEADS, "intermediate_size": 2 * FF, "num_key_value_heads": 1}
 _RECURRENT |= {"block_types": ["recurrent", "attention"], "attention_window_size": 16}
 _STATE = {"hidden_size": D, "num_hidden_layers": 4, "state_size": 8}
-_RWKV = {"hidden_size": D, "num_hidden_layers": 4, "intermediate_size": FF}
-_RWKV |= {"attention_hidden_size": D, "context_length": POSITIONS}
 _OSS = {**_LLAMA, "num_local_experts": 4, "num_experts_per_tok": 2, "head_dim": 8}
 _OSS |= {"sliding_window": 8, "rope_parameters": {"rope_type": "default", "rope_theta": 1e4}}
 _WINDOW = {"attention_window": [8] * 4}
@@ -158,7 +156,6 @@ OTHERS = {
     "granite-4": _causal("GraniteMoeHybrid", _GRANITE, "input_linear output_linear", _SHARED),
     "recurrent-gemma": _causal("RecurrentGemma", _RECURRENT, path="model.layers.{}.mlp_block"),
     "mamba": _causal("Mamba", _STATE, "out_proj", "backbone.layers.{}.mixer", auto=False),
-    "rwkv": _causal("Rwkv", _RWKV, "key receptance value", "rwkv.blocks.{}.feed_forward"),
     # mixtures of experts
     "qwen2-moe": _causal("Qwen2Moe", _SHARE, path=f"{_MLP}.shared_expert"),
     "deepseek-v3": _causal("DeepseekV3", _DEEPSEEK, path=f"{_MLP}.shared_experts"),
