@@ -3,7 +3,6 @@
 import copy
 import logging
 from collections.abc import Sequence
-from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from itertools import takewhile
 from typing import Any, cast
@@ -17,7 +16,7 @@ from transformers.pytorch_utils import Conv1D
 from ..errors import ModelError
 from .families import SEQ2SEQ, seen_lengths
 from .sites import Blocks, Site, embedding_matrix, find_blocks, resolve_sites, watch_chain
-from .streaming import guard, is_away, running_instead, standing_in
+from .streaming import guard, is_away, standing_in
 from .text import TextModel
 
 logger = logging.getLogger(__name__)
@@ -44,9 +43,9 @@ class BaseModel(TextModel):
                 "give them cpu or a GPU"
             )
         super().__init__(model, tokenizer, name=name)
+        self.blocks: Blocks | None = None
         self.streamed = False  # the trunk runs block by block
         self._place(inner_params)
-        self.guard_released()
 
     def __repr__(self) -> str:
         shown = f"{self.name!r}, {type(self.model).__name__}, {len(self.sites)} sites"
@@ -57,14 +56,8 @@ class BaseModel(TextModel):
         if self.head is not None and self.head.position is None:
             # The head reads several positions, so all of them receive a gradient.
             self.sites = tuple(replace(site, scored_only=False) for site in self.sites)
-        self.blocks: Blocks | None = self._find_blocks()
-        below: AbstractContextManager[None] = nullcontext()
-        if self.released:
-            if self.blocks is None:
-                return
-            present = range(self.released, self.blocks.last + 1)
-            below = standing_in(self.model, self.blocks, present)
-        with below:
+        self.blocks = self._find_blocks()
+        if not self.released:
             self.lengths: dict[str, int] = self.remembered(
                 ("lengths", self.sites), lambda: seen_lengths(self.model, self.sites, self._read)
             )
@@ -76,7 +69,10 @@ class BaseModel(TextModel):
             return None
         path, blocks = found
         first = min(numbers)
-        form = self.remembered(("form", first), lambda: self._probe(path, blocks, first))
+        if self.released and self.blocks is not None:  # known from before
+            form = self.blocks.form
+        else:
+            form = self.remembered(("form", first), lambda: self._probe(path, blocks, first))
         if form is None:
             logger.info(
                 "%s: %s is no plain chain of blocks, so nothing below the edits is cached",
@@ -94,13 +90,10 @@ class BaseModel(TextModel):
         """
         above = range(first, len(blocks))
         try:
-            # 1. All blocks; the lowest in memory runs in place of those that are away.
-            away, lowest = blocks[: self.released], blocks[self.released]
-            with running_instead(dict.fromkeys(away, lowest.forward)):
-                form, entering, whole = watch_chain(blocks, self._read)
+            form, entering, whole = watch_chain(blocks, self._read)
             if form is None or first == 0:
                 return form
-            # 2. From the states that enter the lowest edited one.
+            # The same again, from the states that enter the lowest edited block.
             chain = Blocks(path, first, above[-1], form)
             with standing_in(self.model, chain, above, entering[first]):
                 again = self._read()

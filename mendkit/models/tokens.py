@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from jaxtyping import Bool, Int
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 
 from ..data.examples import BLANKS, check_unicode, join
 from ..errors import DataError, LimitError
@@ -221,9 +222,10 @@ def pad_rows(
     device: torch.device | str = "cpu",
 ) -> Int[Tensor, "n t"]:
     """Rows of different lengths as one tensor, padded on the right or on the left."""
-    width = max(map(len, rows))
-    padded = []
-    for row in rows:
-        padding = [filler] * (width - len(row))
-        padded.append([*padding, *row] if left else [*row, *padding])
-    return torch.tensor(padded, device=device)
+    padded = pad_sequence(
+        [torch.tensor(row) for row in rows],
+        batch_first=True,
+        padding_value=filler,
+        padding_side="left" if left else "right",
+    )
+    return padded.to(device)

@@ -75,7 +75,7 @@ def test_padding_on_either_side_does_not_change_the_loss(kind, case):
     texts = []
     for prompt, answer in zip(PROMPTS, answers, strict=False):
         texts.append(base.tokenize(prompt, answer, add_eos=True))
-    assert len({len(text.ids) for text in texts}) > 2
+    assert len({len(text.ids) for text in texts}) > 1
     targets = [torch.tensor(text.targets) for text in texts]
     with torch.no_grad():
         losses = []
@@ -360,7 +360,7 @@ def test_a_head_that_reads_all_tokens_has_factors_everywhere_and_no_scored_ones(
 def test_scored_tokens_are_a_decoders_or_the_one_that_a_head_reads():
     t5, bert = other_base("t5"), other_base("bert")
     texts = [edit_tokens(t5, hparams(), example) for example in EXAMPLES[:2]]
-    said = r"no meaning for encoder\.block\.1.*`inner_params` of the decoder"
+    said = r"no meaning for encoder\.block\.1.*`inner_params`"
     with pytest.raises(HyperParamError, match=said):
         capture_factors(FrozenTrunk(t5), texts, tokens="scored")
     with pytest.raises(HyperParamError, match=said):

@@ -2,7 +2,6 @@
 
 import json
 import logging
-import resource
 import signal
 import subprocess
 import sys
@@ -117,22 +116,6 @@ def test_a_damaged_file_is_told_and_computed_again(llama, tmp_path, caplog, monk
     assert "computed again" in caplog.text and path.name in caplog.text
     assert_right(again, texts)
     assert computed(cached(llama, tmp_path), texts, monkeypatch) == 0
-
-
-def test_a_full_disk_is_told_once_and_nothing_half_written_stays(llama, tmp_path, caplog):
-    texts = every_text(llama)
-    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-    # A write beyond this size fails as on a full disk.
-    resource.setrlimit(resource.RLIMIT_FSIZE, (3000, hard))
-    try:
-        full = cached(llama, tmp_path)
-        full.fill(texts[:10])
-        full.fill(texts[10:])
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
-    assert caplog.text.count("cannot write") == 1 and "disk_cache_bytes: 0" in caplog.text
-    assert [path for path in tmp_path.rglob("*") if path.is_file()] == []
-    assert_right(full, texts)
 
 
 def test_what_finds_no_room_is_not_kept_and_told_once(tmp_path, caplog):
