@@ -227,6 +227,14 @@ def append_line(path: Path, text: str) -> None:
             raise
 
 
+def without_repeats(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """An object of JSON. Raises ValueError for a key that is given twice."""
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        raise ValueError("a key is given twice")
+    return found
+
+
 def write_json(path: str | Path, values: Any) -> Path:
     """Write JSON atomically."""
     return write_text(path, json.dumps(values, indent=1, ensure_ascii=False) + "\n")

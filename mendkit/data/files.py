@@ -5,7 +5,6 @@
 
 import ast
 import bz2
-import codecs
 import csv
 import gzip
 import io
@@ -22,9 +21,9 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import DataError
-from ..runs import user_path
+from ..runs import user_path, without_repeats
 from .examples import EditExample, Probe
-from .layouts import LEAST, parse
+from .layouts import ANSWERS, LEAST, PAIRS, parse
 from .records import answers, text
 
 logger = logging.getLogger(__name__)
@@ -37,14 +36,6 @@ FACTS = {
 
 READABLE = "JSON, JSON lines, CSV, TSV or parquet, plain or as .gz, .bz2 or .xz"
 COMPRESSED = {b"\x1f\x8b": gzip, b"BZh": bz2, b"\xfd7zXZ": lzma}
-# UTF-16's mark begins UTF-32's
-MARKS = {
-    codecs.BOM_UTF8: "utf-8-sig",
-    codecs.BOM_UTF32_LE: "utf-32",
-    codecs.BOM_UTF32_BE: "utf-32",
-    codecs.BOM_UTF16_LE: "utf-16",
-    codecs.BOM_UTF16_BE: "utf-16",
-}
 
 
 @dataclass(frozen=True)
@@ -122,9 +113,8 @@ def _columns(columns: Any, source: object, records: Sequence[Any]) -> dict[str, 
         return names
     for field, listed in dict(columns).items():
         names[field] = (listed,) if isinstance(listed, str) else tuple(listed)
-        if field not in EditExample.__dataclass_fields__:
-            legal = ", ".join(EditExample.__dataclass_fields__)
-            raise DataError(f"columns: no field {field!r} of an edit; expected one of {legal}")
+        if field not in (legal := [*EditExample.__dataclass_fields__, *PAIRS, *ANSWERS]):
+            raise DataError(f"columns: no field {field!r}; expected one of {', '.join(legal)}")
     there = json.dumps([record for _, record in records], default=str, ensure_ascii=False)
     wanted = [name for listed in names.values() for name in listed]
     missing = [name for name in wanted if json.dumps(name, ensure_ascii=False) + ":" not in there]
@@ -193,7 +183,9 @@ def _content(source: str | Path) -> tuple[Path, bytes]:
         files = sorted(file.name for file in path.iterdir() if file.is_file())
         raise DataError(f"{path} is a folder; give one of its files: {', '.join(files[:5])}")
     if not path.is_file():
-        raise DataError(f"{path}: no such file; give a data file, or one of {', '.join(FACTS)}")
+        raise DataError(
+            f"{path}: no such file; give a data file, hf:owner/name, or one of {', '.join(FACTS)}"
+        )
     try:
         content = path.read_bytes()
         for magic, module in COMPRESSED.items():
@@ -205,18 +197,13 @@ def _content(source: str | Path) -> tuple[Path, bytes]:
 
 
 def _decoded(path: Path, content: bytes) -> str:
-    encodings = [name for mark, name in MARKS.items() if content.startswith(mark)]
     try:
-        decoded = content.decode(*encodings[:1])
-        if "\0" not in decoded[:1000]:
-            return decoded
-        why = "it has zero bytes"
+        return content.decode(json.detect_encoding(content))
     except UnicodeDecodeError as error:
-        why = f"{error.reason} at byte {error.start}"
-    raise DataError(
-        f"{path}: not UTF-8 text ({why}); convert it (`iconv -f ENCODING -t UTF-8`), or give "
-        f"{READABLE}"
-    )
+        raise DataError(
+            f"{path}: not UTF-8 text ({error.reason} at byte {error.start}); convert it (`iconv -f "
+            f"ENCODING -t UTF-8`), or give {READABLE}"
+        ) from None
 
 
 def _records(source: str | Path) -> Iterator[tuple[str, Any]]:
@@ -254,7 +241,7 @@ def _numbered(place: object, rows: Sequence[Any]) -> Iterator[tuple[str, Any]]:
 def _value(content: str) -> Any:
     """The value of JSON, or a DataError that says why it has none."""
     try:
-        return json.loads(content)
+        return json.loads(content, object_pairs_hook=without_repeats)
     except (ValueError, RecursionError) as error:  # also for numbers of too many digits
         return DataError(f"invalid JSON: {error}")
 
@@ -304,6 +291,8 @@ def _from_table(path: Path, content: str) -> Iterator[tuple[str, Any]]:
     separator = max(",\t;|", key=header.count)
     rows = csv.DictReader(io.StringIO(content), delimiter=separator, restkey="further cells")
     try:
+        if len(set(rows.fieldnames or ())) < len(rows.fieldnames or ()):
+            raise csv.Error("a column is given twice")
         for row in rows:
             yield f"{path}:{rows.line_num}", {name: _cell(value) for name, value in row.items()}
     except csv.Error as error:

@@ -20,7 +20,7 @@ from torch import Tensor
 from ..errors import ArchiveError, MendkitError
 from ..models.base import BaseModel
 from ..models.fingerprint import model_fingerprint
-from ..runs import DAMAGE, archive_file, atomically, sha256, user_path
+from ..runs import DAMAGE, archive_file, atomically, sha256, user_path, without_repeats
 
 CHECKSUM = "sha256"
 OLD_SEAL = "metadata_sha256"  # the metadata's own checksum in the first format, where it has one
@@ -116,7 +116,7 @@ def read_tensors(kind: Kind, path: str | Path) -> tuple[dict[str, Any], dict[str
     if "mendkit" not in header:
         raise ArchiveError(f"{path}: a safetensors file, but no {kind.noun} of mendkit")
     with damage_named(path, "metadata"):
-        metadata = json.loads(header["mendkit"], object_pairs_hook=_without_repeats)
+        metadata = json.loads(header["mendkit"], object_pairs_hook=without_repeats)
     known = (kind.format, *kind.old_formats)
     if not isinstance(metadata, dict) or metadata.get("format") not in known:
         raise ArchiveError(f"{path}: unknown format; this version reads {kind.format}")
@@ -129,14 +129,6 @@ def read_tensors(kind: Kind, path: str | Path) -> tuple[dict[str, Any], dict[str
         )
     shapes = {name: list(tensor.shape) for name, tensor in tensors.items()}
     return metadata | {"tensors": shapes}, tensors
-
-
-def _without_repeats(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    """An object of JSON. Raises ValueError for a key that is given twice."""
-    found = dict(pairs)
-    if len(found) < len(pairs):
-        raise ValueError("a key is given twice")
-    return found
 
 
 def _is_intact(kind: Kind, metadata: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> bool:

@@ -275,6 +275,7 @@ FILES = {
     "byid.json": json.dumps({"a": LYON[0]}).encode(),
     "bom.jsonl": b"\xef\xbb\xbf" + LINE,
     "utf16.jsonl": LINE.decode().encode("utf-16"),
+    "unmarked.jsonl": LINE.decode().encode("utf-16-le"),
     "utf32.jsonl": LINE.decode().encode("utf-32"),
     "crlf.jsonl": LINE + b"\r\n",
     "a.jsonl.gz": gzip.compress(LINE),
@@ -364,6 +365,10 @@ def test_columns_read_any_names_and_are_checked(tmp_path, caplog):
         read_examples(path, columns=columns | {"target_new": "aa"})
     with pytest.raises(DataError, match="columns: no field 'promt'"):
         read_examples(path, columns={"promt": "q"})
+    table = write(tmp_path / "z.json", [{"q": "Q", "a": "A", "near": "N", "said": ["B", "C"]}])
+    halves = {"locality_prompt": "near", "locality_ground_truth": "said"}
+    (example,) = read_examples(table, columns=columns | halves)
+    assert example == EditExample("Q", "A", neighbours=(Probe("N", "B", ("C",)),))
     plain = write(tmp_path / "y.json", LYON)
     assert len(read_examples(plain, columns=columns)) == 1  # another file of the same run
     assert "none of the names in `columns`" in caplog.text
@@ -438,16 +443,19 @@ def test_files_that_cannot_be_read_say_what_they_are(tmp_path):
             read_examples(tmp_path / name)
         return str(caught.value)
 
-    assert "no such file; give a data file, or one of facts:train" in refusal("none.json")
+    assert "no such file; give a data file, hf:owner/name, or one of facts:train" in refusal(
+        "none.json"
+    )
     assert "no valid example" in refusal("e.json", b"[]")
     assert "not UTF-8 text" in refusal("gbk.jsonl", "{'法国'}".encode("gbk"))
     assert "iconv" in refusal("gbk.jsonl")
-    assert "zero bytes" in refusal("sixteen.jsonl", LINE.decode().encode("utf-16-le"))
     assert "UTF-8" in refusal("b.json", b"\xff\xfe\x00")
     assert "cannot be read" in refusal("a.json.gz", gzip.compress(LINE * 9)[:-12])
     assert "d.json:2: invalid JSON" in refusal("d.json", LINE + b"\n{oops\n" + LINE)
     assert len(read_examples(tmp_path / "d.json", skip_invalid=True)) == 2
     assert "array.json: invalid JSON" in refusal("array.json", b"[\n{]")
+    assert "a key is given twice" in refusal("twice.json", LINE[:-1] + b', "prompt": "P"}')
+    assert "a column is given twice" in refusal("twice.csv", b"prompt,prompt\na,b\n")
     short = json.dumps({"prompt": ["a", "b"], "target_new": ["c"]}).encode()
     assert "2 prompts, `target_new`: only 1 values" in refusal("columns.json", short)
     (tmp_path / "folder").mkdir()
