@@ -44,9 +44,7 @@ EDIT = Kind(
 class Edit:
     """A weight change of one base model; the updates of several examples are summed.
 
-    Use it with `applied()`; `apply()` and `undo()` are for interactive work.
-    `unit_updates` are those at strength 1.
-    `archive` is the SHA-256 of the archive that made it, None if there is none.
+    `unit_updates` are those at strength 1; `archive` is the SHA-256 of the archive that made it.
     """
 
     def __init__(
@@ -71,7 +69,7 @@ class Edit:
 
     @property
     def updates(self) -> Updates:
-        """The updates at the edit's strength, all examples as one edit (b = 1)."""
+        """The updates at the edit's strength, all examples as one (b = 1)."""
         return {name: summed(u).scaled(self.strength) for name, u in self.unit_updates.items()}
 
     # ---------------------------------------- apply and undo
@@ -151,16 +149,12 @@ class Edit:
     def merged(self) -> Merged:
         """A new model with the edit added to its weights in float32, then rounded to their dtype.
 
-        Both models share the other weights: write to neither. Other edits in force stay out.
-        A rounding that loses much of the edit is reported, and warned of.
+        Both models share the other weights. Other edits in force stay out.
         """
         return merge(self.base, self.dense())
 
     def save_merged(self, folder: str | Path) -> tuple[MergedSite, ...]:
-        """Write `merged()` as a model folder for transformers; returns what is left of the edit.
-
-        Raises MendkitError if the folder is a file, cannot be written to, or is the base model's.
-        """
+        """Write `merged()` as a model folder for transformers; returns what is left of the edit."""
         merged = self.merged()
         write_model(folder, merged.base)
         return merged.sites
@@ -171,7 +165,7 @@ class Edit:
 
     @classmethod
     def load(cls, path: str | Path, base: BaseModel) -> "Edit":
-        """An edit saved for `base`, not applied; `base` itself keeps its sites.
+        """An edit saved for `base`, not applied.
 
         Raises ArchiveError if the file is missing, damaged, a journal, or belongs to another model.
         """
@@ -198,7 +192,7 @@ class Edit:
 
 
 def _common_base(edits: Sequence[Edit]) -> BaseModel:
-    """The model of all these edits, with the sites of any. Raises MendkitError if there is none."""
+    """The model of all these edits, with the sites of any."""
     if not edits or any(edit.base.model is not edits[0].base.model for edit in edits):
         raise MendkitError(
             f"expected one edit or several of the same model, got {len(edits)}; "
@@ -269,7 +263,6 @@ def load_edits(path: str | Path, base: BaseModel) -> list[tuple[Edit, bool]]:
 def _take_update(
     tensors: dict[str, Tensor], place: str, site: Site, device: torch.device
 ) -> LowRankUpdate:
-    """Take a site's update out of a file's tensors. Raises ValueError or KeyError."""
     u, delta, c = (tensors.pop(f"{place}/{part}") for part in ("u", "delta", "coefficient"))
     for tensor in (u, delta, c):
         if not tensor.is_floating_point() or not tensor.numel():

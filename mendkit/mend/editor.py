@@ -76,7 +76,7 @@ class MENDEditor:
         return cls(archive.base, archive.mend, archive=file_sha256(archive.path))
 
     def tokens(self, example: EditExample) -> Tokens:
-        """The edit prompt with its new answer, as trained."""
+        """The edit prompt with its new answer."""
         return edit_tokens(self.base, self.hparams, example)
 
     @torch.no_grad()
@@ -160,10 +160,10 @@ class MENDEditor:
     def by_least_squares(
         self, examples: Sequence[EditExample], *, ridge: float = 0.003, ridge_shared: float = 0.04
     ) -> "MENDEditor":
-        """The same hypernetwork with `aggregate: least_squares`, for which it was not trained.
+        """The same hypernetwork with `aggregate: least_squares`; it spares the examples' keys.
 
-        The keys to spare are those of the examples' texts. A `ridge_shared` of 1e9 leaves out
-        what a fact's wordings share: edits then hold better, and paraphrases do not.
+        A `ridge_shared` of 1e9 leaves out what a fact's wordings share: edits hold better,
+        paraphrases do not.
         """
         trunk = FrozenTrunk(self.base)
         texts: list[Tokens] = []
@@ -210,7 +210,7 @@ class EditSession:
         return session
 
     def edit(self, examples: Examples, target_new: str | None = None) -> Edit:
-        """Compute an edit on the model as it is now, apply it and write it down."""
+        """Make an edit on the model as it is now, apply it and write it down."""
         edit = self.editor.edit(examples, target_new)
         self.journal.append(edit.apply())
         return edit
@@ -286,7 +286,6 @@ class EditSession:
         return self.active[-1]
 
     def _place(self, index: int) -> int:
-        """An index of the journal, from its start."""
         if not -len(self.journal) <= index < len(self.journal):
             raise MendkitError(f"no edit {index} in the journal; it has {len(self.journal)}")
         return index % len(self.journal)

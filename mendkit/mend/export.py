@@ -48,7 +48,7 @@ LITTLE_KEPT = 0.9
 
 @contextmanager
 def _new_files(folder: str | Path, what: str) -> Iterator[Path]:
-    """A folder to write files to, which are moved into `folder` at the end of the context."""
+    """A folder whose files are moved into `folder` at the end of the context."""
     folder = make_folder(folder)
     try:
         with TemporaryDirectory(dir=folder, prefix=".new-") as new:
@@ -73,7 +73,7 @@ class LoRA:
 
     @property
     def rank(self) -> int:
-        """The number of rows of A."""
+        """Rows of A."""
         return len(self.A)
 
     @classmethod
@@ -139,7 +139,6 @@ def _misread(folder: Path, base: BaseModel, loras: Mapping[str, LoRA]) -> list[s
 
 
 def _copy_of(base: BaseModel, replaced: Mapping[int, nn.Parameter] | None = None) -> Any:
-    """A copy of the model that shares its parameters, but those `replaced` by id."""
     shared = {id(parameter): parameter for parameter in base.model.parameters()}
     return copy.deepcopy(base.model, shared | dict(replaced or {}))
 
@@ -260,10 +259,7 @@ def _what_is_left(name: str, got: Tensor, change: Tensor) -> MergedSite:
 
 
 def write_model(folder: str | Path, edited: BaseModel) -> None:
-    """Write a model and its tokenizer as a folder for transformers.
-
-    Raises MendkitError if the folder is a file, cannot be written to, or is the model's own.
-    """
+    """Write a model and its tokenizer as a folder for transformers, not the model's own one."""
     if user_path(folder).resolve() == Path(edited.model.name_or_path or "/").resolve():
         raise MendkitError(f"{folder} holds the base model itself; give another folder")
     with silence_transformers(), _new_files(folder, "the edited model") as new:

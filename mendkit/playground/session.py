@@ -9,7 +9,7 @@ from dataclasses import replace
 from typing import Any
 
 from ..data.examples import EditExample
-from ..errors import DataError, MendkitError
+from ..errors import MendkitError
 from ..evaluation.inspection import answer_tokens, open_editor
 from ..hparams import MENDHyperParams
 from ..mend.edit import Edit
@@ -21,11 +21,7 @@ MOST_TOKENS = 200  # whose probabilities are read; a chart shows the most probab
 
 
 class Playground:
-    """A model, its editor (`open_editor`) and a journal (`session`).
-
-    `statistics` are those of the stand-in where `archive` is null.
-    `max_new_tokens` limits what is written after a prompt.
-    """
+    """A model, its editor (`open_editor`, with `statistics`) and a journal (`session`)."""
 
     def __init__(
         self,
@@ -51,10 +47,7 @@ class Playground:
         self._shown = index
 
     def apply(self, example: EditExample) -> Edit:
-        """Edit the model as it is now, and show the edit. Raises DataError for a blank text."""
-        for name, text in (("prompt", example.prompt), ("new answer", example.target_new)):
-            if not text.strip():
-                raise DataError(f"the {name} is blank; a fact needs a prompt and an answer")
+        """Edit the model as it is now, and show the edit."""
         edit = self.session.edit(example)
         self.show(len(self.session.journal) - 1)
         return edit
@@ -70,13 +63,9 @@ class Playground:
 
     # ---------------------------------------- reading
 
-    def asked(self) -> list[tables.Asked]:
-        """All prompts of the edit that is shown. Raises MendkitError if there is none."""
-        return [asked for asked, _ in self._asked()]
-
     def completions(self) -> tuple[list[tables.Asked], list[str], list[str]]:
-        """What the model writes after the prompts (`asked`), before and after."""
-        asked = self.asked()
+        """The prompts of the edit that is shown, and what is written before and after it."""
+        asked = [each for each, _ in self.asked()]
         prompts = tuple(prompt for _, prompt, _ in asked)
 
         def write() -> list[str]:
@@ -86,7 +75,7 @@ class Playground:
 
     def next_tokens(self, index: int = 0) -> Row:
         """Next-token probabilities after one of the prompts, for `plots.next_token_bars`."""
-        fact = answer_tokens(self.editor.base, self._asked()[index][1])
+        fact = answer_tokens(self.editor.base, self.asked()[index][1])
         prompt = str(fact["prompt"])
         among = tuple(token for token in (fact["new_token"], fact["old_token"]) if token)
 
@@ -96,14 +85,13 @@ class Playground:
         return {**fact, "before": self._before((prompt, *among), read), "after": read()}
 
     def _before(self, key: Hashable, read: Callable[[], Any]) -> Any:
-        """What `read` says of the unedited model, remembered by `key`."""
         if key not in self._unedited:
             with self.session.suspended():
                 self._unedited[key] = read()
         return self._unedited[key]
 
-    def _asked(self) -> list[tuple[tables.Asked, EditExample]]:
-        """Each prompt, and the answers whose probabilities are read: the edit's and the old one."""
+    def asked(self) -> list[tuple[tables.Asked, EditExample]]:
+        """Each prompt, and the new and old answer whose probabilities are read."""
         if self.shown is None:
             raise MendkitError("the journal is empty; apply an edit first")
         found = []

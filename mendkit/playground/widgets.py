@@ -48,7 +48,8 @@ class Panel:
     ) -> None:
         self.playground, self.facts = playground, tuple(facts)
         self._filling = False  # fields are set by code, which is no wish of the user
-        self.about, self.said, self.results = w.HTML(_about(playground)), w.HTML(), w.HTML()
+        self.about = w.HTML(tables.listed(about(playground.editor)).to_html())
+        self.said, self.results = w.HTML(), w.HTML()
         # 1. A fact.
         picks: list[tuple[str, int | None]] = [("(a fact that you type)", None)]
         for place, fact in enumerate(self.facts):
@@ -154,15 +155,12 @@ class Panel:
 
     def _save(self) -> str:
         folder = self.folder.value.strip()
-        if not folder:
-            raise MendkitError("the adapter's folder is blank; name one")
         edit = self.playground.session.combined()
         rank = max(site.rank for site in edit.save_adapter(project_path(folder)))
         saved = f"{len(edit.examples)} fact(s) in force saved in {folder}"
         return f"{saved}, a LoRA adapter of rank {rank} for PEFT."
 
     def _place(self) -> int:
-        """Of the edit that is shown."""
         if self.playground.shown is None:
             raise MendkitError("the journal is empty; apply an edit first")
         return self.playground.shown
@@ -189,14 +187,12 @@ class Panel:
         self.said.value = f'<div class="mendkit-said {kind}" role="{role}">{shown}</div>'
 
     def _fill(self) -> None:
-        """Let the fields show what the playground holds."""
         rows, shown = self.playground.journal(), self.playground.shown
         self._filling = True
         try:
             edits = []
             for place, row in enumerate(rows):
-                state = f"strength {row['strength']:.3g}, {row['state']}"
-                edits.append((f"{row['edit']} ({state})", place))
+                edits.append((f"{row['edit']} ({row['state']})", place))
             self.journal.options, self.journal.value = edits, shown
             if shown is not None:
                 self.strength.max = max(STRONGEST, rows[shown]["strength"])
@@ -205,17 +201,6 @@ class Panel:
                 self.toggle.description = "Undo" if in_force else "Re-apply"
         finally:
             self._filling = False
-
-
-def _about(playground: Playground) -> str:
-    """Model and hypernetwork, and what to do where that was never trained."""
-    editor = playground.editor
-    text = " · ".join(f"{what}: {value}" for what, value in about(editor).items())
-    if editor.name == "untrained":
-        advice = "Train one with notebook 01 and give its path as archive."
-        return f'<div class="mendkit-said bad">{tables.escape(f"{text}. {advice}")}</div>'
-    text = tables.escape(f"{text} ({playground.hparams.archive})")
-    return f'<div class="mendkit-said">{text}</div>'
 
 
 def _field(widget: Any, label: str) -> Any:

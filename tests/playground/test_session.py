@@ -86,7 +86,7 @@ def test_the_old_answer_of_a_neighbour_is_its_own(playground: Playground) -> Non
         playground.completions()
     example = EXAMPLES[0]
     playground.apply(example)
-    roles = [role for role, _, _ in playground.asked()]
+    roles = [asked[0] for asked, _ in playground.asked()]
     read, neighbour = playground.next_tokens(roles.index("neighbours")), example.neighbours[0]
     assert (read["prompt"], read["old"]) == (neighbour.prompt, neighbour.answer)
     assert playground.next_tokens(roles.index("paraphrases"))["old"] == example.ground_truth
@@ -106,7 +106,7 @@ def test_without_an_archive_a_stand_in_is_labelled_and_edits(hparams: MENDHyperP
     "example", [EditExample(" ", "Lyon"), EditExample("The capital of France is", "\n")]
 )
 def test_a_blank_fact_is_refused(playground: Playground, example: EditExample) -> None:
-    with pytest.raises(DataError, match="is blank"):
+    with pytest.raises(DataError, match="has no token to predict"):
         playground.apply(example)
     assert playground.shown is None
 
@@ -160,7 +160,7 @@ def test_mistakes_are_told_and_change_nothing(
     assert "the journal is empty" in panel.said.value
     panel.answer.value = " "
     panel.apply.click()
-    assert "the new answer is blank" in panel.said.value
+    assert "has no token to predict" in panel.said.value
     monkeypatch.setattr(panel.playground, "apply", lambda example: 1 / 0)
     panel.apply.click()
     assert "ZeroDivisionError" in panel.said.value  # not ours, and told all the same
