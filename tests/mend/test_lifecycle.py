@@ -86,11 +86,15 @@ def test_edits_are_made_added_up_undone_and_merged(trained):
     assert all(torch.equal(value, bits[name]) for name, value in base.model.state_dict().items())
 
 
-def test_an_adapter_gives_the_edited_logits_or_is_refused_by_name(trained):
+def test_a_merged_folder_and_an_adapter_give_the_edited_logits_or_are_refused_by_name(trained):
     h, base, folder = trained
     edit = MENDEditor.from_hparams(h, base=base).edit(examples_of(base)[0])
     with edit.applied():
         edited = reading(base)
+    near = 1e-4 * float(edited.abs().max())
+    edit.save_merged(folder / "merged")
+    merged = load_model(h.replace(model_name=str(folder / "merged")))
+    torch.testing.assert_close(reading(merged), edited, rtol=1e-3, atol=near)
     if base.model.config.model_type in NO_ADAPTER:
         with pytest.raises(MendkitError, match=f"PEFT reads .*{base.sites[0].module}"):
             edit.save_adapter(folder / "adapter")
@@ -98,7 +102,6 @@ def test_an_adapter_gives_the_edited_logits_or_is_refused_by_name(trained):
     edit.save_adapter(folder / "adapter")
     other = copy.copy(base)
     other.model = PeftModel.from_pretrained(copy.deepcopy(base.model), folder / "adapter").eval()
-    near = 1e-4 * float(edited.abs().max())
     torch.testing.assert_close(reading(other), edited, rtol=1e-3, atol=near)
 
 
