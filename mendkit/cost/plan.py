@@ -21,6 +21,7 @@ from transformers import PreTrainedModel
 from ..data.examples import HEADLINE_ROLES, EditExample, Probe
 from ..errors import MendkitError
 from ..hparams import MENDHyperParams
+from ..mend.archive import STRUCTURE, inspect_archive
 from ..mend.factors import FACTOR_BATCH
 from ..mend.hypernetwork import MEND
 from ..mend.validation import POSITIONS_PER_PASS
@@ -112,6 +113,11 @@ def plan(
     """
     if not train or not validation:
         raise MendkitError("a plan needs at least one training and one validation example")
+    if h.archive is not None:  # which training goes on from: it decides sites and shape
+        archive = inspect_archive(h.archive)
+        kept = {key: archive["hparams"][key] for key in STRUCTURE if key in archive["hparams"]}
+        sites = [site["name"] for site in archive["base_model"]["sites"]]
+        h = h.replace(archive=None, inner_params=sites, **kept)
     with silence_transformers():
         model = published(h.model_name)
         model = model or skeleton(h.model_name, trust_remote_code=h.trust_remote_code)

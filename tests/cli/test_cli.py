@@ -55,7 +55,7 @@ def test_help_and_version_answer_within_a_second_and_load_no_heavy_library():
 
 
 COMMANDS = ["train", "plan", "edit", "evaluate", "inspect", "import", "export", "conformance"]
-COMMANDS += ["sites", "report", "bench"]
+COMMANDS += ["sites", "doctor", "report", "bench"]
 
 
 def test_help_shows_the_exit_status_and_an_example_of_each_command(capsys):
@@ -236,6 +236,23 @@ def test_a_tilde_a_run_folder_and_columns_are_understood_by_every_command(here, 
     }
     assert Path("home/merged/config.json").is_file() and not Path("~").exists()
     assert main(["inspect", "~/run"]) == 0
+
+
+def test_settings_beside_an_archive_are_honoured_or_refused_by_name(here, capsys):
+    long = replace(EXAMPLES[0], target_new="Rome Rome " * 20)
+    write_examples([long], "long.jsonl")
+    data = ["--data", "long.jsonl"]
+    for command in (EDIT, SCORE):
+        assert main([*command, *data]) == 2
+        assert "raise `max_target_tokens`" in capsys.readouterr().err
+        assert main([*command, *data, "max_target_tokens=64"]) == 0
+        assert main([*command, *data, "max_target_tokens=64", "max_length=9"]) == 2
+        assert "raise `max_length`" in capsys.readouterr().err
+        for setting in ("update_sign=1", "edit_lr=5", "add_eos=false", "rank=5", "lr=1"):
+            assert main([*command, setting, *data]) == 2
+            last = capsys.readouterr().err.splitlines()[-1]
+            assert setting.partition("=")[0] in last and "belongs to the archive" in last
+        assert main([*command, *data, "max_target_tokens=64", "rank=4", "lr_scale=2"]) == 0
 
 
 def test_a_bad_record_costs_only_itself_if_told_and_is_named(here, capsys, caplog):
