@@ -205,13 +205,14 @@ def report(
 def _check_report(plan: "ReportPlan", *, ignore_memory: bool) -> None:
     """Look at all that can be wrong before a kernel starts."""
     from ..cost.plan import check_memory
+    from ..mend.archive import look_at_archive
     from ..mend.training import check_logger
     from ..reporting.report import check_report
 
     data = check_report(plan)
     check_logger(plan.hparams.logger)
     if plan.hparams.archive is not None:
-        mendkit.inspect_archive(plan.hparams.archive)
+        look_at_archive(plan.hparams)
     elif not ignore_memory:
         check_memory(plan.hparams, *data[:2], keep_trunk=True)
 

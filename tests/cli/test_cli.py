@@ -120,6 +120,7 @@ MISTAKES = {  # what a user types, and a part of the last line of stderr
     "train tiny.yaml archive=nowhere.safetensors --out run": "no such archive",
     "train tiny.yaml --out tiny.yaml": "tiny.yaml is a file",
     "report tiny.yaml tset_limit=5 --out run": "unknown name 'tset_limit'",
+    "report tiny.yaml archive=archive.safetensors rank=5 --out run": "belongs to the archive",
     "report tiny.yaml --sweep nowhere.yaml": "nowhere.yaml: cannot be read",
     "bench --models nowhere": "no model 'nowhere'",
     "inspect nowhere.safetensors": "no such archive",
