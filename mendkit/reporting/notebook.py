@@ -54,6 +54,8 @@ class Parameter:
                     raise ValueError("non-empty text")
             elif isinstance(given, str):
                 value = _words(given) if is_list else read_value(given)
+            elif is_list and isinstance(given, int | float):
+                value = [given]
             return self._adapter().validate_python(value, strict=True)
         except ValidationError as error:
             fault = error.errors()[0]["msg"].removeprefix("Input should be ")
@@ -91,8 +93,6 @@ def check_parameters(namespace: dict[str, Any]) -> None:
             near = difflib.get_close_matches(name, annotations, 1, 0.4) or [*annotations]
             raise MendkitError(f"unknown parameter {name!r}; did you mean {' or '.join(near)}?")
     for name, annotation in annotations.items():
-        if isinstance(annotation, str):
-            annotation = eval(annotation, {"__builtins__": {}}, TYPES)
         value = Parameter(name, annotation).read(namespace[name])
         if value is not None and (name in PATHS or name.endswith("_data")):
             value = str(project_path(value))
@@ -120,8 +120,8 @@ def read_parameters(path: Path) -> dict[str, Parameter]:
     try:
         import papermill
     except ImportError as error:
-        install = 'pip install -c constraints.txt -e ".[notebooks]"'
-        raise MendkitError(f"{error}; notebooks need `{install}`") from None
+        extra = 'the extra `notebooks`: in a checkout `pip install -e ".[notebooks]"`'
+        raise MendkitError(f"{error}; notebooks need {extra}") from None
     try:
         # papermill formats paths: braces must be doubled
         inspected = papermill.inspect_notebook(str(path).replace("{", "{{").replace("}", "}}"))

@@ -256,12 +256,14 @@ def many_edits(rows: Rows, *, name: str) -> Chart:
     metrics, counts = list(frame["metric"].unique()), sorted(frame["edits"].unique())
     axes = panels(len(metrics), 2.5)
     for ax, metric in zip(axes, metrics, strict=True):
-        lines(ax, frame[frame["metric"] == metric], "edits", "mean", "editor")
+        values = frame[frame["metric"] == metric]
+        lines(ax, values, "edits", "mean", "editor")
         ax.set(title=HEADLINE_LABELS.get(metric, metric), xscale="log", ylabel="share")
         ax.set_xticks(counts, [str(count) for count in counts])
         ax.minorticks_off()
         if metric.startswith(("norm.", "drawdown.")):
             ax.set(yscale="symlog", ylabel="ratio")
+            ax.set_ylim(bottom=1.1 * min(values["mean"].min(), 0))
             ax.yaxis.set_major_formatter("{x:g}")
         else:
             shares(ax, "y")

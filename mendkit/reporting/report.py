@@ -67,11 +67,11 @@ class ReportPlan:
         """The data sets that are read, of training first: source, and number of examples."""
         found = []
         for known in self.notebooks.values():
-            values = {**{name: p.default for name, p in known.items()}, **self.given}
+            values = {name: self.given.get(name, p.default) for name, p in known.items()}
             for name in known:
-                role, _, rest = name.rpartition("_")
-                if rest == "data":
-                    found.append((values[name], values.get(f"{role}_limit") or None))
+                if name.endswith("_data"):
+                    limit = values.get(name.replace("_data", "_limit"))
+                    found.append((values[name], limit or None))
         return found
 
 

@@ -385,10 +385,12 @@ MEANT = [("archive", given, None) for given in (None, "", "null", "None", "~")] 
     ("overrides", "[inner_params=auto]", ["inner_params=auto"]),
     ("sizes", "0.1, 1e-3 2", [0.1, 0.001, 2.0]),
     ("sizes", [1, 2], [1.0, 2.0]),
+    ("sizes", 1, [1.0]),
     ("kinds", "identity,rome", ["identity", "rome"]),
     ("kinds", "rome", ["rome"]),
     ("test_limit", "7", 7),
     ("config", 7, "7"),
+    ("config", "0012", "0012"),
 ]
 REFUSED = [("shown", 0), ("shown", "4.5"), ("shown", None), ("test_limit", -1), ("config", None)]
 REFUSED += [

@@ -17,7 +17,7 @@ from nbformat.v4 import new_code_cell, new_notebook
 
 from mendkit.__main__ import main
 from mendkit.errors import DataError, HyperParamError, MendkitError
-from mendkit.reporting.notebook import Parameter, read_parameters, run_notebook
+from mendkit.reporting.notebook import read_parameters, run_notebook
 from mendkit.reporting.report import (
     ARCHIVE_FILE,
     EDITING,
@@ -253,28 +253,6 @@ def test_notebooks_that_are_none_are_refused(here):
 
 
 # -------------------------------------------------------------------------------- parameters, pages
-
-VALUES = [
-    ("a", int, {"12": 12, 3: 3}, ["1.0", "0", "true", None, True]),
-    ("a_limit", int, {"0": 0}, ["-1"]),
-    ("a", float, {"1e-3": 1e-3, "2": 2.0}, [".nan", "x", float("inf")]),
-    ("a", bool, {"true": True}, ["1", "no"]),
-    ("a", str, {"0012": "0012", "null": "null", 7: "7"}, [" ", "", None]),
-    ("a", str | None, {"None": None, "null": None, "": None, None: None, "x": "x"}, [" "]),
-    ("a", list, {"[1, a]": [1, "a"], "1": [1]}, ["[1"]),
-    ("a", list[float], {"[1e-3, 2]": [1e-3, 2.0]}, ["[a]", None]),
-]
-
-
-@pytest.mark.parametrize(("name", "annotation", "meant", "refused"), VALUES)
-def test_a_value_is_read_as_its_parameter_is_typed(name, annotation, meant, refused):
-    parameter = Parameter(name, annotation)
-    for given, value in meant.items():
-        found = parameter.read(given)
-        assert found == value and type(found) is type(value)
-    for given in refused:
-        with pytest.raises(MendkitError, match=f"{name} must be .*, got "):
-            parameter.read(given)
 
 
 def test_parameters_are_read_with_their_types(here):

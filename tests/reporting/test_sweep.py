@@ -26,8 +26,6 @@ from mendkit.reporting.sweep import (
     read_sweep,
     run_row,
     run_sweep,
-    runs_frame,
-    sweep_results,
 )
 from tests.oracles.notebooks import write_notebooks
 
@@ -233,24 +231,6 @@ def test_an_interrupt_is_passed_on_once_and_what_waits_does_not_start(here, monk
         run_sweep(sweep, runs, out=Path(), command="")
     assert Path("seen").read_text().split() == ["started", "ended"]
     assert [run.status for run in runs] == ["waiting"] * 3
-
-
-def test_runs_are_compared_by_their_scores(tmp_path):
-    runs = []
-    for number, (rank, share) in enumerate([(2, 0.4), (8, 0.8)], 1):
-        folder = tmp_path / str(number)
-        folder.mkdir()
-        results = {name + part: share for name in NAMES for part in ("", ".low", ".high")}
-        results |= {f"{name}.n": 8 for name in NAMES} | {"single.score.headline": share}
-        (folder / "results.json").write_text(json.dumps(results))
-        runs.append(SweepRun(number, folder, {"rank": rank}, [], "done"))
-    runs.append(SweepRun(3, tmp_path / "3", {"rank": 9}, [], "failed", "why"))
-    frame = runs_frame(runs)
-    assert frame.loc[2, "score"] == pytest.approx(0.8) and frame.loc[3, "error"] == "why"
-    results = sweep_results(runs)
-    assert results["sweep.best"] == 2 and results["sweep.failed"] == 1
-    assert results["sweep.run_1.edit_success.free_exact"] == 0.4
-    assert results["sweep.run_3.error"] == "why" and "sweep.run_3.score" not in results
 
 
 def test_a_sweep_of_another_version_is_refused_in_words(tmp_path):
