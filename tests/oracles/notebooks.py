@@ -4,8 +4,6 @@ from pathlib import Path
 
 import nbformat
 from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook
-from PIL import Image
-from PIL.PngImagePlugin import PngInfo
 
 from mendkit.reporting.report import ARCHIVE_FILE, EDITING, TRAINING
 
@@ -27,7 +25,7 @@ max_new_tokens: int = 50
 shown: int = 4
 out: str = "runs/2" """,
 }
-IMPORTS = """import json, os, shutil, sys, time
+IMPORTS = """import json, os, sys, time
 from pathlib import Path
 folder = Path(out)
 secret_code = 1"""
@@ -40,7 +38,7 @@ values = {{'train.seconds': 1.5, 'train.peak_memory_gb': 3.0, 'identity.edit_lr'
 seen = {n: globals()[n] for n in names} | {'python': sys.executable, 'cwd': os.getcwd()}
 (folder / 'seen.json').write_text(json.dumps(seen))
 (folder / 'figures').mkdir()
-shutil.copy('notebooks/drawn.png', folder / 'figures' / 'a b.png')
+(folder / 'figures' / 'a b.png').write_text('x')
 (folder / 'figures' / 'a b.csv').write_text('x')
 name = 'single.edit_success.free_exact'
 values = {name: 0.75, name + '.n': 8, name + '.low': 0.5, name + '.high': 1.0}
@@ -52,8 +50,7 @@ values |= {'identity.edit_lr': 2, 'peak_memory_gb': 2.0}
 def write_notebooks(folder: Path, *, last: str | None = None, **cells: str) -> Path:
     """Stub notebooks; `train=` and `edit=` put a cell before the last one of that notebook.
 
-    `last` replaces the last cell of the editing one. Beside them lies a figure that says what it
-    shows.
+    `last` replaces the last cell of the editing one.
     """
     folder.mkdir(exist_ok=True)
     for stem, extra in ((TRAINING, cells.get("train")), (EDITING, cells.get("edit"))):
@@ -66,7 +63,4 @@ def write_notebooks(folder: Path, *, last: str | None = None, **cells: str) -> P
             if text:
                 notebook.cells.append(new_code_cell(text))
         nbformat.write(notebook, folder / f"{stem}.ipynb")
-    about = PngInfo()
-    about.add_text("Title", "It <works>")
-    Image.new("RGB", (2, 2)).save(folder / "drawn.png", pnginfo=about)
     return folder
