@@ -347,26 +347,22 @@ def _check_together(h: MENDHyperParams) -> None:
     """Refuse settings that exclude each other, or that need another one."""
     one_way = [key for key in ("one_sided", "x_only", "delta_only") if getattr(h, key)]
     if len(one_way) > 1 or (one_way and h.combine):
-        raise HyperParamError(
-            f"{' and '.join(one_way)}: true, but at most one of one_sided, x_only, delta_only may "
-            "be true, and only with `combine: false`",
-            one_way[-1],
-        )
+        told = "at most one of one_sided, x_only, delta_only may be, with `combine: false`"
+        raise HyperParamError(f"{' and '.join(one_way)}: true, but {told}", one_way[-1])
     for key in ("whiten_pairs", "unit_response"):
         if getattr(h, key) and h.whiten is None:
-            raise HyperParamError(
-                f"{key}: true needs `whiten`, the ridge of the normaliser; set it, such as 0.02",
-                key,
-            )
+            raise HyperParamError(f"{key}: true needs `whiten`, such as 0.02", key)
     if h.whiten_pairs and h.edit_tokens != "scored":
         raise HyperParamError("whiten_pairs: true needs `edit_tokens: scored`", "whiten_pairs")
 
 
 def _resolve(given: Mapping[str, Any]) -> dict[str, Any]:
     """Keys as fields of MENDHyperParams: aliases by their name, keys without effect left out."""
+    for key in given:
+        if key in MULTIMODAL_KEYS:
+            told = "belongs to an image model; use a text model's file"
+            raise HyperParamError(f"{key} {told}", key)
     values, without_effect = {}, []
-    for key in (key for key in given if key in MULTIMODAL_KEYS):
-        raise HyperParamError(f"{key} belongs to an image model; use a text model's file", key)
     for key, value in given.items():
         name = ALIASES.get(key, key)
         if name in MENDHyperParams.model_fields:
