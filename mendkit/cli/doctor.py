@@ -126,7 +126,7 @@ def _edit_and_undo(
     before, change = mendkit.next_tokens(base, prompt), editor.edit(test[0])
     with change.applied():
         during = mendkit.next_tokens(base, prompt)
-        said = base.generate(prompt, max_new_tokens=8).strip()
+        said = base.generate(prompt, max_new_tokens=8, answers=[test[0].target_new]).strip()
     if during == before:
         raise MendkitError("it moves no probability; raise `lr_scale` or `edit_lr`")
     if mendkit.next_tokens(base, prompt) != before:

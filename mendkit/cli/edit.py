@@ -132,10 +132,11 @@ def _row(
     from ..evaluation.results import is_said
 
     base, row = editor.base, {"prompt": example.prompt, "target_new": example.target_new}
-    row["before"] = base.generate(example.prompt, max_new_tokens=max_new_tokens)
-    with change.applied():
-        row["after"] = base.generate(example.prompt, max_new_tokens=max_new_tokens)
     said = base.said(example.target_new)
+    write = partial(base.generate, max_new_tokens=max_new_tokens, answers=[said])
+    row["before"] = write(example.prompt)
+    with change.applied():
+        row["after"] = write(example.prompt)
     return {**row, "success": is_said(row["after"], (said,), example.ground_truth)}
 
 

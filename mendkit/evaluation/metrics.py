@@ -50,7 +50,7 @@ class ScoredPrompt:
 
     `role`: an example's, "question" (the edit prompt asked as one), or "reworded".
     `text`: the prompt with y where it should follow the edit, else with the answer it had.
-    `answers`: what may be written where it should follow.
+    `answers`: what may be written, or of a prompt that should stay is known to be right.
     `rival`: with the other answer, y° after the edit and its paraphrases, y after a neighbour.
     `greedy`: with what f writes, for prompts that should stay and are written out.
     `old`: the answer before the edit, where it should follow.

@@ -6,11 +6,13 @@ f is the unedited model, f' the edited one, y the new answer.
 import copy
 import math
 from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import replace
+from functools import partial
 from itertools import islice
 from statistics import fmean
+from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from ..data.examples import BLANKS, EditExample
@@ -22,7 +24,6 @@ from ..mend.validation import forced
 from ..models.base import BaseModel
 from ..models.families import CAUSAL, CLASSIFIER
 from ..models.sites import Site
-from ..models.text import STOP
 from ..models.tokens import Tokens
 from ..models.trunk import FrozenTrunk
 from .metrics import (
@@ -40,8 +41,6 @@ from .results import ABOUT, EditRow, is_said
 QUESTION = "Answer in a few words, without a full sentence.\nQuestion: {prompt} …?\nAnswer:"
 REWORDED = 2
 GENERATIONS, FLUENCY_TOKENS = 3, 100
-# Rows that are written at once, and the tokens after which those that have ended leave.
-ROWS, FIRST_TOKENS = 128, 8
 
 
 class EvaluationSet:
@@ -127,7 +126,7 @@ class EvaluationSet:
             columns = self.prompts[i], read[row], self.read_before[i]
             for prompt, after, before in zip(*columns, strict=False):
                 scores.append(prompt_scores(prompt, after, before))
-                text = {"role": prompt.role, "prompt": prompt.prompt}
+                text: dict[str, Any] = {"role": prompt.role, "prompt": prompt.prompt}
                 text |= {"before": before.written, "after": after.written}
                 outputs.append(text | scores[-1])
             values = example_values([text["role"] for text in outputs], scores)
@@ -169,17 +168,24 @@ class EvaluationSet:
 
     def _add_implied(self) -> None:
         """The implied questions that f answers when told the new fact, and their share."""
-        asked = [told(e, probe.prompt) for e in self.examples for probe in e.portability]
-        said = iter(self.base.generate_batch(asked, max_new_tokens=self.max_new_tokens))
+        asked: list[str] = []
+        answers: list[tuple[str, ...]] = []
+        for example in self.examples:
+            for probe in example.portability:
+                asked.append(told(example, probe.prompt))
+                answers.append((probe.answer or "", *probe.aliases))
+        limit = self.max_new_tokens
+        written = self.base.generate_batch(asked, max_new_tokens=limit, answers=answers)
+        said = iter(zip(answers, written, strict=True))
         self.coverage: dict[int, float] = {}
         for i, example in enumerate(self.examples):
             known = 0
             for probe in example.portability:
-                answers = (probe.answer or "", *probe.aliases)
-                if is_said(next(said), answers):
+                right, text = next(said)
+                if is_said(text, right):
                     known += 1
-                    text = _text(self.base, self.hparams, probe.prompt)
-                    prompt = ScoredPrompt("portability", probe.prompt, text, answers)
+                    tokens = _text(self.base, self.hparams, probe.prompt)
+                    prompt = ScoredPrompt("portability", probe.prompt, tokens, right)
                     self.prompts[i].append(prompt)
             if example.portability:
                 self.coverage[i] = known / len(example.portability)
@@ -190,9 +196,8 @@ class EvaluationSet:
         for prompts in self.prompts:
             roles = [prompt.role for prompt in prompts]
             chosen += [(prompts, roles.index(role)) for role in STAY if role in roles]
-        starts = [self.base.prompt_of(prompts[k].text) for prompts, k in chosen]
-        new = write(self.base, starts, max_new_tokens=self.max_new_tokens)
-        for (prompts, k), start, ids in zip(chosen, starts, new, strict=True):
+        new = self._write([prompts[k] for prompts, k in chosen])
+        for (prompts, k), (start, ids) in zip(chosen, new, strict=True):
             prompts[k] = replace(prompts[k], greedy=self.base.continued(start, ids))
 
     def _fill(self) -> None:
@@ -207,7 +212,7 @@ class EvaluationSet:
         texts = [[text for p in self.prompts[i] for text in p.all()] for i in index]
         read = forced(self.trunk, texts, updates, compare=updates is not None)
         readings: list[list[Reading]] = []
-        todo: list[tuple[int, int, Tokens]] = []
+        todo: list[tuple[int, int]] = []
         for row, i in enumerate(index):
             found = dict(zip(texts[row], read[row], strict=True))
             readings.append([])
@@ -218,28 +223,52 @@ class EvaluationSet:
                 readings[row].append(self._settled(prompt, reading))
                 asked = prompt.role not in STAY or prompt.greedy is not None
                 if asked and readings[row][k].written is None:
-                    todo.append((row, k, self.base.prompt_of(prompt.text)))
+                    todo.append((row, k))
         # 2. Write where reading did not settle what is written.
-        starts, edits = [start for _, _, start in todo], [row for row, _, _ in todo]
-        new = write(self.base, starts, updates, edits, max_new_tokens=self.max_new_tokens)
-        for (row, k, start), ids in zip(todo, new, strict=True):
-            written = self.base.new_text(start, ids)
+        left = [self.prompts[index[row]][k] for row, k in todo]
+        new = self._write(left, updates, [row for row, _ in todo])
+        for (row, k), prompt, (start, ids) in zip(todo, left, new, strict=True):
+            written = self.base.new_text(start, ids, answers=prompt.answers)
             readings[row][k] = replace(readings[row][k], written=written)
         return readings
+
+    def _write(
+        self,
+        prompts: Sequence[ScoredPrompt],
+        updates: Updates | None = None,
+        edits: Sequence[int] = (),
+    ) -> list[tuple[Tokens, list[int]]]:
+        """Where each prompt ends, and the new ids after it; prompt r under `edits[r]`."""
+        starts = [self.base.prompt_of(prompt.text) for prompt in prompts]
+        new = self.base.write_all(
+            starts,
+            max_new_tokens=self.max_new_tokens,
+            answers=[prompt.answers for prompt in prompts],
+            under=partial(self._under, updates, edits),
+        )
+        return list(zip(starts, new, strict=True))
+
+    def _under(
+        self, updates: Updates | None, edits: Sequence[int], rows: list[int]
+    ) -> AbstractContextManager[None]:
+        """Each row of a batch under its edit."""
+        chosen = select(updates, [edits[k] for k in rows]) if updates else {}
+        return side_branches(self.base, chosen)
 
     def _settled(self, prompt: ScoredPrompt, read: Reading) -> Reading:
         """With what greedy decoding must write, if reading says so.
 
         Where every argmax, the end included, is a text's token, decoding retraces that text.
         """
+        retraced = None
         if prompt.greedy and read.greedy and all(read.greedy.same):
-            start = self.base.prompt_of(prompt.greedy)
-            return replace(read, written=self.base.new_text(start, prompt.greedy.targets))
-        retraced = self.hparams.add_eos and read.text.argmax == prompt.text.targets
-        if retraced and prompt.answers and not STOP.search(prompt.answers[0]):
-            start = self.base.prompt_of(prompt.text)
-            return replace(read, written=self.base.new_text(start, prompt.text.targets))
-        return read
+            retraced = prompt.greedy
+        elif prompt.role not in STAY and read.text.argmax == prompt.text.targets:
+            retraced = prompt.text if self.hparams.add_eos else None
+        if retraced is None:
+            return read
+        start, ids = self.base.prompt_of(retraced), retraced.targets
+        return replace(read, written=self.base.new_text(start, ids, answers=prompt.answers))
 
     def _fluency(self, updates: Updates | None, index: Sequence[int]) -> list[float]:
         """The mean entropy of what the model writes on and on after each example's prompts."""
@@ -256,9 +285,11 @@ class EvaluationSet:
             logits[..., ends] = -math.inf
             return logits
 
-        how = {"max_new_tokens": FLUENCY_TOKENS, "stop": False}
+        under = partial(self._under, updates, edits)
         with self.base.model.get_output_embeddings().register_forward_hook(never_end):
-            new = write(self.base, starts, updates, edits, **how)
+            new = self.base.write_all(
+                starts, max_new_tokens=FLUENCY_TOKENS, stop=False, under=under
+            )
         entropies: list[list[float]] = [[] for _ in index]
         for row, start, ids in zip(edits, starts, new, strict=True):
             text = self.base.new_text(start, ids, stop=False)
@@ -285,9 +316,10 @@ def _prompts(base: BaseModel, h: MENDHyperParams, e: EditExample) -> Iterator[Sc
         if known and base.family != CLASSIFIER:
             rival = _text(base, h, probe.prompt, e.target_new)
         text = _text(base, h, probe.prompt, probe.answer)
-        yield ScoredPrompt("neighbours", probe.prompt, text, rival=rival)
+        yield ScoredPrompt("neighbours", probe.prompt, text, _known(probe.answer), rival)
     for probe in e.unrelated:
-        yield ScoredPrompt("unrelated", probe.prompt, _text(base, h, probe.prompt, probe.answer))
+        text = _text(base, h, probe.prompt, probe.answer)
+        yield ScoredPrompt("unrelated", probe.prompt, text, _known(probe.answer))
     # Prompts that are only written after are checked now.
     for prompt in (*(told(e, p.prompt) for p in e.portability), *e.generation_prompts):
         _text(base, h, prompt)
@@ -306,58 +338,14 @@ def _reworded(
     )
     for other in islice(fit, REWORDED):
         text = _text(base, h, other.paraphrases[0], other.ground_truth)
-        found.append(ScoredPrompt("reworded", other.paraphrases[0], text))
+        answers = _known(other.ground_truth)
+        found.append(ScoredPrompt("reworded", other.paraphrases[0], text, answers))
     return found
+
+
+def _known(answer: str | None) -> tuple[str, ...]:
+    return () if answer is None else (answer,)
 
 
 def _text(base: BaseModel, h: MENDHyperParams, prompt: str, answer: str | None = None) -> Tokens:
     return base.tokenize(prompt, answer, max_length=h.max_length, prefix=h.target_prefix)
-
-
-# ------------------------------------------------------------------------------------ decoding
-
-
-@torch.no_grad()
-def write(
-    base: BaseModel,
-    prompts: Sequence[Tokens],
-    updates: Updates | None = None,
-    edits: Sequence[int] = (),
-    *,
-    max_new_tokens: int,
-    stop: bool = True,
-) -> list[list[int]]:
-    """The new ids after each prompt, prompt r under `edits[r]`, with the end of text if written.
-
-    Answers are short, but one of a batch may run on: first all rows get a few tokens, then those
-    that have not ended go on together, with what they wrote as part of their prompt.
-    """
-    written: list[list[int]] = [[] for _ in prompts]
-    going = list(range(len(prompts)))
-    stops = base.stop_ids() if stop else frozenset()
-    first = min(FIRST_TOKENS, max_new_tokens)
-    for size in (first, max_new_tokens - first):
-        on = []
-        longer = {k: _longer(prompts[k], written[k]) for k in going if size}
-        for batch in base.together(list(longer.values()), ROWS):
-            chosen = [list(longer)[k] for k in batch]
-            rows = [longer[k] for k in chosen]
-            under = select(updates, [edits[k] for k in chosen]) if updates else {}
-            with side_branches(base, under):
-                new = base.write(rows, max_new_tokens=size, stop=stop)
-            for k, ids in zip(chosen, new, strict=True):
-                written[k] += ids
-                if len(ids) == size and ids[-1] not in stops:
-                    on.append(k)
-                elif base.labels is None and stops.isdisjoint(ids[-1:]):
-                    written[k].append(base.eos_id)
-        going = on
-    return written
-
-
-def _longer(prompt: Tokens, new: Sequence[int]) -> Tokens:
-    """A prompt with what was written after it as part of it."""
-    at = (prompt.scored[0] + len(new),)
-    if prompt.decoder:
-        return replace(prompt, scored=at, decoder=(*prompt.decoder, *new))
-    return replace(prompt, scored=at, ids=(*prompt.ids, *new))

@@ -6,6 +6,7 @@ end a text. Axes: b rows, t tokens, l tokens of a decoder, v vocabulary or class
 
 import re
 from collections.abc import Callable, Hashable, Iterator, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from typing import Any
 
@@ -38,7 +39,18 @@ from .tokens import Tokens, pad_rows, tokenize, tokenize_claim, tokenize_pair
 STOP = re.compile(r"[\n.。｡！？।]")
 """Where an answer ends, if it does not end by itself."""
 
-ROWS_PER_BATCH = 64
+# Rows that are written at once, and the tokens after which those that have ended leave.
+ROWS_PER_BATCH, FIRST_TOKENS = 128, 8
+
+
+def cut(text: str, answers: Sequence[str] = ()) -> str:
+    """A written text before its first stop mark that none of `answers` holds at that place."""
+    wanted = [re.sub(rf"(\s|{STOP.pattern})+$", "", answer) for answer in answers]
+    for mark in STOP.finditer(text):
+        begun = text[: mark.end()].lstrip().casefold()
+        if not begun or not any(a.strip().casefold().startswith(begun) for a in wanted):
+            return text[: mark.start()]
+    return text
 
 
 class TextModel:
@@ -178,9 +190,18 @@ class TextModel:
 
     # ---------------------------------------------------------------------------------- writing
 
-    def generate(self, prompt: str, *, max_new_tokens: int = 50, stop: bool = True) -> str:
+    def generate(
+        self,
+        prompt: str,
+        *,
+        max_new_tokens: int = 50,
+        stop: bool = True,
+        answers: Sequence[str] = (),
+    ) -> str:
         """Greedy continuation of one prompt; see `generate_batch`."""
-        return self.generate_batch([prompt], max_new_tokens=max_new_tokens, stop=stop)[0]
+        return self.generate_batch(
+            [prompt], max_new_tokens=max_new_tokens, stop=stop, answers=[answers]
+        )[0]
 
     def generate_batch(
         self,
@@ -188,27 +209,66 @@ class TextModel:
         *,
         max_new_tokens: int = 50,
         stop: bool = True,
+        answers: Sequence[Sequence[str]] = (),
     ) -> list[str]:
         """Greedy continuations (new text only) of prompts; a classifier's labels.
 
-        A row ends at the end-of-text token and, with `stop`, before the first newline or full stop.
-        Raises DataError as `write`.
+        A row ends at the end-of-text token and, with `stop`, before the first newline or full stop
+        that none of its expected `answers` holds there. Raises DataError as `write`.
         """
         if isinstance(prompts, str):
             raise HyperParamError(
                 f"generate_batch needs a list of prompts, got {prompts!r:.40}; use `generate`"
             )
         encoded = [self.prompt_of(self.tokenize(prompt, max_length=10**9)) for prompt in prompts]
-        texts = [""] * len(encoded)
-        for chosen in self.together(encoded, ROWS_PER_BATCH):
-            batch = [encoded[index] for index in chosen]
-            rows = self.write(batch, max_new_tokens=max_new_tokens, stop=stop)
-            for index, row in zip(chosen, rows, strict=True):
-                text = self.new_text(encoded[index], row, stop=stop)
-                # The model goes on from the prompt without the blanks at its end.
-                blank = prompts[index] != prompts[index].rstrip(BLANKS)
-                texts[index] = text.lstrip(BLANKS) if blank else text
+        answers = answers or [()] * len(encoded)
+        new = self.write_all(encoded, max_new_tokens=max_new_tokens, stop=stop, answers=answers)
+        texts = []
+        for k, ids in enumerate(new):
+            text = self.new_text(encoded[k], ids, stop=stop, answers=answers[k])
+            # The model goes on from the prompt without the blanks at its end.
+            blank = prompts[k] != prompts[k].rstrip(BLANKS)
+            texts.append(text.lstrip(BLANKS) if blank else text)
         return texts
+
+    def write_all(
+        self,
+        prompts: Sequence[Tokens],
+        *,
+        max_new_tokens: int,
+        stop: bool = True,
+        answers: Sequence[Sequence[str]] = (),
+        under: Callable[[list[int]], AbstractContextManager[Any]] = nullcontext,
+    ) -> list[list[int]]:
+        """The new ids after each prompt, with the end of text if it was written.
+
+        With `stop` a row ends after a stop mark that none of its `answers` holds there. Rows of one
+        batch are written within `under(rows)`. Answers are short, but one of a batch may run on:
+        rows that have not ended after a few tokens go on, with these as part of their prompt.
+        """
+        written: list[list[int]] = [[] for _ in prompts]
+        going = list(range(len(prompts)))
+        stops, size = self.stop_ids() if stop else (), min(FIRST_TOKENS, max_new_tokens)
+        while going:
+            longer = [_longer(prompts[k], written[k]) for k in going]
+            on = []
+            for batch in self._together(longer):
+                rows = [going[at] for at in batch]
+                with under(rows):
+                    some = [longer[at] for at in batch]
+                    new = self.write(some, max_new_tokens=size, stop=stop)
+                for k, ids in zip(rows, new, strict=True):
+                    written[k] = (written[k] + ids)[:max_new_tokens]
+                    text = self.new_text(prompts[k], written[k], stop=False)
+                    if self.labels or (stop and cut(text, answers[k] if answers else ()) != text):
+                        continue
+                    if len(ids) < size and (not ids or ids[-1] not in stops):
+                        written[k].append(self.tokenizer.eos_token_id)
+                    elif len(written[k]) < max_new_tokens:
+                        on.append(k)
+            going = on
+            size = max_new_tokens - min((len(written[k]) for k in on), default=0)
+        return written
 
     @torch.no_grad()
     def write(
@@ -255,16 +315,18 @@ class TextModel:
         finally:
             self.model.generation_config = settings
 
-    def together(self, prompts: Sequence[Tokens], rows: int) -> Iterator[list[int]]:
-        """Which prompts to write after together, `rows` at most, by length for little padding.
+    def _together(self, prompts: Sequence[Tokens]) -> Iterator[list[int]]:
+        """Which prompts to write after together, by length for little padding.
 
-        They have one length where padding changes what is written, as in RecurrentGemma.
+        They have one length where padding changes what is written, as in RecurrentGemma, and where
+        a decoder reads them.
         """
-        order = sorted(range(len(prompts)), key=lambda index: len(prompts[index].ids))
+        sizes = [(len(prompt.decoder), len(prompt.ids)) for prompt in prompts]
         batch: list[int] = []
-        for index in order:
-            longer = batch and len(prompts[batch[0]].ids) < len(prompts[index].ids)
-            if len(batch) == rows or (longer and not self._pads()):
+        for index in sorted(range(len(prompts)), key=sizes.__getitem__):
+            decoder, ids = sizes[batch[0] if batch else index]
+            alike = decoder == sizes[index][0] and (ids == sizes[index][1] or self._pads())
+            if len(batch) == ROWS_PER_BATCH or not alike:
                 yield batch
                 batch = []
             batch.append(index)
@@ -300,11 +362,16 @@ class TextModel:
         return ids, pad_rows(ones, 0, left=left, device=self.device)
 
     def new_text(
-        self, prompt: Tokens | Sequence[int], new_ids: Sequence[int], *, stop: bool = True
+        self,
+        prompt: Tokens | Sequence[int],
+        new_ids: Sequence[int],
+        *,
+        stop: bool = True,
+        answers: Sequence[str] = (),
     ) -> str:
         """The text of ids that follow a prompt, without special tokens; a classifier's label.
 
-        `stop` cuts before the first newline or full stop.
+        `stop` cuts as `generate_batch`.
         """
         if self.labels is not None:
             return self.labels.names[new_ids[0]]
@@ -312,7 +379,7 @@ class TextModel:
         # Decoded together with the prompt: alone, some tokenizers drop the first word's space.
         head, whole = self._decoded(before), self._decoded([*before, *new_ids])
         text = whole[len(head) :] if whole.startswith(head) else self._decoded(new_ids)
-        return STOP.split(text, maxsplit=1)[0] if stop else text
+        return cut(text, answers) if stop else text
 
     def _decoded(self, ids: Sequence[int]) -> str:
         text = self.tokenizer.decode(
@@ -369,6 +436,14 @@ def _prepare_tokenizer(base: TextModel) -> None:
         )
     if not pads:
         tokenizer.pad_token = tokenizer.eos_token
+
+
+def _longer(prompt: Tokens, new: Sequence[int]) -> Tokens:
+    """A prompt with what was written after it as part of it."""
+    at = (prompt.scored[0] + len(new),)
+    if prompt.decoder:
+        return replace(prompt, scored=at, decoder=(*prompt.decoder, *new))
+    return replace(prompt, scored=at, ids=(*prompt.ids, *new))
 
 
 def _until_end(row: list[int], ends: frozenset[int], stops: frozenset[int]) -> list[int]:

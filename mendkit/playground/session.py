@@ -67,9 +67,11 @@ class Playground:
         """The prompts of the edit that is shown, and what is written before and after it."""
         asked = [each for each, _ in self.asked()]
         prompts = tuple(prompt for _, prompt, _ in asked)
+        answers = [[wanted] if wanted else [] for _, _, wanted in asked]
 
         def write() -> list[str]:
-            return self.editor.base.generate_batch(prompts, max_new_tokens=self.max_new_tokens)
+            how = {"max_new_tokens": self.max_new_tokens, "answers": answers}
+            return self.editor.base.generate_batch(prompts, **how)
 
         return asked, self._before(prompts, write), write()
 

@@ -1,6 +1,5 @@
 """Scores against oracles: models whose answers are known, and decoding done the long way."""
 
-import sys
 from dataclasses import replace
 
 import pytest
@@ -16,13 +15,28 @@ from mendkit.evaluation.metrics import (
     ngram_entropy_bits,
     prompt_scores,
 )
-from mendkit.evaluation.prepare import EvaluationSet, write
+from mendkit.evaluation.prepare import EvaluationSet
 from mendkit.evaluation.results import normalise
 from mendkit.mend.validation import Forced, forced, next_tokens
 from mendkit.models.tokens import Tokens
 from tests.oracles.claims import EXAMPLES, editor_for, hparams, logits
+from tests.oracles.tiny import tiny_llama
 
 STAY = {"neighbours": "neighbourhood", "unrelated": "locality"}
+
+
+@pytest.fixture(scope="module")
+def dotted():
+    """A model that writes full stops again and again."""
+    base = tiny_llama()
+    stop = base.tokenizer(".")["input_ids"][0]
+    head = base.model.get_output_embeddings()
+    head.register_forward_hook(
+        lambda _, args, logits: logits.index_add(
+            -1, torch.tensor([stop]), 8 * (args[0][..., :1] > 0).to(logits)
+        )
+    )
+    return base
 
 
 @pytest.fixture(scope="module")
@@ -121,29 +135,6 @@ def test_reworded_neighbours_are_other_subjects_in_a_paraphrases_words(llama, pr
     without = [replace(e, relation=None) for e in EXAMPLES[:2]]
     bare = EvaluationSet(llama, hparams(), without, max_new_tokens=4)
     assert not any(prompt.role == "reworded" for prompts in bare.prompts for prompt in prompts)
-
-
-@pytest.mark.parametrize("family", ["llama", "gpt2"])
-def test_rows_written_together_are_those_written_alone(family, request, monkeypatch):
-    """Two prompts under each edit, of different lengths and ends; most go on after two tokens."""
-    base = request.getfixturevalue(family)
-    editor = editor_for(base)
-    updates = editor.updates([editor.tokens(e) for e in EXAMPLES])
-    texts = [p for e in EXAMPLES for p in (e.prompt, e.neighbours[0].prompt)] + ["Q: Who? A:"] * 5
-    edits = [k // 2 if k < 10 else k - 10 for k in range(15)]
-    prompts = [base.tokenize(text) for text in texts]
-    monkeypatch.setattr(sys.modules["mendkit.evaluation.prepare"], "ROWS", 7)
-    monkeypatch.setattr(sys.modules["mendkit.evaluation.prepare"], "FIRST_TOKENS", 2)
-    base.stop_ids()
-    # A third of all tokens end a row.
-    monkeypatch.setitem(base._memo, "stop_ids", frozenset(range(0, 400, 3)))
-    written = write(base, prompts, updates, edits, max_new_tokens=9)
-    for row, prompt, edit in zip(written, prompts, edits, strict=True):
-        with editor.edit(EXAMPLES[edit]).applied():
-            (alone,) = base.write([prompt], max_new_tokens=9, stop=True)
-        ended = len(alone) < 9 and alone[-1] not in base.stop_ids()
-        assert row == alone + [base.eos_id] * ended
-    assert len({len(row) for row in written}) > 1
 
 
 def hand_made(*targets: int, ends: bool = True) -> Tokens:
@@ -298,3 +289,41 @@ def test_implied_questions_count_where_the_fact_in_context_answers_them(llama):
     assert row.values["portability.coverage"] == pytest.approx(2 / 3)
     assert [o["prompt"] for o in row.outputs if o["role"] == "portability"] == prompts
     assert "portability.coverage" not in other.values
+
+
+# -------------------------------------------------- answers that hold a full stop, corrections
+
+
+def continuing(base, prompt: str) -> tuple[str, str]:
+    """What the model writes up to its first full stop, and up to its second."""
+    text = base.generate(prompt, max_new_tokens=40, stop=False)
+    marks = [k for k, letter in enumerate(text) if letter == "."]
+    return text[: marks[0]], text[: marks[1]]
+
+
+def test_an_answer_that_holds_a_full_stop_is_written_and_scored_to_its_end(dotted):
+    """The model writes "…. …. …"; told to say the first two parts, it already does."""
+    prompt = "The capital of France is"
+    first, both = continuing(dotted, prompt)
+    example = replace(EXAMPLES[0], paraphrases=(), target_new=both.strip(), ground_truth=None)
+    other = replace(EXAMPLES[1], neighbours=(Probe(prompt, both.strip()), Probe(prompt)))
+    on = EvaluationSet(dotted, hparams(max_target_tokens=64), [example, other], max_new_tokens=40)
+    written, scores = on.before[0].outputs[0], on.before[0].values
+    assert written["after"] == both and scores["edit_success.free_exact"] == 1.0
+    assert scores["edit_success.tf_exact"] == 1.0
+    assert on.to_edit == [1]
+    kept = [text for text in on.before[1].outputs if text["role"] == "neighbours"]
+    assert kept[0]["after"] == both
+    # The same without the answer is cut at the first stop, and so is another answer.
+    assert dotted.generate(prompt, max_new_tokens=40) == first
+    assert dotted.generate(prompt, max_new_tokens=40, answers=["St. Malo"]) == first
+    assert dotted.generate(prompt, max_new_tokens=40, answers=[f"{both.strip()}."]) == both
+
+
+def test_a_correction_to_the_truth_is_measured_against_what_the_model_says(llama):
+    example = replace(EXAMPLES[0], target_new="Paris", ground_truth="Paris")
+    on = EvaluationSet(llama, hparams(), [example], max_new_tokens=8)
+    said = llama.generate(example.prompt, max_new_tokens=8).strip()
+    assert on.to_edit == [0] and on.examples[0].ground_truth == said != "Paris"
+    (row,) = evaluate(editor_for(llama), on).rows
+    assert row.ground_truth == said and "edit_success.es" in row.values

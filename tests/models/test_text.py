@@ -5,6 +5,8 @@ import torch
 
 from mendkit.errors import DataError, HyperParamError
 from mendkit.models.base import BaseModel
+from mendkit.models.text import cut
+from tests.oracles.families import other_base
 from tests.oracles.tiny import POSITIONS, sentences, tiny_llama
 
 FAMILIES = pytest.mark.parametrize("family", ["llama", "gpt2"])
@@ -109,3 +111,39 @@ def test_new_text_keeps_the_leading_space_and_drops_special_tokens(llama):
 def test_misuse_of_generation_is_explained(llama, call, error, words):
     with pytest.raises(error, match=words):
         call(llama)
+
+
+@pytest.mark.parametrize(
+    ("text", "answers", "expected"),
+    [
+        (" Lyon. It is", ["St. Malo"], " Lyon"),
+        (" St. Malo. It is", ["St. Malo"], " St. Malo"),
+        (" st. malo", ["St. Malo."], " st. malo"),
+        (" St. Malo. It is", [], " St"),
+        (" Washington D.C. is", ["Washington D.C."], " Washington D.C"),
+        (" J. R. Alder\nwrote", ["Ann Bell", "J. R. Alder"], " J. R. Alder"),
+        ("np.bool_", ["np.bool_"], "np.bool_"),
+        (" 3.14。然后", ["3.14"], " 3.14"),
+        ("\nSt. Malo", ["St. Malo"], ""),
+        (" No. 1. Then", ["No. 10"], " No. 1"),
+    ],
+)
+def test_a_stop_mark_that_the_answer_holds_there_does_not_end_it(text, answers, expected):
+    assert cut(text, answers) == expected
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2", "t5"])
+def test_rows_written_together_are_those_written_alone(family, request, monkeypatch):
+    """Prompts of different lengths and ends; most go on after two tokens."""
+    base = other_base("t5") if family == "t5" else request.getfixturevalue(family)
+    prompts = [base.prompt_of(base.tokenize(prompt)) for prompt in PROMPTS]
+    monkeypatch.setattr("mendkit.models.text.ROWS_PER_BATCH", 3)
+    monkeypatch.setattr("mendkit.models.text.FIRST_TOKENS", 2)
+    base.stop_ids()
+    for index, prompt in enumerate(prompts):
+        (free,) = base.write([prompt], max_new_tokens=9, stop=False)
+        text = base.new_text(prompt, free, stop=False)
+        assert base.new_text(prompt, base.write_all(prompts, max_new_tokens=9)[index]) == cut(text)
+    answers = [[f"{base.generate(p, max_new_tokens=30, stop=False)} end"] for p in PROMPTS]
+    whole = base.generate_batch(PROMPTS, max_new_tokens=9, stop=False)
+    assert base.generate_batch(PROMPTS, max_new_tokens=9, answers=answers) == whole
