@@ -45,7 +45,8 @@ class FineTuning(Baseline):
         steps: int = 10,
         cap: float | None = None,
     ) -> None:
-        name, settings = "fine-tuning", {"lr": lr, "steps": steps}
+        name = "fine-tuning"
+        settings: dict[str, float | str] = {"lr": lr, "steps": steps}
         if cap is not None:
             name, settings = "fine-tuning, capped", settings | {"cap": cap}
         super().__init__(base, hparams, name, settings)
@@ -74,8 +75,10 @@ class FineTuning(Baseline):
                     step[name] = side_by_side(parts)
                 made = step
             # 3. Back to the largest norm that is allowed.
-            for name, norms in relative_norms(self.base, made).items() if self.cap else ():
-                share = (self.cap / norms.clamp(min=1e-30)).clamp(max=1)
+            if self.cap is None:
+                continue
+            for name, norm in relative_norms(self.base, made).items():
+                share = (self.cap / norm.clamp(min=1e-30)).clamp(max=1)
                 delta = made[name].delta * share[:, None, None].to(made[name].delta)
                 made[name] = replace(made[name], delta=delta)
         return made
@@ -94,7 +97,7 @@ class LocalisedFineTuning(Baseline):
     def __init__(
         self, base: BaseModel, hparams: MENDHyperParams, *, site: str, lr: float = 5e-4
     ) -> None:
-        settings = {"site": site, "lr": lr}
+        settings: dict[str, float | str] = {"site": site, "lr": lr}
         super().__init__(base.with_sites([site]), hparams, "localised fine-tuning", settings)
         self.site, self.lr = self.base.sites[0], lr
 

@@ -20,6 +20,7 @@ Axes: n texts of an edit, i input, o output.
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from jaxtyping import Float
@@ -198,7 +199,8 @@ def key_moments(base: BaseModel, text: str, *, ridge: float = 0.0) -> dict[str, 
     ids = base.encode(text)[:KEY_TOKENS]
     if not ids:
         raise DataError("the text for ROME's covariance has no token; give a longer one")
-    begin, trunk, sums = first_token(base), FrozenTrunk(base), {}
+    begin, trunk = first_token(base), FrozenTrunk(base)
+    sums: dict[str, Any] = {}
     for at in range(0, len(ids), KEY_WINDOW):
         window = (*begin, *ids[at : at + KEY_WINDOW])
         every = Tokens(window, tuple(range(len(begin), len(window))))

@@ -197,9 +197,10 @@ class _Run:
             for block in _chunks(index[begin:end], SEQUENCE_BLOCK):
                 start = time.perf_counter()
                 texts = [self.on.prompts[i][0].text for i in block]
-                how = {"trunk": self.on.trunk, "strength": self.strength}
                 with side_branches(self.on.base, total):
-                    steps = one_after_another(editor, texts, **how)
+                    steps = one_after_another(
+                        editor, texts, trunk=self.on.trunk, strength=self.strength
+                    )
                 seconds, size = (time.perf_counter() - start) / len(block), _at_once(steps)
                 for edits, made in zip(_chunks(block, size), _chunks(steps, size), strict=True):
                     with side_branches(self.on.base, total):

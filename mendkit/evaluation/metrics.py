@@ -142,13 +142,13 @@ def example_values(roles: Sequence[str], scores: Sequence[Mapping[str, float]]) 
         for score, value in found.items():
             collected.setdefault((role, score), []).append(value)
     values: dict[str, float] = {}
-    for (role, score), found in collected.items():
+    for (role, score), each in collected.items():
         name = RENAMED.get((role, score))
         plain = score not in ("score", "log_p.new", "log_p.old")
         if name is None and role in PART_OF_ROLE and plain:
             name = f"{PART_OF_ROLE[role]}.{score}"
         if name is not None:
-            values[name] = fmean(found)
+            values[name] = fmean(each)
     # MEND, equation 1: exact correctness over the edit and its paraphrases
     exact = collected["edit", "tf_exact"] + collected.get(("paraphrases", "tf_exact"), [])
     return values | {"edit_success.paper": fmean(exact)}

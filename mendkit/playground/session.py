@@ -70,8 +70,8 @@ class Playground:
         answers = [[wanted] if wanted else [] for _, _, wanted in asked]
 
         def write() -> list[str]:
-            how = {"max_new_tokens": self.max_new_tokens, "answers": answers}
-            return self.editor.base.generate_batch(prompts, **how)
+            limit, base = self.max_new_tokens, self.editor.base
+            return base.generate_batch(prompts, max_new_tokens=limit, answers=answers)
 
         return asked, self._before(prompts, write), write()
 
