@@ -5,6 +5,8 @@ from dataclasses import replace
 import pytest
 import torch
 
+from mendkit.baselines.base import down_projections
+from mendkit.baselines.fine_tuning import LocalisedFineTuning
 from mendkit.data.examples import EditExample, Probe
 from mendkit.errors import DataError, HyperParamError
 from mendkit.evaluation.evaluate import evaluate
@@ -20,23 +22,8 @@ from mendkit.evaluation.results import normalise
 from mendkit.mend.validation import Forced, forced, next_tokens
 from mendkit.models.tokens import Tokens
 from tests.oracles.claims import EXAMPLES, editor_for, hparams, logits
-from tests.oracles.tiny import tiny_llama
 
 STAY = {"neighbours": "neighbourhood", "unrelated": "locality"}
-
-
-@pytest.fixture(scope="module")
-def dotted():
-    """A model that writes full stops again and again."""
-    base = tiny_llama()
-    stop = base.tokenizer(".")["input_ids"][0]
-    head = base.model.get_output_embeddings()
-    head.register_forward_hook(
-        lambda _, args, logits: logits.index_add(
-            -1, torch.tensor([stop]), 8 * (args[0][..., :1] > 0).to(logits)
-        )
-    )
-    return base
 
 
 @pytest.fixture(scope="module")
@@ -294,30 +281,23 @@ def test_implied_questions_count_where_the_fact_in_context_answers_them(llama):
 # -------------------------------------------------- answers that hold a full stop, corrections
 
 
-def continuing(base, prompt: str) -> tuple[str, str]:
-    """What the model writes up to its first full stop, and up to its second."""
-    text = base.generate(prompt, max_new_tokens=40, stop=False)
-    marks = [k for k, letter in enumerate(text) if letter == "."]
-    return text[: marks[0]], text[: marks[1]]
-
-
-def test_an_answer_that_holds_a_full_stop_is_written_and_scored_to_its_end(dotted):
-    """The model writes "…. …. …"; told to say the first two parts, it already does."""
-    prompt = "The capital of France is"
-    first, both = continuing(dotted, prompt)
-    example = replace(EXAMPLES[0], paraphrases=(), target_new=both.strip(), ground_truth=None)
-    other = replace(EXAMPLES[1], neighbours=(Probe(prompt, both.strip()), Probe(prompt)))
-    on = EvaluationSet(dotted, hparams(max_target_tokens=64), [example, other], max_new_tokens=40)
-    written, scores = on.before[0].outputs[0], on.before[0].values
-    assert written["after"] == both and scores["edit_success.free_exact"] == 1.0
-    assert scores["edit_success.tf_exact"] == 1.0
-    assert on.to_edit == [1]
-    kept = [text for text in on.before[1].outputs if text["role"] == "neighbours"]
-    assert kept[0]["after"] == both
-    # The same without the answer is cut at the first stop, and so is another answer.
-    assert dotted.generate(prompt, max_new_tokens=40) == first
-    assert dotted.generate(prompt, max_new_tokens=40, answers=["St. Malo"]) == first
-    assert dotted.generate(prompt, max_new_tokens=40, answers=[f"{both.strip()}."]) == both
+@pytest.mark.parametrize("target", ["St. Rome", "J. R. Lima", "np.bool_", "3.14", "Rome D.C."])
+def test_an_answer_that_holds_a_full_stop_is_written_and_scored_to_its_end(llama, target):
+    site = down_projections(llama)[2]
+    editor = LocalisedFineTuning(llama, hparams(), site=site, lr=3e-2)
+    example = replace(EXAMPLES[0], target_new=target, neighbours=())
+    same = replace(EXAMPLES[1], neighbours=(Probe(example.prompt, target),))
+    with editor.edit(example).applied():
+        assert llama.generate(example.prompt).strip() == target.partition(".")[0]
+        wanted = llama.generate(example.prompt, answers=["Oslo", target]).strip()
+        assert wanted == target.rstrip(".")
+        on = EvaluationSet(llama, hparams(), [example, same], max_new_tokens=20)
+    assert on.to_edit == [1]  # with the edit in force it says so already
+    (near,) = (t for t in on.before[1].outputs if t["role"] == "neighbours")
+    assert near["after"].strip() == wanted
+    on = EvaluationSet(llama, hparams(), [example], max_new_tokens=20)
+    (row,) = evaluate(editor, on).rows
+    assert row.values["edit_success.tf_exact"] == row.values["edit_success.free_exact"] == 1.0
 
 
 def test_a_correction_to_the_truth_is_measured_against_what_the_model_says(llama):
