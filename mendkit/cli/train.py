@@ -50,10 +50,10 @@ def train(
     is written to <results_dir>/train.
     """
     from ..cost.plan import check_memory
-    from ..mend.archive import look_at_archive
+    from ..mend.archive import Checkpoint, look_at_archive
     from ..mend.batches import usable
     from ..mend.distributed import Team
-    from ..mend.training import check_logger, finished
+    from ..mend.training import check_logger
     from ..models.load import load_for_training
 
     hparams = cli.hyperparameters(words)
@@ -78,9 +78,9 @@ def train(
             examples = usable(base, hparams, examples)
             validation = usable(base, hparams, validation)
         # 2. Training, unless the run has ended already.
-        ended = partial(finished, hparams, examples, validation, run_dir=run)
-        result = team.first(ended) if resume else None
-        if result is None:
+        known = Checkpoint(run, hparams, examples, validation)
+        result = team.first(known.read) if resume else None
+        if result is None or result.stopped is None:
             team.first(lambda: place.clear(keep=hparams.archive))
             logger.info("training on %d examples, in %s", len(examples), run)
             go = partial(mendkit.train, base=base, run_dir=run, done_with_base=True)

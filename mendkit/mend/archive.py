@@ -36,11 +36,6 @@ ARCHIVE = Kind(
     if_missing="train one with `archive: null`, or correct `archive:`",
     if_another_model="load the model it was trained for, or set `archive: null` and train one",
 )
-LOSS_REDUCTION = {
-    "edit": "mean over an edit's target tokens, sum over edits",
-    "sum": "sum over an edit's target tokens, and over edits",
-    "batch": "mean over the target tokens of all edits made at once",
-}
 
 
 @dataclass(frozen=True)
@@ -61,7 +56,7 @@ def save_archive(
         "hparams": mend.hparams.replace(archive=None).to_dict(),
         "base_model": model_fingerprint(base),
         "update_sign": mend.hparams.update_sign,
-        "loss_reduction": LOSS_REDUCTION[mend.hparams.loss_reduction],
+        "loss_reduction": mend.hparams.loss_reduction,
         "edit_lr": mend.edit_lrs,
         "training": dict(training or {}),
     }

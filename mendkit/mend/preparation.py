@@ -27,9 +27,6 @@ from .validation import AUTO_EDITS, best_edit_lr
 
 logger = logging.getLogger(__name__)
 
-# Examples below which statistics with `whiten_pairs` are poor.
-FEW_PAIRED = 300
-
 
 class Preparation:
     """The texts, caches and hypernetwork of one training run.
@@ -152,14 +149,8 @@ class Preparation:
         order = torch.randperm(len(texts), generator=generator)[: h.stats_examples].tolist()
         return sorted((texts[i] for i in order), key=lambda example: len(example.edit.ids))
 
+    # A new hypernetwork, or the archive's with least squares.
     def _with_statistics(self, h: MENDHyperParams) -> MEND:
-        """A new hypernetwork, or the archive's with least squares."""
-        if h.whiten_pairs and len(self.statistics) < FEW_PAIRED:
-            logger.warning(
-                "whiten_pairs: statistics of %d examples are poor (700 are good); give more and "
-                "raise `stats_examples`, or set `whiten_pairs: false`",
-                len(self.statistics),
-            )
         share = self.team.share(self.statistics)
         wordings = self.wording_inputs(share) if self.reads_wordings else ()
         if self.loaded is None:

@@ -20,14 +20,8 @@ from ..errors import MendkitError
 from ..hparams import MENDHyperParams
 from ..models.base import BaseModel
 from ..models.load import load_for_training
-from ..runs import append_line, make_folder, open_run, provenance, sha256, user_path, write_text
-from .archive import (
-    Checkpoint,
-    TrainingResult,
-    inspect_archive,
-    look_at_archive,
-    save_archive,
-)
+from ..runs import append_line, make_folder, open_run, provenance, sha256, write_text
+from .archive import Checkpoint, TrainingResult, inspect_archive, look_at_archive, save_archive
 from .batches import Sampler
 from .distributed import Team
 from .preparation import Preparation
@@ -125,12 +119,9 @@ class Trainer:
         course.skipped, course.in_a_row = course.skipped + 1, course.in_a_row + 1
         if course.in_a_row < MOST_SKIPPED:
             return {"skipped": float(course.skipped)}
-        kept = "no archive"
-        if course.best:
-            kept = f"the archive of step {course.best_step} is kept in {course.archive}"
         raise MendkitError(
             f"step {course.step}: loss or gradient were not finite in {MOST_SKIPPED} steps in a "
-            f"row; {kept}; lower `edit_lr` or `lr`"
+            f"row; lower `edit_lr` or `lr`; the best archive is that of step {course.best_step}"
         )
 
     def out_of_time(self) -> bool:
@@ -179,7 +170,7 @@ class Trainer:
             append_line(self.run_dir / HISTORY_FILE, json.dumps(row))
         except OSError as error:
             raise MendkitError(
-                f"cannot write to {self.run_dir}: {error}; make room there, then go on"
+                f"cannot write to {self.run_dir}: {error}; make room, then go on"
             ) from None
 
     def save(self) -> None:
@@ -192,7 +183,7 @@ class Trainer:
         keys = [t.key for e in (*prepared.train, *prepared.held_out) for t in e.all()]
         told = {key: value for key, value in provenance().items() if key != "started"}
         told |= {
-            "best": _without_seconds(self.course.best),
+            "best": {key: value for key, value in self.course.best.items() if key != "seconds"},
             "continued_from": self.hparams.archive,
             "examples": len(prepared.train),
             "normaliser_examples": self.course.normaliser_examples,
@@ -200,8 +191,8 @@ class Trainer:
         }
         save_archive(self.course.archive, prepared.base, self.mend, training=told)
 
+    # History and archive as they were at the checkpoint; a new run has no history.
     def _restore_files(self) -> None:
-        """History and archive as they were at the checkpoint; a new run has no history."""
         course, folder = self.course, self.run_dir
         made, steps = course.step, course.steps
         if self.goes_on:
@@ -212,12 +203,7 @@ class Trainer:
         if course.best and course.best_step == made:
             self.save_archive()  # the run may have been stopped before it
         elif course.best:
-            found = inspect_archive(course.archive)["training"]["best"]
-            if found != _without_seconds(course.best):
-                raise MendkitError(
-                    f"{course.archive}: not the archive that this run kept at step "
-                    f"{course.best_step}; put that back, or delete {self.checkpoint.path}"
-                )
+            inspect_archive(course.archive)  # raises if it is missing or damaged
 
     def finish(self, stopped: str) -> TrainingResult:
         course = self.course
@@ -233,22 +219,6 @@ class Trainer:
             count, made = course.skipped, course.step
             logger.warning("%d of %d steps were not finite and skipped", count, made)
         return course
-
-
-def _without_seconds(row: Mapping[str, float]) -> dict[str, float]:
-    return {name: value for name, value in row.items() if name != "seconds"}
-
-
-def finished(
-    hparams: MENDHyperParams,
-    train_examples: Sequence[EditExample],
-    val_examples: Sequence[EditExample],
-    *,
-    run_dir: str | Path,
-) -> TrainingResult | None:
-    """What `train` returned for this run if it has ended; raises MendkitError for another run."""
-    course = Checkpoint(user_path(run_dir), hparams, train_examples, val_examples).read()
-    return course if course and course.stopped else None
 
 
 def train(
@@ -270,14 +240,8 @@ def train(
     Raises MendkitError without examples, without the `logger`, if `run_dir` holds another stopped
     run, is in use or cannot be written to, or as `Trainer.run`.
     """
-    check_logger(hparams.logger)
-    if not train_examples or not val_examples:
-        raise MendkitError("training needs at least one training and one validation example")
-    if hparams.archive is not None:
-        look_at_archive(hparams, to_train=True)
     team = Team(hparams.device)
-    if team.rank == 0:
-        _warn_of_shared_subjects(train_examples, val_examples[: hparams.val_steps])
+    _look_at(hparams, train_examples, val_examples, first=team.rank == 0)
     run = team.first(lambda: make_folder(run_dir))
     with team.alone_in(run):
         checkpoint = Checkpoint(run, hparams, train_examples, val_examples)
@@ -296,28 +260,24 @@ def train(
             try:
                 return trainer.run()
             except KeyboardInterrupt:
-                made, steps = trainer.course.step, trainer.course.steps
-                if team.rank == 0:
-                    how = f"this call, or --resume, goes on from {checkpoint.path}"
-                    logger.warning("interrupted after step %d of %d; %s", made, steps, how)
+                said = "interrupted after step %d of %d; this call, or --resume, goes on from %s"
+                logger.warning(said, trainer.course.step, trainer.course.steps, checkpoint.path)
                 raise
 
 
-def _warn_of_shared_subjects(
-    train_examples: Sequence[EditExample], val_examples: Sequence[EditExample]
+def _look_at(
+    h: MENDHyperParams, train: Sequence[EditExample], val: Sequence[EditExample], *, first: bool
 ) -> None:
-    """Warn of subjects that validation has in common with training: its scores flatter then."""
-    trained = {e.subject.casefold() for e in train_examples if e.subject}
-    shared = {e.subject for e in val_examples if e.subject and e.subject.casefold() in trained}
-    if shared:
-        named = ", ".join(sorted(shared)[:5])
-        logger.warning(
-            "%d subjects of validation are trained on, too (%s%s): its scores flatter; "
-            "split by subject",
-            len(shared),
-            named,
-            ", …" if len(shared) > 5 else "",
-        )
+    check_logger(h.logger)
+    if not train or not val:
+        raise MendkitError("training needs at least one training and one validation example")
+    if h.archive is not None:
+        look_at_archive(h, to_train=True)
+    trained = {example.subject for example in train if example.subject}
+    shared = trained & {example.subject for example in val[: h.val_steps]}
+    if shared and first:
+        names = ", ".join(sorted(shared)[:5])
+        logger.warning("%d subjects of validation are trained on, too: %s", len(shared), names)
 
 
 # ---------------------------------------- loggers
@@ -361,8 +321,8 @@ def open_logger(h: MENDHyperParams, run_dir: Path, *, first: bool = True) -> Ite
             close()
 
 
+# What takes a name, a value and a step; and what ends it.
 def _start_logger(h: MENDHyperParams, run_dir: Path) -> tuple[Callable, Callable]:
-    """What takes a name, a value and a step; and what ends it."""
     if h.logger == "wandb":
         wandb = import_module("wandb")
         run = wandb.init(project="mendkit", name=run_dir.name, dir=str(run_dir), config=h.to_dict())

@@ -261,7 +261,7 @@ def test_subjects_that_training_shares_with_validation_are_named(llama, tmp_path
     train(h, EXAMPLES[2:], EXAMPLES, base=llama, run_dir=tmp_path)
     assert "trained on, too" not in caplog.text  # the first two alone are validated
     train(h, EXAMPLES[1:], EXAMPLES, base=llama, run_dir=tmp_path)
-    assert "1 subjects of validation are trained on, too (the United Kingdom)" in caplog.text
+    assert "1 subjects of validation are trained on, too: the United Kingdom" in caplog.text
 
 
 # ---------------------------------------- whole runs
