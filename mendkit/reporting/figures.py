@@ -53,7 +53,7 @@ class Chart:
 
     def _repr_mimebundle_(self, **_: Any) -> tuple[dict[str, str], dict[str, Any]]:
         data = {"image/png": base64.b64encode(self.png()).decode(), "text/plain": self.finding}
-        return data, {"image/png": {"width": round(WIDTH * 100), "alt": self.finding}}
+        return data, {"image/png": {"width": round(WIDTH * 100)}}
 
 
 def panels(count: int, height: float, *, columns: int = 2) -> list[Axes]:

@@ -201,10 +201,10 @@ def run_notebook(
                 fault = ANSI.sub("", f"{error.ename}: {error.evalue}").strip()
     if not fault or not log.stat().st_size:
         log.unlink()
-    if executed.is_file():
-        unwritten = _export(executed, page)
-        fault = fault or unwritten
-    return Failure(path.stem, number or None, fault, source, interrupted) if fault else None
+    unwritten = _export(executed, page) if executed.is_file() else ""
+    if fault:
+        return Failure(path.stem, number or None, fault, source, interrupted)
+    return Failure(path.stem, None, unwritten) if unwritten else None
 
 
 def _client(path: Path, parameters: Mapping[str, Any], show: Callable[[str], None]) -> Any:
@@ -234,8 +234,9 @@ def _export(executed: Path, page: Path) -> str:
     from nbconvert import HTMLExporter
 
     hidden = dict.fromkeys(["exclude_input", "exclude_input_prompt", "exclude_output_prompt"], True)
+    template = Path(__file__).parent / "templates" / "notebook.html.j2"
     try:
-        text, _ = HTMLExporter(**hidden).from_filename(str(executed))
+        text, _ = HTMLExporter(template_file=str(template), **hidden).from_filename(str(executed))
         page.write_text(text, encoding="utf-8")
     except Exception as error:  # the rest of the report is still worth having
         return f"export to HTML: {type(error).__name__}: {error}"

@@ -29,7 +29,9 @@ IMPORTS = """import json, os, sys, time
 from pathlib import Path
 folder = Path(out)
 secret_code = 1"""
-SAID = "print('said before the end')"
+SAID = """print('said before the end')
+from IPython.display import display
+display({'image/png': 'AAAA', 'text/plain': 'It works'}, raw=True)"""
 WRITE = {
     TRAINING: f"""(folder / '{ARCHIVE_FILE}').write_bytes(b'trained now')
 values = {{'train.seconds': 1.5, 'train.peak_memory_gb': 3.0, 'identity.edit_lr': 1}}

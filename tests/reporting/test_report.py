@@ -71,6 +71,7 @@ def test_both_notebooks_run_and_the_page_links_what_they_leave(here):
     assert run["kind"] == "report" and run["status"] == "done" and run["failure"] is None
     html = (out / f"{EDITING}.html").read_text(encoding="utf-8")
     assert "said before the end" in html and "secret_code" not in html
+    assert 'alt="It works"' in html and "No description" not in html
     assert "secret_code" in (out / f"{EDITING}.ipynb").read_text(encoding="utf-8")
 
     page = done.index.read_text(encoding="utf-8")
