@@ -164,7 +164,7 @@ def _plain(values: Any) -> dict[str, Any]:
 
 
 def _unknown(name: str, record: Record) -> DataError:
-    known = " ".join(NAMES.values()).split()
+    known = [known for known in " ".join(NAMES.values()).split() if "*" not in known]
     close = difflib.get_close_matches(name, [*known, *PAIRS, *ANSWERS], 1, 0.6)
     hint = f"the nearest is `{close[0]}`" if close else "no field resembles it"
     if not any(_place(key)[0] in ("prompt", "target_new") for key in record):
