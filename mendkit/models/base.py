@@ -10,11 +10,12 @@ from typing import Any, cast
 import torch
 from accelerate.utils import align_module_device
 from torch import Tensor, nn
+from torch.nn.functional import pad
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.pytorch_utils import Conv1D
 
 from ..errors import ModelError
-from .families import SEQ2SEQ, seen_lengths
+from .families import CLASSIFIER, SEQ2SEQ, seen_lengths
 from .sites import Blocks, Site, embedding_matrix, find_blocks, resolve_sites, watch_chain
 from .streaming import guard, is_away, standing_in
 from .text import TextModel
@@ -59,7 +60,7 @@ class BaseModel(TextModel):
         self.blocks = self._find_blocks()
         if not self.released:
             self.lengths: dict[str, int] = self.remembered(
-                ("lengths", self.sites), lambda: seen_lengths(self.model, self.sites, self._read)
+                ("lengths", self.sites), self._probe_rows
             )
 
     def _find_blocks(self) -> Blocks | None:
@@ -108,13 +109,28 @@ class BaseModel(TextModel):
         other._place(inner_params)
         return other
 
-    def _read(self, n: int = 2) -> Tensor:
+    @torch.no_grad()
+    def _probe_rows(self) -> dict[str, int]:
+        """Number of positions that each site sees of a text of three tokens, two of a decoder."""
+        possible = (2, 3) if self.family == SEQ2SEQ else (3,)
+        lengths = seen_lengths(self.model, self.sites, self._read, possible)
+        if self.family == CLASSIFIER:
+            alone, padded = self._read(1), self._read(1, padding=3)
+            if not torch.allclose(alone, padded, rtol=0.0, atol=0.05 * float(alone.abs().max())):
+                raise ModelError(
+                    f"{type(self.model).__name__} reads the padding beside a text, so that texts "
+                    "read together would have other answers; give another model"
+                )
+        return lengths
+
+    def _read(self, n: int = 2, padding: int = 0) -> Tensor:
         """Logits of `n` texts of three tokens, two of a decoder: what the model is probed with."""
         special = set(self.tokenizer.all_special_ids)
         plain = [i for i in range(self.vocabulary) if i not in special][:4]
         end = plain[0] if self.eos_id is None else self.eos_id  # some heads look for it
         ids = torch.tensor([[*plain[:2], end], [*plain[2:], end]], device=self.device)[:n]
-        return self.forward(ids, torch.ones_like(ids), ids[:, :2])
+        mask = pad(torch.ones_like(ids), (0, padding))
+        return self.forward(pad(ids, (0, padding), value=self.pad_id), mask, ids[:, :2])
 
     def sees_encoder(self, site: Site) -> bool:
         """Whether a site sees the encoder's positions while the decoder has others."""

@@ -132,12 +132,15 @@ def start_id(model: PreTrainedModel) -> int:
 
 @torch.no_grad()
 def seen_lengths(
-    model: PreTrainedModel, sites: Sequence[Site], read: Callable[[int], Any]
+    model: PreTrainedModel,
+    sites: Sequence[Site],
+    read: Callable[[int], Any],
+    possible: Sequence[int],
 ) -> dict[str, int]:
-    """How many positions of a text each site sees: 3 of an encoder or a text, 2 of a decoder.
+    """How many of the `possible` numbers of positions of a text each site sees.
 
-    `read(n)` reads the first n of two such texts. Raises ModelError for a site that does not see
-    texts × positions in order: where a model pads, reorders or routes them.
+    `read(n)` reads the first n of two texts. Raises ModelError for a site that does not see texts ×
+    positions in order: where a model pads, pools, reorders or routes them.
     """
     seen: list[dict[str, Tensor]] = [{}, {}]
     for n, rows in enumerate(seen, start=1):
@@ -150,15 +153,15 @@ def seen_lengths(
     lengths = {}
     for site in sites:
         alone, both = (rows.get(site.name) for rows in seen)
-        for length in (2, 3):
+        for length in possible:
             if alone is not None and both is not None and _in_order(alone, both, length, site.d_in):
                 lengths[site.name] = length
         if site.name not in lengths:
             shape = None if both is None else tuple(both.shape)
             raise ModelError(
                 f"{site.name}: {type(model).__name__} does not give this layer texts × positions "
-                f"in order (two texts of 3 tokens came as {shape}): it pads, reorders or routes "
-                "them; edit other layers, or another model"
+                f"in order (two texts of 3 tokens came as {shape}): it pads, pools, reorders or "
+                "routes them; edit other layers, or another model"
             )
     return lengths
 

@@ -187,7 +187,10 @@ WITH_ENCODER = {  # sequence-to-sequence models and classifiers
 FAMILIES = CAUSAL | OTHERS | WITH_ENCODER
 
 _START = {"decoder_start_token_id": 1}
-REFUSED = {  # they pad, reorder or route what a layer sees
+_FUNNEL = {"d_model": D, "n_head": 4, "d_head": 8, "d_inner": FF, "block_sizes": [2, 2]}
+REFUSED = {  # they pad, pool, reorder or route what a layer sees, or read the padding
+    "fnet": ("FNetForSequenceClassification", "FNetConfig", _WIDE),
+    "funnel": ("FunnelForSequenceClassification", "FunnelConfig", _FUNNEL),
     "led": ("LEDForConditionalGeneration", "LEDConfig", {**_BART, **_START, **_WINDOW}),
     "longformer": ("LongformerForSequenceClassification", "LongformerConfig", {**_WIDE, **_WINDOW}),
     "nllb-moe": ("NllbMoeForConditionalGeneration", "NllbMoeConfig", {**_BART, **_START, **_NLLB}),
@@ -230,7 +233,7 @@ NO_ADAPTER = ("deepseek_v3", "mamba", "qwen3_next")  # PEFT renames or refuses t
 def table_row(name: str) -> str:
     """A family's row in docs/DATA_AND_MODELS.md."""
     if name in REFUSED:
-        return f"| {name} | `{REFUSED[name][0]}` | refused: rows out of order | |"
+        return f"| {name} | `{REFUSED[name][0]}` | refused | |"
     family = FAMILIES[name]
     layers = ", ".join(f"`{layer}`" for layer in family.layers)
     how = "" if family.auto else " (by name)"
