@@ -14,8 +14,9 @@ import logging
 import re
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
+from importlib import import_module
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -103,11 +104,14 @@ def _misread(folder: Path, base: BaseModel, loras: Mapping[str, LoRA]) -> list[s
     """The modules of which PEFT makes something else than A and B; `loras` by module.
 
     PEFT reads the files into a copy of the model that shares its weights. What holds of A and B
-    holds of the logits of any prompt. Without PEFT its rule for renaming decides.
+    holds of the logits of any prompt. Without PEFT, or where a device map spreads the model, PEFT's
+    rule for renaming decides.
     """
-    try:
-        from peft import PeftModel
-    except ImportError:
+    peft: Any = None
+    with suppress(ImportError):
+        if not base.is_spread:
+            peft = import_module("peft")
+    if peft is None:
         from transformers import conversion_mapping
 
         patterns = getattr(conversion_mapping, "_MODEL_TO_CONVERSION_PATTERN", {})
@@ -117,7 +121,7 @@ def _misread(folder: Path, base: BaseModel, loras: Mapping[str, LoRA]) -> list[s
     with unedited(base), warnings.catch_warnings(), silence_transformers():
         warnings.simplefilter("ignore")
         try:
-            read = PeftModel.from_pretrained(_copy_of(base), str(folder))
+            read = peft.PeftModel.from_pretrained(_copy_of(base), str(folder))
         except (ValueError, KeyError, RuntimeError, TypeError, AttributeError) as error:
             logger.warning("PEFT cannot load the adapter: %s", str(error).partition("\n")[0])
             return list(loras)

@@ -46,15 +46,15 @@ class Panel:
         *,
         folder: str = "runs/06_playground/adapter",
     ) -> None:
-        self.playground, self.facts = playground, tuple(facts)
+        self.playground, self.facts = playground, (EditExample("", ""), *facts)
         self._filling = False  # fields are set by code, which is no wish of the user
         self.about = w.HTML(tables.listed(about(playground.editor)).to_html())
         self.said, self.results = w.HTML(), w.HTML()
         # 1. A fact.
-        picks: list[tuple[str, int | None]] = [("(a fact that you type)", None)]
-        for place, fact in enumerate(self.facts):
+        picks = [("(a fact that you type)", 0)]
+        for place, fact in enumerate(facts, 1):
             picks.append((f"{fact.prompt} → {fact.target_new}", place))
-        self.pick = _field(w.Dropdown(options=picks, index=min(1, len(self.facts))), "fact")
+        self.pick = _field(w.Dropdown(options=picks, value=min(1, len(facts))), "fact")
         self.prompt, self.answer = _field(w.Text(), "prompt"), _field(w.Text(), "new answer")
         self.others = _field(w.Textarea(rows=3), "other prompts")
         self.others.placeholder = "one a line: they should go on as before"
@@ -132,9 +132,8 @@ class Panel:
 
     def _apply(self) -> str:
         prompt, answer = self.prompt.value.strip(), self.answer.value.strip()
-        example = EditExample(prompt, answer)
-        picked = None if self.pick.value is None else self.facts[self.pick.value]
-        if picked is not None and picked.prompt.strip() == prompt:
+        example, picked = EditExample(prompt, answer), self.facts[self.pick.value]
+        if picked.prompt.strip() == prompt:
             example = replace(picked, target_new=answer)
         lines = map(str.strip, self.others.value.splitlines())
         others = tuple(map(Probe, filter(None, lines)))
@@ -166,7 +165,7 @@ class Panel:
         return self.playground.shown
 
     def _on_pick(self, _: Any = None) -> None:
-        fact = EditExample("", "") if self.pick.value is None else self.facts[self.pick.value]
+        fact = self.facts[self.pick.value]
         self.prompt.value, self.answer.value = fact.prompt, fact.target_new
 
     def _on_journal(self, change: Any) -> None:

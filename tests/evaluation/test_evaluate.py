@@ -202,9 +202,9 @@ def test_an_answer_the_model_already_gives_is_counted_not_scored(llama):
 
 def test_what_cannot_be_tokenised_is_counted_as_skipped(llama):
     long = EditExample(prompt="The capital of Peru is", target_new="Rome " * 60)
-    empty = replace(long, target_new=" The.")
-    on = EvaluationSet(llama, hparams(), [long, empty, *EXAMPLES[:2]], max_new_tokens=4)
-    counts = {"scored": 2, "already_true": 0, "skipped": 2, "empty_target": 1, "too_long": 1}
+    empty, letter = replace(long, target_new=" \n"), replace(EXAMPLES[0], target_new="A")
+    on = EvaluationSet(llama, hparams(), [long, empty, letter, *EXAMPLES[:2]], max_new_tokens=4)
+    counts = {"scored": 3, "already_true": 0, "skipped": 2, "empty_target": 1, "too_long": 1}
     assert evaluate(editor_for(llama), on).counts == counts | {"invalid_records": 0}
     with pytest.raises(DataError, match="limit"):
         EvaluationSet(llama, hparams(), [long])

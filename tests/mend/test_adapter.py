@@ -10,9 +10,7 @@ import transformers
 from peft import AutoPeftModelForCausalLM, PeftModel
 
 from mendkit.errors import MendkitError
-from mendkit.mend.edit import Edit
 from mendkit.mend.export import LoRA
-from mendkit.mend.updates import LowRankUpdate
 from mendkit.models.base import BaseModel
 from mendkit.models.cache import cache_root
 from mendkit.models.load import load_model
@@ -110,29 +108,6 @@ def test_a_layer_whose_name_ends_like_an_edited_ones_is_left_alone(tmp_path):
         if hasattr(m, "lora_A")
     }
     assert adapted == {site.module for site in base.sites}
-
-
-def test_sites_whose_names_end_alike_keep_their_own_ranks(tmp_path):
-    base = tiny_llama()
-    base.model.draft = tiny_llama().model
-    base = base.with_sites((f"{NAME}.weight", f"draft.{NAME}.weight"))
-    draws = torch.Generator().manual_seed(0)
-    updates = {
-        site.name: LowRankUpdate(
-            torch.randn(1, tokens, site.d_in, generator=draws),
-            torch.randn(1, tokens, site.d_out, generator=draws),
-            0.1,
-        )
-        for site, tokens in zip(base.sites, (2, 3), strict=True)
-    }
-    edit = Edit(base, updates, [])
-    edit.save_adapter(tmp_path)
-    model = with_adapter(base, tmp_path)
-    for site in base.sites:
-        layer = model.get_submodule(f"base_model.model.{site.module}")
-        torch.testing.assert_close(
-            layer.get_delta_weight("default"), edit.dense()[site.name], rtol=1e-4, atol=1e-6
-        )
 
 
 MIXTURES = {

@@ -119,7 +119,7 @@ def test_the_panel_applies_scales_undoes_drops_and_saves(
 ) -> None:
     session = panel.playground.session
     panel.apply.click()
-    panel.pick.value = 1
+    panel.pick.value = 2
     panel.apply.click()
     assert [edit.examples[0] for edit in session.journal] == list(EXAMPLES[:2])
     assert "Applied" in panel.said.value and panel.journal.value == 1
@@ -142,7 +142,7 @@ def test_the_panel_applies_scales_undoes_drops_and_saves(
 
 
 def test_the_panel_takes_what_is_typed(panel: widgets.Panel) -> None:
-    panel.pick.value = None
+    panel.pick.value = 0
     panel.prompt.value, panel.answer.value = "  The capital of Chad is ", "Lyon"
     panel.others.value = "The capital of Peru is\n\n  The capital of Fiji is"
     panel.apply.click()
