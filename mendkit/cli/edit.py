@@ -212,6 +212,8 @@ def evaluate(
         chosen = mend = mendkit.MENDEditor.from_hparams(hparams)
         base, hparams = mend.base, mend.hparams
     else:
+        if hparams.archive is not None:
+            logger.warning("archive: --editor %s has no use for one", editor)
         base, mend = mendkit.load_model(hparams), None
     score_on = partial(mendkit.EvaluationSet, base, hparams, max_new_tokens=max_new_tokens)
     tuning: dict[str, Any] = {}

@@ -118,7 +118,8 @@ def look_at_archive(hparams: MENDHyperParams, *, to_train: bool = False) -> None
         if key in decided:
             without_effect.append(f"{key} {shown(there)}, not {shown(asked)}")
     if without_effect:
-        logger.warning("the archive %s decides: %s", path, "; ".join(without_effect))
+        told = "; ".join(without_effect)
+        logger.warning("what the file says of these belongs to the archive %s: %s", path, told)
 
 
 def inspect_archive(path: str | Path) -> dict[str, Any]:
