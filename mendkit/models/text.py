@@ -291,11 +291,11 @@ class TextModel:
             # transformers' default cache would count the encoder's blocks.
             cache = EncoderDecoderCache(DynamicCache(), DynamicCache())
             begun, width = {"decoder_input_ids": given, "past_key_values": cache}, given.shape[1]
-        begun |= {"max_new_tokens": max_new_tokens, "eos_token_id": sorted(ends | stops)}
-        rows = self._greedily(ids, mask, **begun).sequences[:, width:]
+        how = {"max_new_tokens": max_new_tokens, "eos_token_id": sorted(ends | stops)}
+        rows = self._greedily(ids, mask, begun, **how).sequences[:, width:]
         return [_until_end(row, ends, stops) for row in rows.tolist()]
 
-    def _greedily(self, ids: Tensor, mask: Tensor, **options: Any) -> Any:
+    def _greedily(self, ids: Tensor, mask: Tensor, begun: dict[str, Any], **options: Any) -> Any:
         """What transformers generates, none of the checkpoint's settings being heeded."""
         config = GenerationConfig(
             do_sample=False,
@@ -304,13 +304,14 @@ class TextModel:
             pad_token_id=self.pad_id,
             decoder_start_token_id=self.start_id,
             return_dict_in_generate=True,
+            **options,
         )
         # transformers fills what `config` leaves open from the model's settings, so these go aside.
         settings = self.model.generation_config
         self.model.generation_config = config
         try:
             return self.model.generate(
-                input_ids=ids, attention_mask=mask, generation_config=config, **options
+                input_ids=ids, attention_mask=mask, generation_config=config, **begun
             )
         finally:
             self.model.generation_config = settings
@@ -343,7 +344,8 @@ class TextModel:
             plain = [i for i in range(self.vocabulary) if i not in (self.pad_id, self.eos_id)]
             first = []
             for rows in ([plain[:2]], [plain[:2], plain[:5]]):
-                output = self._greedily(*self.left_pad(rows), max_new_tokens=1, output_logits=True)
+                ids, mask = self.left_pad(rows)
+                output = self._greedily(ids, mask, {}, max_new_tokens=1, output_logits=True)
                 first.append(output.logits[0][0])
             near = 0.05 * float(first[0].abs().max())
             return torch.allclose(first[0], first[1], rtol=0.0, atol=near)
