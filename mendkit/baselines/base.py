@@ -81,10 +81,9 @@ def identity_edit_lrs(
     base: BaseModel, mend: MEND, examples: Sequence[EditExample]
 ) -> tuple[float, ...]:
     """Step sizes to try: `IDENTITY_EDIT_LRS` times the power of 2 that suits the model."""
-    texts = [each.first(1) for each in prepare_texts(base, mend.hparams, examples[:AUTO_EDITS])]
-    trunk, unit = FrozenTrunk(base), identity_editor(base, mend, edit_lr=1.0).mend
-    trunk.fill([text for each in texts for text in each.all()])
-    highest = 1.5 * best_edit_lr(trunk, unit, texts, mend.hparams)
+    texts = prepare_texts(base, mend.hparams, examples[:AUTO_EDITS])
+    unit = identity_editor(base, mend, edit_lr=1.0).mend
+    highest = 1.5 * best_edit_lr(FrozenTrunk(base), unit, texts, mend.hparams)
     power = math.ceil(math.log2(highest / IDENTITY_EDIT_LRS[-1]))
     return tuple(edit_lr * 2.0**power for edit_lr in IDENTITY_EDIT_LRS)
 

@@ -119,7 +119,7 @@ def _edit_and_undo(
         if h.archive is None:
             h = h.replace(max_iters=0, whiten=None, whiten_pairs=False, unit_response=False)
             h = h.replace(val_steps=2, release_trunk=False, stream_trunk=False, logger=None)
-            result = mendkit.train(h, train[:FEW], train[:2], base=base, run_dir=run)
+            result = mendkit.train(h, train[:FEW], test[:2], base=base, run_dir=run)
             h, by = h.replace(archive=str(result.archive)), " by an untrained editor"
         editor = mendkit.MENDEditor.from_hparams(h, base=base)
     prompt = test[0].prompt

@@ -25,7 +25,7 @@ from ..mend.factors import capture_factors
 from ..mend.hypernetwork import MEND
 from ..mend.losses import edit_nll
 from ..mend.updates import LowRankUpdate, Updates, padded
-from ..mend.validation import AUTO_EDITS, best_edit_lr, validate
+from ..mend.validation import best_edit_lr, validate
 from ..models.base import BaseModel
 from ..models.load import load_model
 from ..models.tokens import Tokens, collate
@@ -52,7 +52,7 @@ def open_editor(
     texts = prepare_texts(base, hparams, examples)
     mend = _untrained(base, hparams, [each.edit for each in texts])
     if hparams.edit_lr == "auto":
-        mend.start_at(best_edit_lr(FrozenTrunk(base), mend, texts[:AUTO_EDITS], mend.hparams))
+        mend.start_at(best_edit_lr(FrozenTrunk(base), mend, texts, mend.hparams))
     return MENDEditor(base, mend, name="untrained")
 
 

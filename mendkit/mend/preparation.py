@@ -23,7 +23,7 @@ from .batches import ExampleTexts, prepare_texts, training_texts
 from .distributed import Team
 from .factors import FACTOR_BATCH, FactorCache, Factors, capture_factors, capture_inputs
 from .hypernetwork import MEND, Wordings
-from .validation import AUTO_EDITS, best_edit_lr
+from .validation import best_edit_lr
 
 logger = logging.getLogger(__name__)
 
@@ -130,9 +130,9 @@ class Preparation:
 
     def _measure_edit_lr(self, mend: MEND, h: MENDHyperParams) -> float:
         start, generator = time.perf_counter(), torch.Generator().manual_seed(h.seed)
-        order = torch.randperm(len(self.train), generator=generator)[:AUTO_EDITS].tolist()
+        order = torch.randperm(len(self.train), generator=generator).tolist()
         at_once = h.most_edits if h.train_on == "batch" else 1
-        texts = [self.train[i].first(1) for i in order]
+        texts = [self.train[i] for i in order]
         edit_lr = best_edit_lr(self.trunk, mend, texts, h, at_once=at_once)
         seconds = time.perf_counter() - start
         logger.info("edit_lr: auto is %.3g, measured in %.0f s", edit_lr, seconds)

@@ -250,10 +250,12 @@ def best_edit_lr(
 ) -> float:
     """The step size at which an untrained hypernetwork, whose α is 1, has the least loss.
 
-    `edit_lr: auto` starts all sites there. The search goes up a geometric grid, from steps that
-    change nothing. Raises HyperParamError if no step lowers the loss.
+    It is that of the first `AUTO_EDITS`, with one text of each role. The search goes up a geometric
+    grid, from steps that change nothing. Raises HyperParamError if no step lowers the loss.
     """
-    edits = list(_make_edits(trunk, untrained, examples, h, at_once))
+    some = [texts.first(1) for texts in examples[:AUTO_EDITS]]
+    trunk.fill([text for texts in some for text in texts.all()])
+    edits = list(_make_edits(trunk, untrained, some, h, at_once))
     losses: dict[int, float] = {}
 
     def loss_at(power: int) -> float:

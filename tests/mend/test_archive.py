@@ -10,7 +10,7 @@ from mendkit.errors import ArchiveError, MendkitError
 from mendkit.mend.archive import load_archive, save_archive
 from mendkit.mend.editor import MENDEditor
 from mendkit.mend.hypernetwork import MEND
-from tests.oracles.attacks import Layout, signed, signed_as_first
+from tests.oracles.attacks import Layout, signed
 from tests.oracles.claims import EXAMPLES, hparams, scrambled, with_statistics
 from tests.oracles.tiny import tiny_gpt2, tiny_llama
 
@@ -35,18 +35,6 @@ def test_round_trip_gives_the_same_edits_bit_for_bit(llama, saved):
     a, b = (MENDEditor(llama, m).edit(EXAMPLES[0]).dense() for m in (mend, loaded.mend))
     assert all(torch.equal(a[name], b[name]) for name in a)
     assert loaded.mend.hparams == mend.hparams
-
-
-def test_an_archive_of_the_first_version_has_plain_step_sizes(llama, saved):
-    rewrite(saved[0], lambda t, m: t.pop("edit_lr_unit"), signed_as_first)
-    assert load_archive(saved[0], base=llama).mend.edit_lrs == saved[1].edit_lrs
-
-
-def test_the_archive_decides_the_sites(llama, tmp_path):
-    names = [site.name for site in llama.sites[:2]]
-    fewer = llama.with_sites(names)
-    path = save_archive(tmp_path / "a.safetensors", fewer, MEND(fewer.sites, hparams()))
-    assert [site.name for site in load_archive(path, base=llama).base.sites] == names
 
 
 @pytest.mark.parametrize(
