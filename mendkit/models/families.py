@@ -167,7 +167,8 @@ def seen_lengths(
 
 
 def _keep_input(rows: dict[str, Tensor], name: str, _: nn.Module, args: Sequence[Tensor]) -> None:
-    rows[name] = args[0]
+    if args:
+        rows[name] = args[0]
 
 
 def _in_order(alone: Tensor, both: Tensor, length: int, width: int) -> bool:
