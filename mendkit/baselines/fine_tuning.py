@@ -55,7 +55,6 @@ class FineTuning(Baseline):
     def updates(
         self, texts: Sequence[Tokens], *, trunk: FrozenTrunk | None = None, at_once: bool = False
     ) -> Updates:
-        """Updates of edits, one per text: independent ones, or one of all."""
         trunk, count = trunk or FrozenTrunk(self.base), len(texts)
         made: Updates = {}
         for _ in range(self.steps):
@@ -104,7 +103,6 @@ class LocalisedFineTuning(Baseline):
     def updates(
         self, texts: Sequence[Tokens], *, trunk: FrozenTrunk | None = None, at_once: bool = False
     ) -> Updates:
-        """Updates of edits, one per text: independent ones, or one of all."""
         trunk = trunk or FrozenTrunk(self.base)
         groups = [texts] if at_once else [[text] for text in texts]
         return self._update(torch.cat([self._breadth_first(trunk, edits) for edits in groups]))
@@ -131,7 +129,7 @@ class LocalisedFineTuning(Baseline):
                 break
         return change.detach()
 
+    # ΔW as a sum over the rows of a unit matrix.
     def _update(self, change: Float[Tensor, "b o i"]) -> Updates:
-        """ΔW as a sum over the rows of a unit matrix."""
         one = torch.eye(self.site.d_out, dtype=change.dtype, device=change.device)
         return {self.site.name: LowRankUpdate(change, one.expand(len(change), -1, -1), 1.0)}

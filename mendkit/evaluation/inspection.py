@@ -106,10 +106,10 @@ def stages(base: BaseModel, mend: MEND, texts: Sequence[Tokens]) -> dict[str, ME
     return out
 
 
+# MEND at identity initialisation, with per-feature statistics of `texts`, if there are any.
 def _untrained(
     base: BaseModel, h: MENDHyperParams, texts: Sequence[Tokens], **settings: Any
 ) -> MEND:
-    """MEND at identity initialisation, with per-feature statistics of `texts`, if there are any."""
     plain = {"whiten": None, "whiten_pairs": False, "unit_response": False, "archive": None}
     h = h.replace(norm=bool(texts), init="id_xavier", update_sign=-1, **plain | settings)
     mend, how = MEND(base.sites, h).to(base.device), {"tokens": h.edit_tokens}
@@ -122,9 +122,7 @@ def _untrained(
 # ------------------------------------------------------------------ the gradient and its rank
 
 
-def weight_gradients(
-    base: BaseModel, text: Tokens, *, reduction: str = "edit"
-) -> dict[str, Tensor]:
+def weight_gradients(base: BaseModel, text: Tokens) -> dict[str, Tensor]:
     """autograd's dL/dW (o, i) of every site: the dense matrices that MEND never forms."""
     weights = [base.site_weight(site) for site in base.sites]
     batch = collate([text], base.pad_id, base.device)
@@ -137,16 +135,13 @@ def weight_gradients(
             gradients = torch.autograd.grad(loss, weights)
     finally:
         base.model.requires_grad_(False)  # frozen, as it was
-    scale = len(text.targets) if reduction == "sum" else 1
     out = {}
     for site, gradient in zip(base.sites, gradients, strict=True):
-        out[site.name] = scale * (gradient.T if site.transposed else gradient)
+        out[site.name] = gradient.T if site.transposed else gradient
     return out
 
 
-def rank_rows(
-    base: BaseModel, texts: Sequence[Tokens], *, reduction: str = "edit"
-) -> list[dict[str, Any]]:
+def rank_rows(base: BaseModel, texts: Sequence[Tokens]) -> list[dict[str, Any]]:
     """A row for every text and site: is ∇L the sum of its rank-one terms?
 
     `error` is ‖Σ_t δ_t u_tᵀ − ∇L‖_F / ‖∇L‖_F, `scored_error` that of the scored tokens alone;
@@ -154,9 +149,9 @@ def rank_rows(
     """
     rows, trunk = [], FrozenTrunk(base)
     for k, text in enumerate(texts):
-        every = capture_factors(trunk, [text], reduction=reduction)
-        scored = capture_factors(trunk, [text], tokens="scored", reduction=reduction)
-        for site, dense in weight_gradients(base, text, reduction=reduction).items():
+        every = capture_factors(trunk, [text])
+        scored = capture_factors(trunk, [text], tokens="scored")
+        for site, dense in weight_gradients(base, text).items():
             row = {"example": k, "site": site, "tokens": len(every[site].u)}
             row["full_rank"] = min(dense.shape)
             row["rank"] = int(torch.linalg.matrix_rank(dense.to(every[site].u.dtype)))

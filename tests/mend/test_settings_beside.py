@@ -43,7 +43,10 @@ def test_a_files_settings_do_not_hold_and_that_is_said(llama, archive, tmp_path,
     h = MENDHyperParams.from_hparams(file, archive=archive, seed=3)
     editor = MENDEditor.from_hparams(h, base=llama)
     assert (editor.hparams.rank, editor.hparams.max_target_tokens, editor.hparams.seed) == (8, 9, 3)
-    assert f"belongs to the archive {archive}: rank 8, not 4" in caplog.text and "max_iters" not in caplog.text
+    assert (
+        f"belongs to the archive {archive}: rank 8, not 4" in caplog.text
+        and "max_iters" not in caplog.text
+    )
 
 
 def test_what_whoever_edits_decides_is_honoured(llama, archive):
