@@ -24,7 +24,7 @@ from ..errors import DataError
 from ..runs import user_path, without_repeats
 from .examples import EditExample, Probe
 from .layouts import ANSWERS, LEAST, PAIRS, parse
-from .records import answers, text
+from .records import UNFOLD, answers, text
 
 logger = logging.getLogger(__name__)
 
@@ -35,6 +35,13 @@ FACTS = {
 """The kit's own facts."""
 
 READABLE = "JSON, JSON lines, CSV, TSV or parquet, plain or as .gz, .bz2 or .xz"
+UNREADABLE = {
+    b"PK": "a zip or Excel file",
+    b"(\xb5/\xfd": "a .zst file",
+    b"ARROW1": "an Arrow file",
+    b"\xff\xff\xff\xff": "an Arrow file",
+    b"\x80": "a pickle",
+}
 COMPRESSED = {b"\x1f\x8b": gzip, b"BZh": bz2, b"\xfd7zXZ": lzma}
 
 
@@ -200,6 +207,9 @@ def _decoded(path: Path, content: bytes) -> str:
     try:
         return content.decode(json.detect_encoding(content))
     except UnicodeDecodeError as error:
+        for magic, kind in UNREADABLE.items():
+            if content.startswith(magic):
+                raise DataError(f"{path}: {kind} is not read; give {READABLE}") from None
         raise DataError(
             f"{path}: not UTF-8 text ({error.reason} at byte {error.start}); convert it (`iconv -f "
             f"ENCODING -t UTF-8`), or give {READABLE}"
@@ -263,6 +273,8 @@ def _from_json(path: Path, content: str) -> list[Any] | None:
     for name in ("records", "data", "examples", "edits"):
         if isinstance(whole.get(name), list):
             return whole[name]
+    if UNFOLD.keys() & whole.keys() - {"locality_inputs"}:
+        return [whole]  # one record, though its values are objects or lists
     if whole and all(isinstance(value, dict) for value in whole.values()):
         # pandas writes columns of rows; others write records by their id
         if not {"prompt", "src", "question"} & whole.keys():
@@ -294,7 +306,12 @@ def _from_table(path: Path, content: str) -> Iterator[tuple[str, Any]]:
         if len(set(rows.fieldnames or ())) < len(rows.fieldnames or ()):
             raise csv.Error("a column is given twice")
         for row in rows:
-            yield f"{path}:{rows.line_num}", {name: _cell(value) for name, value in row.items()}
+            record: Any = {name or "index": _cell(value) for name, value in row.items()}
+            if "further cells" in row:
+                record = DataError(
+                    f"more cells than columns; put a cell with {separator!r} in quotes"
+                )
+            yield f"{path}:{rows.line_num}", record
     except csv.Error as error:
         raise DataError(f"{path}:{rows.line_num}: no table: {error}") from None
 
@@ -332,7 +349,10 @@ def _from_hub(source: str) -> list[Any]:
     except ImportError:
         raise DataError(f"{source} needs `datasets`: pip install datasets pyarrow") from None
     except Exception as error:  # the hub's client and the readers have many
-        said = str(error).strip().partition("\n")[0]
+        reasons = [
+            str(said).strip().partition("\n")[0] for said in (error, error.__cause__) if said
+        ]
+        said = ": ".join(reasons)
         raise DataError(
             f"{source}: {said}; expected hf:owner/name or hf:owner/name:split"
         ) from None

@@ -7,6 +7,7 @@ none of the lists is refused. docs/DATA_AND_MODELS.md has the table by layout.
 
 import difflib
 import json
+import re
 from collections.abc import Callable, Mapping
 from fnmatch import fnmatchcase
 from functools import cache
@@ -38,9 +39,9 @@ NAMES = {
     "target_prefix": "target_prefix",
     "metadata": "metadata _*",
     "left out": "answer_* attribute* bert_score cond dataset eval_* example_type fact_new*"
-    " fact_true* label loc_prompts meta multiple_choice* new_answer_alias* new_single_hops"
+    " fact_true* index label loc_prompts meta multiple_choice* new_answer_alias* new_single_hops"
     " no_question* object_id orig pararel_idx path prompt_full rephrases reversed_* single_hops"
-    " source* split subject_id tag target_id time_* topic type unsfact_* yes_question*",
+    " source* split subject_id tag target_id time_* topic type unsfact_* yes_question* Unnamed:*",
 }
 """Names (patterns) in files, by field. Of two names for one text the first counts."""
 
@@ -65,6 +66,9 @@ READ: dict[str, Callable[[Record, str], list[Any]]] = {
     **dict.fromkeys(("neighbours", "unrelated", "portability"), probes),
 }
 """How the values of a field are read."""
+
+NOT_BLANK = ("prompt", "target_new", "target_prefix", "metadata")
+"""Fields in which a blank text is not the same as none."""
 
 SINGLE = ("prompt", "target_new", "target_prefix", "subject", "relation", "id", "ground_truth")
 """Fields with one value: the first."""
@@ -116,6 +120,7 @@ def _example(record: Record, columns: Columns, left: list[str]) -> EditExample:
     record = {halves.get(name, name): value for name, value in record.items()}
     values: dict[str, list[Any]] = {field: [] for field in READ}
     metadata: dict[str, Any] = {}
+    asked = {PAIRS[name][0] for name in record if name in PAIRS}
     # 1. every name, the first of its field first
     for name in sorted(record, key=lambda name: _place(name)[1]):
         field = mapped.get(name) or _place(name)[0]
@@ -123,6 +128,8 @@ def _example(record: Record, columns: Columns, left: list[str]) -> EditExample:
             answer, role = PAIRS[name]
             values[role] += pairs(record[name], record.get(answer), name)
         elif name in ANSWERS and name not in mapped:
+            left += [name] if name not in asked else []
+        elif field not in NOT_BLANK and isinstance(record[name], str) and not record[name].strip():
             continue
         elif field is None and not columns:
             raise _unknown(name, record)
@@ -139,6 +146,9 @@ def _example(record: Record, columns: Columns, left: list[str]) -> EditExample:
         if not values[field]:
             found = ", ".join(record)
             raise DataError(f"field `{field}` is missing in {found}; expected at least {LEAST}")
+    for subject in values["subject"]:  # ROME's template
+        if not re.search(rf"(?<!\w){re.escape(subject)}(?!\w)", values["prompt"][0]):
+            values["prompt"][0] = values["prompt"][0].replace("{}", subject)
     left += [f"{field} after the first" for field in SINGLE if len(values[field]) > 1]
     # 3. what the model says, not what is true, decides whether there is something to edit
     new, told = values["target_new"][0], values.pop("told")

@@ -254,11 +254,11 @@ def _wikibigedit(record: Flat, left: list[str]) -> list[Flat]:
 
 
 def _alternatives(record: Flat, left: list[str]) -> list[Flat]:
-    """The authors' zsRE and FEVER files: the first alternative is the new answer."""
+    """The authors' zsRE and FEVER files: the first alternative, at best no truth, is the answer."""
     truths = answers(record, "output")
-    others = [name for name in answers(record, "alternatives") if name not in truths]
+    others = sorted(answers(record, "alternatives"), key=truths.__contains__)
     if not others:
-        raise DataError("field `alternatives` has no answer other than `output`: nothing to edit")
+        raise DataError("field `alternatives` has no answer: nothing to edit")
     record["target_new"] = others[0]
     del record["alternatives"]
     wordings = record.get("filtered_rephrases")

@@ -318,6 +318,34 @@ def test_lists_and_numbers_in_tables_are_lists_and_numbers(tmp_path):
     assert read_examples(tmp_path / "n.json")[0].target_new == "1969"
 
 
+def test_a_column_without_name_is_left_out_and_a_cell_too_many_refused(tmp_path):
+    path = tmp_path / "x.csv"
+    path.write_text(pd.DataFrame(LYON).to_csv())
+    assert read_examples(path).left_out == {"index": 1}
+    path.write_text("prompt,target_new\nIn May, it is,Lyon\n")
+    with pytest.raises(DataError, match=r"x\.csv:2: more cells than columns; put .* in quotes"):
+        read_examples(path, columns={"prompt": "prompt"})
+
+
+def test_a_template_is_filled_and_code_is_not(tmp_path):
+    made = {"prompt": "{} is in", "subject": "X", "target_new": {"str": "A"}}
+    for record in (made, {"requested_rewrite": made}):
+        assert read_examples(write(tmp_path / "x.json", record))[0].prompt == "X is in"
+    code = {"prompt": "'{}'.format(1) calls", "subject": "format", "target_new": "A"}
+    assert read_examples(write(tmp_path / "x.json", code))[0].prompt == code["prompt"]
+
+
+def test_one_record_of_sentiments_is_no_table_of_columns(tmp_path):
+    path = write(tmp_path / "x.json", CONVSENT | {"prompts": ["a?", "b?"], "pos": ["c", "d"]})
+    assert len(read_examples(path)) == 1
+
+
+def test_blank_texts_are_none_and_an_answer_without_prompt_is_counted(tmp_path):
+    blank = dict.fromkeys(("subject", "relation", "rephrase", "unrelated", "mhop"), " ")
+    read = read_examples(write(tmp_path / "x.json", {**LYON[0], **blank, "mhop_ans": "A"}))
+    assert tuple(read) == (EditExample(**LYON[0]),) and read.left_out == {"mhop_ans": 1}
+
+
 def test_parquet_is_read_by_pandas_or_refused_rightly(tmp_path, monkeypatch):
     path = tmp_path / "x.parquet"
     path.write_bytes(b"PAR1....PAR1")
@@ -420,7 +448,8 @@ WRONG = [
     ({**ROME, "neighborhood_prompts": ["a", 3]}, r"`neighborhood_prompts\[1\]`"),
     ({**RECENT, **NO_ANSWERS}, r"`locality\.Forgetfulness\[0\]` has no `prompt`"),
     ({**SEVERAL, "locality": [{"prompt": ["a", "b"], "ground_truth": ["c"]}]}, "for each of 2"),
-    ({**STRUCTURED, "alternatives": ["Al"]}, "nothing to edit"),
+    ({**STRUCTURED, "alternatives": ["Al"], "prediction": "Al"}, "the model says 'Al' already"),
+    ({**STRUCTURED, "alternatives": []}, "nothing to edit"),
     ({**CONVSENT, "target": "good"}, "`target` must be pos or neg"),
     ({**RIPPLE, "edit": {"prompt": "X moved."}}, "`edit.prompt` has no ` is `"),
 ]
