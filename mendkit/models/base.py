@@ -105,6 +105,7 @@ class BaseModel(TextModel):
 
     def with_sites(self, inner_params: str | Sequence[str]) -> "BaseModel":
         """The same shared model with other edit sites; raises as `resolve_sites`."""
+        # What was probed is remembered by both: they share the model.
         other = copy.copy(self)
         other._place(inner_params)
         return other
@@ -160,6 +161,7 @@ class BaseModel(TextModel):
     @property
     def released(self) -> int:
         """How many blocks, from the first on, are away."""
+        # A device map brings a block's weights when it runs.
         found = None if self.is_spread else find_blocks(self.model)
         blocks = found[1] if found else ()
         return len(list(takewhile(lambda block: is_away(block, self.device), blocks)))

@@ -56,6 +56,7 @@ class TextCache:
         """The values of those keys that are on disk now, whoever wrote them, as memory maps."""
         by_name = {_name(key): key for key in keys}
         found: dict[Any, TextValues] = {}
+        # The folder is looked through each time: another process may have written meanwhile.
         for path in sorted(self.folder.glob("trunk-*.safetensors")):
             try:
                 for name, values in self._read(path, by_name):
@@ -70,11 +71,13 @@ class TextCache:
         return found
 
     def _read(self, path: Path, names: Collection[str]) -> Iterator[tuple[str, TextValues]]:
+        # 1. What a file holds is read once: it never changes.
         if path not in self._names:
             with safe_open(path, "pt") as file:
                 names_held = file.keys()
             self._names[path] = {name.partition(".")[0] for name in names_held}
         chosen = self._names[path].intersection(names)
+        # 2. Tensors are views of the file's pages, so they take no memory of the process.
         if chosen:
             with safe_open(path, "pt") as file:
                 for name in chosen:
@@ -88,6 +91,7 @@ class TextCache:
                 tensors[f"{_name(key)}.{i}"] = tensor
         if not self.writable:
             return
+        # The same texts have the same name, so two processes that computed them write one file.
         path = self.folder / f"trunk-{sha256(*tensors)[:32]}.safetensors"
         size = sum(tensor.nbytes for tensor in tensors.values())
         try:

@@ -25,6 +25,7 @@ def trunk_names(model: PreTrainedModel, path: str, first: int) -> list[str]:
 def move(module: nn.Module, names: Iterable[str], device: torch.device | str) -> None:
     """Put these parameters on a device; one that is on the meta device stays there."""
     values = {name: module.get_parameter(name) for name in names}
+    # What is already on the device stays the same parameter, tied or mapped as it was.
     moved = {name: v if v.is_meta else v.to(device) for name, v in values.items()}
     module.load_state_dict(moved, strict=False, assign=True)
 
@@ -63,6 +64,7 @@ def guard(model: PreTrainedModel, block: nn.Module, name: str) -> None:
 @contextmanager
 def running_instead(forwards: Mapping[nn.Module, Callable[..., Any]]) -> Iterator[None]:
     """Within the context modules run other functions in place of their `forward`."""
+    # `forward` in an object's dictionary goes before its class's.
     replaced = [(vars(module), vars(module).get("forward")) for module in forwards]
     for module, forward in forwards.items():
         vars(module)["forward"] = forward
@@ -90,6 +92,7 @@ def standing_in(
         assert states is not None
         return hand_on(states)
 
+    # The places stay, because a decoder's code may count its blocks or ask each for its kind.
     forwards: dict[nn.Module, Callable[..., Any]] = {}
     for i, block in enumerate(model.get_submodule(blocks.path).children()):
         if i not in chosen:

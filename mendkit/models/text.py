@@ -143,6 +143,7 @@ class TextModel:
         return ids
 
     def _check_known(self, ids: Sequence[int]) -> None:
+        # torch would say no more than "index out of range".
         highest = max(ids, default=0)
         if highest >= self.vocabulary:
             raise ModelError(
@@ -284,6 +285,7 @@ class TextModel:
         self.check_lengths(mask, max_new_tokens)
         if self.family == CLASSIFIER:
             return self.forward(ids, mask).argmax(-1, keepdim=True).tolist()
+        # A stop ends a row as an end of text does, but is part of the text.
         ends, stops = self.end_ids(), self.stop_ids() if stop else frozenset()
         begun, width = {}, ids.shape[1]
         if self.family == SEQ2SEQ:
@@ -406,6 +408,7 @@ class TextModel:
 
     def end_ids(self) -> frozenset[int]:
         """End-of-text ids: the tokenizer's and those that the checkpoint declares."""
+        # Chat models declare the end of a turn beside the end of text.
         declared = self.model.generation_config.eos_token_id
         ends = [self.eos_id, *(declared if isinstance(declared, list) else [declared])]
         return frozenset(end for end in ends if end is not None and 0 <= end < self.vocabulary)

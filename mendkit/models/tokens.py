@@ -80,6 +80,7 @@ def tokenize(
         ids = [*ids[: positions[-1] + 1], tokenizer.eos_token_id]
         positions.append(len(ids) - 1)
 
+    # The last mention of the subject is what the prompt asks about.
     named: tuple[int, ...] = ()
     if subject and subject in prompt:
         begin = prompt.rindex(subject)
@@ -111,6 +112,7 @@ def tokenize_pair(
     if not ids or not ordinary or not answered.strip():
         raise _nothing_to_predict(prompt, answer)
     _check_length(prompt, ids, max_length)
+    # What the decoder is given before the answer.
     lead = (start, *encoded["input_ids"][: ordinary[0]])
     if answer is None:
         return Tokens(ids, (len(lead) - 1,), decoder=lead)
@@ -150,6 +152,7 @@ def _read(tokenizer: Any, text: str, boundary: int) -> list[tuple[int, int, int]
     read = []
     for token, (start, end), special in zip(*columns, strict=True):
         read.append((token, SPECIAL, SPECIAL) if special else (token, start, end))
+    # Blanks before an answer belong to its first token, so those do not count.
     spans = any(start < boundary < end for _, start, end in read)
     if not spans or text[boundary].isspace():
         return read

@@ -78,6 +78,7 @@ class FrozenTrunk:
 
         Hooks and side branches on the edit sites take effect, and gradients flow to them.
         """
+        # Behind a text's end the states are zeros; no position before it looks there.
         below: AbstractContextManager[None] = nullcontext()
         blocks, values = self.blocks, self._values_of(texts)
         if blocks is not None and blocks.first > 0 and values:
@@ -100,6 +101,7 @@ class FrozenTrunk:
         references = torch.cat([reference for _, reference in values]).to(self.base.device)
         if self.base.family == CLASSIFIER:
             return references
+        # Each reference as a text of one position; no block runs, so the ids do not matter.
         hidden = references[:, None]
         ids = torch.zeros(hidden.shape[:2], dtype=torch.long, device=self.base.device)
         with standing_in(self.base.model, self.blocks, range(0), hidden):

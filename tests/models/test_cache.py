@@ -21,11 +21,9 @@ from mendkit.models.trunk import FrozenTrunk, trunk_cache
 from tests.oracles.claims import EXAMPLES, every_text, hparams
 from tests.oracles.tiny import tiny_llama
 
-ROOM = 10**9
 
-
-def cached(base: BaseModel, folder: Path, limit: int = ROOM) -> FrozenTrunk:
-    return FrozenTrunk(base, cache=trunk_cache(base, folder, limit=limit))
+def cached(base: BaseModel, folder: Path) -> FrozenTrunk:
+    return FrozenTrunk(base, cache=trunk_cache(base, folder, limit=10**9))
 
 
 def shards(folder: Path) -> list[Path]:
@@ -97,11 +95,6 @@ def test_values_belong_to_weights_split_and_precision(llama, llama64, tmp_path, 
     for base in (tiny_llama(seed=1), lower, changed, llama64):
         assert computed(cached(base, tmp_path), texts, monkeypatch) == 3
     assert computed(cached(tiny_llama(), tmp_path), texts, monkeypatch) == 0
-
-
-def test_a_limit_of_nothing_leaves_nothing(llama, tmp_path):
-    cached(llama, tmp_path, limit=0).fill(every_text(llama))
-    assert list(tmp_path.iterdir()) == []
 
 
 def test_a_damaged_file_is_told_and_computed_again(llama, tmp_path, caplog, monkeypatch):
