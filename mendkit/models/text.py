@@ -124,8 +124,9 @@ class TextModel:
         """
         options: dict[str, Any] = {"add_eos": add_eos, "max_length": max_length}
         if self.head is not None:
-            label = None if answer is None else self.head.labels.id(answer)
-            at = self.head.position or 0
+            label, at = None, self.head.position or 0
+            if answer is not None:
+                label = self.head.labels.id(answer)
             text = tokenize_claim(self.tokenizer, prompt, label, position=at, max_length=max_length)
         elif self.start_id is not None:
             text = tokenize_pair(self.tokenizer, prompt, answer, start=self.start_id, **options)
@@ -228,8 +229,9 @@ class TextModel:
         for k, ids in enumerate(new):
             text = self.new_text(encoded[k], ids, stop=stop, answers=answers[k])
             # The model goes on from the prompt without the blanks at its end.
-            blank = prompts[k] != prompts[k].rstrip(BLANKS)
-            texts.append(text.lstrip(BLANKS) if blank else text)
+            if prompts[k] != prompts[k].rstrip(BLANKS):
+                text = text.lstrip(BLANKS)
+            texts.append(text)
         return texts
 
     def write_all(
@@ -286,7 +288,9 @@ class TextModel:
         if self.family == CLASSIFIER:
             return self.forward(ids, mask).argmax(-1, keepdim=True).tolist()
         # A stop ends a row as an end of text does, but is part of the text.
-        ends, stops = self.end_ids(), self.stop_ids() if stop else frozenset()
+        ends, stops = self.end_ids(), frozenset[int]()
+        if stop:
+            stops = self.stop_ids()
         begun, width = {}, ids.shape[1]
         if self.family == SEQ2SEQ:
             given = torch.tensor([prompt.decoder for prompt in prompts], device=self.device)
@@ -383,7 +387,9 @@ class TextModel:
         before = (prompt.decoder or prompt.ids) if isinstance(prompt, Tokens) else prompt
         # Decoded together with the prompt: alone, some tokenizers drop the first word's space.
         head, whole = self._decoded(before), self._decoded([*before, *new_ids])
-        text = whole[len(head) :] if whole.startswith(head) else self._decoded(new_ids)
+        text = whole.removeprefix(head)
+        if not whole.startswith(head):
+            text = self._decoded(new_ids)
         return cut(text, answers) if stop else text
 
     def _decoded(self, ids: Sequence[int]) -> str:
@@ -399,7 +405,9 @@ class TextModel:
             raise HyperParamError(f"max_new_tokens must be at least 1, got {max_new_tokens}")
         longest = int(attention_mask.sum(1).max())
         limit = getattr(self.model.config.get_text_config(), "max_position_embeddings", None)
-        needed = longest + max_new_tokens if self.family == CAUSAL else max(longest, max_new_tokens)
+        needed = max(longest, max_new_tokens)
+        if self.family == CAUSAL:
+            needed = longest + max_new_tokens
         if limit and needed > limit:
             raise DataError(
                 f"a prompt of {longest} tokens and {max_new_tokens} new ones exceed the {limit} "
@@ -410,7 +418,9 @@ class TextModel:
         """End-of-text ids: the tokenizer's and those that the checkpoint declares."""
         # Chat models declare the end of a turn beside the end of text.
         declared = self.model.generation_config.eos_token_id
-        ends = [self.eos_id, *(declared if isinstance(declared, list) else [declared])]
+        if not isinstance(declared, list):
+            declared = [declared]
+        ends = [self.eos_id, *declared]
         return frozenset(end for end in ends if end is not None and 0 <= end < self.vocabulary)
 
     def stop_ids(self) -> frozenset[int]:

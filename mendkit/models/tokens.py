@@ -8,7 +8,7 @@ Axes: n texts, t padded tokens, l padded tokens of a decoder (else t), s scored 
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -61,8 +61,10 @@ def tokenize(
     `max_length` tokens.
     """
     before = prompt.rstrip(BLANKS)
-    text = before if answer is None else join(prompt, answer, prefix)
-    read = _read(tokenizer, check_unicode(text), len(before))
+    text = before
+    if answer is not None:
+        text = join(prompt, answer, prefix)
+    read = _spans(tokenizer, check_unicode(text), len(before))
     ids = [token for token, _, _ in read]
     ordinary = [p for p, (_, _, end) in enumerate(read) if end != SPECIAL]
     _check_length(text, ids, max_length)
@@ -137,11 +139,11 @@ def tokenize_claim(
     if not ids:
         raise DataError("a claim without tokens cannot be classified; give at least one character")
     _check_length(claim, ids, max_length)
-    targets = () if label is None else (label,)
-    return Tokens(ids, (position % len(ids),), targets)
+    text = Tokens(ids, (position % len(ids),))
+    return text if label is None else replace(text, targets=(label,))
 
 
-def _read(tokenizer: Any, text: str, boundary: int) -> list[tuple[int, int, int]]:
+def _spans(tokenizer: Any, text: str, boundary: int) -> list[tuple[int, int, int]]:
     """Each token of a text with its first and last character; special tokens have SPECIAL.
 
     A token that spans the boundary of prompt and answer (`是里`) is never written by a model that
@@ -151,21 +153,25 @@ def _read(tokenizer: Any, text: str, boundary: int) -> list[tuple[int, int, int]
     columns = (encoded["input_ids"], encoded["offset_mapping"], encoded["special_tokens_mask"])
     read = []
     for token, (start, end), special in zip(*columns, strict=True):
-        read.append((token, SPECIAL, SPECIAL) if special else (token, start, end))
+        if special:
+            start = end = SPECIAL
+        read.append((token, start, end))
     # Blanks before an answer belong to its first token, so those do not count.
-    spans = any(start < boundary < end for _, start, end in read)
-    if not spans or text[boundary].isspace():
+    crossing = any(start < boundary < end for _, start, end in read)
+    if not crossing or text[boundary].isspace():
         return read
-    before = _read(tokenizer, text[:boundary], 0)
+    before = _spans(tokenizer, text[:boundary], 0)
     while before and before[-1][2] == SPECIAL:
         before.pop()
     # Behind a new line the answer has no mark of the start of a text.
-    after = _read(tokenizer, "\n" + text[boundary:], 0)
+    after = _spans(tokenizer, "\n" + text[boundary:], 0)
     first = next((p for p, (_, _, end) in enumerate(after) if end > 1), None)
     if first is None or after[first][1] == 0:
         return read
     for token, _, end in after[first:]:
-        before.append((token, boundary, SPECIAL if end == SPECIAL else len(text)))
+        if end != SPECIAL:
+            end = len(text)
+        before.append((token, boundary, end))
     return before
 
 

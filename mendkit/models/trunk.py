@@ -134,7 +134,9 @@ class FrozenTrunk:
         #    of them before the next one.
         left = self._read(missing)
         groups = list(passes(left))
-        entering = self._stream(groups) if self.base.streamed else {}
+        entering: dict[Any, Tensor] = {}
+        if self.base.streamed:
+            entering = self._stream(groups)
         # 3. Processes that fill the same texts at once share the work if their order differs.
         if self.cache is not None:
             random.SystemRandom().shuffle(groups)
@@ -157,7 +159,9 @@ class FrozenTrunk:
     def _compute(self, group: Sequence[Tokens], states: Tensor | None) -> None:
         assert self.blocks is not None  # `fill` computes nothing without a chain of blocks
         batch = collate(group, self.base.pad_id, self.base.device)
-        first = 0 if states is None else self.blocks.first
+        first = 0
+        if states is not None:
+            first = self.blocks.first
         entering, leaving, logits = self._run(batch, range(first, self.blocks.last + 1), states)
         reference = logits
         if self.base.family != CLASSIFIER:
