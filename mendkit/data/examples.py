@@ -82,11 +82,11 @@ UNSPACED = re.compile(
 
 _OPEN = re.compile(
     r"""
-    [(\[{<«„‚¿¡/\\]$                                # a bracket, a slash
-    | (?:^|(?<!\d)[\s(\[{:=])["'`“‘$€£¥#@+]$        # a quotation, a price, a number begins
-    | \w[-_=@]$                                     # a word goes on
-    | \b(?:[cdjlmnst]|qu)['’]$                      # l'
-    | \b(?:www|[A-Za-z_]\w+(?:\.\w\w+)+)\.$         # torch.nn.
+    (?:[(\[{<«„‚¿¡/\\]|<\w+>)$                                # a bracket, a slash, a tag
+    | (?:^|(?<!\d)[\s(\[{:=])(?:["'`“‘$€£¥#@+]|\*{1,3})$      # a quotation, a price begins
+    | \w[-_=@]$                                               # a word goes on
+    | \b(?:[cdjlmnst]|qu)['’]$                                # l'
+    | \b(?:www|[A-Za-z_]\w+(?:\.\w\w+)+)\.$                   # torch.nn.
     """,
     re.VERBOSE | re.IGNORECASE,
 )
@@ -109,7 +109,8 @@ def join(prompt: str, answer: str, prefix: str | None = None) -> str:
 def _separator(prompt: str, answer: str) -> str:
     last, first = prompt[-1:], answer[:1]
     unspaced = UNSPACED.match(last) or (UNSPACED.match(first) and UNSPACED.search(prompt))
-    if last.isspace() or first.isspace() or unspaced or _OPEN.search(prompt):
+    number = first.isdigit() and re.search(r"(?:\b\d+\.|(?:^|\s)[-−])$", prompt)  # 3.14, -40
+    if last.isspace() or first.isspace() or unspaced or number or _OPEN.search(prompt):
         return ""
     # `np.` before a name with an underscore, or where the prompt also speaks of `np.bool`
     name = re.search(r"\b(\w\w+)\.$", prompt)
