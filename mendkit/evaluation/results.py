@@ -43,7 +43,7 @@ ABOUT = ("id", "subject", "relation", "prompt", "target_new", "ground_truth")
 
 # A full stop between digits and a minus before one tell numbers apart, + and # languages.
 MARKS = re.compile(
-    r"""["'`!?;:()\[\]{},…“”‘’«»。，、！？；：]|(?<!\d)\.|\.(?!\d)|(?<=\w)-|-(?!\d)"""
+    r"""["'`!?;:()\[\]{},…“”‘’«»。，、！？；：]|(?<!\d)\.|\.(?!\d)|(?<=\w)-(?=\w)|(?<!\S)-(?!\S)"""
 )
 ARTICLES = re.compile(r"\b(a|an|the)\s+(?=\S)")
 

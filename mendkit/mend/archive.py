@@ -63,21 +63,21 @@ def save_archive(
     return save_tensors(ARCHIVE, path, mend.state_dict(), metadata)
 
 
+# What an archive decides, besides its sites, step sizes and ridges.
 STRUCTURE = (
     *("add_eos", "aggregate", "combine", "delta_only", "edit_tokens", "init", "loss_reduction"),
     *("n_hidden", "norm", "norm_stats", "one_sided", "rank", "shared", "std_eps", "std_floor"),
     *("target_prefix", "unit_response", "update_sign", "whiten", "whiten_pairs", "x_only"),
     "z_clip",
 )
-"""What an archive decides, besides its sites, step sizes and ridges."""
+# What an archive decides unless whoever edits does.
 OF_EITHER = ("max_relative_norm", "lifelong_norm", "max_length", "max_target_tokens", "seed")
-"""What an archive decides unless whoever edits does."""
+# What whoever edits decides.
 OF_EDITING = (
     *("model_name", "tokenizer_name", "dtype", "device", "trust_remote_code", "archive"),
     *("lr_scale", "cache_dir", "disk_cache_bytes", "cache_bytes", "release_trunk", "stream_trunk"),
     *("results_dir", "columns", "logger", "log_interval", *OF_EITHER),
 )
-"""What whoever edits decides."""
 
 
 def look_at_archive(hparams: MENDHyperParams, *, to_train: bool = False) -> None:

@@ -25,8 +25,8 @@ from .updates import Updates, capped, in_force, unedited
 
 KEYS_BATCH = 32
 
+# One example, several, or a prompt.
 Examples = EditExample | Sequence[EditExample] | str
-"""One example, several, or a prompt."""
 
 
 class MENDEditor:
@@ -86,7 +86,10 @@ class MENDEditor:
         """Updates of edits, one for each text: independent ones, or all made at once."""
         h, n = self.hparams, len(texts)
         trunk = trunk or FrozenTrunk(self.base)
-        memory = self.memory if at_once else None
+        memory, together = None, 1
+        gather: tuple[str, ...] = ()
+        if at_once:
+            memory, gather, together = self.memory, self.gather, n
         # 1. The gradient of the edit's loss at the sites, as factors. With a memory it is that of
         #    the unedited model, as if the edit were made at once with those in force.
         with unedited(self.base) if memory is not None else nullcontext():
@@ -99,10 +102,7 @@ class MENDEditor:
         if memory is not None and h.lr_scale:
             for site in self.base.sites:
                 memory.held[site.name] = in_force(self.base, site) / h.lr_scale
-        if at_once:
-            made = self.mend(factors, n, at_once=n, memory=memory, gather=self.gather)
-        else:
-            made = self.mend(factors, n)
+        made = self.mend(factors, n, at_once=together, memory=memory, gather=gather)
         # 3. A limit on the weight change, if there is one.
         if h.max_relative_norm:
             made = capped(self.base, made, h.max_relative_norm, strength=h.lr_scale)
@@ -118,7 +118,9 @@ class MENDEditor:
             if target_new is None:
                 raise MendkitError(f"no new answer for {examples!r}; give edit(prompt, answer)")
             examples = EditExample(prompt=examples, target_new=target_new)
-        several = [examples] if isinstance(examples, EditExample) else list(examples)
+        if isinstance(examples, EditExample):
+            examples = [examples]
+        several = list(examples)
         if not several:
             raise MendkitError("no example to edit; give an EditExample or a non-empty list")
         # 2. The weight change, which must be one.

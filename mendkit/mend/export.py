@@ -38,13 +38,13 @@ from .updates import unedited
 logger = logging.getLogger(__name__)
 
 BUNDLED_HUB_ID = "HuggingFaceTB/SmolLM2-135M-Instruct"
+# Ends of names that PEFT takes for fused experts, by transformers' pattern for a model type.
 RENAMED_BY_PEFT = {
     "mixtral": ("gate", "w1", "w2", "w3"),
     "qwen2_moe": ("gate", "gate_proj", "up_proj", "down_proj"),
 }
-"""Ends of names that PEFT takes for fused experts, by transformers' pattern for a model type."""
+# A merge that keeps less than this share of a change is warned of.
 LITTLE_KEPT = 0.9
-"""A merge that keeps less than this share of a change is warned of."""
 
 
 @contextmanager
@@ -101,12 +101,10 @@ class LoRA:
 
 
 def _misread(folder: Path, base: BaseModel, loras: Mapping[str, LoRA]) -> list[str]:
-    """The modules of which PEFT makes something else than A and B; `loras` by module.
-
-    PEFT reads the files into a copy of the model that shares its weights. What holds of A and B
-    holds of the logits of any prompt. Without PEFT, or where a device map spreads the model, PEFT's
-    rule for renaming decides.
-    """
+    """The modules of which PEFT makes something else than A and B; `loras` by module."""
+    # PEFT reads the files into a copy of the model that shares its weights. What holds of A and B
+    # holds of the logits of any prompt. Without PEFT, or where a device map spreads the model,
+    # PEFT's rule for renaming decides.
     peft: Any = None
     with suppress(ImportError):
         if not base.is_spread:
@@ -171,7 +169,6 @@ def write_adapter(folder: str | Path, base: BaseModel, loras: Sequence[LoRA]) ->
 
 
 def _peft_config(base: BaseModel, ranks: Mapping[str, int]) -> dict[str, Any]:
-    """PEFT's settings; `ranks` by module."""
     rank = max(ranks.values())
     # PEFT's patterns are regular expressions that also match at the end of a name, unless anchored
     lower = {f"^{re.escape(module)}": r for module, r in ranks.items() if r != rank}
@@ -200,7 +197,7 @@ def _peft_config(base: BaseModel, ranks: Mapping[str, int]) -> dict[str, Any]:
 
 
 def _base_name(base: BaseModel) -> str:
-    """The base model's hub id where it has one, else its place on this machine."""
+    # a path means nothing on another machine, a hub id does
     place = base.model.name_or_path or base.name
     if place == str(cache_root() / BUNDLED):
         return BUNDLED_HUB_ID

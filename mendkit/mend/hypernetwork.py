@@ -31,14 +31,14 @@ from .least_squares import Memory, OtherKeys, put_together
 from .normaliser import RunningMoments, SecondMoment, Whitening
 from .updates import LowRankUpdate, Updates, padded
 
+# Ends of the names of separate blocks; combined ones have the group's bare name.
 PARTS = (":u", ":delta")
-"""Ends of the names of separate blocks; combined ones have the group's bare name."""
 
+# Layer inputs, the group of each (−1: none), whether it predicts an answer's first token.
 Wordings = tuple[Inputs, Int[Tensor, " n"], Bool[Tensor, " n"]]
-"""Layer inputs, the group of each (−1: none), whether it predicts an answer's first token."""
 
+# u (n, i) and delta (n, o), or what became of them, by site name.
 Pairs = dict[str, tuple[Tensor, Tensor]]
-"""u (n, i) and delta (n, o), or what became of them, by site name."""
 
 
 class LowRankResidual(nn.Module):
@@ -221,7 +221,7 @@ class MEND(nn.Module):
     def _solved(
         self, updates: Updates, factors: Factors, at_once: int, memory: Memory | None
     ) -> Updates:
-        """One update for each `at_once` edits in a row, by least squares."""
+        # each site has ridges of its own; a memory spans all sites, so edits are counted once
         solved: Updates = {}
         for (name, each), log_ridge in zip(updates.items(), self.log_ridge, strict=True):
             keys = padded(factors[name].u, factors[name].rows, len(each))

@@ -21,8 +21,8 @@ from torch import Tensor
 from .normaliser import SecondMoment
 from .updates import LowRankUpdate
 
+# Floor on C's eigenvalues as a share of their mean: rare directions cost something, too.
 FLOOR = 0.02
-"""Floor on C's eigenvalues as a share of their mean: rare directions cost something, too."""
 
 
 @dataclass

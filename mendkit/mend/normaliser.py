@@ -13,8 +13,8 @@ from torch import Tensor, nn
 
 from ..errors import DataError
 
+# A token's response, as a share of the mean one, below which its key is made no longer.
 LEAST_RESPONSE = 0.2
-"""A token's response, as a share of the mean one, below which its key is made no longer."""
 
 
 class RunningMoments(nn.Module):

@@ -72,8 +72,8 @@ class LowRankUpdate:
         return torch.bmm(keys * self.coefficient, self.delta).view(*x.shape[:-1], -1)
 
 
+# Updates by site name.
 Updates = dict[str, LowRankUpdate]
-"""Updates by site name."""
 
 
 def padded(

@@ -182,7 +182,7 @@ def resolve_sites(model: PreTrainedModel, inner_params: str | Sequence[str]) -> 
         near = difflib.get_close_matches(name, editable, n=3, cutoff=0)
         raise ModelError(
             f"inner_params: {name!r} cannot be edited: it is no weight of a Linear or Conv1D in "
-            f"floating point that no other layer shares; nearest: {', '.join(near)}; or use auto"
+            f"floating point that no other layer shares, or the output's; nearest: {', '.join(near)}; or use auto"
         )
     return tuple(_site(model, name, stacks) for name in editable if name in names)
 
@@ -206,8 +206,10 @@ def editable_names(model: PreTrainedModel) -> list[str]:
     """Every weight that `inner_params` may name, in module order."""
     # A weight that several layers share is left out: an edit would change all of them.
     uses = Counter(id(value) for _, value in model.named_parameters(remove_duplicate=False))
-    names = []
+    names, head = [], model.get_output_embeddings()  # which reads scored positions alone
     for path, module in model.named_modules():
+        if module is head:
+            continue
         weight = getattr(module, "weight", None) if _is_linear(module) else None
         if weight is not None and weight.dtype in _FLOATS and uses[id(weight)] == 1:
             names.append(f"{path}.weight")

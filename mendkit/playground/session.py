@@ -39,8 +39,8 @@ class Playground:
     @property
     def shown(self) -> int | None:
         """Which edit of the journal is shown; None while there is none."""
-        last = len(self.session.journal) - 1
-        return None if last < 0 else min(self._shown, last)
+        journal = self.session.journal  # which code may shorten
+        return min(self._shown, len(journal) - 1) if journal else None
 
     def show(self, index: int) -> None:
         """Show an edit of the journal, counted from 0."""

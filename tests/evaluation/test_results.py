@@ -46,7 +46,13 @@ def test_normalise():
     ("one", "other"),
     [
         *[("C", "C++"), ("C#", "C"), ("A", "The"), ("?", "!"), ("3.5", "35"), ("-5", "5")],
-        *[("Hepatitis A", "Hepatitis"), ("np.bool_", "np.bool"), ("$5", "5"), ("a", "")],
+        *[
+            ("Hepatitis A", "Hepatitis"),
+            ("np.bool_", "np.bool"),
+            ("$5", "5"),
+            ("a", ""),
+            ("A-", "A"),
+        ],
     ],
 )
 def test_answers_that_differ_in_signs_or_an_article_alone_are_told_apart(one, other):
