@@ -182,7 +182,8 @@ def resolve_sites(model: PreTrainedModel, inner_params: str | Sequence[str]) -> 
         near = difflib.get_close_matches(name, editable, n=3, cutoff=0)
         raise ModelError(
             f"inner_params: {name!r} cannot be edited: it is no weight of a Linear or Conv1D in "
-            f"floating point that no other layer shares, or the output's; nearest: {', '.join(near)}; or use auto"
+            "floating point that no other layer shares, or the output's; nearest: "
+            f"{', '.join(near)}; or use auto"
         )
     return tuple(_site(model, name, stacks) for name in editable if name in names)
 

@@ -255,8 +255,8 @@ def test_explicit_sites_come_in_module_order_and_share_the_model(llama):
     assert [site.name for site in other.sites] == list(reversed(names))
     assert other.model is llama.model and other.tokenizer is llama.tokenizer
     assert other.blocks.first == 2 and llama.blocks.first == 1 and len(llama.sites) == 9
-    outside = llama.with_sites(["lm_head.weight", names[0]])
-    assert outside.blocks is None and outside.sites[1].block is None
+    with pytest.raises(ModelError, match="or the output's"):  # it reads scored positions alone
+        llama.with_sites(["lm_head.weight", names[0]])
 
 
 @pytest.mark.parametrize(
