@@ -35,6 +35,7 @@ logger = logging.getLogger(__name__)
 CHECKOUT = Path(__file__).resolve().parents[1]
 PACKAGES = ("mendkit", "torch", "transformers", "safetensors", "papermill", "matplotlib")
 
+ARCHIVE_FILE = "archive.safetensors"
 DAMAGE = (
     *(ArithmeticError, AssertionError, AttributeError, EOFError, LookupError, OSError),
     *(RuntimeError, TypeError, ValueError, BadZipFile, SafetensorError, UnpicklingError),
@@ -50,7 +51,7 @@ def user_path(path: str | Path) -> Path:
 def archive_file(path: str | Path) -> Path:
     """The path of an archive, given as such or as the run folder that holds it."""
     path = user_path(path)
-    held = path / "archive.safetensors"
+    held = path / ARCHIVE_FILE
     return held if path.is_dir() and held.is_file() else path
 
 

@@ -23,7 +23,7 @@ from ..errors import HyperParamError, MendkitError, shown
 from ..hparams import MENDHyperParams
 from ..models.base import BaseModel
 from ..models.fingerprint import model_fingerprint
-from ..runs import archive_file, provenance, sha256
+from ..runs import ARCHIVE_FILE, archive_file, provenance, sha256
 from .files import Kind, damage_named, matching_base, read_tensors, save_tensors
 from .hypernetwork import MEND
 
@@ -168,7 +168,7 @@ CHECKPOINT = Kind(
     if_missing="train anew",
     if_another_model="load the model of that run, or delete the file to start anew",
 )
-ARCHIVE_FILE, CHECKPOINT_FILE = "archive.safetensors", "checkpoint.safetensors"
+CHECKPOINT_FILE = "checkpoint.safetensors"
 # Hyperparameters that no number depends on: they may differ when a run goes on.
 FREE = {
     "cache_dir",

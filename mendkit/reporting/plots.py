@@ -31,14 +31,14 @@ from .figures import (
 from .tables import Row
 
 Rows = Sequence[Row] | pd.DataFrame
-Summary = Mapping[str, Interval]
+Means = Mapping[str, Interval]
 
 TINY = 1e-5  # KL may be 0, which a logarithmic axis cannot show
 NATS, KL = "NLL of the new answer (nats per token)", "KL(unedited ‖ edited) (nats)"
 ALONE = "each on a fresh model; teacher-forced"
 
 # Validation shares, and what they are called in figures.
-SHARES = {
+SHARE_NAMES = {
     "edit_success": "edit success",
     "paraphrase": "paraphrase",
     "neighbourhood": "neighbourhood",
@@ -71,12 +71,12 @@ def part(values: Row, prefix: str) -> dict[str, Any]:
 def share_rows(rows: Rows, *keys: str, prefix: str = "") -> pd.DataFrame:
     """A row for each `share` of each of `rows` that has it: `keys`, `share` and `value`."""
     frame = pd.DataFrame(rows).rename(columns=lambda name: name.removeprefix(prefix))
-    names = [name for name in SHARES if name in frame]
+    names = [name for name in SHARE_NAMES if name in frame]
     long = frame.melt([*keys], names, var_name="share").dropna(subset=["value"])
-    return long.replace({"share": SHARES})
+    return long.replace({"share": SHARE_NAMES})
 
 
-def interval_rows(summaries: Mapping[str, Summary], metrics: Mapping[str, str]) -> pd.DataFrame:
+def interval_rows(summaries: Mapping[str, Means], metrics: Mapping[str, str]) -> pd.DataFrame:
     """A row for each of `metrics` of each summary (`series`) that has it."""
     rows: list[dict[str, Any]] = []
     for metric in metrics:
@@ -149,7 +149,7 @@ def control_curve(rows: Sequence[Row], best: Row, *, n: int) -> Chart:
 
 
 @in_style
-def strength_curve(rows: Sequence[Row], *, n: int) -> Chart:
+def strengths(rows: Sequence[Row], *, n: int) -> Chart:
     """Shares over n edits by the strength that multiplies every update (1: as trained)."""
     score = {f"{row['strength']:g}": row["score"] for row in rows}
     title = f"Score by the strength of the edits: {span(score)}; as trained: {score['1']:.2f}"
@@ -212,7 +212,7 @@ def _token_label(token: str, fact: Row) -> str:
 
 
 @in_style
-def editors(summaries: Mapping[str, Summary], *, name: str = "editors") -> Chart:
+def editors(summaries: Mapping[str, Means], *, name: str = "editors") -> Chart:
     """The headline shares of several editors, a panel each."""
     frame = interval_rows(summaries, HEADLINE_LABELS)
     frame = frame.rename(columns={"series": "editor", "row": "metric"})
@@ -230,7 +230,7 @@ def editors(summaries: Mapping[str, Summary], *, name: str = "editors") -> Chart
 
 
 @in_style
-def decoding(summary: Summary) -> Chart:
+def decoding(summary: Means) -> Chart:
     """One editor under every score of its answers: the edit, paraphrases, and before the edit."""
     prefixes = {"edit success": "edit_success.", "paraphrase": "paraphrase."}
     prefixes["unedited"] = "before.edit_success."
@@ -337,7 +337,7 @@ def spectra(rows: Rows, *, n: int) -> Chart:
 
 
 @in_style
-def success_against_locality(runs: Mapping[str, Summary], scores: Mapping[str, float]) -> Chart:
+def success_against_locality(runs: Mapping[str, Means], scores: Mapping[str, float]) -> Chart:
     """Runs of a sweep as points with intervals: what an edit does by what it leaves alone.
 
     `runs` and their headline `scores` by what was varied; runs are numbered from 1.

@@ -21,6 +21,7 @@ from ..errors import MendkitError
 from ..evaluation.results import HEADLINE, Summary
 from ..hparams import MENDHyperParams, parse_overrides
 from ..runs import (
+    ARCHIVE_FILE,
     Progress,
     clock,
     kit_file,
@@ -35,7 +36,7 @@ from .notebook import Failure, Parameter, read_parameters, run_notebook
 logger = logging.getLogger(__name__)
 
 TRAINING, EDITING = "01_train_without_archive", "02_edit_with_archive"
-ARCHIVE_FILE = "archive.safetensors"
+
 TEMPLATES = Path(__file__).parent / "templates"
 SET_HERE = ("config", "overrides", "archive", "out")  # notebook parameters that the report sets
 

@@ -36,7 +36,7 @@ from .report import ReportPlan, default_notebook, plan_report, read_json
 
 logger = logging.getLogger(__name__)
 
-PACKAGE = Path(__file__).parents[1]
+KIT_FOLDER = Path(__file__).parents[1]
 SWEEP, COMPARE = "sweep.json", "08_compare_runs"
 ANSWER_SECONDS = 10  # for a scheduler to answer
 CLUSTER = "slurm"  # submitit's name of it
@@ -143,7 +143,7 @@ def plan_sweep(
 def _report_key(plan: ReportPlan) -> str:
     """SHA-256 over all that decides a report's numbers; of files their sizes and times."""
     hparams = {key: v for key, v in plan.hparams.to_dict().items() if key not in NO_RESULT}
-    paths: list[str | Path] = [PACKAGE, *map(default_notebook, plan.notebooks)]
+    paths: list[str | Path] = [KIT_FOLDER, *map(default_notebook, plan.notebooks)]
     paths += [source for source, _ in plan.data()]
     names = [hparams[key] for key in ("archive", "model_name", "tokenizer_name")]
     paths += [name for name in names if name]

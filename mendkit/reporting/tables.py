@@ -73,7 +73,7 @@ def cell_text(value: Any) -> str:
 # ---- data and settings
 
 
-def plan(
+def settings(
     hparams: MENDHyperParams, folder: Path, *, examples: Mapping[str, Sequence[EditExample]]
 ) -> Styler:
     """What is going to run."""
@@ -129,10 +129,10 @@ def before_after(asked: Sequence[Asked], before: Sequence[str], after: Sequence[
     )
 
 
-def editors(reports: Mapping[str, EvaluationReport]) -> Styler:
+def scores(reports: Mapping[str, EvaluationReport]) -> Styler:
     """Every score of editors on the same edits; those of the unedited model begin with before."""
-    scores = {name: {**report.summary, **report.harmonic} for name, report in reports.items()}
-    return table(pd.DataFrame(scores, dtype=object).rename_axis("score"))
+    by_name = {name: {**report.summary, **report.harmonic} for name, report in reports.items()}
+    return table(pd.DataFrame(by_name, dtype=object).rename_axis("score"))
 
 
 def many(reports: Mapping[str, Sequence[EvaluationReport]]) -> pd.DataFrame:

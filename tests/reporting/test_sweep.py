@@ -93,7 +93,7 @@ def test_the_key_follows_all_that_decides_the_numbers_and_nothing_else(
     os.utime("model/model.safetensors", (1, 1))
     names.append(name())
     Path("package").mkdir()
-    monkeypatch.setattr(module, "PACKAGE", Path("package"))
+    monkeypatch.setattr(module, "KIT_FOLDER", Path("package"))
     names.append(name())
     assert len(set(names)) == len(names)
 

@@ -97,7 +97,7 @@ def test_an_example_is_shown_with_all_its_prompts() -> None:
 def test_editors_stand_side_by_side() -> None:
     ours, theirs = report(1), report(0)
     del theirs.summary["edit.seconds"]
-    frame = tables.editors({"ours": ours, "theirs": theirs}).data
+    frame = tables.scores({"ours": ours, "theirs": theirs}).data
     assert frame.loc[f"before.{FREE}", "ours"].mean == 0.25 and frame.loc[FREE, "ours"].mean == 0.5
     assert pd.isna(frame.loc["edit.seconds", "theirs"])
     score = harmonic_mean([0.5, 0.4, 0.9, 0.9])
