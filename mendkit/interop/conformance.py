@@ -78,7 +78,9 @@ class Check:
         if self.error <= self.tolerance:
             return ""
         allowed = min(ROUNDING_ALLOWED * self.rounding, ROUNDING_LIMIT)
-        return ROUNDING if self.error <= allowed else MISS
+        if self.error <= allowed:
+            return ROUNDING
+        return MISS
 
 
 def compare_folders(paths: Sequence[Path]) -> list[dict[str, Any]]:
@@ -90,7 +92,7 @@ def compare_folders(paths: Sequence[Path]) -> list[dict[str, Any]]:
     for path in paths:
         inside = sorted(file.parent for file in path.glob("*/meta.json"))
         for folder in [path] if (path / "meta.json").is_file() or not inside else inside:
-            for check in conformance(folder):
+            for check in check_folder(folder):
                 row = asdict(check) | {"folder": str(folder), "verdict": check.verdict or "ok"}
                 if not math.isfinite(check.error):
                     row["error"] = None
@@ -108,7 +110,7 @@ def conformance_table(rows: Sequence[Mapping[str, Any]]) -> str:
     return f"{table}\n{total}"
 
 
-def conformance(folder: str | Path) -> tuple[Check, ...]:
+def check_folder(folder: str | Path) -> tuple[Check, ...]:
     """Compare everything that a folder records. Raises DataError for another kind of folder."""
     folder = user_path(folder)
     absent = [name for name in FILES if not (folder / name).is_file()]
@@ -168,7 +170,9 @@ def load_recorded_model(folder: Path, inner_params: str | Sequence[str]) -> Base
     if "classifier.weight" in weights:
         model = OneLogitClassifier(config)
     else:
-        writer = AutoModelForSeq2SeqLM if config.is_encoder_decoder else AutoModelForCausalLM
+        writer = AutoModelForCausalLM
+        if config.is_encoder_decoder:
+            writer = AutoModelForSeq2SeqLM
         model = writer.from_config(config)
     dtype = next(value.dtype for value in weights.values() if value.is_floating_point())
     model.to(dtype)  # type: ignore[arg-type]  # transformers wraps `to` and loses its type
@@ -224,8 +228,12 @@ class Recording:
         values = self.values(archive)
         rounding = self.rounding(archive, values)
         for name, ours in values.items():
-            tolerance = LOSS_TOLERANCE if name.startswith("training") else NUMBER_TOLERANCE
-            floor = kl_floor / tolerance if name in ("locality KL", "training loc") else 0.0
+            tolerance, floor = NUMBER_TOLERANCE, 0.0
+            if name.startswith("training"):
+                tolerance = LOSS_TOLERANCE
+            if name in ("locality KL", "training loc"):
+                floor = kl_floor / tolerance
+            # A folder records some of the scores.
             known = [key for key in ours if key in self.tensors or not name.startswith("scalars")]
             error = max(relative_error(ours[key], self.tensors[key], floor) for key in known)
             n = sum(ours[key].numel() for key in known)
@@ -259,9 +267,12 @@ class Recording:
 
     def kl(self, before: Tensor, after: Tensor, batch: RecordedTexts) -> Float[Tensor, ""]:
         """The recorded locality loss: one mean over all positions that its mask keeps."""
-        mask = torch.ones(len(before), dtype=torch.bool)
-        if self.family != CLASSIFIER:
-            mask = batch.labels != -100 if self.family == SEQ2SEQ else batch.attention_mask.bool()
+        if self.family == SEQ2SEQ:
+            mask = batch.labels != -100
+        elif self.family == CLASSIFIER:
+            mask = torch.ones(len(before), dtype=torch.bool)
+        else:
+            mask = batch.attention_mask.bool()
         rows = torch.zeros(int(mask.sum()), dtype=torch.long)
         return locality_kl(before[mask], after[mask], rows, 1)[0]
 
@@ -299,6 +310,7 @@ class Recording:
     def values(self, archive: Mapping[str, Tensor]) -> RecordedValues:
         """All that the folder records, computed by us in the base model's dtype."""
         mend = from_foreign(archive, self.base.sites, self.hparams)
+        # 1. The update of the edits at once.
         everywhere, factors = self.factors(self.batch("eval/inner"))
         updates = mend(factors, 1)
         found: RecordedValues = {"factors x": {}, "factors delta": {}}
@@ -306,12 +318,14 @@ class Recording:
             found["factors x"][f"eval/factors/{name}/x"] = u
             found["factors delta"][f"eval/factors/{name}/delta"] = delta
         found["updates"] = self.dense(updates, "update")
+        # 2. Logits before and after, and a second update on the edited model.
         batches = {role: self.batch(f"eval/{role}") for role in ("outer", "loc")}
         logits = {f"pre {role}": self.logits(batch) for role, batch in batches.items()}
         with side_branches(self.base, updates):
             logits |= {f"post {role}": self.logits(batch) for role, batch in batches.items()}
             second = mend(self.factors(self.batch("eval/inner_second"))[1], 1)
         found["second updates"] = self.dense(second, "update_second")
+        # 3. Scores of the edits, and how far other texts have moved.
         for name, value in logits.items():
             when, role = name.split()
             if role == "outer":
@@ -355,6 +369,7 @@ class Recording:
         weights = list(self.base.model.double().parameters())
         kept = [weight.clone() for weight in weights]
         exact, samples = self.values(archive), [values]
+        # Weights that are off by half a unit move the numbers as rounding elsewhere does.
         generator = torch.Generator().manual_seed(0)
         for _ in range(ROUNDING_SAMPLES):
             for weight, value in zip(weights, kept, strict=True):

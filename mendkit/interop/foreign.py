@@ -112,10 +112,13 @@ def read_foreign(path: str | Path) -> ForeignArchive:
     if not isinstance(model, dict) or not isinstance(model.get("edit_lrs"), Tensor):
         raise ArchiveError(f"{path}: no archive of MEND: it lacks `model` with `edit_lrs`")
     state = {name: v.detach() for name, v in model.items() if isinstance(v, Tensor)}
-    config_class = configs[0].rpartition(".")[2] if len(configs) == 1 else None
+    config_class, step = None, content.get("step")
+    if len(configs) == 1:
+        config_class = configs[0].rpartition(".")[2]
+    if type(step) is not int:
+        step = None
     config = getattr(model.get("model_config"), "__dict__", {})
-    step = content.get("step")
-    return ForeignArchive(state, config_class, config, step if type(step) is int else None)
+    return ForeignArchive(state, config_class, config, step)
 
 
 def _check_zip(path: Path) -> None:
@@ -139,7 +142,9 @@ def _tensor_names(mend: MEND, order: Sequence[str]) -> Iterator[tuple[str, str, 
     """
     h, sites = mend.hparams, {site.name: site for site in mend.sites}
     for site in map(sites.__getitem__, order):
-        key = f"mend.{(site.d_in, site.d_out) if h.shared else site.name.replace('.', '#')}"
+        key = "mend." + site.name.replace(".", "#")
+        if h.shared:
+            key = f"mend.{(site.d_in, site.d_out)}"
         for theirs, ours in STATISTICS.items():
             yield f"{key}.{theirs}", f"moments.{stats_name(site, h)}.{ours}", None
         group = group_name(site, h.shared)
@@ -178,6 +183,7 @@ def from_foreign(state: Mapping[str, Tensor], sites: Sequence[Site], h: MENDHype
     values = {"log_edit_lr": torch.zeros(len(sites))}
     values["edit_lr_unit"] = -_take(state, "edit_lrs", (len(sites),))[places]
     taken = {"edit_lrs"}
+    # Statistics are kept in float64. Rows by layer get the sites' order.
     for theirs, ours, rows in _tensor_names(mend, order):
         taken.add(theirs)
         value = _take(state, theirs, shapes[ours] or (1,))
@@ -190,6 +196,7 @@ def from_foreign(state: Mapping[str, Tensor], sites: Sequence[Site], h: MENDHype
             value = value[0].long()
             values[ours.replace(".u.", ".delta.")] = value
         values[ours] = value if rows is None else value[rows.argsort()]
+    # What is left over belongs to other settings, or to other layers.
     odd = sorted(set(state) - taken)
     odd += [name for name, value in values.items() if not is_finite(value)]
     if odd:
@@ -229,8 +236,9 @@ def import_archive(
             mend = from_foreign(foreign.state, base.sites, hparams)
         except ArchiveError as error:
             raise ArchiveError(f"{path}: {error}") from None
-    best = {} if foreign.step is None else {"step": foreign.step}
-    training = {"imported_from": str(path), "best": best}
+    training: dict[str, Any] = {"imported_from": str(path), "best": {}}
+    if foreign.step is not None:
+        training["best"]["step"] = foreign.step
     return save_archive(out, base, mend.to(base.device), training=training)
 
 
@@ -303,9 +311,11 @@ def _published(moments: RunningMoments, h: MENDHyperParams) -> dict[str, Tensor]
     values = {"mean": moments.mean, "stored_std": std, "m2": m2, "count": count}
     for name, value in values.items():
         narrow = value.float()
-        values[name] = narrow if torch.equal(narrow.double(), value) else value.clone()
         if count == 0:
-            values[name] = torch.full_like(narrow, torch.nan)
+            narrow = torch.full_like(narrow, torch.nan)
+        elif not torch.equal(narrow.double(), value):
+            narrow = value.clone()
+        values[name] = narrow
     return values
 
 

@@ -133,7 +133,9 @@ def locate(source: str | Path) -> str | Path:
         if (path / "config.json").is_file():
             return path
         held = ", ".join(sorted(item.name for item in path.glob("*.gguf"))[:3])
-        remedy = f"it holds {held}: give that file" if held else "give a model folder"
+        remedy = "give a model folder"
+        if held:
+            remedy = f"it holds {held}: give that file"
         raise ModelError(f"the folder {path} has no config.json; {remedy}")
     if not re.fullmatch(r"\w[\w.-]*(/\w[\w.-]*)?", text) or text.endswith(".gguf"):
         raise ModelError(
@@ -147,7 +149,9 @@ def locate_tokenizer(h: MENDHyperParams) -> str | Path:
     """Where a model's tokenizer is: as `locate`, or in a folder that holds nothing else."""
     name = h.tokenizer_name or h.model_name
     folder = user_path(name)
-    return folder if folder.is_dir() else locate(name)
+    if folder.is_dir():  # which a tokenizer's own folder is, without a model's config.json
+        return folder
+    return locate(name)
 
 
 def bundled_model() -> Path:
@@ -256,7 +260,9 @@ def read_model(
 
     Raises ModelError if it cannot be read, or if weights are missing.
     """
-    default = torch.float32 if is_gguf(place) else "auto"
+    default: torch.dtype | str = "auto"
+    if is_gguf(place):  # whose quantised weights have no dtype to load them in
+        default = torch.float32
     with explained("the model", place):
         model, report = loader.from_pretrained(
             **_source(place),

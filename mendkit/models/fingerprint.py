@@ -48,8 +48,10 @@ def weights_sha256(base: BaseModel) -> str:
 
 def _base_sha256(base: BaseModel, *, whole: bool, known: str | None = None) -> str:
     """Of all parameters and buffers or, if not `whole`, of the parameters besides the sites."""
-    sites = set() if whole else {site.name for site in base.sites}
-    tensors = [item for item in base.model.named_parameters() if item[0] not in sites]
+    tensors = list(base.model.named_parameters())
+    if not whole:
+        sites = {site.name for site in base.sites}
+        tensors = [(name, value) for name, value in tensors if name not in sites]
     # The key changes when a parameter is replaced or written to in place.
     state = tuple((name, value.data_ptr(), value._version) for name, value in tensors)
     if whole:

@@ -40,7 +40,9 @@ def load_model(source: str | Path | MENDHyperParams) -> BaseModel:
     `source` is hyperparameters with all options, or a `model_name` alone: a local folder, a GGUF
     file, "smollm2-135m" (the bundled model) or a hub id. Raises ModelError.
     """
-    h = source if isinstance(source, MENDHyperParams) else MENDHyperParams(model_name=str(source))
+    h = source
+    if not isinstance(h, MENDHyperParams):
+        h = MENDHyperParams(model_name=str(source))
     start, target = time.perf_counter(), choose_device(h.device)
     remote = {"trust_remote_code": h.trust_remote_code}
     with silence_transformers():
@@ -59,7 +61,9 @@ def load_model(source: str | Path | MENDHyperParams) -> BaseModel:
 
 def load_for_training(hparams: MENDHyperParams) -> BaseModel:
     """`load_model`, or `load_streamed` where `stream_trunk` says so; raises as they do."""
-    return load_streamed(hparams) if hparams.stream_trunk is True else load_model(hparams)
+    if hparams.stream_trunk is True:
+        return load_streamed(hparams)
+    return load_model(hparams)
 
 
 def load_streamed(hparams: MENDHyperParams) -> BaseModel:
@@ -142,4 +146,6 @@ def site_rows(hparams: MENDHyperParams) -> list[dict[str, Any]]:
 
 
 def _name_of(place: str | Path) -> str:
-    return place.resolve().name if isinstance(place, Path) else place
+    if isinstance(place, Path):
+        return place.resolve().name
+    return place

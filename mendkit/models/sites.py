@@ -12,7 +12,6 @@ from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, fields, is_dataclass, replace
-from itertools import chain
 from typing import Any, NoReturn
 
 import torch
@@ -51,21 +50,27 @@ def hidden_states(output: Any) -> torch.Tensor:
     """The hidden states that a block returns: alone, or first in a tuple or a dataclass."""
     if is_dataclass(output):
         return getattr(output, fields(output)[0].name)
-    return output[0] if isinstance(output, tuple) else output
+    if isinstance(output, tuple):
+        return output[0]
+    return output
 
 
 def with_states(output: Any, states: torch.Tensor) -> Any:
     """A block's output, or the form of one, with these hidden states in it."""
     if is_dataclass(output) and not isinstance(output, type):
         return replace(output, **{fields(output)[0].name: states})
-    return (states, *output[1:]) if isinstance(output, tuple) and output else states
+    if isinstance(output, tuple) and output:
+        return (states, *output[1:])
+    return states
 
 
 def form_of(output: Any) -> Any:
     """A block's output with None in each place; () for hidden states alone."""
     if is_dataclass(output) and not isinstance(output, type):
         return replace(output, **{each.name: None for each in fields(output)})
-    return (None,) * len(output) if isinstance(output, tuple) else ()
+    if isinstance(output, tuple):
+        return (None,) * len(output)
+    return ()
 
 
 @dataclass(frozen=True)
@@ -91,7 +96,9 @@ def embedding_matrix(model: PreTrainedModel) -> torch.Tensor:
 def find_blocks(model: PreTrainedModel) -> tuple[str, nn.ModuleList] | None:
     """Name and list of the blocks. None without such a list, or with an encoder and a decoder."""
     stacks = find_stacks(model)
-    return next(iter(stacks.items())) if len(stacks) == 1 else None
+    if len(stacks) != 1:
+        return None
+    return next(iter(stacks.items()))
 
 
 def find_stacks(model: PreTrainedModel) -> dict[str, nn.ModuleList]:
@@ -152,13 +159,15 @@ def watch_chain(
             stack.enter_context(block.register_forward_hook(record, with_kwargs=True))
         logits = read()
     entering = [given for _, given, _ in calls]
-    leaving = [hidden_states(output) for _, _, output in calls]
-    plain = [id(block) for block, _, _ in calls] == [id(block) for block in blocks]
-    plain = plain and isinstance(entering[0], torch.Tensor)
-    plain = plain and all(a is b for a, b in zip(leaving, entering[1:], strict=False))
-    forms = [form_of(output) for _, _, output in calls]
-    plain = plain and all(form == forms[0] for form in forms)
-    return (forms[0] if plain else None), entering, logits
+    form = form_of(calls[0][2]) if calls else None
+    states = entering[0] if entering else None
+    plain = len(calls) == len(blocks) and isinstance(states, torch.Tensor)
+    for block, (called, given, output) in zip(blocks, calls, strict=False):
+        plain = plain and called is block and given is states and form_of(output) == form
+        states = hidden_states(output)
+    if not plain:
+        form = None
+    return form, entering, logits
 
 
 # ------------------------------------------------------------------------------------------- sites
@@ -195,7 +204,9 @@ def _refuse_auto(
     last = [f"{path}.{len(blocks) - 1}." for path, blocks in stacks.items()]
     near = [name for name in editable if name.startswith(tuple(last))] or editable
     fused = [n for n, value in model.named_parameters() if value.dim() == 3 and "expert" in n]
-    why = f": its experts are one parameter ({fused[-1]})" if fused else ""
+    why = ""
+    if fused:  # transformers keeps the experts of a block as one tensor, and calls no layer
+        why = f": its experts are one parameter ({fused[-1]})"
     raise ModelError(
         f"inner_params: auto found no MLP of linear layers in {type(model).__name__}{why}; give a "
         f"list of names instead, such as {', '.join(near[:6]) or 'none (nothing is editable)'}; "
@@ -209,9 +220,10 @@ def editable_names(model: PreTrainedModel) -> list[str]:
     uses = Counter(id(value) for _, value in model.named_parameters(remove_duplicate=False))
     names, head = [], model.get_output_embeddings()  # which reads scored positions alone
     for path, module in model.named_modules():
-        if module is head:
+        if module is head or not _is_linear(module):
             continue
-        weight = getattr(module, "weight", None) if _is_linear(module) else None
+        # A quantised layer may have no such weight, or one of integers.
+        weight = getattr(module, "weight", None)
         if weight is not None and weight.dtype in _FLOATS and uses[id(weight)] == 1:
             names.append(f"{path}.weight")
     return names
@@ -224,11 +236,13 @@ def mlp_names(model: PreTrainedModel, *, everywhere: bool = False) -> list[str]:
     for path, blocks in stacks.items():
         by_block = []
         for index, block in enumerate(blocks):
-            weights = _mlp_of_block(f"{path}.{index}", block)
-            by_block.append([weight for weight in weights if weight in editable])
-        by_block = [weights for weights in by_block if weights]
-        first = 0 if everywhere else -_LAST_BLOCKS[len(stacks)]
-        names += chain.from_iterable(by_block[first:])
+            weights = [w for w in _mlp_of_block(f"{path}.{index}", block) if w in editable]
+            if weights:
+                by_block.append(weights)
+        if not everywhere:
+            by_block = by_block[-_LAST_BLOCKS[len(stacks)] :]
+        for weights in by_block:
+            names += weights
     return names
 
 

@@ -12,7 +12,7 @@ from transformers import BertConfig, T5Config, T5ForConditionalGeneration
 from mendkit.__main__ import main
 from mendkit.errors import DataError, ModelError
 from mendkit.hparams import MENDHyperParams
-from mendkit.interop.conformance import MISS, ROUNDING, Check, OneLogitClassifier, conformance
+from mendkit.interop.conformance import MISS, ROUNDING, Check, OneLogitClassifier, check_folder
 from mendkit.interop.foreign import from_foreign
 from mendkit.mend.factors import GradientFactors
 from mendkit.models.sites import Site
@@ -88,7 +88,7 @@ def recorded(tmp_path_factory):
 def test_the_recorded_numbers_of_the_published_code(name):
     if not REFERENCE.is_dir():
         pytest.skip(f"no reference vectors at {REFERENCE}")
-    checks = conformance(REFERENCE / name)
+    checks = check_folder(REFERENCE / name)
     assert len(checks) == 15 and [check for check in checks if check.verdict == MISS] == []
     assert sum(check.verdict == "" for check in checks) >= 12
 
@@ -97,7 +97,7 @@ def test_the_recorded_numbers_of_the_published_code(name):
 def test_a_plain_loop_in_float64_with_the_options_of_the_published_code(
     family, n_edits, options, tmp_path
 ):
-    checks = conformance(made(tmp_path / "made", family, n_edits, options))
+    checks = check_folder(made(tmp_path / "made", family, n_edits, options))
     assert len(checks) == 15
     assert max(check.error for check in checks) < 1e-8
 
@@ -112,7 +112,7 @@ def test_a_record_in_float32_tells_its_rounding(recorded, tmp_path):
         save_file(single, folder / name)
     state = {k.removeprefix("final/"): v for k, v in single.items() if k.startswith("final/")}
     save_published(folder / "archive.pt", state, tiny_gpt2().model.config)
-    checks = conformance(folder)
+    checks = check_folder(folder)
     assert all(check.verdict != MISS for check in checks)
     assert all(1e-9 < check.rounding < 1e-3 for check in checks if check.name != "archive")
 
@@ -185,7 +185,7 @@ SPOILT = {
 def test_one_wrong_number_is_the_one_miss(recorded, tmp_path, name):
     shutil.copytree(recorded, tmp_path / "spoilt")
     SPOILT[name](tmp_path / "spoilt")
-    checks = conformance(tmp_path / "spoilt")
+    checks = check_folder(tmp_path / "spoilt")
     assert [check.name for check in checks if check.verdict == MISS] == [name]
 
 
@@ -200,7 +200,7 @@ OTHERWISE = {
 def test_another_setting_than_the_recorded_one_misses(recorded, tmp_path, change):
     shutil.copytree(recorded, tmp_path / "spoilt")
     change(tmp_path / "spoilt")
-    checks = conformance(tmp_path / "spoilt")
+    checks = check_folder(tmp_path / "spoilt")
     assert "updates" in [check.name for check in checks if check.verdict == MISS]
 
 
@@ -228,7 +228,7 @@ def test_a_kl_is_compared_with_an_absolute_floor(recorded, tmp_path):
         state = {k.removeprefix("final/"): v for k, v in tensors.items() if k.startswith("final/")}
         save_published(folder / "archive.pt", state, tiny_gpt2().model.config)
         changed("eval_kl_loc", to=lambda _: by)(folder)
-        return {check.name: check.verdict for check in conformance(folder)}["locality KL"]
+        return {check.name: check.verdict for check in check_folder(folder)}["locality KL"]
 
     assert [verdict(torch.float32, by) for by in (0.0, 9e-7, 2e-6)] == ["", "", MISS]
     assert [verdict(torch.float64, by) for by in (0.0, 1e-9)] == ["", MISS]
@@ -236,12 +236,12 @@ def test_a_kl_is_compared_with_an_absolute_floor(recorded, tmp_path):
 
 def test_what_is_no_such_folder_is_said(recorded, tmp_path):
     with pytest.raises(DataError, match=r"lacks config\.json, base_model"):
-        conformance(tmp_path)
+        check_folder(tmp_path)
     folder = tmp_path / "cut"
     shutil.copytree(recorded, folder)
     (folder / "meta.json").write_text("{}")
     with pytest.raises(DataError, match="hparams"):
-        conformance(folder)
+        check_folder(folder)
     shutil.copy(recorded / "meta.json", folder)
     weights = load_file(recorded / "base_model.safetensors")
     name = "transformer.h.0.mlp.c_fc.weight"
@@ -249,7 +249,7 @@ def test_what_is_no_such_folder_is_said(recorded, tmp_path):
     for other in (fewer, weights | {"extra": weights[name]}, fewer | {name: weights[name][1:]}):
         save_file({k: v.clone() for k, v in other.items()}, folder / "base_model.safetensors")
         with pytest.raises(ModelError, match=f"(?s)do not fit config.json: .*({name}|extra)"):
-            conformance(folder)
+            check_folder(folder)
 
 
 def test_the_command_prints_a_table_and_its_status_tells(recorded, tmp_path, capsys):
