@@ -54,14 +54,18 @@ def keeping(rows: str | Path | None, run_of: Callable[[], dict[str, Any]]) -> It
     with locked(make_folder(path.parent)):
         now = run_of()
         if path.exists():
-            first, *lines = path.read_text("utf-8").split("\n")
-            _check(path, json.loads(first), json.loads(json.dumps(now)))
-            lines = lines[:-1]  # without what a write that failed has left
+            # The last piece is empty, or what a write that failed has left.
+            *lines, _ = path.read_text("utf-8").split("\n")
         else:
-            first, lines = json.dumps(now, ensure_ascii=False), []
-        write_text(path, "".join(f"{line}\n" for line in (first, *lines)))
+            lines = [json.dumps(now, ensure_ascii=False)]
         try:
-            yield Kept(path, [_read(line) for line in lines])
+            theirs, parts = json.loads(lines[0]), [_read(line) for line in lines[1:]]
+        except (ValueError, LookupError, TypeError):
+            raise MendkitError(f"{path} is damaged; delete it to start anew") from None
+        _check(path, theirs, json.loads(json.dumps(now)))
+        write_text(path, "".join(f"{line}\n" for line in lines))
+        try:
+            yield Kept(path, parts)
         except KeyboardInterrupt:
             logger.warning("stopped; %s keeps the rows, the same call goes on from them", path)
             raise

@@ -78,6 +78,12 @@ def test_rows_of_another_evaluation_are_refused_by_what_differs(llama, prepared,
     ):
         with pytest.raises(MendkitError, match=f"another evaluation .*{word}.* delete the file"):
             evaluate(made, on, rows=path, **how)
+    kept = tmp_path / "rows.unfinished.jsonl"
+    whole = kept.read_text()
+    kept.write_text(whole + '{"rows": 3}\n')
+    with pytest.raises(MendkitError, match="is damaged; delete it"):
+        evaluate(editor, prepared, rows=path)
+    kept.write_text(whole)
     assert len(evaluate(editor, prepared, rows=path).rows) == len(prepared.to_edit)
 
 
