@@ -13,7 +13,7 @@ import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -26,6 +26,9 @@ from ..models.fingerprint import model_fingerprint
 from ..runs import ARCHIVE_FILE, archive_file, provenance, sha256
 from .files import Kind, damage_named, matching_base, read_tensors, save_tensors
 from .hypernetwork import MEND
+
+if TYPE_CHECKING:
+    import pandas
 
 logger = logging.getLogger(__name__)
 
@@ -181,7 +184,7 @@ FREE = {
 VERSIONS = ("mendkit", "torch", "transformers")
 
 
-@dataclass
+@dataclass(repr=False)
 class TrainingResult:
     """How far a training run has come, and in the end what came of it."""
 
@@ -191,15 +194,25 @@ class TrainingResult:
     best: dict[str, float] = field(default_factory=dict)  # the validation row of the archive
     best_step: int = 0
     # One row per logged step and per validation.
-    history: list[dict[str, float]] = field(default_factory=list, repr=False)
+    history: list[dict[str, float]] = field(default_factory=list)
     skipped: int = 0  # steps whose loss or gradient was not finite
     in_a_row: int = 0  # the last ones of these
     elapsed: float = 0.0  # seconds in the training loop when the last step ended
     seconds: float = 0.0  # wall time over all starts, the preparation included
     normaliser_examples: int = 0  # 0 if an archive was trained on
     edit_lr: float | None = None  # where the step sizes start, if that was measured
-    cache: dict[str, float] = field(default_factory=dict, repr=False)  # seconds and bytes
+    cache: dict[str, float] = field(default_factory=dict)  # seconds and bytes
     stopped: str | None = None  # why training ended
+
+    def frame(self) -> "pandas.DataFrame":
+        """The history: one row per logged step or validation, columns by name."""
+        import pandas
+
+        return pandas.DataFrame(self.history)
+
+    def __repr__(self) -> str:
+        score, step = self.best.get("val.score", float("nan")), self.best_step
+        return f"TrainingResult({self.archive}, score {score:.3f} at step {step}: {self.stopped})"
 
 
 class Checkpoint:

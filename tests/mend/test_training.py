@@ -308,8 +308,11 @@ def test_training_learns_and_tells_its_history(llama, tmp_path):
     assert rows == result.history
     losses = {"loss", "edit", "paraphrases", "neighbours", "unrelated", "grad_norm"}
     assert losses <= set(rows[1])
-    validations = [row["val.loss"] for row in rows if "val.loss" in row]
-    assert len(validations) == 3 and validations[-1] < 0.5 * validations[0]
+    frame = result.frame()
+    validations = frame["val.loss"].dropna()
+    assert len(frame) == len(rows) and len(validations) == 3
+    assert validations.iloc[-1] < 0.5 * validations.iloc[0]
+    assert "archive.safetensors, score" in repr(result) and "\n" not in repr(result)
 
 
 def test_the_best_archive_is_kept_not_the_last_and_there_is_always_one(
