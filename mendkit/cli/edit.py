@@ -17,7 +17,7 @@ from .app import Data, Json, Limit, MaxNewTokens, Out, Overwrite, SkipInvalid, W
 
 if TYPE_CHECKING:
     from ..data.examples import EditExample
-    from ..evaluation.evaluate import Editor
+    from ..evaluation.evaluate import Editor, EvaluationSet
     from ..evaluation.results import EvaluationReport
     from ..mend.edit import Edit
     from ..mend.editor import MENDEditor
@@ -94,20 +94,26 @@ def edit(
 
     # 3. Each edit on the model as it was.
     rows = []
-    for group in [examples] if together else [[example] for example in examples]:
-        change = editor.edit(group)
-        for example in group:
-            rows.append(_row(editor, change, example, max_new_tokens))
-            if not as_json:
-                cli.say(_text(rows[-1]))
-    if as_json:
-        cli.show(rows, "", as_json=True)
-    results = {"edit.free_exact": sum(row["success"] for row in rows) / len(rows)}
-    results |= {"edit.free_exact.n": len(rows)} | _save(change, kept)
-    if skip_invalid:
-        results["edit.skipped"] = len(getattr(examples, "skipped", ()))
-    place.write(results, rows)
+    with place.locked():
+        for group in [examples] if together else [[example] for example in examples]:
+            change = editor.edit(group)
+            for example in group:
+                rows.append(_row(editor, change, example, max_new_tokens))
+                if not as_json:
+                    cli.say(_text(rows[-1]))
+        if as_json:
+            cli.show(rows, "", as_json=True)
+        results = _shares(rows) | _save(change, kept)
+        if skip_invalid:
+            results["edit.skipped"] = len(getattr(examples, "skipped", ()))
+        place.write(results, rows)
     return 0
+
+
+def _shares(rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """The share of the edits whose new answer is written, by its name in results.json."""
+    successes = [row["success"] for row in rows]
+    return {"edit.free_exact": sum(successes) / len(rows), "edit.free_exact.n": len(rows)}
 
 
 def _check_places(kept: dict[str, Path | None], *, overwrite: bool) -> None:
@@ -219,12 +225,7 @@ def evaluate(
     tuning: dict[str, Any] = {}
     with place.locked():
         if editor not in ("mend", "context"):
-            validation = score_on(read(tune_data, limit=TUNED_ON))
-            running = mendkit.running_text(mendkit.read_examples("facts:train"))
-            tuned = mendkit.tune(editor, validation, text=running, mend=mend)
-            tuning = tuned.to_dict() | {"tuning.edits": len(validation.to_edit)}
-            logger.info("%s: %s", tuned.editor.name, tuning["tuning.kept"])
-            chosen = tuned.editor
+            chosen, tuning = _tuned(editor, score_on(read(tune_data, limit=TUNED_ON)), mend)
 
         # 3. The scores. Rows are kept as they are made.
         logger.info("scoring %d edits, mode %s", len(examples), mode)
@@ -240,6 +241,17 @@ def evaluate(
         place.write(results, [vars(row) for row in report.rows])
     cli.show(results, _table(report), as_json=as_json)
     return 0
+
+
+def _tuned(
+    kind: str, validation: "EvaluationSet", mend: "MENDEditor | None"
+) -> tuple["Editor", dict[str, Any]]:
+    """A baseline at the settings that are best on `validation`, and results about the choice."""
+    running = mendkit.running_text(mendkit.read_examples("facts:train"))
+    tuned = mendkit.tune(kind, validation, text=running, mend=mend)
+    results = tuned.to_dict() | {"tuning.edits": len(validation.to_edit)}
+    logger.info("%s: %s", tuned.editor.name, results["tuning.kept"])
+    return tuned.editor, results
 
 
 def _table(report: "EvaluationReport") -> str:
