@@ -66,14 +66,14 @@ class Playground:
     def completions(self) -> tuple[list[tables.Asked], list[str], list[str]]:
         """The prompts of the edit that is shown, and what is written before and after it."""
         asked = [each for each, _ in self.asked()]
-        prompts = tuple(prompt for _, prompt, _ in asked)
+        _, prompts, _ = zip(*asked, strict=True)
         answers = [[wanted] if wanted else [] for _, _, wanted in asked]
 
         def write() -> list[str]:
             limit, base = self.max_new_tokens, self.editor.base
             return base.generate_batch(prompts, max_new_tokens=limit, answers=answers)
 
-        return asked, self._before(prompts, write), write()
+        return asked, self._before(tuple(asked), write), write()
 
     def next_tokens(self, index: int = 0) -> Row:
         """Next-token probabilities after one of the prompts, for `plots.next_token_bars`."""

@@ -47,19 +47,6 @@ def test_peft_gives_the_edited_models_logits(family, request, tmp_path, recwarn)
     assert len({site.rank for site in sites}) == 2  # the last block's MLP sees only scored tokens
 
 
-def test_a_journals_edits_are_one_adapter(gpt2, tmp_path):
-    with editor_for(gpt2).session() as session:
-        for example in EXAMPLES[:3]:
-            session.edit(example)
-        session.scale(0, 0.5)
-        session.undo(1)
-        wanted = logits(gpt2)
-        session.combined().save_adapter(tmp_path)
-    torch.testing.assert_close(
-        peft_logits(with_adapter(gpt2, tmp_path), gpt2), wanted, rtol=1e-4, atol=5e-6
-    )
-
-
 def test_peft_finds_the_base_model_by_the_adapters_config(tmp_path):
     base = load_model(save_tiny(tmp_path / "model"))
     editor_for(base).edit(EXAMPLES[0]).save_adapter(tmp_path / "adapter")
