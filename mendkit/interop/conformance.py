@@ -170,7 +170,7 @@ def load_recorded_model(folder: Path, inner_params: str | Sequence[str]) -> Base
     if "classifier.weight" in weights:
         model = OneLogitClassifier(config)
     else:
-        writer = AutoModelForCausalLM
+        writer: Any = AutoModelForCausalLM
         if config.is_encoder_decoder:
             writer = AutoModelForSeq2SeqLM
         model = writer.from_config(config)
