@@ -337,6 +337,8 @@ def _refusal(error: ValidationError, values: Mapping[str, Any]) -> HyperParamErr
     key = str(faults[0]["loc"][0])
     if key not in values:
         return HyperParamError(f"{key} is missing; add `{key}: …`", key)
+    if faults[0]["type"] == "extra_forbidden":
+        return _unknown_key(key, values[key])
     wanted = " or ".join(fault["msg"] for fault in faults if fault["loc"][0] == key)
     for technical, plain in _PLAIN_WORDS.items():
         wanted = wanted.replace(technical, plain)

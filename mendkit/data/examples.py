@@ -58,6 +58,11 @@ class EditExample:
     metadata: Mapping[str, Any] = field(default_factory=dict, compare=False, repr=False)
     target_prefix: str | None = None
 
+    def __post_init__(self) -> None:
+        for name in ("paraphrases", "neighbours", "unrelated", "portability", "generation_prompts"):
+            if isinstance(held := getattr(self, name), str):  # it would be read letter by letter
+                raise DataError(f"{name} must be a tuple, got the text {held[:60]!r}")
+
     def roles(self) -> dict[str, tuple[Probe, ...]]:
         """Every prompt of the example by its role; the headline roles come first.
 

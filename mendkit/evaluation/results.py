@@ -7,6 +7,7 @@ import difflib
 import json
 import math
 import re
+import unicodedata
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -43,7 +44,8 @@ ABOUT = ("id", "subject", "relation", "prompt", "target_new", "ground_truth")
 
 # A full stop between digits and a minus before one tell numbers apart, + and # languages.
 MARKS = re.compile(
-    r"""["'`!?;:()\[\]{},…“”‘’«»。，、！？；：]|(?<!\d)\.|\.(?!\d)|(?<=\w)-(?=\w)|(?<!\S)-(?!\S)"""
+    r"""["'`!?;:()\[\]{},…“”‘’«»。，、！？；：।｡؟،؛]"""
+    r"""|(?<!\d)\.|\.(?!\d)|(?<=\w)-(?=\w)|(?<!\S)-(?!\S)"""
 )
 ARTICLES = re.compile(r"\b(a|an|the)\s+(?=\S)")
 
@@ -53,7 +55,7 @@ def normalise(text: str) -> str:
 
     What tells answers apart stays: `C++`, `3.5`, `-5`, `Hepatitis A`, and signs that stand alone.
     """
-    text = " ".join(text.lower().split())
+    text = " ".join(unicodedata.normalize("NFC", text.lower()).split())
     plain = " ".join(MARKS.sub("", text).split())
     return ARTICLES.sub("", plain) or text
 

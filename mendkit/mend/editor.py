@@ -118,9 +118,14 @@ class MENDEditor:
             if target_new is None:
                 raise MendkitError(f"no new answer for {examples!r}; give edit(prompt, answer)")
             examples = EditExample(prompt=examples, target_new=target_new)
+        elif target_new is not None:
+            raise MendkitError("an EditExample has a new answer; give edit(example), or replace it")
         if isinstance(examples, EditExample):
             examples = [examples]
         several = list(examples)
+        for example in several:
+            if not isinstance(example, EditExample):
+                raise MendkitError(f"{example!r:.60} is no EditExample(prompt, target_new)")
         if not several:
             raise MendkitError("no example to edit; give an EditExample or a non-empty list")
         # 2. The weight change, which must be one.

@@ -42,6 +42,9 @@ STOP = re.compile(r"[\n.。｡！？।]")
 # Rows that are written at once, and the tokens after which those that have ended leave.
 ROWS_PER_BATCH, FIRST_TOKENS = 128, 8
 
+# Tokens that are written unless a caller says otherwise.
+NEW_TOKENS = 50
+
 
 def cut(text: str, answers: Sequence[str] = ()) -> str:
     """A written text before its first stop mark that none of `answers` holds at that place."""
@@ -196,7 +199,7 @@ class TextModel:
         self,
         prompt: str,
         *,
-        max_new_tokens: int = 50,
+        max_new_tokens: int = NEW_TOKENS,
         stop: bool = True,
         answers: Sequence[str] = (),
     ) -> str:
@@ -209,7 +212,7 @@ class TextModel:
         self,
         prompts: Sequence[str],
         *,
-        max_new_tokens: int = 50,
+        max_new_tokens: int = NEW_TOKENS,
         stop: bool = True,
         answers: Sequence[Sequence[str]] = (),
     ) -> list[str]:
@@ -248,8 +251,16 @@ class TextModel:
         With `stop` a row ends after a stop mark that none of its `answers` holds there. Rows of one
         batch are written within `under(rows)`. Answers are short, but one of a batch may run on:
         rows that have not ended after a few tokens go on, with these as part of their prompt.
+        A row with an answer of more than `max_new_tokens` has room for it, unless less than the
+        default was asked for.
         """
         written: list[list[int]] = [[] for _ in prompts]
+        limits = [max_new_tokens] * len(prompts)
+        for k, expected in enumerate(answers):
+            for answer in () if self.labels else expected:
+                ids = self.tokenizer(answer, add_special_tokens=False, verbose=False)["input_ids"]
+                if len(ids) > max_new_tokens >= NEW_TOKENS:
+                    limits[k] = max(limits[k], len(ids) + FIRST_TOKENS)
         going = list(range(len(prompts)))
         stops, size = self.stop_ids() if stop else (), min(FIRST_TOKENS, max_new_tokens)
         while going:
@@ -261,16 +272,16 @@ class TextModel:
                     some = [longer[at] for at in batch]
                     new = self.write(some, max_new_tokens=size, stop=stop)
                 for k, ids in zip(rows, new, strict=True):
-                    written[k] = (written[k] + ids)[:max_new_tokens]
+                    written[k] = (written[k] + ids)[: limits[k]]
                     text = self.new_text(prompts[k], written[k], stop=False)
                     if self.labels or (stop and cut(text, answers[k] if answers else ()) != text):
                         continue
                     if len(ids) < size and (not ids or ids[-1] not in stops):
                         written[k].append(self.tokenizer.eos_token_id)
-                    elif len(written[k]) < max_new_tokens:
+                    elif len(written[k]) < limits[k]:
                         on.append(k)
             going = on
-            size = max_new_tokens - min((len(written[k]) for k in on), default=0)
+            size = max((limits[k] - len(written[k]) for k in on), default=0)
         return written
 
     @torch.no_grad()

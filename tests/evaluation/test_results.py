@@ -67,6 +67,11 @@ def test_case_and_punctuation_count_where_they_are_all_that_an_edit_changes():
         assert is_said(old, (old,), old)
 
 
+def test_signs_of_other_scripts_and_composed_letters_tell_no_answers_apart():
+    for one, other in {"दिल्ली।": "दिल्ली", "ليون؟": "ليون", "Zu\u0308rich": "Z\u00fcrich"}.items():
+        assert is_said(one, (other,)) and is_said(other, (one,))
+
+
 def test_interval_covers_and_is_reproducible():
     interval = Interval.of([0.0, 1.0] * 50)
     assert interval.mean == 0.5 and interval.n == 100

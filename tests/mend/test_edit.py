@@ -89,6 +89,10 @@ def test_misuse_is_named(llama):
         editor.edit([])
     with pytest.raises(MendkitError, match="no new answer"):
         editor.edit(PROMPT)
+    with pytest.raises(MendkitError, match="has a new answer"):
+        editor.edit(EXAMPLES[0], "Rome")
+    with pytest.raises(Exception, match="EditExample"):  # of ours, or of the types in tests
+        editor.edit([{"prompt": PROMPT, "target_new": "Rome"}])
     with pytest.raises(MendkitError, match="same model"):
         Edit.combined([edit, editor_for(tiny_llama()).edit(EXAMPLES[0])])
     with pytest.raises(ArchiveError, match="train"):

@@ -147,3 +147,9 @@ def test_rows_written_together_are_those_written_alone(family, request, monkeypa
     answers = [[f"{base.generate(p, max_new_tokens=30, stop=False)} end"] for p in PROMPTS]
     whole = base.generate_batch(PROMPTS, max_new_tokens=9, stop=False)
     assert base.generate_batch(PROMPTS, max_new_tokens=9, answers=answers) == whole
+
+
+def test_an_answer_of_more_tokens_than_the_default_is_written_to_its_end(llama):
+    answer = llama.generate(PROMPTS[0], max_new_tokens=80, stop=False).rstrip("\ufffd")
+    assert not llama.generate(PROMPTS[0], stop=False).startswith(answer)
+    assert llama.generate(PROMPTS[0], answers=[answer]).startswith(answer)
