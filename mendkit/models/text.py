@@ -36,8 +36,8 @@ from .families import (
 )
 from .tokens import Tokens, pad_rows, tokenize, tokenize_claim, tokenize_pair
 
-STOP = re.compile(r"[\n.。｡！？।]")
-"""Where an answer ends, if it does not end by itself."""
+STOP = re.compile(r"[\n。｡！？।]|(?<!\d)\.|\.(?!\d)")
+"""Where an answer ends, if it does not end by itself. The full stop of 3.5 is none."""
 
 # Rows that are written at once, and the tokens after which those that have ended leave.
 ROWS_PER_BATCH, FIRST_TOKENS = 128, 8
@@ -274,8 +274,14 @@ class TextModel:
                 for k, ids in zip(rows, new, strict=True):
                     written[k] = (written[k] + ids)[: limits[k]]
                     text = self.new_text(prompts[k], written[k], stop=False)
-                    if self.labels or (stop and cut(text, answers[k] if answers else ()) != text):
+                    if self.labels:
                         continue
+                    if stop:
+                        wanted = answers[k] if answers else ()
+                        # After `3.` a digit may follow.
+                        if cut(f"{text}0", wanted) != f"{text}0":
+                            written[k] = self._to_stop(prompts[k], written[k], wanted)
+                            continue
                     if len(ids) < size and (not ids or ids[-1] not in stops):
                         written[k].append(self.tokenizer.eos_token_id)
                     elif len(written[k]) < limits[k]:
@@ -283,6 +289,14 @@ class TextModel:
             going = on
             size = max((limits[k] - len(written[k]) for k in on), default=0)
         return written
+
+    # Without what was written behind the stop mark to see whether it is one.
+    def _to_stop(self, prompt: Tokens, ids: list[int], answers: Sequence[str]) -> list[int]:
+        for count in range(len(ids) - 1, 0, -1):
+            text = self.new_text(prompt, ids[:count], stop=False)
+            if cut(text, answers) == text:
+                return ids[: count + 1]
+        return ids[:1]
 
     @torch.no_grad()
     def write(

@@ -126,10 +126,28 @@ def test_misuse_of_generation_is_explained(llama, call, error, words):
         (" 3.14。然后", ["3.14"], " 3.14"),
         ("\nSt. Malo", ["St. Malo"], ""),
         (" No. 1. Then", ["No. 10"], " No. 1"),
+        (" 3.5 million", ["3"], " 3.5 million"),
+        (" in 1998. Then", [], " in 1998"),
     ],
 )
 def test_a_stop_mark_that_the_answer_holds_there_does_not_end_it(text, answers, expected):
     assert cut(text, answers) == expected
+
+
+@pytest.mark.parametrize(
+    ("written", "kept", "text"), [(" 3.5.", " 3.5.", " 3.5"), (" 3. Go on", " 3.", " 3")]
+)
+def test_a_point_between_digits_does_not_end_a_number(llama, written, kept, text):
+    ids, prompt = llama.encode(written), llama.prompt_of(llama.tokenize(PROMPTS[0]))
+    coming = iter(ids)
+
+    def forced(_, __, logits):
+        logits[:, -1] = torch.eye(llama.vocabulary)[next(coming)]
+        return logits
+
+    with llama.model.get_output_embeddings().register_forward_hook(forced):
+        (new,) = llama.write_all([prompt], max_new_tokens=len(ids))
+    assert new == llama.encode(kept) and llama.new_text(prompt, new) == text
 
 
 @pytest.mark.parametrize("family", ["llama", "gpt2", "t5"])
