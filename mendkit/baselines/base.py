@@ -8,18 +8,24 @@ import math
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor
 
 from ..data.examples import EditExample, Probe
-from ..errors import HyperParamError, LimitError, ModelError
+from ..errors import DataError, HyperParamError, LimitError, ModelError
 from ..evaluation.inspection import restarted
-from ..evaluation.metrics import Reading
+from ..evaluation.metrics import Reading, first_token
 from ..evaluation.prepare import EvaluationSet
 from ..evaluation.results import EvaluationReport, summarise
 from ..hparams import MENDHyperParams
 from ..mend.batches import edit_tokens, prepare_texts, told
 from ..mend.edit import Edit
 from ..mend.editor import MENDEditor
+from ..mend.factors import capture_inputs
 from ..mend.hypernetwork import MEND
+from ..mend.losses import wide
 from ..mend.updates import Updates
 from ..mend.validation import AUTO_EDITS, best_edit_lr, strength_curve
 from ..models.base import BaseModel
@@ -28,6 +34,8 @@ from ..models.sites import mlp_names
 from ..models.tokens import Tokens
 from ..models.trunk import FrozenTrunk
 
+# Tokens of text in a pass and in all, for second moments of keys.
+KEY_WINDOW, KEY_TOKENS = 256, 16_384
 # Of SmolLM2; other models have them as many times as large as their best step is.
 IDENTITY_EDIT_LRS = (2e-4, 4e-4, 8e-4, 1.6e-3, 3.2e-3, 6.4e-3)
 
@@ -170,3 +178,26 @@ def down_projections(base: BaseModel) -> list[str]:
             f"{base.name}: no single down-projection in each block; leave this baseline out"
         )
     return [site.name for site in found]
+
+
+def key_moments(base: BaseModel, text: str, *, ridge: float = 0.0) -> dict[str, Tensor]:
+    """C = E[k kᵀ] (i, i) of the inputs k of every site over the first tokens of `text`.
+
+    In float64, plus `ridge` times the mean of C's diagonal on it. Raises DataError for a text
+    without tokens.
+    """
+    ids = base.encode(text)[:KEY_TOKENS]
+    if not ids:
+        raise DataError("the text for the keys' covariance has no token; give a longer one")
+    begin, trunk = first_token(base), FrozenTrunk(base)
+    sums: dict[str, Any] = {}
+    for at in range(0, len(ids), KEY_WINDOW):
+        window = (*begin, *ids[at : at + KEY_WINDOW])
+        every = Tokens(window, tuple(range(len(begin), len(window))))
+        for name, inputs in capture_inputs(trunk, [every]).items():
+            k = wide(inputs)
+            sums[name] = sums.get(name, 0.0) + (k.T @ k).cpu().double()
+    for name, total in sums.items():
+        c = total / len(ids)
+        sums[name] = c + ridge * c.diagonal().mean() * torch.eye(len(c), dtype=c.dtype)
+    return sums

@@ -40,8 +40,7 @@ from ..mend.validation import forced
 from ..models.base import BaseModel
 from ..models.tokens import Tokens, collate
 from ..models.trunk import FrozenTrunk
-from .base import Baseline, down_projections
-from .rome import key_moments
+from .base import Baseline, down_projections, key_moments
 
 LATEST = 4  # of the latest edits of a sequence are read again with every new one, at least
 KEPT_ALONE = 2  # texts that an independent edit keeps: its update holds their tokens

@@ -20,7 +20,6 @@ Axes: n texts of an edit, i input, o output.
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any
 
 import torch
 from jaxtyping import Float
@@ -29,15 +28,12 @@ from torch import Tensor, nn
 from ..errors import DataError
 from ..evaluation.metrics import first_token
 from ..hparams import MENDHyperParams
-from ..mend.factors import capture_inputs
 from ..mend.losses import edit_nll, locality_kl, wide
 from ..mend.updates import LowRankUpdate, Updates
 from ..models.base import BaseModel
 from ..models.tokens import Tokens, collate
 from ..models.trunk import FrozenTrunk
-from .base import Baseline
-
-KEY_WINDOW, KEY_TOKENS = 256, 16_384
+from .base import Baseline, key_moments
 
 
 class ROME(Baseline):
@@ -186,26 +182,3 @@ def _shifted(
         yield inputs
     finally:
         handle.remove()
-
-
-def key_moments(base: BaseModel, text: str, *, ridge: float = 0.0) -> dict[str, Tensor]:
-    """C = E[k kᵀ] (i, i) of the inputs k of every site over the first tokens of `text`.
-
-    In float64, plus `ridge` times the mean of C's diagonal on it. Raises DataError for a text
-    without tokens.
-    """
-    ids = base.encode(text)[:KEY_TOKENS]
-    if not ids:
-        raise DataError("the text for ROME's covariance has no token; give a longer one")
-    begin, trunk = first_token(base), FrozenTrunk(base)
-    sums: dict[str, Any] = {}
-    for at in range(0, len(ids), KEY_WINDOW):
-        window = (*begin, *ids[at : at + KEY_WINDOW])
-        every = Tokens(window, tuple(range(len(begin), len(window))))
-        for name, inputs in capture_inputs(trunk, [every]).items():
-            k = wide(inputs)
-            sums[name] = sums.get(name, 0.0) + (k.T @ k).cpu().double()
-    for name, total in sums.items():
-        c = total / len(ids)
-        sums[name] = c + ridge * c.diagonal().mean() * torch.eye(len(c), dtype=c.dtype)
-    return sums

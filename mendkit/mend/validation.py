@@ -9,7 +9,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import chain
 from statistics import fmean
-from typing import TYPE_CHECKING
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -25,9 +25,6 @@ from .factors import capture_factors
 from .hypernetwork import MEND
 from .losses import margin_shortfall, wide
 from .updates import Updates, scaled, select, side_branches, unedited
-
-if TYPE_CHECKING:
-    from .editor import MENDEditor
 
 POSITIONS_PER_PASS = 1024
 
@@ -221,9 +218,16 @@ def _read_group(
             yield RIVALS, float(share), loss
 
 
+class HasMEND(Protocol):
+    """A MENDEditor, as far as its strength is measured."""
+
+    base: BaseModel
+    mend: MEND
+
+
 @torch.no_grad()
 def strength_curve(
-    editor: "MENDEditor", examples: Sequence[EditExample], *, strengths: Sequence[float]
+    editor: HasMEND, examples: Sequence[EditExample], *, strengths: Sequence[float]
 ) -> list[dict[str, float]]:
     """`validate` at several strengths of the same edits (1: as trained); one row per strength."""
     mend, h = editor.mend, editor.mend.hparams

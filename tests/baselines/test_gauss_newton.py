@@ -6,9 +6,8 @@ from statistics import fmean
 import pytest
 import torch
 
-from mendkit.baselines.base import down_projections
+from mendkit.baselines.base import down_projections, key_moments
 from mendkit.baselines.gauss_newton import GaussNewton
-from mendkit.baselines.rome import key_moments
 from mendkit.evaluation.evaluate import evaluate, in_sequence, together
 from mendkit.evaluation.prepare import EvaluationSet
 from mendkit.mend.updates import side_branches

@@ -5,8 +5,8 @@ from dataclasses import replace
 import pytest
 import torch
 
-from mendkit.baselines.base import down_projections
-from mendkit.baselines.rome import ROME, key_moments
+from mendkit.baselines.base import down_projections, key_moments
+from mendkit.baselines.rome import ROME
 from mendkit.errors import DataError, ModelError
 from mendkit.mend.batches import edit_tokens
 from mendkit.models.tokens import tokenize
