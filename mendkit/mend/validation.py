@@ -9,7 +9,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import chain
 from statistics import fmean
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
@@ -218,6 +218,7 @@ def _read_group(
             yield RIVALS, float(share), loss
 
 
+@runtime_checkable
 class HasMEND(Protocol):
     """A MENDEditor, as far as its strength is measured."""
 
