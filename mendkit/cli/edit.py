@@ -38,7 +38,10 @@ Saved = Annotated[
 Mode = Annotated[Literal["single", "batch", "sequential"], Option()]
 BatchSize = Annotated[int | None, Option(min=1, help="edits at once in mode batch (25)")]
 EditorKind = Annotated[str, Option(help="mend, context, or a baseline at the best of its settings")]
-TuneData = Annotated[str, Option(metavar="FILE", help="edits (12) that choose these settings")]
+TuneData = Annotated[
+    str | None,
+    Option(metavar="FILE", help="edits (12) that choose these settings [facts:validation]"),
+]
 TextFile = Annotated[str, Option(metavar="FILE", help="held-out text, for drawdown (slow)")]
 Fluency = Annotated[bool, Option("--fluency", help="entropy of 100 free tokens, too (slow)")]
 
@@ -74,6 +77,8 @@ def edit(
     prompts, targets = prompt or [], target or []
     if bool(data) == bool(prompts) or len(prompts) != len(targets):
         raise MendkitError("give as many --target as --prompt, or --data")
+    if prompts and (limit or skip_invalid):
+        raise MendkitError("--limit and --skip-invalid go with --data")
     hparams = cli.hyperparameters(words)
     place = cli.RunFolder(out, "results.json", "rows.jsonl", overwrite=overwrite)
     kept = {"--save-merged": save_merged, "--save-adapter": save_adapter, "--save-edit": save_edit}
@@ -184,7 +189,7 @@ def evaluate(
     mode: Mode = "single",
     k: BatchSize = None,
     editor: EditorKind = "mend",
-    tune_data: TuneData = "facts:validation",
+    tune_data: TuneData = None,
     text: TextFile = "",
     fluency: Fluency = False,
     max_new_tokens: MaxNewTokens = 50,
@@ -206,6 +211,8 @@ def evaluate(
         raise MendkitError("--editor context edits nothing; it goes with --mode single")
     if k and mode != "batch":
         raise MendkitError("--k goes with --mode batch")
+    if tune_data and editor in ("mend", "context"):
+        raise MendkitError("--tune-data goes with --editor BASELINE, whose settings it chooses")
     hparams = cli.hyperparameters(words)
     place = cli.RunFolder(out, "results.json", "rows.jsonl", overwrite=overwrite)
     read = partial(mendkit.read_examples, columns=hparams.columns)
@@ -225,7 +232,8 @@ def evaluate(
     tuning: dict[str, Any] = {}
     with place.locked():
         if editor not in ("mend", "context"):
-            chosen, tuning = _tuned(editor, score_on(read(tune_data, limit=TUNED_ON)), mend)
+            tuned_on = read(tune_data or "facts:validation", limit=TUNED_ON)
+            chosen, tuning = _tuned(editor, score_on(tuned_on), mend)
 
         # 3. The scores. Rows are kept as they are made.
         logger.info("scoring %d edits, mode %s", len(examples), mode)

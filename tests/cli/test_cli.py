@@ -97,6 +97,8 @@ MISTAKES = {  # what a user types, and a part of the last line of stderr
     "evaluate tiny.yaml --limit 0": "--limit",
     "evaluate tiny.yaml --max-new-tokens x": "--max-new-tokens",
     "evaluate tiny.yaml --k 3": "--k goes with --mode batch",
+    "evaluate tiny.yaml --tune-data F": "--tune-data goes with --editor BASELINE",
+    "edit tiny.yaml --prompt P --target T --limit 1": "--limit and --skip-invalid go with --data",
     "evaluate tiny.yaml --editor context --mode sequential": "--editor context edits nothing",
     "evaluate tiny.yaml another.yaml": "expected key=value",
     "evaluate tiny.yaml": "archive is null",
@@ -326,8 +328,8 @@ def test_evaluate_prints_a_table_or_json_and_nothing_else(here, capsys):
 
 def test_evaluate_tunes_and_scores_a_baseline_and_the_fact_in_the_context(here, capsys):
     write_examples(EXAMPLES[:1], "one.jsonl")
-    few = ["--limit", "2", "--tune-data", "one.jsonl", "--json"]
-    assert main([*SCORE, "--editor", "identity", *few]) == 0
+    few = ["--limit", "2", "--json"]
+    assert main([*SCORE, "--editor", "identity", "--tune-data", "one.jsonl", *few]) == 0
     results = json.loads(capsys.readouterr().out)
     assert results["tuning.tried"] == 4 and results["tuning.edits"] == 1
     assert "single.edit_success.free_exact" in results and results["single.edits.scored"] == 2
