@@ -154,11 +154,12 @@ def load_archive(path: str | Path, *, base: BaseModel) -> Archive:
         # the very first archives have no units: all are 1
         tensors.setdefault("edit_lr_unit", torch.ones(len(checked.sites)))
     with damage_named(path):
-        dtypes = {name: value.dtype for name, value in mend.state_dict().items()}
-        mend.load_state_dict(tensors, assign=True)  # raises for other names and shapes
+        # torch would take a number in brackets for a number, and any dtype.
+        forms = {name: (value.dtype, value.shape) for name, value in mend.state_dict().items()}
+        mend.load_state_dict(tensors, assign=True)  # raises for other names
         for name, tensor in tensors.items():
-            if tensor.dtype != dtypes[name]:
-                raise TypeError(f"tensor {name} is {tensor.dtype}, expected {dtypes[name]}")
+            if (tensor.dtype, tensor.shape) != forms[name]:
+                raise TypeError(f"tensor {name} is {tensor.dtype} {tuple(tensor.shape)}")
     return Archive(archive_file(path), checked, mend.to(base.device).eval(), metadata)
 
 

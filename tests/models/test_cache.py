@@ -171,7 +171,8 @@ def test_two_processes_at_once_share_the_work_and_get_it_right(
         out, err = process.communicate(timeout=300)
         assert process.returncode == 0, err.decode()
         results.append(json.loads(out))
-    assert distinct(texts) <= sum(count for count, _ in results) < 1.5 * distinct(texts)
+    # Without a shared cache each would compute all.
+    assert distinct(texts) <= sum(count for count, _ in results) < 2 * distinct(texts)
     expected = FrozenTrunk(llama).suffix(texts, collate(texts, llama.pad_id)).double().sum()
     assert [total for _, total in results] == pytest.approx([float(expected)] * 2, rel=1e-5)
     assert computed(cached(llama, tmp_path), texts, monkeypatch) == 0

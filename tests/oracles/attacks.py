@@ -145,8 +145,9 @@ def _false_declarations(
 def rehashed(whole: bytes, rng: random.Random, n: int) -> Iterator[Variant]:
     """Tensors that are wrong although every checksum is right."""
     metadata, tensors = Layout.of(whole).metadata, load(whole)
-    for _ in range(n):
-        name = rng.choice([name for name, value in tensors.items() if value.numel()])
+    names = sorted(name for name, value in tensors.items() if value.numel())
+    numbers = [name for name in names if not tensors[name].dim()][:1]  # torch unpacks these
+    for name in [*rng.choices(names, k=n), *numbers]:
         value, rest = tensors[name], {key: v for key, v in tensors.items() if key != name}
         bad = value.double()
         bad.flatten()[rng.randrange(value.numel())] = float(rng.choice(("nan", "inf", "-inf")))
