@@ -149,7 +149,7 @@ def rehashed(whole: bytes, rng: random.Random, n: int) -> Iterator[Variant]:
     numbers = [name for name in names if not tensors[name].dim()][:1]  # torch unpacks these
     for name in [*rng.choices(names, k=n), *numbers]:
         value, rest = tensors[name], {key: v for key, v in tensors.items() if key != name}
-        bad = value.double()
+        bad = value.double().clone()
         bad.flatten()[rng.randrange(value.numel())] = float(rng.choice(("nan", "inf", "-inf")))
         changes = {
             "cast": {name: value.half() if value.is_floating_point() else value.float()},
