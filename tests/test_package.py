@@ -53,6 +53,7 @@ def test_wheel_and_sdist_hold_what_they_need_and_an_installed_kit_finds_it(tmp_p
             if path.is_file() and "__pycache__" not in path.parts:
                 assert str(path.relative_to(copy)) in held
     install = [sys.executable, "-m", "pip", "install", "--no-deps", "--no-index", "--quiet"]
+    install += ["--ignore-installed"]  # else pip uninstalls the kit that runs the tests
     subprocess.run([*install, "--prefix", tmp_path / "installed", wheel], check=True)
     (site,) = (tmp_path / "installed").rglob("site-packages")
     code = """from pathlib import Path; from mendkit import read_examples, reporting, runs
