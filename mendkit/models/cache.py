@@ -83,6 +83,14 @@ class TextCache:
                 for name in chosen:
                     yield name, (file.get_tensor(f"{name}.0"), file.get_tensor(f"{name}.1"))
 
+    def _bytes(self) -> int:
+        """What all spaces hold. Another process may rename or remove a file meanwhile."""
+        total = 0
+        for file in self.root.glob("*/*"):
+            with suppress(FileNotFoundError):
+                total += file.stat().st_size
+        return total
+
     def add(self, values: Mapping[Hashable, TextValues]) -> None:
         """Write one file."""
         tensors: dict[str, Tensor] = {}
@@ -95,7 +103,7 @@ class TextCache:
         path = self.folder / f"trunk-{sha256(*tensors)[:32]}.safetensors"
         size = sum(tensor.nbytes for tensor in tensors.values())
         try:
-            if size + sum(file.stat().st_size for file in self.root.glob("*/*")) > self.limit:
+            if size + self._bytes() > self.limit:
                 raise OSError("`disk_cache_bytes` is reached")
             atomically(path, lambda temporary: save_file(tensors, temporary))
         except (OSError, SafetensorError) as error:

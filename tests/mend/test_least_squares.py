@@ -124,12 +124,14 @@ def test_the_ridge_on_what_wordings_share_grows_with_the_number_of_edits(llama64
     texts = [editor.tokens(example) for example in EXAMPLES[:2]]
     factors = capture_factors(FrozenTrunk(llama64), texts, tokens="scored")
     found, alone = editor.updates(texts, at_once=True), summing.updates(texts)
-    ridge = torch.tensor([0.05, 2 * 0.2], dtype=torch.float64)
-    for name, update in found.items():
+    ridges = editor.mend.log_ridge.detach().exp().double()  # of float32 numbers
+    for (name, update), ridge in zip(found.items(), ridges, strict=True):
+        assert ridge.tolist() == pytest.approx([0.05, 0.2])
         keys = padded(factors[name].u, factors[name].rows, 2).flatten(0, 1)[None]
         other = editor.mend.others[name.replace(".", "-")]
-        u, *_ = solve(keys, alone[name].u.flatten(0, 1)[None], other, ridge)
-        torch.testing.assert_close(update.u, sum(u.chunk(2, 1)), rtol=1e-4, atol=1e-7)
+        shared = alone[name].u.flatten(0, 1)[None]
+        u, *_ = solve(keys, shared, other, ridge * ridge.new_tensor([1, 2]))
+        torch.testing.assert_close(update.u, sum(u.chunk(2, 1)), rtol=1e-6, atol=1e-9)
 
 
 def test_edits_in_a_row_come_to_what_they_come_to_at_once(llama64):
