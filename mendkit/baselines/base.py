@@ -142,14 +142,15 @@ def fact_in_context(on: EvaluationSet) -> EvaluationReport:
     )
 
 
-# A reading with the fact; its argmaxes are compared with those without.
 def _compared(with_fact: Reading, without: Reading) -> Reading:
+    """A reading with the fact; its argmaxes are compared with those without."""
     same = map(int.__eq__, with_fact.text.argmax, without.text.argmax)
     return replace(with_fact, text=replace(with_fact.text, same=tuple(same)), greedy=None)
 
 
-# The example with the new fact before each of its prompts.
 def _told(e: EditExample) -> EditExample:
+    """The example with the new fact before each of its prompts."""
+
     def with_fact(probes: Sequence[Probe]) -> tuple[Probe, ...]:
         return tuple(replace(probe, prompt=told(e, probe.prompt)) for probe in probes)
 

@@ -55,6 +55,7 @@ class FineTuning(Baseline):
     def updates(
         self, texts: Sequence[Tokens], *, trunk: FrozenTrunk | None = None, at_once: bool = False
     ) -> Updates:
+        """Updates of edits, one per text, or one of all: descents of `steps` on each."""
         trunk, count = trunk or FrozenTrunk(self.base), len(texts)
         made: Updates = {}
         for _ in range(self.steps):
@@ -129,7 +130,7 @@ class LocalisedFineTuning(Baseline):
                 break
         return change.detach()
 
-    # ΔW as a sum over the rows of a unit matrix.
     def _update(self, change: Float[Tensor, "b o i"]) -> Updates:
+        """ΔW as a sum over the rows of a unit matrix."""
         one = torch.eye(self.site.d_out, dtype=change.dtype, device=change.device)
         return {self.site.name: LowRankUpdate(change, one.expand(len(change), -1, -1), 1.0)}

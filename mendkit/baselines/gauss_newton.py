@@ -91,8 +91,8 @@ class GaussNewton(Baseline):
                 name = tuple(edit.ids[place] for place in edit.subject)
                 self.subjects.setdefault(min(edit.subject[0], 2), []).append(name)
 
-    # C⁻¹ by site, with a floor on C's eigenvalues.
     def _inverses(self, text: str) -> dict[str, Float[Tensor, "i i"]]:
+        """C⁻¹ by site, with a floor on C's eigenvalues."""
         inverses, dtype = {}, torch.promote_types(self.base.dtype, torch.float32)
         for name, c in key_moments(self.base, text, ridge=self.floor).items():
             inverses[name] = torch.linalg.inv(c).to(self.base.device, dtype)
@@ -122,8 +122,8 @@ class GaussNewton(Baseline):
             self.memory += texts
         return self._learn(trunk, [*texts, *rehearsed], draw)
 
-    # Of the latest edits and some drawn at random, those that the model holds least.
     def _weakest(self, trunk: FrozenTrunk, draw: random.Random) -> list[Tokens]:
+        """Of the latest edits and some drawn at random, those that the model holds least."""
         memory = self.memory or []
         latest, earlier = memory[-LATEST:], memory[:-LATEST]
         more = max(0, min(self.reread - len(latest), len(earlier)))
@@ -132,7 +132,6 @@ class GaussNewton(Baseline):
         order = sorted(range(len(chosen)), key=log_p.__getitem__)
         return [chosen[k] for k in order[: self.rehearse]]
 
-    # One update of all edits; `others` are kept (None: drawn anew for every step).
     def _learn(
         self,
         trunk: FrozenTrunk,
@@ -141,6 +140,7 @@ class GaussNewton(Baseline):
         *,
         others: Sequence[Tokens] | None = None,
     ) -> Updates:
+        """One update of all edits; `others` are kept (None: drawn anew for every step)."""
         made: Updates = {}
         for site in self.base.sites:
             u, delta = torch.zeros(1, 1, site.d_in), torch.zeros(1, 1, site.d_out)
@@ -165,7 +165,6 @@ class GaussNewton(Baseline):
             last = float(losses.mean())
         return made
 
-    # The edits' losses with `made`, and one more update; none if all are learned.
     def _step(
         self,
         trunk: FrozenTrunk,
@@ -175,6 +174,7 @@ class GaussNewton(Baseline):
         made: Updates,
         most: float,
     ) -> tuple[Float[Tensor, " n"], Updates]:
+        """The edits' losses with `made`, and one more update; none if all are learned."""
         # 1. Losses and gradients of all texts on the model as it is.
         before, kept = self._before(trunk, others)
         with side_branches(self.base, made):
@@ -193,8 +193,8 @@ class GaussNewton(Baseline):
             step[name] = replace(update, delta=update.delta * scale)
         return learned, step
 
-    # G in float64, and −∇L C⁻¹ / s as updates whose tokens are still to be weighed by a.
     def _responses(self, factors: Factors, count: int) -> tuple[Float[Tensor, "n n"], Updates]:
+        """G in float64, and −∇L C⁻¹ / s as updates whose tokens are still to be weighed by a."""
         total = torch.zeros(count, count, dtype=torch.float64, device=self.base.device)
         step: Updates = {}
         for name, f in factors.items():
@@ -209,8 +209,8 @@ class GaussNewton(Baseline):
 
     # ----------------------------------------------------------------------- what should stay
 
-    # `count` texts to keep, if any are known: half the edits' prompts about other subjects.
     def _others(self, edits: Sequence[Tokens], count: int, draw: random.Random) -> list[Tokens]:
+        """`count` texts to keep, if any are known: half the edits' prompts about other subjects."""
         if not self.held:
             return []
         taken = {self.base.prompt_of(text).ids for text in edits}
@@ -221,8 +221,8 @@ class GaussNewton(Baseline):
                 out.append(text)
         return out + [draw.choice(self.held) for _ in range(count - len(out))]
 
-    # An edit's prompt with another subject; None if its subject is not one piece of it.
     def _about_another(self, text: Tokens, draw: random.Random) -> Tokens | None:
+        """An edit's prompt with another subject; None if its subject is not one piece of it."""
         place, prompt = text.subject, self.base.prompt_of(text).ids
         if not place or place[-1] >= len(prompt) or len(place) != place[-1] - place[0] + 1:
             return None
@@ -232,10 +232,10 @@ class GaussNewton(Baseline):
         ids = (*prompt[: place[0]], *draw.choice(names), *prompt[place[-1] + 1 :])
         return Tokens(ids, (len(ids) - 1,))
 
-    # The texts with the unedited model's argmax as answer, and its losses on that.
     def _before(
         self, trunk: FrozenTrunk, texts: Sequence[Tokens]
     ) -> tuple[Float[Tensor, " n"], list[Tokens]]:
+        """The texts with the unedited model's argmax as answer, and its losses on that."""
         if not texts:
             return torch.zeros(0, device=self.base.device), []
         batch = collate(texts, self.base.pad_id, self.base.device)
@@ -249,8 +249,8 @@ class GaussNewton(Baseline):
         return losses, [replace(text, targets=tuple(ids.tolist())) for text, ids in pairs]
 
 
-# The edits of several updates of a site as one, in order: b adds up.
 def _one_below_another(parts: Sequence[LowRankUpdate]) -> LowRankUpdate:
+    """The edits of several updates of a site as one, in order: b adds up."""
     plain = [side_by_side([part]) for part in parts]  # coefficient 1
     u = pad_sequence([part.u[0] for part in plain], batch_first=True)
     delta = pad_sequence([part.delta[0] for part in plain], batch_first=True)

@@ -69,8 +69,8 @@ class ROME(Baseline):
         self.start = len(first_token(base))  # where a context goes
         self.essence = tuple(base.encode(" is a"))
 
-    # Short pieces of the text, of different lengths, each ending with a new line.
     def _contexts(self, text: str) -> list[tuple[int, ...]]:
+        """Short pieces of the text, of different lengths, each ending with a new line."""
         words, generator = text.split(), torch.Generator().manual_seed(self.hparams.seed)
         size = (self.n_contexts,)
         starts = torch.randint(max(1, len(words) - 8), size, generator=generator).tolist()
@@ -102,8 +102,8 @@ class ROME(Baseline):
         update = LowRankUpdate(torch.stack(u)[:, None], torch.stack(z)[:, None], 1.0)
         return {self.site.name: update}
 
-    # k* and z of an edit.
     def _key_and_change(self, text: Tokens) -> tuple[Float[Tensor, " i"], Float[Tensor, " o"]]:
+        """k* and z of an edit."""
         rows = [self._after(context, text) for context in self.contexts]
         rows.append(self._essence(text))
         trunk, layer = FrozenTrunk(self.base), self.base.site_module(self.site)
@@ -142,27 +142,28 @@ class ROME(Baseline):
                 w.copy_(w[None].renorm(2, 0, self.clamp * root)[0])
         return key, unit * w.detach()
 
-    # An edit's text with a context before it.
     def _after(self, context: Sequence[int], text: Tokens) -> Tokens:
+        """An edit's text with a context before it."""
         shift = len(context)
         scored = tuple(place + shift for place in text.scored)
         subject = tuple(place + shift for place in text.subject)
         ids = (*text.ids[: self.start], *context, *text.ids[self.start :])
         return Tokens(ids, scored, text.targets, text.ends, subject=subject)
 
-    # What the model says of the subject without the prompt.
     def _essence(self, text: Tokens) -> Tokens:
+        """What the model says of the subject without the prompt."""
         named = tuple(text.ids[place] for place in text.subject)
         ids = text.ids[: self.start] + named + self.essence
         return Tokens(ids, (len(ids) - 1,), subject=(self.start + len(named) - 1,))
 
 
-# Within the context z is added to row r's output of `layer` at `places[r]`.
-# Gives a list that notes the layer's inputs there.
 @contextmanager
 def _shifted(
     layer: nn.Module, places: Sequence[int], z: Float[Tensor, " o"] | None
 ) -> Iterator[list[Float[Tensor, "n i"]]]:
+    """Within the context z is added to row r's output of `layer` at `places[r]`. Gives a list that
+    notes the layer's inputs there.
+    """
     inputs: list[Tensor] = []
     at = range(len(places)), places
 

@@ -109,8 +109,8 @@ def candidates(
     return [ROME(base, h, text, site=site, clamp=clamp) for site in sites for clamp in (4.0, 12.0)]
 
 
-# An editor's settings in words.
 def _settings(editor: Editor) -> str:
+    """An editor's settings in words."""
     settings: Mapping[str, float | str] = {"edit_lr": editor.hparams.edit_lr}
     if isinstance(editor, Baseline):
         settings = editor.settings

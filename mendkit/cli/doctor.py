@@ -47,12 +47,12 @@ def doctor(
         cli.say(f"{verdict} {name}: {' '.join(said.split())}")
         return value
 
-    h = check("settings", _settings, words or [])
-    train = check(f"data {train_data}", _read, train_data, h)
-    validation = check(f"data {validation_data}", _read, validation_data, h)
-    test = check(f"data {data}", _read, data, h)
+    h = check("settings", _look_at_settings, words or [])
+    train = check(f"data {train_data}", _read_data, train_data, h)
+    validation = check(f"data {validation_data}", _read_data, validation_data, h)
+    test = check(f"data {data}", _read_data, data, h)
     check("memory", _memory, h, train, validation)
-    check("archive", _archive, h)
+    check("archive", _look_at_archive, h)
     base = check("model", _load, h)
     for file, examples in ((train_data, train), (validation_data, validation), (data, test)):
         check(f"texts of {file}", _tokenise, base, h, examples)
@@ -60,7 +60,7 @@ def doctor(
     return int(bool(failed))
 
 
-def _settings(words: Sequence[str]) -> tuple["MENDHyperParams", str]:
+def _look_at_settings(words: Sequence[str]) -> tuple["MENDHyperParams", str]:
     from ..mend.training import check_logger
 
     h = cli.hyperparameters(words)
@@ -68,7 +68,7 @@ def _settings(words: Sequence[str]) -> tuple["MENDHyperParams", str]:
     return h, f"model_name: {h.model_name}, inner_params: {h.inner_params}"
 
 
-def _read(file: str, h: "MENDHyperParams") -> tuple[Sequence["EditExample"], str]:
+def _read_data(file: str, h: "MENDHyperParams") -> tuple[Sequence["EditExample"], str]:
     examples = mendkit.read_examples(file, columns=h.columns)
     return examples, f"{len(examples)} edits"
 
@@ -82,7 +82,7 @@ def _memory(
     return None, "training fits; `plan` says how much it takes"
 
 
-def _archive(h: "MENDHyperParams") -> tuple[None, str]:
+def _look_at_archive(h: "MENDHyperParams") -> tuple[None, str]:
     if h.archive is None:
         return None, "none; `train` writes one"
     name = mendkit.inspect_archive(h.archive)["base_model"]["name"]

@@ -105,7 +105,7 @@ def edit(
             for example in group:
                 rows.append(_row(editor, change, example, max_new_tokens))
                 if not as_json:
-                    cli.say(_text(rows[-1]))
+                    cli.say(_told(rows[-1]))
         if as_json:
             cli.show(rows, "", as_json=True)
         results = _shares(rows) | _save(change, kept)
@@ -151,7 +151,7 @@ def _row(
     return {**row, "success": is_said(row["after"], (said,), example.ground_truth)}
 
 
-def _text(row: dict[str, Any]) -> str:
+def _told(row: dict[str, Any]) -> str:
     """A row for people."""
     mark = "✓ matches the target" if row["success"] else f"✗ expected: {row['target_new']}"
     before, after = row["before"].strip(), row["after"].strip()

@@ -114,10 +114,10 @@ def evaluate(
     return report
 
 
-# What an evaluation is of: it goes on only from rows of the same.
 def _run_of(
     editor: Editor, on: EvaluationSet, mode: str, k: int | None, strength: float
 ) -> dict[str, Any]:
+    """What an evaluation is of: it goes on only from rows of the same."""
     mend, versions = getattr(editor, "mend", None), provenance()["versions"]
     windows = on.text and [part.ids for part in on.text.windows]
     return {
@@ -212,8 +212,8 @@ class _Run:
     def _made(self, index: Sequence[int], steps: Sequence[Updates], seconds: float) -> Part:
         return self._rows(index, so_far(steps), seconds), {}
 
-    # The report after the edits of `rows`: success as it was then, the rest as it is now.
     def _after(self, rows: Sequence[EditRow], total: Updates) -> EvaluationReport:
+        """The report after the edits of `rows`: success as it was then, the rest as it is now."""
         out: list[EditRow] = []
         index = [row.index for row in rows]
         ends, values = self.kept.once(partial(self._at_end, index, total))
@@ -232,23 +232,23 @@ class _Run:
     def _at_end(self, index: Sequence[int], total: Updates) -> Part:
         return self._rows(index, total, 0.0), self._model_values(total)
 
-    # Updates of these examples at the run's strength, and the seconds that an edit took.
     def _edit(self, index: Sequence[int], *, at_once: bool) -> tuple[Updates, float]:
+        """Updates of these examples at the run's strength, and the seconds that an edit took."""
         start = time.perf_counter()
         texts = [self.on.prompts[i][0].text for i in index]
         made = self.editor.updates(texts, trunk=self.on.trunk, at_once=at_once)
         return scaled(made, self.strength), (time.perf_counter() - start) / len(index)
 
-    # Rows of these examples under their edits, or under one that they share.
     def _rows(self, index: Sequence[int], updates: Updates, seconds: float) -> list[EditRow]:
+        """Rows of these examples under their edits, or under one that they share."""
         rows = []
         for part in _chunks(index, EDIT_BATCH):
             for row in self.on.score(updates, part):
                 rows.append(replace(row, values={**row.values, "edit.seconds": seconds}))
         return rows
 
-    # Perplexity gained and accuracy lost on the held-out text, if any (MEND, section 3).
     def _drawdown(self, updates: Updates, n_edits: int) -> list[dict[str, float]]:
+        """Perplexity gained and accuracy lost on the held-out text, if any (MEND, section 3)."""
         text = self.on.text
         if text is None:
             return [{}] * n_edits
@@ -259,8 +259,8 @@ class _Run:
             costs.append({"drawdown.perplexity": gained, "drawdown.accuracy": lost})
         return costs
 
-    # Norms and drawdown of a model that holds many edits.
     def _model_values(self, updates: Updates) -> dict[str, float]:
+        """Norms and drawdown of a model that holds many edits."""
         norms = relative_norms(self.editor.base, updates)
         values = {f"norm.relative.{name}": float(norm) for name, norm in norms.items()}
         largest = {"norm.relative_max": max(values.values())}
@@ -294,8 +294,8 @@ class _Run:
         )
 
 
-# How many steps of a sequence to score in one pass: each holds the tokens of all of them.
 def _at_once(steps: Sequence[Updates]) -> int:
+    """How many steps of a sequence to score in one pass: each holds the tokens of all of them."""
     numbers = [sum(u.u.numel() + u.delta.numel() for u in step.values()) for step in steps]
     return max(1, math.isqrt(NUMBERS // max(numbers)))
 

@@ -106,10 +106,10 @@ def stages(base: BaseModel, mend: MEND, texts: Sequence[Tokens]) -> dict[str, ME
     return out
 
 
-# MEND at identity initialisation, with per-feature statistics of `texts`, if there are any.
 def _untrained(
     base: BaseModel, h: MENDHyperParams, texts: Sequence[Tokens], **settings: Any
 ) -> MEND:
+    """MEND at identity initialisation, with per-feature statistics of `texts`, if there are any."""
     plain = {"whiten": None, "whiten_pairs": False, "unit_response": False, "archive": None}
     h = h.replace(norm=bool(texts), init="id_xavier", update_sign=-1, **plain | settings)
     mend, how = MEND(base.sites, h).to(base.device), {"tokens": h.edit_tokens}

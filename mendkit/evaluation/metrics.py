@@ -118,8 +118,8 @@ def prompt_scores(prompt: ScoredPrompt, read: Reading, before: Reading) -> dict[
     return scores
 
 
-# Agreement with f on a prompt that should stay as it was.
 def _staying(prompt: ScoredPrompt, read: Reading, before: Reading) -> dict[str, float]:
+    """Agreement with f on a prompt that should stay as it was."""
     scores: dict[str, float] = {}
     if read.text.same:
         agreement = fmean(read.text.same)

@@ -143,8 +143,8 @@ class EvaluationSet:
 
     # ------------------------------------------------------------------------------- preparing
 
-    # Tokenise an example, or count it as skipped.
     def _take(self, example: EditExample) -> None:
+        """Tokenise an example, or count it as skipped."""
         try:
             if not example.target_new.strip():  # any silence would pass for it
                 self.reasons["empty_target"] += 1
@@ -156,8 +156,8 @@ class EvaluationSet:
             self.skipped.append(str(error))
             self.reasons["too_long"] += isinstance(error, LimitError)
 
-    # What f says is the old answer where the listed truth is the new one.
     def _take_said_now(self) -> None:
+        """What f says is the old answer where the listed truth is the new one."""
         corrected = [i for i, e in enumerate(self.examples) if e.ground_truth == e.target_new]
         asked = [self.examples[i].prompt for i in corrected]
         said = self.base.generate_batch(asked, max_new_tokens=self.max_new_tokens)
@@ -166,8 +166,8 @@ class EvaluationSet:
             self.examples[i] = old
             self.prompts[i] = list(_prompts(self.base, self.hparams, old))
 
-    # The implied questions that f answers when told the new fact, and their share.
     def _add_implied(self) -> None:
+        """The implied questions that f answers when told the new fact, and their share."""
         asked: list[str] = []
         answers: list[tuple[str, ...]] = []
         for example in self.examples:
@@ -190,8 +190,8 @@ class EvaluationSet:
             if example.portability:
                 self.coverage[i] = known / len(example.portability)
 
-    # What f writes after the first prompt of each role that should stay.
     def _add_greedy(self) -> None:
+        """What f writes after the first prompt of each role that should stay."""
         chosen = []
         for prompts in self.prompts:
             roles = [prompt.role for prompt in prompts]
@@ -200,14 +200,14 @@ class EvaluationSet:
         for (prompts, k), (start, ids) in zip(chosen, new, strict=True):
             prompts[k] = replace(prompts[k], greedy=self.base.continued(start, ids))
 
-    # Let the trunk read every text that is not written.
     def _fill(self) -> None:
+        """Let the trunk read every text that is not written."""
         self.trunk.fill([text for prompts in self.prompts for p in prompts for text in p.all()])
 
     # -------------------------------------------------------------------- reading and writing
 
-    # What the model reads and writes at each prompt of the examples `index`.
     def _read(self, updates: Updates | None, index: Sequence[int]) -> list[list[Reading]]:
+        """What the model reads and writes at each prompt of the examples `index`."""
         # 1. Read every text once.
         texts = [[text for p in self.prompts[i] for text in p.all()] for i in index]
         read = forced(self.trunk, texts, updates, compare=updates is not None)
@@ -232,13 +232,13 @@ class EvaluationSet:
             readings[row][k] = replace(readings[row][k], written=written)
         return readings
 
-    # Where each prompt ends, and the new ids after it; prompt r under `edits[r]`.
     def _write(
         self,
         prompts: Sequence[ScoredPrompt],
         updates: Updates | None = None,
         edits: Sequence[int] = (),
     ) -> list[tuple[Tokens, list[int]]]:
+        """Where each prompt ends, and the new ids after it; prompt r under `edits[r]`."""
         starts = [self.base.prompt_of(prompt.text) for prompt in prompts]
         new = self.base.write_all(
             starts,
@@ -248,16 +248,17 @@ class EvaluationSet:
         )
         return list(zip(starts, new, strict=True))
 
-    # Each row of a batch under its edit.
     def _under(
         self, updates: Updates | None, edits: Sequence[int], rows: list[int]
     ) -> AbstractContextManager[None]:
+        """Each row of a batch under its edit."""
         chosen = select(updates, [edits[k] for k in rows]) if updates else {}
         return side_branches(self.base, chosen)
 
-    # With what greedy decoding must write, if reading says so.
-    # Where every argmax, the end included, is a text's token, decoding retraces that text.
     def _settled(self, prompt: ScoredPrompt, read: Reading) -> Reading:
+        """With what greedy decoding must write, if reading says so. Where every argmax, the end
+        included, is a text's token, decoding retraces that text.
+        """
         retraced = None
         if prompt.greedy and read.greedy and all(read.greedy.same):
             retraced = prompt.greedy
@@ -268,8 +269,8 @@ class EvaluationSet:
         start, ids = self.base.prompt_of(retraced), retraced.targets
         return replace(read, written=self.base.new_text(start, ids, answers=prompt.answers))
 
-    # The mean entropy of what the model writes on and on after each example's prompts.
     def _fluency(self, updates: Updates | None, index: Sequence[int]) -> list[float]:
+        """The mean entropy of what the model writes on and on after each example's prompts."""
         if not self.fluency:
             return []
         ends, edits, starts = sorted(self.base.end_ids()), [], []
@@ -323,10 +324,10 @@ def _prompts(base: BaseModel, h: MENDHyperParams, e: EditExample) -> Iterator[Sc
         _text(base, h, prompt)
 
 
-# First paraphrases of the next examples of the relation that do not name the subject.
 def _reworded(
     base: BaseModel, h: MENDHyperParams, examples: Sequence[EditExample], i: int
 ) -> list[ScoredPrompt]:
+    """First paraphrases of the next examples of the relation that do not name the subject."""
     relation, subject, found = examples[i].relation, examples[i].subject, []
     if not relation or not subject:
         return []

@@ -242,8 +242,8 @@ def compare(report_a: EvaluationReport, report_b: EvaluationReport, *metrics: st
     return pd.DataFrame.from_dict(rows, orient="index").rename_axis("metric")
 
 
-# A report's frame by edit; of several equal edits the k-th is another than the first.
 def _by_edit(report: EvaluationReport) -> pd.DataFrame:
+    """A report's frame by edit; of several equal edits the k-th is another than the first."""
     frame, edit = report.frame(), ["id", "prompt", "target_new"]
     frame["repeat"] = frame.groupby(edit, dropna=False).cumcount()
     return frame.set_index([*edit, "repeat"])

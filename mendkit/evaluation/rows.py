@@ -59,7 +59,7 @@ def keeping(rows: str | Path | None, run_of: Callable[[], dict[str, Any]]) -> It
         else:
             lines = [json.dumps(now, ensure_ascii=False)]
         try:
-            theirs, parts = json.loads(lines[0]), [_read(line) for line in lines[1:]]
+            theirs, parts = json.loads(lines[0]), [_part_of(line) for line in lines[1:]]
         except (ValueError, LookupError, TypeError):
             raise MendkitError(f"{path} is damaged; delete it to start anew") from None
         _check(path, theirs, json.loads(json.dumps(now)))
@@ -81,7 +81,7 @@ def _check(path: Path, theirs: dict[str, Any], ours: dict[str, Any]) -> None:
         )
 
 
-def _read(line: str) -> Part:
+def _part_of(line: str) -> Part:
     part = json.loads(line)
     rows = [EditRow(**{**row, "outputs": tuple(row["outputs"])}) for row in part["rows"]]
     return rows, part["values"]

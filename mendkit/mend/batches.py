@@ -152,10 +152,10 @@ def usable(base: BaseModel, h: MENDHyperParams, examples: Sequence[EditExample])
     return Examples.of(kept, (*getattr(examples, "skipped", ()), *skipped))
 
 
-# Prompts with their answers, or with `answer` in place of each.
 def _read_probes(
     base: BaseModel, h: MENDHyperParams, probes: Iterable[Probe], answer: str | None = None
 ) -> tuple[Tokens, ...]:
+    """Prompts with their answers, or with `answer` in place of each."""
     read = []
     for probe in probes:
         said = probe.answer if answer is None else answer
@@ -165,10 +165,10 @@ def _read_probes(
     return tuple(read)
 
 
-# With `cmargin` the probes whose answer is known and not the edit's, with their rivals.
 def _rivals(
     base: BaseModel, h: MENDHyperParams, example: EditExample, probes: Sequence[Probe]
 ) -> dict[Tokens, Tokens]:
+    """With `cmargin` the probes whose answer is known and not the edit's, with their rivals."""
     if not h.cmargin:
         return {}
     known = [probe for probe in probes if probe.answer not in (None, example.target_new)]
@@ -216,9 +216,9 @@ class Sampler:
             e = texts.example
             wordings = (e.prompt, *e.paraphrases[: len(texts.paraphrases)])
             kin = (texts.edit, *texts.paraphrases, *texts.neighbours)
-            for prompt, text in zip((*wordings, *_prompts(e.neighbours)), kin, strict=False):
+            for prompt, text in zip((*wordings, *_asked(e.neighbours)), kin, strict=False):
                 self.lent.append((prompt, e.relation, text))
-            for prompt, text in zip(_prompts(e.unrelated), texts.unrelated, strict=False):
+            for prompt, text in zip(_asked(e.unrelated), texts.unrelated, strict=False):
                 self.lent.append((prompt, None, text))
         for lent in self.lent:
             self.by_relation.setdefault(lent[1], []).append(lent)
@@ -264,16 +264,16 @@ class Sampler:
         hits = sum(self._chance() < h.hard_negatives for _ in range(h.neighbours_per_edit))
         return [*self._some(example.hard, hits), *chosen][: h.neighbours_per_edit]
 
-    # So many texts of a role, a share of them borrowed.
     def _preserved(self, example: ExampleTexts, role: str, count: int) -> list[Tokens]:
+        """So many texts of a role, a share of them borrowed."""
         chosen, borrowed = self._some(getattr(example, role), count), []
         for _ in range(count if self.hparams.borrow else 0):
             if self._chance() < self.hparams.borrow:
                 borrowed += self._borrowed(example, role)
         return [*borrowed, *chosen][:count]
 
-    # Another example's text; none where no draw found one that fits.
     def _borrowed(self, texts: ExampleTexts, role: str) -> list[Tokens]:
+        """Another example's text; none where no draw found one that fits."""
         example, same = texts.example, role == "neighbours"
         if example.subject is None or (same and example.relation is None):
             return []
@@ -285,15 +285,15 @@ class Sampler:
                 return [text]
         return []
 
-    # With `train_on: sequence` up to `most_edits` less one edits made before.
     def _earlier(self) -> list[Tokens]:
+        """With `train_on: sequence` up to `most_edits` less one edits made before."""
         if self.hparams.train_on != "sequence":
             return []
         count = self._count(min(self.hparams.most_edits, len(self.examples))) - 1
         return [self.examples[i].edit for i in self._permutation(len(self.examples))[:count]]
 
-    # A number from 1 to `most`, its logarithm uniform.
     def _count(self, most: int) -> int:
+        """A number from 1 to `most`, its logarithm uniform."""
         return min(int((most + 1) ** self._chance()), most)
 
     def _some(self, texts: Sequence[Tokens], count: int) -> list[Tokens]:
@@ -306,5 +306,5 @@ class Sampler:
         return float(torch.rand((), generator=self.generator))
 
 
-def _prompts(probes: Iterable[Probe]) -> list[str]:
+def _asked(probes: Iterable[Probe]) -> list[str]:
     return [probe.prompt for probe in probes]

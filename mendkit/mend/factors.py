@@ -122,10 +122,11 @@ def record_factors(base: BaseModel, loss: Callable[[], Float[Tensor, ""]]) -> Si
     return {site.name: (record[site.name][0].detach(), by_name[site.name]) for site in base.sites}
 
 
-# Within the context every site's (input, output) is recorded, the graph starting at outputs.
-# Raises ModelError for a layer that runs twice, as ALBERT's do.
 @contextmanager
 def _record(base: BaseModel) -> Iterator[SiteTensors]:
+    """Within the context every site's (input, output) is recorded, the graph starting at outputs.
+    Raises ModelError for a layer that runs twice, as ALBERT's do.
+    """
     seen: SiteTensors = {}
 
     def hook(name: str, _: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> Tensor:
@@ -146,10 +147,10 @@ def _record(base: BaseModel) -> Iterator[SiteTensors]:
         yield seen
 
 
-# The tokens, of those that the site sees, whose terms are kept (`capture_factors`).
 def _chosen_tokens(
     base: BaseModel, site: Site, batch: TextBatch, tokens: str
 ) -> Bool[Tensor, "e t"]:
+    """The tokens, of those that the site sees, whose terms are kept (`capture_factors`)."""
     in_encoder = base.sees_encoder(site)
     if tokens == "scored":
         pooled = base.head is not None and base.head.position is None
@@ -169,8 +170,8 @@ def _chosen_tokens(
     return batch.scored.flip(1).cumsum(1).flip(1) > 0
 
 
-# The chosen tokens' values, packed; some layers see rows and positions as one axis.
 def _pick(values: Tensor, chosen: Bool[Tensor, "e t"]) -> Float[Tensor, "n d"]:
+    """The chosen tokens' values, packed; some layers see rows and positions as one axis."""
     return wide(values.to(chosen.device).reshape(*chosen.shape, -1)[chosen])
 
 
@@ -219,8 +220,8 @@ class FactorCache:
             factors[site.name] = GradientFactors(u, torch.cat(deltas), rows.to(u.device))
         return factors
 
-    # u and delta of each text by site: views of those of the batch.
     def _compute(self, texts: Sequence[Tokens]) -> dict[Tokens, SiteTensors]:
+        """u and delta of each text by site: views of those of the batch."""
         by_text: dict[Tokens, SiteTensors] = {text: {} for text in texts}
         if not texts:
             return by_text

@@ -131,8 +131,8 @@ def read_tensors(kind: Kind, path: str | Path) -> tuple[dict[str, Any], dict[str
     return metadata | {"tensors": shapes}, tensors
 
 
-# Whether metadata and tensors match the checksums among the metadata.
 def _is_intact(kind: Kind, metadata: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> bool:
+    """Whether metadata and tensors match the checksums among the metadata."""
     told = dict(metadata)
     if told["format"] == kind.format:
         return told.pop(CHECKSUM, None) == content_sha256(told, tensors)
@@ -174,8 +174,8 @@ def matching_base(
     return checked
 
 
-# What tells two base models apart, in words; the name alone does not.
 def _differences(theirs: Mapping[str, Any], ours: Mapping[str, Any]) -> str:
+    """What tells two base models apart, in words; the name alone does not."""
     words = {
         "class": f"class {theirs.get('class')}, here {ours['class']}",
         "sites": "other shapes of the edited layers",

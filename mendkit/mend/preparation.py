@@ -149,8 +149,8 @@ class Preparation:
         order = torch.randperm(len(texts), generator=generator)[: h.stats_examples].tolist()
         return sorted((texts[i] for i in order), key=lambda example: len(example.edit.ids))
 
-    # A new hypernetwork, or the archive's with least squares.
     def _with_statistics(self, h: MENDHyperParams) -> MEND:
+        """A new hypernetwork, or the archive's with least squares."""
         share = self.team.share(self.statistics)
         wordings = self.wording_inputs(share) if self.reads_wordings else ()
         if self.loaded is None:

@@ -151,8 +151,8 @@ class Learner:
         self.optimiser.zero_grad(set_to_none=True)
         return row if finite else None
 
-    # Add the gradient of a batch's loss; this process's part of the mean losses.
     def _backward(self, batch: DrawnBatch) -> dict[str, float]:
+        """Add the gradient of a batch's loss; this process's part of the mean losses."""
         rows = self.team.share(batch.rows)
         losses = self.losses(rows, batch.at_once, batch.earlier)
         # The mean over a batch is the sum of the processes' means, weighed by their texts.

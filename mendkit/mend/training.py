@@ -191,8 +191,8 @@ class Trainer:
         }
         save_archive(self.course.archive, prepared.base, self.mend, training=told)
 
-    # History and archive as they were at the checkpoint; a new run has no history.
     def _restore_files(self) -> None:
+        """History and archive as they were at the checkpoint; a new run has no history."""
         course, folder = self.course, self.run_dir
         made, steps = course.step, course.steps
         if self.goes_on:
@@ -206,6 +206,7 @@ class Trainer:
             inspect_archive(course.archive)  # raises if it is missing or damaged
 
     def finish(self, stopped: str) -> TrainingResult:
+        """Mark the run as ended. Raises MendkitError if no archive was kept."""
         course = self.course
         if not course.best:
             raise MendkitError(
@@ -321,8 +322,8 @@ def open_logger(h: MENDHyperParams, run_dir: Path, *, first: bool = True) -> Ite
             close()
 
 
-# What takes a name, a value and a step; and what ends it.
 def _start_logger(h: MENDHyperParams, run_dir: Path) -> tuple[Callable, Callable]:
+    """What takes a name, a value and a step; and what ends it."""
     if h.logger == "wandb":
         wandb = import_module("wandb")
         run = wandb.init(project="mendkit", name=run_dir.name, dir=str(run_dir), config=h.to_dict())

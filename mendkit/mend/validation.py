@@ -78,10 +78,10 @@ def forced(
     return found
 
 
-# Each text under its edit's update.
 def _read(
     trunk: FrozenTrunk, texts: Sequence[Tokens], updates: Updates, compare: bool
 ) -> list[Forced]:
+    """Each text under its edit's update."""
     batch = collate(texts, trunk.base.pad_id, trunk.base.device)
     with side_branches(trunk.base, updates):
         logits = wide(trunk.suffix(texts, batch))
@@ -103,8 +103,8 @@ def _read(
     return found
 
 
-# Packed values as one tuple a text.
 def _by_text(column: Tensor, lengths: list[int]) -> list[tuple]:
+    """Packed values as one tuple a text."""
     return [tuple(part.tolist()) for part in column.split(lengths)]
 
 
@@ -153,7 +153,6 @@ def validate(
     return _read_edits(trunk, _make_edits(trunk, mend, examples, h, at_once), h, strength)
 
 
-# Groups of examples with their updates.
 def _make_edits(
     trunk: FrozenTrunk,
     mend: MEND,
@@ -161,6 +160,7 @@ def _make_edits(
     h: MENDHyperParams,
     at_once: int,
 ) -> Iterator[tuple[Sequence[ExampleTexts], Updates]]:
+    """Groups of examples with their updates."""
     size = h.val_batch_size if at_once == 1 else at_once
     for at in range(0, len(examples), size):
         group = examples[at : at + size]
@@ -192,10 +192,10 @@ def _read_edits(
     }
 
 
-# Role, share and loss of every text of some edits, read under its edit's update.
 def _read_group(
     trunk: FrozenTrunk, group: Sequence[ExampleTexts], updates: Updates, margin: float
 ) -> Iterator[tuple[str, float, float]]:
+    """Role, share and loss of every text of some edits, read under its edit's update."""
     # 1. What is to change: is every target token the most likely one?
     to_change = [(texts.edit, *texts.paraphrases) for texts in group]
     for wordings, read in zip(to_change, forced(trunk, to_change, updates), strict=True):

@@ -290,8 +290,8 @@ class TextModel:
             size = max((limits[k] - len(written[k]) for k in on), default=0)
         return written
 
-    # Without what was written behind the stop mark to see whether it is one.
     def _to_stop(self, prompt: Tokens, ids: list[int], answers: Sequence[str]) -> list[int]:
+        """Without what was written behind the stop mark to see whether it is one."""
         for count in range(len(ids) - 1, 0, -1):
             text = self.new_text(prompt, ids[:count], stop=False)
             if cut(text, answers) == text:

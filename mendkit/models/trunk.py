@@ -236,6 +236,7 @@ def trunk_cache(base: BaseModel, folder: str | Path | None, *, limit: int) -> Te
 
 
 def passes(texts: Sequence[Tokens]) -> Iterator[list[Tokens]]:
+    """Texts, sorted by length, in groups of at most `TOKENS_PER_PASS` tokens with padding."""
     group: list[Tokens] = []
     for text in texts:
         if group and (len(group) + 1) * max(len(text.ids), len(group[0].ids)) > TOKENS_PER_PASS:

@@ -38,7 +38,7 @@ NATS, KL = "NLL of the new answer (nats per token)", "KL(unedited ‖ edited) (n
 ALONE = "each on a fresh model; teacher-forced"
 
 # Validation shares, and what they are called in figures.
-SHARE_NAMES = {
+SHARE_LABELS = {
     "edit_success": "edit success",
     "paraphrase": "paraphrase",
     "neighbourhood": "neighbourhood",
@@ -71,9 +71,9 @@ def part(values: Row, prefix: str) -> dict[str, Any]:
 def share_rows(rows: Rows, *keys: str, prefix: str = "") -> pd.DataFrame:
     """A row for each `share` of each of `rows` that has it: `keys`, `share` and `value`."""
     frame = pd.DataFrame(rows).rename(columns=lambda name: name.removeprefix(prefix))
-    names = [name for name in SHARE_NAMES if name in frame]
+    names = [name for name in SHARE_LABELS if name in frame]
     long = frame.melt([*keys], names, var_name="share").dropna(subset=["value"])
-    return long.replace({"share": SHARE_NAMES})
+    return long.replace({"share": SHARE_LABELS})
 
 
 def interval_rows(summaries: Mapping[str, Means], metrics: Mapping[str, str]) -> pd.DataFrame:

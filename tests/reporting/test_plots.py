@@ -16,7 +16,7 @@ from mendkit.reporting.figures import Chart
 
 PACKAGE = Path(plots.__file__).parents[1]
 METRICS = list(plots.HEADLINE_LABELS)
-SHARES = list(plots.SHARE_NAMES)
+SHARES = list(plots.SHARE_LABELS)
 
 
 def interval(mean: float, n: int = 40) -> Interval:
