@@ -9,11 +9,13 @@ import os
 import platform
 import random
 import re
+import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
+from functools import cache
 from importlib.metadata import PackageNotFoundError, files, version
 from pathlib import Path
 from pickle import UnpicklingError
@@ -68,21 +70,31 @@ def make_folder(path: str | Path) -> Path:
 _until_exit = ExitStack()
 
 
-def open_run(folder: str | Path, hparams: Any = None, *, keep: bool = False) -> Path:
-    """Make the run folder, and write into it what will run (`hparams`, if any) and where.
+def open_run(
+    folder: str | Path,
+    hparams: Any = None,
+    *,
+    keep: bool = False,
+    data: Mapping[str, Sequence[Any]] | None = None,
+) -> Path:
+    """Make the run folder, and write into it what will run (`hparams`, if any), on what and where.
 
-    With `keep` no other process gets the folder until this one ends (`locked`).
+    `data`: examples by what they are for, of which number and SHA-256 are written. With `keep` no
+    other process gets the folder until this one ends (`locked`).
     """
     folder = make_folder(folder)
     if keep:
         _until_exit.enter_context(locked(folder))
-    settings = None if hparams is None else hparams.to_dict()
-    write_json(folder / "run.json", {"hparams": settings, **provenance()})
+    run: dict[str, Any] = {"hparams": None if hparams is None else hparams.to_dict(), "data": {}}
+    for name, examples in (data or {}).items():
+        digest = sha256(repr(tuple(examples)))
+        run["data"][name] = {"examples": len(examples), "sha256": digest}
+    write_json(folder / "run.json", run | provenance())
     return folder
 
 
 def provenance() -> dict[str, Any]:
-    """Versions, machine and time: what one needs to run it again."""
+    """Commit, versions, machine and time: what one needs to run it again."""
     import torch
 
     versions: dict[str, str | None] = {}
@@ -92,14 +104,37 @@ def provenance() -> dict[str, Any]:
         except PackageNotFoundError:
             versions[name] = None
     return {
+        "commit": _commit(),
         "versions": versions | {"python": platform.python_version()},
         "machine": {
             "cores": os.cpu_count(),
             "threads": torch.get_num_threads(),
-            "processor": platform.machine(),
+            "processor": _processor(),
         },
         "started": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
     }
+
+
+@cache
+def _commit() -> str | None:
+    """The checkout's commit, "-dirty" if files differ from it; None for an installed kit."""
+    if not (CHECKOUT / ".git").exists():  # git would find a repository around it
+        return None
+    command = "git --no-optional-locks describe --always --dirty --abbrev=40 --exclude=*"
+    with suppress(OSError, subprocess.SubprocessError):
+        found = subprocess.run(
+            command.split(), cwd=CHECKOUT, capture_output=True, text=True, timeout=10, check=True
+        )
+        return found.stdout.strip()
+    return None
+
+
+@cache
+def _processor() -> str:
+    """The processor's name where Linux tells it, else its architecture."""
+    info = Path("/proc/cpuinfo")
+    names = re.findall(r"model name\s*: (.+)", info.read_text()) if info.is_file() else []
+    return names[0] if names else platform.machine()
 
 
 def seed_everything(seed: int) -> None:

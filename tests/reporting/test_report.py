@@ -15,6 +15,7 @@ import nbformat
 import pytest
 from nbformat.v4 import new_code_cell, new_notebook
 
+from mendkit import runs
 from mendkit.__main__ import main
 from mendkit.errors import DataError, HyperParamError, MendkitError
 from mendkit.reporting.notebook import read_parameters, run_notebook
@@ -27,6 +28,7 @@ from mendkit.reporting.report import (
     run_report,
     write_index,
 )
+from tests.oracles.claims import EXAMPLES
 from tests.oracles.notebooks import write_notebooks
 
 
@@ -251,6 +253,21 @@ def test_notebooks_that_are_none_are_refused(here):
         read_parameters(Path("tiny.yaml"))
     with pytest.raises(MendkitError, match="no cell tagged `parameters`"):
         read_parameters(notebook_of(new_code_cell("a = 1")))
+
+
+def test_a_runs_folder_says_of_which_commit_and_data_it_is(tmp_path, monkeypatch):
+    git = ["git", "-C", str(runs.CHECKOUT), "rev-parse", "HEAD"]
+    head = subprocess.run(git, capture_output=True, text=True, check=False).stdout.strip()
+    digests = []
+    for name, examples in {"a": EXAMPLES, "b": list(EXAMPLES), "c": EXAMPLES[1:]}.items():
+        run = read(runs.open_run(tmp_path / name, data={"test": examples}) / "run.json")
+        assert run["commit"] in ((head, f"{head}-dirty") if head else (None,))
+        assert run["data"]["test"]["examples"] == len(examples)
+        digests.append(run["data"]["test"]["sha256"])
+    assert digests[0] == digests[1] != digests[2]
+    # An installed kit has no commit, even where another repository is around it.
+    monkeypatch.setattr(runs, "CHECKOUT", tmp_path)
+    assert runs._commit.__wrapped__() is None
 
 
 # -------------------------------------------------------------------------------- parameters, pages
