@@ -64,6 +64,11 @@ class ScoredPrompt:
     greedy: Tokens | None = None
     old: str | None = None
 
+    @property
+    def stops(self) -> tuple[str, ...]:
+        """Answers whose full stops do not end what is written, the old one among them."""
+        return (*self.answers, self.old) if self.old else self.answers
+
     def all(self) -> list[Tokens]:
         """Every text."""
         return [text for text in (self.text, self.rival, self.greedy) if text is not None]
@@ -88,6 +93,11 @@ def _spaced(text: str) -> str:
     return f" {' '.join(words(normalise(text)))} "
 
 
+def begins_with(text: str, answer: str) -> bool:
+    """Whether the first words of a text are the answer, normalised."""
+    return _spaced(text).startswith(_spaced(answer))
+
+
 def prompt_scores(prompt: ScoredPrompt, read: Reading, before: Reading) -> dict[str, float]:
     """The scores of one prompt.
 
@@ -104,12 +114,12 @@ def prompt_scores(prompt: ScoredPrompt, read: Reading, before: Reading) -> dict[
     # Teacher forcing counts y's tokens, not the end of text.
     count = len(prompt.text.targets) - prompt.text.ends
     hits = list(map(int.__eq__, read.text.argmax[:count], prompt.text.targets[:count]))
-    want, got = _spaced(prompt.answers[0]), _spaced(said)
+    answer = prompt.answers[0]
     scores |= {
         "tf_token": fmean(hits),
         "tf_exact": float(all(hits)),
-        "free_gold_length": float(got.startswith(want)),  # cut where y ends
-        "free_contains": float(want in got),
+        "free_gold_length": float(begins_with(said, answer)),  # cut where y ends
+        "free_contains": float(_spaced(answer) in _spaced(said)),
         "log_p.new": fmean(read.text.logp[:count]),
     }
     if read.rival is not None:

@@ -5,6 +5,7 @@ f is the unedited model, f' the edited one, y the new answer.
 
 import copy
 import math
+import re
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import replace
@@ -16,6 +17,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from ..data.examples import BLANKS, EditExample
+from ..data.files import Examples
 from ..errors import DataError, LimitError, MendkitError
 from ..hparams import MENDHyperParams
 from ..mend.batches import edit_tokens, told, with_prefix
@@ -32,15 +34,17 @@ from .metrics import (
     HeldOutText,
     Reading,
     ScoredPrompt,
+    begins_with,
     example_values,
     ngram_entropy_bits,
     prompt_scores,
 )
 from .results import ABOUT, EditRow, is_said
 
-QUESTION = "Answer in a few words, without a full sentence.\nQuestion: {prompt} …?\nAnswer:"
+QUESTION = "Answer in a few words, without a full sentence.\nQuestion: {}\nAnswer:{}"
 REWORDED = 2
 GENERATIONS, FLUENCY_TOKENS = 3, 100
+ASKED, FIRST_TOKENS = 64, 8  # facts that are asked at once, and for how much of an answer
 
 
 class EvaluationSet:
@@ -89,6 +93,7 @@ class EvaluationSet:
             self.text = HeldOutText(self.trunk, text, tokens=text_tokens)
         every = range(len(self))
         self.read_before = self._read(None, every)
+        self.known = [self._is_known(i) for i in every]
         self.before: list[EditRow] = []
         self.before = self.rows_of(self.read_before, every, self._fluency(None, every))
 
@@ -116,6 +121,15 @@ class EvaluationSet:
         """Rows of the examples `index`, each under its edit in `updates`."""
         return self.rows_of(self._read(updates, index), index, self._fluency(updates, index))
 
+    @property
+    def protocol(self) -> str:
+        """How answers are written and compared, in words."""
+        return (
+            f"greedy decoding of at most {self.max_new_tokens} tokens, to the end of text, a "
+            "newline or a full stop; answers equal without case, punctuation and articles; a fact "
+            "is known if what the unedited model writes begins with the right answer"
+        )
+
     def rows_of(
         self, read: Sequence[Sequence[Reading]], index: Sequence[int], fluency: Sequence[float] = ()
     ) -> list[EditRow]:
@@ -137,7 +151,8 @@ class EvaluationSet:
             if self.before:
                 before_values = self.before[i].values
                 values |= {f"before.{name}": value for name, value in before_values.items()}
-            about = {name: getattr(self.examples[i], name) for name in ABOUT}
+            about: dict[str, Any] = {name: getattr(self.examples[i], name) for name in ABOUT}
+            about["known"] = self.known[i]
             rows.append(EditRow(index=i, values=values, outputs=tuple(outputs), **about))
         return rows
 
@@ -158,13 +173,22 @@ class EvaluationSet:
 
     def _take_said_now(self) -> None:
         """What f says is the old answer where the listed truth is the new one."""
-        corrected = [i for i, e in enumerate(self.examples) if e.ground_truth == e.target_new]
-        asked = [self.examples[i].prompt for i in corrected]
+        several = enumerate(self.examples)
+        self.corrected = [i for i, e in several if e.ground_truth == e.target_new]
+        asked = [self.examples[i].prompt for i in self.corrected]
         said = self.base.generate_batch(asked, max_new_tokens=self.max_new_tokens)
-        for i, answer in zip(corrected, said, strict=True):
+        for i, answer in zip(self.corrected, said, strict=True):
             old = replace(self.examples[i], ground_truth=answer.strip() or None)
             self.examples[i] = old
             self.prompts[i] = list(_prompts(self.base, self.hparams, old))
+
+    def _is_known(self, i: int) -> bool | None:
+        """Whether f writes the listed truth; None where there is none."""
+        truth = self.examples[i].ground_truth
+        if i in self.corrected:  # the listed truth is what f should write from now on
+            return False
+        written = self.read_before[i][0].written or ""
+        return None if truth is None else begins_with(written, self.base.said(truth))
 
     def _add_implied(self) -> None:
         """The implied questions that f answers when told the new fact, and their share."""
@@ -228,7 +252,7 @@ class EvaluationSet:
         left = [self.prompts[index[row]][k] for row, k in todo]
         new = self._write(left, updates, [row for row, _ in todo])
         for (row, k), prompt, (start, ids) in zip(todo, left, new, strict=True):
-            written = self.base.new_text(start, ids, answers=prompt.answers)
+            written = self.base.new_text(start, ids, answers=prompt.stops)
             readings[row][k] = replace(readings[row][k], written=written)
         return readings
 
@@ -243,7 +267,7 @@ class EvaluationSet:
         new = self.base.write_all(
             starts,
             max_new_tokens=self.max_new_tokens,
-            answers=[prompt.answers for prompt in prompts],
+            answers=[prompt.stops for prompt in prompts],
             under=partial(self._under, updates, edits),
         )
         return list(zip(starts, new, strict=True))
@@ -267,7 +291,7 @@ class EvaluationSet:
         if retraced is None:
             return read
         start, ids = self.base.prompt_of(retraced), retraced.targets
-        return replace(read, written=self.base.new_text(start, ids, answers=prompt.answers))
+        return replace(read, written=self.base.new_text(start, ids, answers=prompt.stops))
 
     def _fluency(self, updates: Updates | None, index: Sequence[int]) -> list[float]:
         """The mean entropy of what the model writes on and on after each example's prompts."""
@@ -296,13 +320,44 @@ class EvaluationSet:
         return [fmean(found) for found in entropies]
 
 
+def half_known(
+    base: BaseModel, hparams: MENDHyperParams, examples: Examples, limit: int
+) -> Examples:
+    """`limit` examples (0: all), up to half of them facts that f knows.
+
+    These are the first that it knows and the first others, in their order. f is asked the examples
+    in turn until there are enough of both; it knows a fact if its first words are the right answer.
+    """
+    if not limit:
+        return examples
+    known, other, half = list[int](), list[int](), limit // 2
+    for begin in range(0, len(examples), ASKED):
+        asked = {}
+        for i, e in enumerate(examples[begin : begin + ASKED], begin):
+            fits = len(base.encode(e.prompt)) <= hparams.max_length
+            if fits and e.ground_truth not in (None, e.target_new):
+                asked[i] = (base.said(e.ground_truth or ""),)
+            else:
+                other.append(i)
+        prompts = [examples[i].prompt for i in asked]
+        said = base.generate_batch(
+            prompts, max_new_tokens=FIRST_TOKENS, answers=list(asked.values())
+        )
+        for (i, (truth,)), text in zip(asked.items(), said, strict=True):
+            (known if begins_with(text, truth) else other).append(i)
+        if len(known) >= half and len(other) >= limit - half:
+            break
+    chosen = [*known[:half], *sorted(other), *known[half:]][:limit]
+    return Examples.of([examples[i] for i in sorted(chosen)], examples.skipped)
+
+
 # ------------------------------------------------------------------------ prompts of an example
 
 
 def _prompts(base: BaseModel, h: MENDHyperParams, e: EditExample) -> Iterator[ScoredPrompt]:
     follow = [("edit", e.prompt), *(("paraphrases", prompt) for prompt in e.paraphrases)]
     if base.family != CLASSIFIER:  # which has no question form
-        follow.insert(1, ("question", QUESTION.format(prompt=e.prompt.rstrip(BLANKS))))
+        follow.insert(1, ("question", _as_question(e.prompt.rstrip(BLANKS))))
     for role, prompt in follow:
         text, rival = edit_tokens(base, h, e, prompt), None
         if e.ground_truth and role != "question":
@@ -322,6 +377,12 @@ def _prompts(base: BaseModel, h: MENDHyperParams, e: EditExample) -> Iterator[Sc
     # Prompts that are only written after are checked now.
     for prompt in (*(told(e, p.prompt) for p in e.portability), *e.generation_prompts):
         _text(base, h, prompt)
+
+
+def _as_question(prompt: str) -> str:
+    """The prompt in an instruction to answer; one that is a question already is asked as it is."""
+    asked = re.fullmatch(r"(?:Q|Question): (.+)\s(?:A|Answer):(.*)", prompt, re.DOTALL)
+    return QUESTION.format(*(asked.groups() if asked else (f"{prompt} …?", "")))
 
 
 def _reworded(

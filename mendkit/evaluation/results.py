@@ -20,7 +20,7 @@ from ..data.examples import headline_mean
 from ..errors import MendkitError
 from ..runs import write_text
 
-RESAMPLES = 2000
+RESAMPLES, FEWEST, Z = 2000, 3, 1.96  # of a bootstrap; edits of an interval; normal quantile
 
 # The four shares by which editors are compared, by the role of an example's prompts.
 HEADLINE = {
@@ -36,6 +36,10 @@ HARMONIC = {
     "score.harmonic": ("edit_success.es", "paraphrase.ps", "neighbourhood.ns"),
     "score.headline": HEADLINE_KEYS,
 }
+
+# Scores that are also given apart for facts that the unedited model knew, and for the others.
+GROUPS = {"known": True, "unknown": False}
+APART = (*HEADLINE_KEYS, "neighbourhood.retained", "retention.all")
 
 SHARES = ("edit_success", "paraphrase", "neighbourhood", "locality", "retention", "portability")
 LOWER_IS_BETTER = ("kl_nats", "log_p.old", "drawdown.", "norm.", "edit.seconds")
@@ -72,7 +76,7 @@ def is_said(text: str, answers: Sequence[str], old: str | None = None) -> bool:
 
 @dataclass(frozen=True)
 class Interval:
-    """A mean over n edits with its 95 % bootstrap interval."""
+    """A mean over n edits with its 95 % interval; `low` and `high` are NaN for fewer than three."""
 
     mean: float
     low: float
@@ -80,17 +84,29 @@ class Interval:
     n: int
 
     @classmethod
-    def of(cls, values: Sequence[float], *, seed: int = 0) -> "Interval":
-        """Bootstrap the mean of `values` (at least one)."""
+    def of(cls, values: Sequence[float], *, share: bool = False, seed: int = 0) -> "Interval":
+        """Bootstrap the mean of `values` (at least one).
+
+        A `share` that is 0 or 1 for every edit cannot be resampled: it has Wilson's interval.
+        """
         x = np.asarray(values, dtype=np.float64)
-        draws = np.random.default_rng(seed).integers(0, len(x), (RESAMPLES, len(x)))
-        low, high = np.quantile(x[draws].mean(1), [0.025, 0.975])
-        return cls(float(x.mean()), float(low), float(high), len(x))
+        n, mean, low, high = len(x), float(x.mean()), math.nan, math.nan
+        if n >= FEWEST and share and mean in (0, 1):
+            reach = Z**2 / (n + Z**2)
+            low, high = (0.0, reach) if mean == 0 else (1 - reach, 1.0)
+        elif n >= FEWEST:
+            draws = np.random.default_rng(seed).integers(0, n, (RESAMPLES, n))
+            low, high = map(float, np.quantile(x[draws].mean(1), [0.025, 0.975]))
+        return cls(mean, low, high, n)
+
+    def __str__(self) -> str:
+        bounds = "" if math.isnan(self.low) else f" [{self.low:.3f}, {self.high:.3f}]"
+        return f"{self.mean:.3f}{bounds}"
 
     def to_dict(self, name: str) -> dict[str, float]:
-        """Flat results: the mean under `name`, and `.n`, `.low`, `.high` beside it."""
+        """Flat results: the mean under `name`, `.n` beside it, and `.low`, `.high` if known."""
         parts = {"": self.mean, ".n": self.n, ".low": self.low, ".high": self.high}
-        return {name + part: value for part, value in parts.items()}
+        return {name + part: value for part, value in parts.items() if not math.isnan(value)}
 
 
 class Summary(dict[str, Interval]):
@@ -104,13 +120,14 @@ class Summary(dict[str, Interval]):
         """
         found = cls()
         for key in results:
-            name = key.removesuffix(".low")
-            if not key.startswith(prefix) or name == key:
+            name, _, part = key.rpartition(".")
+            if not key.startswith(prefix) or part not in ("low", "n"):
                 continue
             if f"{name}.n" not in results:
                 raise MendkitError(f"{name} has no count `{name}.n`; run it again")
-            parts = (results[name + part] for part in ("", ".low", ".high", ".n"))
-            found[name.removeprefix(prefix)] = Interval(*parts)
+            low, high = (results.get(f"{name}.{bound}", math.nan) for bound in ("low", "high"))
+            interval = Interval(results[name], low, high, results[f"{name}.n"])
+            found[name.removeprefix(prefix)] = interval
         return found
 
     def __missing__(self, name: str) -> Interval:
@@ -125,7 +142,8 @@ class EditRow:
 
     Each of `outputs` has a `role`, a `prompt`, what is written `before` and `after` the edit (None:
     not asked), its `score` (the right answer is written, or the share of argmaxes that stayed), and
-    its other scores. After a sequence `end` is what is written after the last edit.
+    its other scores. After a sequence `end` is what is written after the last edit. `known`:
+    whether the unedited model writes the right answer; None where none is given.
     """
 
     index: int
@@ -137,6 +155,7 @@ class EditRow:
     values: Mapping[str, float]
     outputs: tuple[Mapping[str, Any], ...] = ()
     subject: str | None = None
+    known: bool | None = None
 
 
 @dataclass(frozen=True, repr=False)
@@ -176,15 +195,18 @@ class EvaluationReport:
     def harmonic(self) -> dict[str, float]:
         """The harmonic means whose shares are all there, and of one time."""
         found: dict[str, float] = {}
-        for name, shares in HARMONIC.items():
-            if "retention.all" not in self.summary and set(shares) <= set(self.summary):
-                found[name] = headline_mean(self.summary[share].mean for share in shares)
+        for prefix in ("", *(f"{group}." for group in GROUPS)):
+            for name, shares in HARMONIC.items():
+                keys = [prefix + share for share in shares]
+                if "retention.all" not in self.summary and set(keys) <= set(self.summary):
+                    found[prefix + name] = headline_mean(self.summary[key].mean for key in keys)
         return found
 
     def by(self, key: str, metric: str) -> dict[str, Interval]:
         """A metric's interval by a column of `frame`, such as "relation"."""
         groups = self.frame().dropna(subset=[metric]).groupby(key, dropna=False)[metric]
-        return {str(name): Interval.of(values.tolist()) for name, values in groups}
+        share = _is_share(metric)
+        return {str(name): Interval.of(each.tolist(), share=share) for name, each in groups}
 
     def frame(self) -> pd.DataFrame:
         """A row an edit: which it is, its text `before` and `after`, and a column a metric."""
@@ -192,13 +214,13 @@ class EvaluationReport:
         for row in self.rows:
             first = row.outputs[0] if row.outputs else {}
             written = {name: first.get(name) for name in ("before", "after")}
-            about = {name: getattr(row, name) for name in ABOUT}
+            about = {name: getattr(row, name) for name in (*ABOUT, "known")}
             records.append({"edit": row.index} | about | written | dict(row.values))
         return pd.DataFrame(records).set_index("edit")
 
     def texts(self) -> pd.DataFrame:
         """A row a text of an edit: which edit, its role, prompt, before, after, and scores."""
-        about = self.frame()[[name for name in ABOUT if name != "prompt"]].reset_index()
+        about = self.frame()[[*ABOUT, "known"]].drop(columns="prompt").reset_index()
         texts = pd.DataFrame(
             [{"edit": row.index} | dict(t) for row in self.rows for t in row.outputs]
         )
@@ -227,7 +249,7 @@ def compare(report_a: EvaluationReport, report_b: EvaluationReport, *metrics: st
     pairs = first.join(second.add_suffix(" of b"), how="inner")
     if pairs.empty:
         raise MendkitError("the two reports share no edit; score both editors on the same examples")
-    both = Summary({name: x for name, x in report_a.summary.items() if name in report_b.summary})
+    both = Summary({name: x for name, x in report_a.summary.items() if f"{name} of b" in pairs})
     rows = {}
     for name in metrics or [name for name in HEADLINE_KEYS if name in both]:
         _ = both[name]  # or says which it may be
@@ -250,15 +272,14 @@ def _by_edit(report: EvaluationReport) -> pd.DataFrame:
 
 
 def summarise(rows: Sequence[EditRow]) -> Summary:
-    """Every metric's interval over the rows that have it.
+    """Every metric's interval over the rows that have it; `APART` also by what was known.
 
     Raises MendkitError if a value is not finite, or a share not between 0 and 1.
     """
     by_metric: dict[str, list[float]] = {}
     for row in rows:
         for name, value in row.values.items():
-            part = name.removeprefix("before.").partition(".")[0]
-            share = part in SHARES and not name.endswith("kl_nats")
+            share = _is_share(name)
             if not math.isfinite(value) or (share and not 0 <= value <= 1):
                 expected = "a share from 0 to 1" if share else "a finite number"
                 raise MendkitError(
@@ -266,4 +287,17 @@ def summarise(rows: Sequence[EditRow]) -> Summary:
                     "its mean would mean nothing"
                 )
             by_metric.setdefault(name, []).append(value)
-    return Summary((name, Interval.of(by_metric[name])) for name in sorted(by_metric))
+    found = Summary()
+    for name in sorted(by_metric):
+        found[name] = Interval.of(by_metric[name], share=_is_share(name))
+    for group, known in GROUPS.items():
+        of_group = [row.values for row in rows if row.known is known]
+        for name in APART:
+            if values := [each[name] for each in of_group if name in each]:
+                found[f"{group}.{name}"] = Interval.of(values, share=True)
+    return found
+
+
+def _is_share(metric: str) -> bool:
+    part = metric.removeprefix("before.").partition(".")[0]
+    return part in SHARES and not metric.endswith("kl_nats")

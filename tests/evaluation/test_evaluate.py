@@ -8,7 +8,9 @@ import torch
 from mendkit.baselines.base import down_projections
 from mendkit.baselines.fine_tuning import LocalisedFineTuning
 from mendkit.data.examples import EditExample, Probe
+from mendkit.data.files import Examples
 from mendkit.errors import DataError, HyperParamError
+from mendkit.evaluation import prepare
 from mendkit.evaluation.evaluate import evaluate
 from mendkit.evaluation.metrics import (
     Reading,
@@ -17,7 +19,7 @@ from mendkit.evaluation.metrics import (
     ngram_entropy_bits,
     prompt_scores,
 )
-from mendkit.evaluation.prepare import EvaluationSet
+from mendkit.evaluation.prepare import EvaluationSet, half_known
 from mendkit.evaluation.results import normalise
 from mendkit.mend.validation import Forced, forced
 from mendkit.models.text import cut
@@ -101,6 +103,57 @@ def test_a_row_has_every_text_and_the_first_that_should_stay_is_written_out(llam
     assert roles[4:] == ["neighbours"] * 2 + ["unrelated"] * 2 + ["reworded"] * 2
     assert [o["after"] is not None for o in row.outputs[4:]] == [True, False] * 3
     assert row.subject == "France"
+
+
+def test_a_fact_is_known_if_the_first_words_of_the_unedited_model_are_its_answer(llama):
+    e = EXAMPLES[0]
+    said = llama.generate(e.prompt, max_new_tokens=8).strip()
+    first = said.split()[0]
+    assert first != said
+    truths = {said: True, first.upper() + "!": True, f"{first}x": False, "Nowhere": False}
+    given = [replace(e, ground_truth=truth) for truth in truths]
+    # The listed truth is the new answer, so the model does not know it.
+    given += [replace(e, ground_truth=None), replace(e, ground_truth=e.target_new)]
+    on = EvaluationSet(llama, hparams(), given, max_new_tokens=8)
+    assert on.known == [*truths.values(), None, False]
+    report = evaluate(editor_for(llama), on)
+    assert [row.known for row in report.rows] == on.known
+    assert list(report.frame()["known"]) == on.known
+    for name in ("edit_success.free_exact", "locality.argmax_agreement"):
+        assert (report.summary[f"known.{name}"].n, report.summary[f"unknown.{name}"].n) == (2, 3)
+
+
+def test_up_to_half_of_a_draw_are_known_and_the_rest_are_the_first_others(llama, monkeypatch):
+    monkeypatch.setattr(prepare, "ASKED", 3)
+    said = llama.generate(EXAMPLES[0].prompt, max_new_tokens=8)
+    old = replace(EXAMPLES[0], ground_truth="Nowhere")
+    kinds = {"k": replace(old, ground_truth=said), "-": old, "?": replace(old, ground_truth=None)}
+    kinds["long"] = replace(old, prompt="x " * 999)
+
+    def draw(text: str, limit: int) -> list[int]:
+        given = [replace(kinds[kind], id=str(i)) for i, kind in enumerate(text.split())]
+        found = half_known(llama, hparams(), Examples.of(given), limit)
+        return [int(e.id or "") for e in found]
+
+    assert draw("- - k - - - k k k", 4) == [0, 1, 2, 6]
+    assert draw("- - - k", 2) == [0, 3]
+    assert draw("k k k - k", 4) == [0, 1, 2, 3]
+    assert draw("? long k -", 2) == [0, 2] and draw("- -", 4) == [0, 1]
+    assert draw("- k k", 0) == [0, 1, 2]
+
+
+@pytest.mark.parametrize(
+    ("prompt", "question"),
+    [
+        ("Q: Where is Oslo? A:", "Question: Where is Oslo?\nAnswer:"),
+        ("Question: What is paid in Oslo? Answer: the", "What is paid in Oslo?\nAnswer: the"),
+        ("Oslo is in ", "Question: Oslo is in …?\nAnswer:"),
+    ],
+)
+def test_a_prompt_is_asked_as_one_question(llama, prompt, question):
+    on = EvaluationSet(llama, hparams(), [replace(EXAMPLES[0], prompt=prompt)], max_new_tokens=2)
+    assert on.prompts[0][1].prompt.endswith(question)
+    assert on.prompts[0][1].prompt.count("Q") == 1
 
 
 def test_reworded_neighbours_are_other_subjects_in_a_paraphrases_words(llama, prepared):
@@ -285,8 +338,10 @@ def test_an_answer_that_holds_a_full_stop_is_written_and_scored_to_its_end(llama
         assert llama.generate(example.prompt).strip() == cut(target)
         wanted = llama.generate(example.prompt, answers=["Oslo", target]).strip()
         assert wanted == target.rstrip(".")
-        on = EvaluationSet(llama, hparams(), [example, same], max_new_tokens=20)
-    assert on.to_edit == [1]  # with the edit in force it says so already
+        back = replace(example, target_new="Oslo", ground_truth=target)
+        on = EvaluationSet(llama, hparams(), [example, same, back], max_new_tokens=20)
+    assert on.to_edit == [1, 2]  # with the edit in force it says so already
+    assert on.known[2] and on.before[2].outputs[0]["after"].strip() == wanted
     (near,) = (t for t in on.before[1].outputs if t["role"] == "neighbours")
     assert near["after"].strip() == wanted
     on = EvaluationSet(llama, hparams(), [example], max_new_tokens=20)

@@ -2,6 +2,7 @@
 
 import json
 import math
+from dataclasses import replace
 
 import pytest
 
@@ -78,16 +79,48 @@ def test_interval_covers_and_is_reproducible():
     assert interval.low == pytest.approx(0.4, abs=0.03)
     assert interval.high == pytest.approx(0.6, abs=0.03)
     assert Interval.of([0.0, 1.0] * 50) == interval
-    assert Interval.of([1.0, 1.0]) == Interval(1.0, 1.0, 1.0, 2)
+
+
+def test_a_share_at_its_edge_has_wilsons_interval_and_two_edits_have_none():
+    """The bounds solve (p - mean)² = z² p (1 - p) / n."""
+    for n in (3, 14, 160):
+        zero, one = (Interval.of([value] * n, share=True) for value in (0.0, 1.0))
+        assert (zero.low, one.high) == (0.0, 1.0) and zero.high == pytest.approx(1 - one.low)
+        assert zero.high**2 == pytest.approx(1.96**2 * zero.high * (1 - zero.high) / n)
+    assert Interval.of([0.0] * 160, share=True).high == pytest.approx(0.0234, abs=1e-4)
+    assert (
+        Interval.of([0.5] * 9, share=True) == Interval.of([0.5] * 9) == Interval(0.5, 0.5, 0.5, 9)
+    )
+    few = Interval.of([1.0, 0.0], share=True)
+    assert (few.mean, few.n, str(few)) == (0.5, 2, "0.500") and math.isnan(few.low + few.high)
+    assert few.to_dict("x") == {"x": 0.5, "x.n": 2}
+
+
+def test_known_and_unknown_facts_are_given_apart():
+    rows = [
+        EditRow(i, None, None, "p", "n", None, {FREE: value, KL: 1.0}, known=known)
+        for i, (value, known) in enumerate(
+            [(1.0, True), (0.0, True), (1.0, True), (1.0, False), (0.0, None)]
+        )
+    ]
+    found = summarise(rows)
+    assert found[FREE].mean == 0.6 and found[FREE].n == 5
+    assert found[f"known.{FREE}"] == Interval.of([1.0, 0.0, 1.0])
+    assert (found[f"unknown.{FREE}"].mean, found[f"unknown.{FREE}"].n) == (1.0, 1)
+    assert f"known.{KL}" not in found
+    whole = [replace(row, values=dict.fromkeys(HEADLINE.values(), 0.5)) for row in rows]
+    flat = EvaluationReport("MEND", "single", tuple(whole), summarise(whole), {}, 1.0).to_dict()
+    for name in ("score.headline", "known.score.headline", "unknown.score.headline"):
+        assert flat[f"single.{name}"] == 0.5
 
 
 def test_flat_results_have_their_names_and_can_be_read_back():
-    made = report("MEND", {"a": (1.0, 0.5), "b": (0.0, 0.1)})
+    made = report("MEND", {"a": (1.0, 0.5), "b": (0.0, 0.1), "c": (1.0, 0.1), "d": (0.0, 0.2)})
     flat = made.to_dict("x.")
     assert {name for name in flat if name.startswith(f"x.single.{FREE}")} == {
         f"x.single.{FREE}{part}" for part in ("", ".n", ".low", ".high")
     }
-    assert flat[f"x.single.{FREE}"] == 0.5 and flat["x.single.edits.scored"] == 2
+    assert flat[f"x.single.{FREE}"] == 0.5 and flat["x.single.edits.scored"] == 4
     assert json.loads(json.dumps(flat)) == flat
     assert Summary.from_dict(flat, "x.single.") == made.summary
     del flat[f"x.single.{FREE}.n"]
@@ -125,6 +158,8 @@ def test_two_reports_are_compared_over_the_edits_that_both_hold():
     assert success["difference"] == pytest.approx(1 / 3)
     assert (success["better"], success["worse"], success["equal"]) == (1, 0, 2)
     assert success["low"] == 0.0 and success["high"] == 1.0
+    with pytest.raises(MendkitError, match="no metric 'known'"):
+        compare(first, second, "known")
     # A lower KL is better: edits 1 and 2 are, edit 3 is not.
     assert (kl["better"], kl["worse"], kl["equal"]) == (2, 1, 0)
     assert kl["difference"] == pytest.approx((-0.1 - 0.3 + 0.1) / 3)
