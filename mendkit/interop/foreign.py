@@ -236,7 +236,7 @@ def import_archive(
             mend = from_foreign(foreign.state, base.sites, hparams)
         except ArchiveError as error:
             raise ArchiveError(f"{path}: {error}") from None
-    training: dict[str, Any] = {"imported_from": str(path), "best": {}}
+    training: dict[str, Any] = {"imported_from": Path(path).name, "best": {}}
     if foreign.step is not None:
         training["best"]["step"] = foreign.step
     return save_archive(out, base, mend.to(base.device), training=training)

@@ -10,6 +10,7 @@ would change the result, so they are refused. When a run has ended only the meta
 """
 
 import logging
+import os
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -26,6 +27,7 @@ from ..models.fingerprint import model_fingerprint
 from ..runs import ARCHIVE_FILE, archive_file, provenance, sha256
 from .files import Kind, damage_named, matching_base, read_tensors, save_tensors
 from .hypernetwork import MEND
+from .packing import packed, unpacked
 
 if TYPE_CHECKING:
     import pandas
@@ -33,7 +35,7 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 ARCHIVE = Kind(
-    format="mendkit-2",
+    format="mendkit-3",
     noun="archive",
     made="trained",
     if_missing="train one with `archive: null`, or correct `archive:`",
@@ -52,20 +54,44 @@ class Archive:
 
 
 def save_archive(
-    path: str | Path, base: BaseModel, mend: MEND, *, training: Mapping[str, Any] | None = None
+    path: str | Path,
+    base: BaseModel,
+    mend: MEND,
+    *,
+    training: Mapping[str, Any] | None = None,
+    compact: bool = False,
 ) -> Path:
-    """Write an archive; `training` is its summary. Raises as `save_tensors`."""
+    """Write an archive; `training` is its summary. It holds no path of this machine.
+
+    `compact` rounds its matrices (packing.py), which makes it a third as large. Raises as
+    `save_tensors`.
+    """
+    settings = mend.hparams.replace(archive=None, model_name=base.name).to_dict()
+    if os.path.isdir(settings["tokenizer_name"] or ""):
+        settings["tokenizer_name"] = Path(settings["tokenizer_name"]).resolve().name
+    tensors, packing = packed(mend.state_dict(), compact=compact)
     metadata = {
-        "hparams": mend.hparams.replace(archive=None).to_dict(),
+        "hparams": {key: settings[key] for key in settings if key not in FREE},
         "base_model": model_fingerprint(base),
+        "precision": "matrices in 8 and 12 bits" if compact else "exact",
+        "packing": packing,
         "update_sign": mend.hparams.update_sign,
         "loss_reduction": mend.hparams.loss_reduction,
         "edit_lr": mend.edit_lrs,
         "training": dict(training or {}),
     }
-    return save_tensors(ARCHIVE, path, mend.state_dict(), metadata)
+    return save_tensors(ARCHIVE, path, tensors, metadata)
 
 
+# Hyperparameters that no number depends on: they may differ when a run goes on.
+FREE = {
+    "cache_dir",
+    "disk_cache_bytes",
+    "results_dir",
+    "logger",
+    "checkpoint_interval",
+    "stream_trunk",
+}
 # What an archive decides, besides its sites, step sizes and ridges.
 STRUCTURE = (
     *("add_eos", "aggregate", "combine", "delta_only", "edit_tokens", "init", "loss_reduction"),
@@ -140,13 +166,15 @@ def load_archive(path: str | Path, *, base: BaseModel) -> Archive:
     """
     metadata, tensors = read_tensors(ARCHIVE, path)
     with damage_named(path, "metadata"):
+        packing = metadata.get("packing", {"same": {}, "triangles": []})
         settings = {}  # whose tuples JSON wrote as lists
         for key, value in metadata["hparams"].items():
             settings[key] = tuple(value) if isinstance(value, list) else value
         hparams = MENDHyperParams(**settings)
         checked = matching_base(ARCHIVE, path, base, metadata["base_model"])
-        if hparams.n_hidden >= len(tensors):
-            raise ValueError(f"n_hidden is {hparams.n_hidden}, with {len(tensors)} tensors")
+        held = len(tensors) + len(packing["same"])
+        if hparams.n_hidden >= held:
+            raise ValueError(f"n_hidden is {hparams.n_hidden}, with {held} tensors")
     # Nothing is allocated before the file has shown what it holds.
     with torch.device("meta"):
         mend = MEND(checked.sites, hparams)
@@ -156,6 +184,7 @@ def load_archive(path: str | Path, *, base: BaseModel) -> Archive:
     with damage_named(path):
         # torch would take a number in brackets for a number, and any dtype.
         forms = {name: (value.dtype, value.shape) for name, value in mend.state_dict().items()}
+        tensors = unpacked(tensors, packing, forms)
         mend.load_state_dict(tensors, assign=True)  # raises for other names
         for name, tensor in tensors.items():
             if (tensor.dtype, tensor.shape) != forms[name]:
@@ -173,15 +202,6 @@ CHECKPOINT = Kind(
     if_another_model="load the model of that run, or delete the file to start anew",
 )
 CHECKPOINT_FILE = "checkpoint.safetensors"
-# Hyperparameters that no number depends on: they may differ when a run goes on.
-FREE = {
-    "cache_dir",
-    "disk_cache_bytes",
-    "results_dir",
-    "logger",
-    "checkpoint_interval",
-    "stream_trunk",
-}
 VERSIONS = ("mendkit", "torch", "transformers")
 
 
@@ -202,6 +222,7 @@ class TrainingResult:
     seconds: float = 0.0  # wall time over all starts, the preparation included
     normaliser_examples: int = 0  # 0 if an archive was trained on
     edit_lr: float | None = None  # where the step sizes start, if that was measured
+    continued_from: str | None = None  # SHA-256 of the archive that was trained on
     cache: dict[str, float] = field(default_factory=dict)  # seconds and bytes
     stopped: str | None = None  # why training ended
 

@@ -30,7 +30,7 @@ OLD_SEAL = "metadata_sha256"  # the metadata's own checksum in the first format,
 class Kind:
     """A kind of file, in words for its errors; the last two say what to do."""
 
-    format: str  # ends with the number of its version, 2
+    format: str  # ends with the number of its version
     noun: str  # "archive"
     made: str  # "trained": how it came about from its base model
     if_missing: str
@@ -39,7 +39,7 @@ class Kind:
     @property
     def old_formats(self) -> tuple[str, str]:
         """The first format, without and with a checksum of the metadata."""
-        first = self.format.removesuffix("2") + "1"
+        first = self.format[:-1] + "1"
         return first, f"{first}, sealed"
 
 
@@ -117,7 +117,7 @@ def read_tensors(kind: Kind, path: str | Path) -> tuple[dict[str, Any], dict[str
         raise ArchiveError(f"{path}: a safetensors file, but no {kind.noun} of mendkit")
     with damage_named(path, "metadata"):
         metadata = json.loads(header["mendkit"], object_pairs_hook=without_repeats)
-    known = (kind.format, *kind.old_formats)
+    known = (kind.format, kind.format[:-1] + "2", *kind.old_formats)
     if not isinstance(metadata, dict) or metadata.get("format") not in known:
         raise ArchiveError(f"{path}: unknown format; this version reads {kind.format}")
     # 3. The checksums.
@@ -134,7 +134,7 @@ def read_tensors(kind: Kind, path: str | Path) -> tuple[dict[str, Any], dict[str
 def _is_intact(kind: Kind, metadata: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> bool:
     """Whether metadata and tensors match the checksums among the metadata."""
     told = dict(metadata)
-    if told["format"] == kind.format:
+    if told["format"] not in kind.old_formats:
         return told.pop(CHECKSUM, None) == content_sha256(told, tensors)
     seal = told.pop(OLD_SEAL, None)
     is_sealed = told["format"] == kind.old_formats[1]

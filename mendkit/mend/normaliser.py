@@ -176,7 +176,7 @@ class Whitening(SecondMoment):
                 if float((paired * moment).sum()) > 0:  # else wordings share nothing
                     matrix = paired
             scale = (matrix @ moment @ matrix).diagonal().mean().sqrt()
-            self.matrix[kind] = matrix / scale
+            self.matrix[kind] = (matrix + matrix.T) / (2 * scale)  # symmetric to the bit
             self.response[kind] = (matrix * moment).sum() / scale
         self._forget()
 

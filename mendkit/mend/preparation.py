@@ -17,7 +17,7 @@ from ..models.base import BaseModel
 from ..models.load import release_trunk
 from ..models.tokens import Tokens
 from ..models.trunk import FrozenTrunk, trunk_cache
-from ..runs import Progress, return_memory
+from ..runs import Progress, file_sha256, return_memory
 from .archive import STRUCTURE, load_archive
 from .batches import ExampleTexts, prepare_texts, training_texts
 from .distributed import Team
@@ -45,7 +45,7 @@ class Preparation:
         team: Team,
         done_with_base: bool = False,
     ) -> None:
-        self.team, self.loaded = team, None
+        self.team, self.loaded, self.loaded_sha256 = team, None, None
         self.progress = Progress("MEND", silent=team.rank > 0)
         if hparams.archive is not None:
             archive = load_archive(hparams.archive, base=base)
@@ -55,6 +55,7 @@ class Preparation:
             if hparams.edit_lr == "auto":  # the archive's step sizes have started
                 kept["edit_lr"] = archive.mend.hparams.edit_lr
             base, self.loaded, hparams = archive.base, archive.mend, hparams.replace(**kept)
+            self.loaded_sha256 = file_sha256(archive.path)
             logger.warning(
                 "archive: going on training from %s; its shape and sites are kept", archive.path
             )

@@ -101,6 +101,7 @@ class Trainer:
         state = {name.removeprefix("mend/"): saved[name] for name in names}
         self.mend, self.cache = prepared.make(state, course.edit_lr)
         course.edit_lr = float(self.mend.hparams.edit_lr)
+        course.continued_from = course.continued_from or prepared.loaded_sha256
         if prepared.statistics:
             course.normaliser_examples = len(prepared.statistics)
         sampler = Sampler(prepared.train, self.hparams)
@@ -184,7 +185,7 @@ class Trainer:
         told = {key: value for key, value in provenance().items() if key != "started"}
         told |= {
             "best": {key: value for key, value in self.course.best.items() if key != "seconds"},
-            "continued_from": self.hparams.archive,
+            "continued_from": self.course.continued_from,
             "examples": len(prepared.train),
             "normaliser_examples": self.course.normaliser_examples,
             "texts_sha256": sha256(json.dumps(keys)),

@@ -363,10 +363,16 @@ def test_inspect_is_for_people_and_for_programs(here, capsys):
     assert main(["inspect", "archive.safetensors"]) == 0
     text = capsys.readouterr().out
     site = metadata["base_model"]["sites"][0]["name"]
-    for part in ("LlamaForCausalLM", "rank: 4", site):
+    for part in ("LlamaForCausalLM", "rank: 4", site, "precision: exact"):
         assert part in text
-    assert main(["inspect", "archive=archive.safetensors", "--json"]) == 0
-    assert json.loads(capsys.readouterr().out) == metadata
+    size = Path("archive.safetensors").stat().st_size
+    for path in ("archive=archive.safetensors", "."):
+        assert main(["inspect", path, "--json"]) == 0
+        assert json.loads(capsys.readouterr().out) == metadata | {"megabytes": size / 1e6}
+    assert main(["export", "archive.safetensors", "tiny.yaml", "--compact", "--out", "small"]) == 0
+    assert "8 and 12 bits" in mendkit.inspect_archive("small")["precision"]
+    assert Path("small/archive.safetensors").stat().st_size < size
+    assert main(["edit", "tiny.yaml", "archive=small", *FACT, "--max-new-tokens", "2"]) == 0
 
 
 def test_bench_fails_if_the_numbers_differ(here, capsys, monkeypatch):

@@ -10,6 +10,7 @@ from mendkit.errors import ArchiveError, MendkitError
 from mendkit.mend.archive import load_archive, save_archive
 from mendkit.mend.editor import MENDEditor
 from mendkit.mend.hypernetwork import MEND
+from mendkit.mend.packing import BLOCK, _rounded, _widened
 from tests.oracles.attacks import Layout, signed
 from tests.oracles.claims import EXAMPLES, hparams, scrambled, with_statistics
 from tests.oracles.tiny import tiny_gpt2, tiny_llama
@@ -34,7 +35,108 @@ def test_round_trip_gives_the_same_edits_bit_for_bit(llama, saved):
     assert all(torch.equal(v, loaded.mend.state_dict()[k]) for k, v in mend.state_dict().items())
     a, b = (MENDEditor(llama, m).edit(EXAMPLES[0]).dense() for m in (mend, loaded.mend))
     assert all(torch.equal(a[name], b[name]) for name in a)
-    assert loaded.mend.hparams == mend.hparams
+    assert loaded.mend.hparams == mend.hparams.replace(model_name=llama.name)
+
+
+WHITE = {"whiten": 0.02, "whiten_pairs": True, "edit_tokens": "scored"}
+
+
+def white(base) -> MEND:
+    """An editor whose statistics are symmetric matrices, those of gate and up the same."""
+    mend = scrambled(MEND(base.sites, hparams(edit_lr=1e-2, aggregate="least_squares", **WHITE)))
+    seen = {}
+    for site in base.sites:
+        moments, key = mend.moments[mend.stats_of[site.name]], site.name.split(".mlp.")[0]
+        for module in (moments["u"], mend.others[mend.stats_of[site.name]]):
+            for name, value in module.named_buffers():
+                if value.dim() > 1:
+                    drawn = torch.randn(value.shape)
+                    drawn = drawn + drawn.mT
+                    seen.setdefault((key, name, value.shape), drawn)
+                    setattr(module, name, seen[key, name, value.shape].clone())
+    return mend
+
+
+@pytest.fixture(scope="module")
+def wide():
+    return tiny_llama(d=64)
+
+
+def test_equal_and_symmetric_statistics_are_stored_once_and_read_to_the_bit(wide, tmp_path):
+    mend = white(wide)
+    path = save_archive(tmp_path / "a.safetensors", wide, mend)
+    loaded = load_archive(path, base=wide).mend
+    state, again = mend.state_dict(), loaded.state_dict()
+    assert state.keys() == again.keys()
+    assert all(torch.equal(value, again[name]) for name, value in state.items())
+    # each has memory of its own, for training writes to it
+    assert len({value.data_ptr() for value in again.values()}) == len(again)
+    # of a block's three layers gate and up have the same inputs: two of three statistics are kept
+    held, kept = load_file(path), 0
+    for name, value in state.items():
+        if name.endswith(("matrix", "moment")) and name in held:
+            n, kept = value.shape[-1], kept + 1
+            assert held[name].shape == (*value.shape[:-2], n * (n + 1) // 2)
+    assert kept == 2 * 2 * len(wide.sites) // 3
+
+
+def test_a_compact_archive_is_small_says_so_and_gives_nearly_the_same_edits(wide, tmp_path):
+    mend = white(wide)
+    whole = save_archive(tmp_path / "a.safetensors", wide, mend)
+    path = save_archive(tmp_path / "b.safetensors", wide, mend, compact=True)
+    assert path.stat().st_size < 0.5 * whole.stat().st_size
+    assert load_archive(path, base=wide).metadata["precision"] == "matrices in 8 and 12 bits"
+    loaded = load_archive(path, base=wide).mend.state_dict()
+    for name, value in mend.state_dict().items():
+        error = float((loaded[name] - value).abs().max() / value.abs().max().clamp(min=1e-30))
+        is_square = value.dim() > 1 and value.shape[-1] == value.shape[-2]
+        assert loaded[name].dtype == value.dtype
+        assert error <= (1 / 4094 if is_square else 1 / 254) * 1.001
+        assert (error > 0) == (value.dim() > 1 and bool(value.any())), name
+    # what is compact already is read, and stored whole, without a further change
+    again = load_archive(path, base=wide)
+    save_archive(whole, wide, again.mend)
+    assert all(
+        torch.equal(value, loaded[name])
+        for name, value in load_archive(whole, base=wide).mend.state_dict().items()
+    )
+
+
+@pytest.mark.parametrize("n", [1, 63, 64, 65, 300])
+@pytest.mark.parametrize("bits", [8, 12])
+def test_rounding_is_that_of_a_naive_loop(n, bits):
+    x = torch.randn(n, generator=torch.Generator().manual_seed(n)) * 10.0 ** torch.arange(n).clamp(
+        max=30
+    )
+    most, expected = 2 ** (bits - 1) - 1, []
+    for start in range(0, n, BLOCK):
+        block = x[start : start + BLOCK].tolist()
+        size = max(map(abs, block))
+        expected += [round(value / size * most) * size / most for value in block]
+    stored, sizes = _rounded(x, bits)
+    assert stored.dtype == torch.uint8 and stored.nbytes == len(sizes) * BLOCK * bits // 8
+    torch.testing.assert_close(
+        _widened(stored, sizes)[:n], torch.tensor(expected), rtol=1e-5, atol=0
+    )
+
+
+def test_zeros_stay_zeros():
+    assert not _widened(*_rounded(torch.zeros(70), 12)).any()
+
+
+def test_an_archive_of_the_second_format_loads(llama, saved):
+    path, mend = saved
+
+    def as_second(tensors, metadata):
+        packing = metadata.pop("packing")
+        tensors.update({name: tensors[same].clone() for name, same in packing["same"].items()})
+        assert not packing["triangles"]
+        metadata.pop("precision")
+        metadata["format"] = "mendkit-2"
+
+    rewrite(path, as_second)
+    loaded = load_archive(path, base=llama).mend.state_dict()
+    assert all(torch.equal(value, loaded[name]) for name, value in mend.state_dict().items())
 
 
 @pytest.mark.parametrize(
@@ -68,6 +170,10 @@ def test_an_edited_model_is_another_model(saved, llama):
         (lambda t, m: t.update(extra=torch.ones(1)), 'Unexpected key.*"extra"'),
         (lambda t, m: t.update(log_edit_lr=torch.zeros(1)), "size mismatch for log_edit_lr"),
         (lambda t, m: t.update(log_edit_lr=t["log_edit_lr"].half()), "is torch.float16"),
+        (lambda t, m: m["packing"].update(same={"extra": "log_edit_lr"}), "KeyError: 'extra'"),
+        (lambda t, m: m["packing"].update(triangles=["log_edit_lr"]), "damaged file"),
+        (lambda t, m: m["packing"].update(same={"log_edit_lr": "none"}), "KeyError: 'none'"),
+        (lambda t, m: m.update(packing=[]), "damaged metadata"),
         (lambda t, m: m.update(format="other"), "unknown format"),
         (lambda t, m: m["hparams"].update(rank=-3), "damaged metadata"),
     ],

@@ -155,6 +155,22 @@ def test_damaged_journals_are_refused_or_the_same_and_leave_the_model_alone(base
         Edit.load(journal, base)
 
 
+def test_wrong_tensors_of_a_compact_archive_are_refused(base, archive):
+    h = MENDHyperParams(model_name="tiny", rank=8, whiten=1.0, edit_tokens="scored")
+    mend = scrambled(with_statistics(base, MEND(base.sites, h)))
+    save_archive(archive, base, mend, compact=True)
+    layout, load = Layout.of(archive.read_bytes()), as_loaded(base)
+    assert result(archive, load, "whole") is not None
+    assert layout.metadata["packing"]["triangles"]
+    for about, content in rehashed(archive.read_bytes(), random.Random(7), 10 * TIMES):
+        archive.write_bytes(content)
+        assert result(archive, load, about) is None, about
+    for value in ODD_VALUES:
+        for packing in with_each_replaced(layout.metadata["packing"], value):
+            archive.write_bytes(layout.retold(layout.metadata | {"packing": packing}))
+            result(archive, load, json.dumps(packing))
+
+
 @pytest.mark.parametrize("kind", ["archive", "journal"])
 def test_wrong_tensors_are_refused_although_every_checksum_is_right(kind, base, mend, request):
     path, load = request.getfixturevalue(kind), as_loaded(base)

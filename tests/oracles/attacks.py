@@ -29,7 +29,7 @@ def signed(metadata: dict, tensors: dict[str, torch.Tensor]) -> dict:
 
 def signed_as_first(metadata: dict, tensors: dict[str, torch.Tensor]) -> dict:
     """The same as the very first files were: a checksum for each tensor, none for the metadata."""
-    first = str(metadata.get("format")).replace("-2", "-1")
+    first = str(metadata.get("format")).replace("-3", "-1").replace("-2", "-1")
     return metadata | {"format": first, CHECKSUM: old_checksums(tensors)}
 
 
