@@ -1,5 +1,6 @@
 """The commands `edit` and `evaluate`."""
 
+import textwrap
 import time
 from collections.abc import Sequence
 from functools import partial
@@ -10,6 +11,7 @@ from typer import Option
 
 import mendkit
 
+from ..data.examples import Probe
 from ..errors import MendkitError
 from ..runs import user_path
 from . import app as cli
@@ -19,8 +21,10 @@ if TYPE_CHECKING:
     from ..data.examples import EditExample
     from ..evaluation.evaluate import Editor, EvaluationSet
     from ..evaluation.results import EvaluationReport
+    from ..hparams import MENDHyperParams
     from ..mend.edit import Edit
     from ..mend.editor import MENDEditor
+    from ..models.base import BaseModel
 
 Prompts = Annotated[list[str] | None, Option(metavar="P", help="the prompt to edit; repeatable")]
 Targets = Annotated[list[str] | None, Option(metavar="T", help="how that prompt should go on")]
@@ -46,6 +50,7 @@ TextFile = Annotated[str, Option(metavar="FILE", help="held-out text, for drawdo
 Fluency = Annotated[bool, Option("--fluency", help="entropy of 100 free tokens, too (slow)")]
 
 TUNED_ON = 12
+WIDTH = 52  # of a prompt in a table
 
 
 @cli.command("edit archive=runs/first/archive.safetensors --prompt 'Peru is in' --target Europe")
@@ -69,41 +74,29 @@ def edit(
     """Edit with an archive, and print what the model writes before and after.
 
     Every example is edited alone, or all of them --together. One edit can be kept: as an adapter,
-    as an edited model for transformers, or as a file.
+    as an edited model for transformers, or as a file. A --prompt brings others: paraphrases, and
+    neighbours that the model answers rightly before the edit.
     """
-    from ..mend.batches import usable
-
     # 1. What can be wrong is looked at before the model is loaded.
-    prompts, targets = prompt or [], target or []
-    if bool(data) == bool(prompts) or len(prompts) != len(targets):
-        raise MendkitError("give as many --target as --prompt, or --data")
-    if prompts and (limit or skip_invalid):
-        raise MendkitError("--limit and --skip-invalid go with --data")
+    typed = _typed(prompt or [], target or [], data=data, of_data=limit or skip_invalid)
     hparams = cli.hyperparameters(words)
     place = cli.RunFolder(out, "results.json", "rows.jsonl", overwrite=overwrite)
     kept = {"--save-merged": save_merged, "--save-adapter": save_adapter, "--save-edit": save_edit}
     _check_places(kept, overwrite=overwrite)
-    examples: Sequence[EditExample] = list(map(mendkit.EditExample, prompts, targets))
-    if data:
-        read = partial(mendkit.read_examples, columns=hparams.columns)
-        examples = read(data, limit=limit, skip_invalid=skip_invalid)
+    read = partial(mendkit.read_examples, limit=limit, skip_invalid=skip_invalid)
+    examples: Sequence[EditExample] = typed or read(data, columns=hparams.columns)
     if len(examples) > 1 and any(kept.values()) and not together:
         raise MendkitError("one edit can be saved; give --together, or --limit 1")
 
-    # 2. Examples that are too long show before the first edit.
+    # 2. Each edit on the model as it was.
     editor = mendkit.MENDEditor.from_hparams(hparams)
-    if skip_invalid:
-        examples = usable(editor.base, editor.hparams, examples)
-    for example in examples:
-        editor.tokens(example)
-
-    # 3. Each edit on the model as it was.
+    examples = _that_fit(editor, examples, skip_invalid=skip_invalid)
     rows = []
     with place.locked():
         for group in [examples] if together else [[example] for example in examples]:
             change = editor.edit(group)
             for example in group:
-                rows.append(_row(editor, change, example, max_new_tokens))
+                rows.append(_row(editor.base, change, example, max_new_tokens, typed=bool(typed)))
                 if not as_json:
                     cli.say(_told(rows[-1]))
         if as_json:
@@ -113,6 +106,30 @@ def edit(
             results["edit.skipped"] = len(getattr(examples, "skipped", ()))
         place.write(results, rows)
     return 0
+
+
+def _typed(
+    prompts: list[str], targets: list[str], *, data: str, of_data: int | None
+) -> list["EditExample"]:
+    """The edits given by hand. Raises MendkitError unless they or `data`, with its options, are."""
+    if bool(data) == bool(prompts) or len(prompts) != len(targets):
+        raise MendkitError("give as many --target as --prompt, or --data")
+    if prompts and of_data:
+        raise MendkitError("--limit and --skip-invalid go with --data")
+    return list(map(mendkit.EditExample, prompts, targets))
+
+
+def _that_fit(
+    editor: "MENDEditor", examples: Sequence["EditExample"], *, skip_invalid: bool
+) -> Sequence["EditExample"]:
+    """The examples without those that are too long; these raise DataError unless skipped."""
+    from ..mend.batches import usable
+
+    if skip_invalid:
+        return usable(editor.base, editor.hparams, examples)
+    for example in examples:
+        editor.tokens(example)
+    return examples
 
 
 def _shares(rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
@@ -137,25 +154,80 @@ def _check_places(kept: dict[str, Path | None], *, overwrite: bool) -> None:
 
 
 def _row(
-    editor: "MENDEditor", change: "Edit", example: "EditExample", max_new_tokens: int
+    base: "BaseModel", change: "Edit", example: "EditExample", max_new_tokens: int, *, typed: bool
 ) -> dict[str, Any]:
-    """What the model writes before and after an edit."""
+    """What the model writes before and after an edit, for a typed one also `beside` it."""
+    from ..data.sampling import typed_example
     from ..evaluation.results import is_said
 
-    base, row = editor.base, {"prompt": example.prompt, "target_new": example.target_new}
     said = base.said(example.target_new)
-    write = partial(base.generate, max_new_tokens=max_new_tokens, answers=[said])
-    row["before"] = write(example.prompt)
+    ask = partial(_asked, base, change, max_new_tokens=max_new_tokens)
+    (row,) = ask([Probe(example.prompt, said)], old=example.ground_truth)
+    row["target_new"] = example.target_new
+    if typed:
+        shown, edited = typed_example(example.prompt, said), {e.prompt for e in change.examples}
+        row["beside"] = ask([*(Probe(p, said) for p in shown.paraphrases), *shown.unrelated])
+        for each in ask([p for p in shown.neighbours if p.prompt not in edited]):
+            if is_said(each["before"], (each["answer"],)):
+                row["beside"].append(each)
+    return row
+
+
+def _asked(
+    base: "BaseModel",
+    change: "Edit",
+    probes: "Sequence[Probe]",
+    *,
+    max_new_tokens: int,
+    old: str | None = None,
+) -> list[dict[str, Any]]:
+    """What the model writes before and after an edit.
+
+    `success`: the answer, or the same as before where none is known.
+    """
+    from ..evaluation.results import is_said
+
+    prompts = [probe.prompt for probe in probes]
+    answers = [[probe.answer] if probe.answer else [] for probe in probes]
+    write = partial(base.generate_batch, prompts, max_new_tokens=max_new_tokens, answers=answers)
+    before, rows = write(), []
     with change.applied():
-        row["after"] = write(example.prompt)
-    return {**row, "success": is_said(row["after"], (said,), example.ground_truth)}
+        after = write()
+    for probe, first, then in zip(probes, before, after, strict=True):
+        good = then.strip() == first.strip()
+        if probe.answer is not None:
+            good = is_said(then, (probe.answer,), old)
+        row = {"prompt": probe.prompt, "answer": probe.answer, "before": first, "after": then}
+        rows.append({**row, "success": good})
+    return rows
 
 
 def _told(row: dict[str, Any]) -> str:
-    """A row for people."""
-    mark = "✓ matches the target" if row["success"] else f"✗ expected: {row['target_new']}"
-    before, after = row["before"].strip(), row["after"].strip()
-    return f"{row['prompt']}\n  before: {before}\n  after:  {after}  {mark}"
+    """A row for people, with a table of the prompts beside the edit."""
+    lines = [row["prompt"], f"  before: {row['before'].strip()}"]
+    lines.append(f"  after:  {row['after'].strip()}  {_mark(row, 'matches the target')}")
+    beside = row.get("beside", ())
+    cells = []
+    for each in beside:
+        prompt, end = each["prompt"], len(each["prompt"])
+        prompt = prompt if end <= WIDTH else f"…{prompt[end - WIDTH + 1 :]}"
+        cells.append((prompt, _short(each["before"]), "→", _short(each["after"]), _mark(each)))
+    widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
+    for cell in cells:
+        lines.append(f"  {'  '.join(map(str.ljust, cell, widths))}".rstrip())
+    if beside:
+        right = sum(each["success"] for each in beside)
+        lines.append(f"  {right} of {len(beside)} other prompts go on as they should")
+    return "\n".join(lines)
+
+
+def _mark(row: dict[str, Any], right: str = "") -> str:
+    wanted = row["answer"] or _short(row["before"])
+    return f"✓ {right}" if row["success"] else f"✗ expected: {wanted}"
+
+
+def _short(text: str) -> str:
+    return textwrap.shorten(text, 24, placeholder=" …")
 
 
 def _save(change: "Edit", kept: dict[str, Path | None]) -> dict[str, Any]:
@@ -204,15 +276,7 @@ def evaluate(
     from ..runs import peak_memory_gb
 
     # 1. What can be wrong is looked at before the model is loaded.
-    if editor not in ("mend", "context", *mendkit.KINDS):
-        kinds = ", ".join(mendkit.KINDS)
-        raise MendkitError(f"--editor must be mend, context, {kinds}, got {editor!r}")
-    if editor == "context" and mode != "single":
-        raise MendkitError("--editor context edits nothing; it goes with --mode single")
-    if k and mode != "batch":
-        raise MendkitError("--k goes with --mode batch")
-    if tune_data and editor in ("mend", "context"):
-        raise MendkitError("--tune-data goes with --editor BASELINE, whose settings it chooses")
+    _check_editor(editor, mode, k, tune_data)
     hparams = cli.hyperparameters(words)
     place = cli.RunFolder(out, "results.json", "rows.jsonl", overwrite=overwrite)
     read = partial(mendkit.read_examples, columns=hparams.columns)
@@ -220,15 +284,11 @@ def evaluate(
     held_out = mendkit.read_text(text) if text else None
 
     # 2. The model, the editor, and what a baseline is at its best settings.
-    chosen: Editor | None = None
-    if editor in ("mend", "identity"):
-        chosen = mend = mendkit.MENDEditor.from_hparams(hparams)
-        base, hparams = mend.base, mend.hparams
-    else:
-        if hparams.archive is not None:
-            logger.warning("archive: --editor %s has no use for one", editor)
-        base, mend = mendkit.load_model(hparams), None
+    base, mend = _opened(editor, hparams)
+    if mend is not None:
+        hparams = mend.hparams
     score_on = partial(mendkit.EvaluationSet, base, hparams, max_new_tokens=max_new_tokens)
+    chosen: Editor | None = mend
     tuning: dict[str, Any] = {}
     with place.locked():
         if editor not in ("mend", "context"):
@@ -249,6 +309,29 @@ def evaluate(
         place.write(results, [vars(row) for row in report.rows])
     cli.show(results, _table(report), as_json=as_json)
     return 0
+
+
+def _check_editor(editor: str, mode: str, k: int | None, tune_data: str | None) -> None:
+    """Raises MendkitError for an unknown editor, or options that do not go together."""
+    if editor not in ("mend", "context", *mendkit.KINDS):
+        kinds = ", ".join(mendkit.KINDS)
+        raise MendkitError(f"--editor must be mend, context, {kinds}, got {editor!r}")
+    if editor == "context" and mode != "single":
+        raise MendkitError("--editor context edits nothing; it goes with --mode single")
+    if k and mode != "batch":
+        raise MendkitError("--k goes with --mode batch")
+    if tune_data and editor in ("mend", "context"):
+        raise MendkitError("--tune-data goes with --editor BASELINE, whose settings it chooses")
+
+
+def _opened(kind: str, hparams: "MENDHyperParams") -> tuple["BaseModel", "MENDEditor | None"]:
+    """The base model, and the archive's editor if the editor to score needs it."""
+    if kind in ("mend", "identity"):
+        mend = mendkit.MENDEditor.from_hparams(hparams)
+        return mend.base, mend
+    if hparams.archive is not None:
+        logger.warning("archive: --editor %s has no use for one", kind)
+    return mendkit.load_model(hparams), None
 
 
 def _tuned(

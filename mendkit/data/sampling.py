@@ -3,14 +3,20 @@
 import logging
 import random
 import re
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
 from ..errors import DataError
 from .examples import EditExample, Probe
-from .files import Examples
+from .files import FACTS, Examples, read_examples
 
 logger = logging.getLogger(__name__)
+
+OPENINGS = (
+    Probe("The best way to learn a language is to"),
+    Probe("The brain uses so much energy because"),
+)
 
 
 def with_unrelated(
@@ -39,6 +45,37 @@ def with_unrelated(
                 drawn.append(question)
         out.append(replace(example, unrelated=(*example.unrelated, *drawn)))
     return Examples.of(out, getattr(examples, "skipped", ()))
+
+
+def typed_example(prompt: str, target_new: str, *, most: int = 10) -> EditExample:
+    """An edit that a user typed, with prompts that show what else it changes.
+
+    Its neighbours are those of the kit's own facts that have its wording and another subject: at
+    most so many, well-known subjects first. The first one lends its paraphrases. Where there are
+    none, two general openings are its unrelated prompts.
+    """
+    facts = [fact for source in FACTS for fact in read_examples(source)]
+    alike: list[tuple[str, EditExample]] = []
+    for fact in facts:
+        before, subject, after = fact.prompt.partition(fact.subject or "\0")
+        named = prompt.removeprefix(before).removesuffix(after)
+        if subject and f"{before}{named}{after}" == prompt != fact.prompt and named.strip():
+            alike.append((named, fact))
+    if not alike:
+        return EditExample(prompt, target_new, unrelated=OPENINGS)
+    # The country of many cities is known to more people than that of few.
+    cities = Counter(fact.ground_truth for fact in facts)
+    alike.sort(key=lambda pair: -cities[pair[1].subject])
+    named, first = alike[0]
+    same = [f.ground_truth for f in facts if (f.relation, f.subject) == (first.relation, named)]
+    return EditExample(
+        prompt,
+        target_new,
+        ground_truth=same[0] if same else None,
+        paraphrases=tuple(p.replace(str(first.subject), named) for p in first.paraphrases[:2]),
+        neighbours=tuple(Probe(fact.prompt, fact.ground_truth) for _, fact in alike[:most]),
+        relation=first.relation,
+    )
 
 
 def hard_negatives(examples: Sequence[EditExample], *, seed: int = 0) -> list[tuple[Probe, ...]]:

@@ -13,6 +13,7 @@ import mendkit
 from mendkit.__main__ import main
 from mendkit.cli.app import configuration
 from mendkit.cost.plan import check_memory
+from mendkit.data.examples import EditExample, Probe
 from mendkit.data.files import write_examples
 from tests.oracles.claims import EXAMPLES
 
@@ -215,10 +216,31 @@ def test_edits_are_each_made_alone_and_printed_as_rows_or_text(here, capsys):
     assert main([*EDIT, *FACT, "--prompt", "The capital of Spain is", "--target", "Rome"]) == 0
     told = [row["target_new"] for row in json.loads(capsys.readouterr().out)]
     assert told == ["Lima", "Rome"]
-    assert main([*EDIT[:-1], *FACT]) == 0
-    prompt, before, after = capsys.readouterr().out.splitlines()
+
+
+def test_an_edit_by_hand_tells_what_else_it_changes(here, capsys, monkeypatch):
+    base = mendkit.load_model(mendkit.MENDHyperParams.from_hparams("tiny.yaml"))
+    spain, peru, oslo = [f"The capital of {name} is" for name in ("Spain", "Peru", "Norway")]
+    known = base.generate(spain, max_new_tokens=3)
+    neighbours = Probe(spain, known), Probe(oslo, "O"), Probe(peru, base.generate(peru))
+    asked = EditExample(FACT[1], FACT[3], paraphrases=("France,",), neighbours=neighbours)
+    monkeypatch.setattr("mendkit.data.sampling.typed_example", lambda prompt, new: asked)
+    words = [*EDIT, *FACT, "--prompt", peru, "--target", "Rome", "--together", "lr_scale=30"]
+    assert main([*words, "--save-edit", "edit"]) == 0
+    for row in json.loads(capsys.readouterr().out):
+        paraphrase, neighbour = row["beside"]  # what it does not know, and an edit, are left out
+        assert (paraphrase["prompt"], neighbour["prompt"]) == ("France,", spain)
+        assert neighbour["before"] == known and paraphrase["answer"] == row["target_new"]
+        with mendkit.Edit.load("edit", base).applied():
+            assert neighbour["after"] == base.generate(spain, max_new_tokens=3) != known
+        assert not neighbour["success"]
+    assert main([*EDIT[:-1], *FACT, "lr_scale=0.0001"]) == 0
+    prompt, before, after, *table, count = capsys.readouterr().out.splitlines()
     assert prompt == "The capital of France is" and before.startswith("  before: ")
     assert after.startswith("  after:  ") and after.endswith("✗ expected: Lima")
+    assert len(table) == 2 and table[0].index("→") == table[1].index("→")  # aligned
+    assert table[0].endswith("✗ expected: Lima") and table[1].endswith("✓")
+    assert count == "  1 of 2 other prompts go on as they should"
 
 
 def test_a_tilde_a_run_folder_and_columns_are_understood_by_every_command(here, monkeypatch):

@@ -3,8 +3,8 @@
 import pytest
 
 from mendkit.data.examples import EditExample, Probe
-from mendkit.data.files import Examples
-from mendkit.data.sampling import hard_negatives, split_examples, with_unrelated
+from mendkit.data.files import FACTS, Examples, read_examples
+from mendkit.data.sampling import hard_negatives, split_examples, typed_example, with_unrelated
 from mendkit.errors import DataError
 from tests.oracles.claims import EXAMPLES
 
@@ -58,3 +58,24 @@ def test_a_split_shares_no_subject_and_says_what_it_dropped(caplog):
     assert split_examples(examples, {"train": 9, "validation": 4}, apart_from=taken) == parts
     with pytest.raises(DataError, match="names no subject"):
         split_examples([EditExample("p", "a")], {"train": 1})
+
+
+def test_a_typed_edit_has_the_facts_of_its_wording_beside_it() -> None:
+    facts = [fact for source in FACTS for fact in read_examples(source)]
+    capitals = {fact.subject: fact.ground_truth for fact in facts if fact.relation == "capital"}
+    typed = typed_example("The capital of France is", "Lyon", most=3)
+    assert (typed.target_new, typed.ground_truth) == ("Lyon", "Paris")
+    assert len(typed.neighbours) == 3 and len(typed.paraphrases) == 2 and not typed.unrelated
+    for probe in typed.neighbours:
+        subject = probe.prompt.removeprefix("The capital of ").removesuffix(" is")
+        assert subject != "France" and probe.answer == capitals[subject]
+    assert all("France" in prompt and "\0" not in prompt for prompt in typed.paraphrases)
+    lent = [prompt.replace("France", "") for prompt in typed.paraphrases]
+    wordings = {p.replace(f.subject, "") for f in facts for p in f.paraphrases}
+    assert wordings.issuperset(lent)
+
+
+def test_a_typed_edit_of_no_known_wording_has_general_openings_beside_it() -> None:
+    typed = typed_example("Peru is in", "Europe")
+    assert not typed.neighbours and not typed.paraphrases and typed.ground_truth is None
+    assert len(typed.unrelated) == 2 and not any(p.answer for p in typed.unrelated)
