@@ -50,31 +50,37 @@ def with_unrelated(
 def typed_example(prompt: str, target_new: str, *, most: int = 10) -> EditExample:
     """An edit that a user typed, with prompts that show what else it changes.
 
-    Its neighbours are those of the kit's own facts that have its wording and another subject: at
-    most so many, well-known subjects first. The first one lends its paraphrases. Where there are
-    none, two general openings are its unrelated prompts.
+    Where one of the kit's own facts has its wording, the neighbours are the facts of that relation
+    put in this wording: at most so many, well-known subjects first. Two paraphrases are those of
+    such a fact. Elsewhere two general openings are the unrelated prompts.
     """
     facts = [fact for source in FACTS for fact in read_examples(source)]
-    alike: list[tuple[str, EditExample]] = []
+    # 1. The wording: what stands before and after the subject.
+    wordings: Counter[tuple[str, str, str | None]] = Counter()
     for fact in facts:
         before, subject, after = fact.prompt.partition(fact.subject or "\0")
-        named = prompt.removeprefix(before).removesuffix(after)
-        if subject and f"{before}{named}{after}" == prompt != fact.prompt and named.strip():
-            alike.append((named, fact))
-    if not alike:
+        fits = prompt.startswith(before) and prompt.endswith(after)
+        if subject and fits and len(prompt) > len(before + after):
+            wordings[before, after, fact.relation] += 1
+    if not wordings:
         return EditExample(prompt, target_new, unrelated=OPENINGS)
-    # The country of many cities is known to more people than that of few.
-    cities = Counter(fact.ground_truth for fact in facts)
-    alike.sort(key=lambda pair: -cities[pair[1].subject])
-    named, first = alike[0]
-    same = [f.ground_truth for f in facts if (f.relation, f.subject) == (first.relation, named)]
+    before, after, relation = max(wordings, key=wordings.__getitem__)
+    named = prompt[len(before) : len(prompt) - len(after)]
+    # 2. Facts of the relation. A country of many cities is known to more people than one of few.
+    kin = {str(f.subject): f for f in facts if f.relation == relation}
+    like, cities = kin.pop(named, None), Counter(fact.ground_truth for fact in facts)
+    names = [name for name, fact in kin.items() if f"the {name}" not in fact.prompt]
+    names.sort(key=lambda name: -cities[name])
+    shown = like or kin[names[0]]
     return EditExample(
         prompt,
         target_new,
-        ground_truth=same[0] if same else None,
-        paraphrases=tuple(p.replace(str(first.subject), named) for p in first.paraphrases[:2]),
-        neighbours=tuple(Probe(fact.prompt, fact.ground_truth) for _, fact in alike[:most]),
-        relation=first.relation,
+        ground_truth=like.ground_truth if like else None,
+        paraphrases=tuple(p.replace(str(shown.subject), named) for p in shown.paraphrases[:2]),
+        neighbours=tuple(
+            Probe(f"{before}{name}{after}", kin[name].ground_truth) for name in names[:most]
+        ),
+        relation=relation,
     )
 
 

@@ -60,19 +60,18 @@ def test_a_split_shares_no_subject_and_says_what_it_dropped(caplog):
         split_examples([EditExample("p", "a")], {"train": 1})
 
 
-def test_a_typed_edit_has_the_facts_of_its_wording_beside_it() -> None:
+def test_a_typed_edit_has_the_facts_of_its_relation_beside_it() -> None:
     facts = [fact for source in FACTS for fact in read_examples(source)]
-    capitals = {fact.subject: fact.ground_truth for fact in facts if fact.relation == "capital"}
-    typed = typed_example("The capital of France is", "Lyon", most=3)
-    assert (typed.target_new, typed.ground_truth) == ("Lyon", "Paris")
-    assert len(typed.neighbours) == 3 and len(typed.paraphrases) == 2 and not typed.unrelated
-    for probe in typed.neighbours:
+    capitals = {fact.subject: fact for fact in facts if fact.relation == "capital"}
+    known, unknown = [typed_example(f"The capital of {x} is", "Lyon") for x in ("France", "Mu")]
+    assert (known.target_new, known.ground_truth) == ("Lyon", "Paris")
+    assert known.paraphrases == capitals["France"].paraphrases[:2] and not known.unrelated
+    assert len(known.neighbours) == 10 and unknown.ground_truth is None
+    for probe in known.neighbours:
         subject = probe.prompt.removeprefix("The capital of ").removesuffix(" is")
-        assert subject != "France" and probe.answer == capitals[subject]
-    assert all("France" in prompt and "\0" not in prompt for prompt in typed.paraphrases)
-    lent = [prompt.replace("France", "") for prompt in typed.paraphrases]
-    wordings = {p.replace(f.subject, "") for f in facts for p in f.paraphrases}
-    assert wordings.issuperset(lent)
+        assert subject != "France" and probe.answer == capitals[subject].ground_truth
+    wordings = {p.replace(f.subject, "Mu") for f in capitals.values() for p in f.paraphrases}
+    assert len(unknown.paraphrases) == 2 and wordings.issuperset(unknown.paraphrases)
 
 
 def test_a_typed_edit_of_no_known_wording_has_general_openings_beside_it() -> None:
