@@ -3,7 +3,8 @@
 # make soak     10,000 edits applied and taken back, 2,000 in a row: memory stays flat, the model its bits; 8 minutes
 # make test-browser   the playground in Chromium, on JupyterLab and Voilà; as root on Debian it installs Chromium
 # make bench    what training and editing cost against a textbook MEND, under runs/bench (OUT=, ARGS=)
-# make lab      JupyterLab on notebooks/  make playground   the playground alone, by Voilà
+# make lab      JupyterLab                make playground   the panel of notebook 06 alone, by Voilà
+#               ARCHIVE=runs/report: the notebooks' archive instead of the one in the box
 # make clean  remove .venv and caches, never runs/
 #
 # The first use makes .venv with PYTHON (3.11 or newer) from constraints.txt.
@@ -12,10 +13,14 @@ PYTHON ?= python3
 OUT ?= runs/report
 CONFIG ?=
 ARGS ?=
+ARCHIVE ?=
 
 BIN := .venv/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 PINS := pyproject.toml constraints.txt
+
+# What `archive: "smollm2-135m"` means in notebooks, if anything else.
+lab playground: export MENDKIT_ARCHIVE := $(ARCHIVE)
 
 .DELETE_ON_ERROR:
 .PHONY: help report bench test soak test-browser lint lab playground clean
@@ -46,10 +51,11 @@ lint: .venv/.installed-test
 	$(BIN)/mypy
 
 lab: .venv/.installed-notebooks
-	$(BIN)/python -m jupyter lab notebooks
+	$(BIN)/python -m jupyter lab --LabApp.default_url=/lab/tree/README.md
 
 playground: .venv/.installed-voila
-	$(BIN)/python -m voila notebooks/06_playground.ipynb
+	$(BIN)/python -m voila --VoilaExecutor.skip_cells_with_tag=by-code \
+	  --TagRemovePreprocessor.remove_cell_tags=by-code notebooks/06_playground.ipynb
 
 clean:
 	rm -rf .venv build dist mendkit.egg-info .pytest_cache .ruff_cache

@@ -37,7 +37,7 @@ logger = logging.getLogger(__name__)
 CHECKOUT = Path(__file__).resolve().parents[1]
 PACKAGES = ("mendkit", "torch", "transformers", "safetensors", "papermill", "matplotlib")
 
-ARCHIVE_FILE = "archive.safetensors"
+ARCHIVE_FILE, ARCHIVES = "archive.safetensors", Path(__file__).parent / "archives"
 DAMAGE = (
     *(ArithmeticError, AssertionError, AttributeError, EOFError, LookupError, OSError),
     *(RuntimeError, TypeError, ValueError, BadZipFile, SafetensorError, UnpicklingError),
@@ -155,7 +155,11 @@ def project_path(path: str | Path) -> Path:
     (`facts:train`, `hf:owner/name`) are no paths and stay as they are.
     """
     path, here = user_path(path), Path.cwd()
-    if path.is_absolute() or path.exists() or str(path).startswith(("facts:", "hf:")):
+    named = (
+        str(path).startswith(("facts:", "hf:", "hub:"))
+        or (ARCHIVES / f"{path}.safetensors").is_file()
+    )
+    if path.is_absolute() or path.exists() or named:
         return path
     below_root = here.parent / path if here.name == "notebooks" else path
     if below_root.exists() or path.parts[0] not in ("configs", "notebooks"):

@@ -165,9 +165,10 @@ def _row(
     (row,) = ask([Probe(example.prompt, said)], old=example.ground_truth)
     row["target_new"] = example.target_new
     if typed:
-        shown, edited = typed_example(example.prompt, said), {e.prompt for e in change.examples}
-        row["beside"] = ask([*(Probe(p, said) for p in shown.paraphrases), *shown.unrelated])
-        for each in ask([p for p in shown.neighbours if p.prompt not in edited]):
+        edited = {each.prompt for each in change.examples}
+        roles = typed_example(example.prompt, said).roles()
+        row["beside"] = ask([*roles["paraphrases"], *roles["unrelated"]])
+        for each in ask([probe for probe in roles["neighbours"] if probe.prompt not in edited]):
             if is_said(each["before"], (each["answer"],)):
                 row["beside"].append(each)
     return row
@@ -176,15 +177,12 @@ def _row(
 def _asked(
     base: "BaseModel",
     change: "Edit",
-    probes: "Sequence[Probe]",
+    probes: Sequence[Probe],
     *,
     max_new_tokens: int,
     old: str | None = None,
 ) -> list[dict[str, Any]]:
-    """What the model writes before and after an edit.
-
-    `success`: the answer, or the same as before where none is known.
-    """
+    """What the model writes before and after an edit, and if it is the answer, or as before."""
     from ..evaluation.results import is_said
 
     prompts = [probe.prompt for probe in probes]

@@ -47,12 +47,14 @@ def with_unrelated(
     return Examples.of(out, getattr(examples, "skipped", ()))
 
 
-def typed_example(prompt: str, target_new: str, *, most: int = 10) -> EditExample:
+def typed_example(
+    prompt: str, target_new: str, *, most: int = 10, first: Sequence[str] = ()
+) -> EditExample:
     """An edit that a user typed, with prompts that show what else it changes.
 
     Where one of the kit's own facts has its wording, the neighbours are the facts of that relation
-    put in this wording: at most so many, well-known subjects first. Two paraphrases are those of
-    such a fact. Elsewhere two general openings are the unrelated prompts.
+    put in this wording: at most so many, the subjects of `first` and then well-known ones. Two
+    paraphrases are those of such a fact. Elsewhere two general openings are the unrelated prompts.
     """
     facts = [fact for source in FACTS for fact in read_examples(source)]
     # 1. The wording: what stands before and after the subject.
@@ -70,16 +72,14 @@ def typed_example(prompt: str, target_new: str, *, most: int = 10) -> EditExampl
     kin = {str(f.subject): f for f in facts if f.relation == relation}
     like, cities = kin.pop(named, None), Counter(fact.ground_truth for fact in facts)
     names = [name for name, fact in kin.items() if f"the {name}" not in fact.prompt]
-    names.sort(key=lambda name: -cities[name])
+    names = sorted(names, key=lambda name: (name not in first, -cities[name]))[:most]
     shown = like or kin[names[0]]
     return EditExample(
         prompt,
         target_new,
         ground_truth=like.ground_truth if like else None,
         paraphrases=tuple(p.replace(str(shown.subject), named) for p in shown.paraphrases[:2]),
-        neighbours=tuple(
-            Probe(f"{before}{name}{after}", kin[name].ground_truth) for name in names[:most]
-        ),
+        neighbours=tuple(Probe(before + n + after, kin[n].ground_truth) for n in names),
         relation=relation,
     )
 

@@ -19,13 +19,15 @@ from torch.nn.functional import normalize, pad
 
 from ..data.examples import EditExample
 from ..hparams import MENDHyperParams
-from ..mend.batches import ExampleTexts, prepare_texts
+from ..mend.batches import ExampleTexts
+from ..mend.distributed import Team
 from ..mend.editor import MENDEditor
 from ..mend.factors import capture_factors
 from ..mend.hypernetwork import MEND
 from ..mend.losses import edit_nll
+from ..mend.preparation import Preparation
 from ..mend.updates import LowRankUpdate, Updates, padded
-from ..mend.validation import best_edit_lr, validate
+from ..mend.validation import validate
 from ..models.base import BaseModel
 from ..models.load import load_model
 from ..models.tokens import Tokens, collate
@@ -41,26 +43,25 @@ def open_editor(
 ) -> MENDEditor:
     """The archive's editor, named "trained"; an "untrained" one where `archive` is null.
 
-    That one has identity initialisation and the paper's per-feature statistics of `examples`.
-    Loads the base model unless it is given.
+    That one is where training would begin with statistics of all `examples`: the control at
+    identity initialisation. Loads the base model unless it is given.
     """
     if hparams.archive is not None:
         editor = MENDEditor.from_hparams(hparams, base=base)
         editor.name = "trained"
         return editor
     base = base.with_sites(hparams.inner_params) if base else load_model(hparams)
-    texts = prepare_texts(base, hparams, examples)
-    mend = _untrained(base, hparams, [each.edit for each in texts])
-    if hparams.edit_lr == "auto":
-        mend.start_at(best_edit_lr(FrozenTrunk(base), mend, texts, mend.hparams))
-    return MENDEditor(base, mend, name="untrained")
+    h = hparams.replace(stats_examples=len(examples), stats_held_out=False, release_trunk=False)
+    h = h.replace(init="id_xavier", update_sign=-1)
+    mend, _ = Preparation(base, h, examples, (), team=Team()).make({})
+    return MENDEditor(base, mend.eval(), name="untrained")
 
 
 def about(editor: MENDEditor) -> dict[str, str]:
     """The base model and the hypernetwork of `open_editor`, in words."""
     known = "trained"
     if editor.name == "untrained":
-        known = "NONE: a MEND at identity initialisation, per-feature statistics, never trained"
+        known = "NONE: the control, at identity initialisation, never trained"
     return {"base model": editor.base.name, "hypernetwork": known}
 
 

@@ -31,10 +31,22 @@ class Playground:
         max_new_tokens: int = 8,
     ) -> None:
         self.hparams, self.max_new_tokens = hparams, max_new_tokens
+        self.statistics = statistics
         self.editor = open_editor(hparams, statistics)
         self.session = self.editor.session()
         self._shown = 0
         self._unedited: dict[Hashable, Any] = {}
+
+    def load(self, archive: str | None) -> None:
+        """Go on with another archive (None: the untrained control) and an empty journal.
+
+        Raises ArchiveError or HyperParamError; then nothing is changed.
+        """
+        hparams = self.hparams.replace(archive=archive)
+        with self.session.suspended():
+            editor = open_editor(hparams, self.statistics, base=self.editor.base)
+        self.session.close()
+        self.hparams, self.editor, self.session = hparams, editor, editor.session()
 
     @property
     def shown(self) -> int | None:
@@ -65,7 +77,9 @@ class Playground:
 
     def completions(self) -> tuple[list[tables.Asked], list[str], list[str]]:
         """The prompts of the edit that is shown, and what is written before and after it."""
-        asked = [each for each, _ in self.asked()]
+        asked: list[tables.Asked] = []
+        for example in self._examples():
+            asked += tables.prompts_of(example, most=None)
         _, prompts, _ = zip(*asked, strict=True)
         answers = [[wanted] if wanted else [] for _, _, wanted in asked]
 
@@ -75,9 +89,9 @@ class Playground:
 
         return asked, self._before(tuple(asked), write), write()
 
-    def next_tokens(self, index: int = 0) -> Row:
-        """Next-token probabilities after one of the prompts, for `plots.next_token_bars`."""
-        fact = answer_tokens(self.editor.base, self.asked()[index][1])
+    def next_tokens(self) -> Row:
+        """Next-token probabilities after the edit's prompt, for `plots.next_token_bars`."""
+        fact = answer_tokens(self.editor.base, self._examples()[0])
         prompt = str(fact["prompt"])
         among = tuple(token for token in (fact["new_token"], fact["old_token"]) if token)
 
@@ -92,20 +106,9 @@ class Playground:
                 self._unedited[key] = read()
         return self._unedited[key]
 
-    def asked(self) -> list[tuple[tables.Asked, EditExample]]:
-        """Each prompt, and the new and old answer whose probabilities are read."""
+    def _examples(self) -> list[EditExample]:
+        """The examples of the edit that is shown, with the answers as the model says them."""
         if self.shown is None:
             raise MendkitError("the journal is empty; apply an edit first")
-        found = []
-        for example in self.session.journal[self.shown].examples:
-            new = self.editor.base.said(example.target_new)
-            example = replace(example, target_new=new)
-            probes = (*example.neighbours, *example.unrelated)
-            old = {probe.prompt: probe.answer for probe in probes}
-            for asked in tables.prompts_of(example, most=None):
-                truth = old.get(asked[1], example.ground_truth)
-                alone = EditExample(
-                    asked[1], new, ground_truth=truth, target_prefix=example.target_prefix
-                )
-                found.append((asked, alone))
-        return found
+        examples, said = self.session.journal[self.shown].examples, self.editor.base.said
+        return [replace(example, target_new=said(example.target_new)) for example in examples]

@@ -15,10 +15,11 @@ import ipywidgets as w
 from IPython.display import HTML
 
 from ..data.examples import EditExample, Probe
+from ..data.sampling import typed_example
 from ..errors import MendkitError
 from ..evaluation.inspection import about
 from ..reporting import plots, tables
-from ..runs import project_path
+from ..runs import ARCHIVE_FILE, project_path
 from .session import Playground
 
 logger = logging.getLogger(__name__)
@@ -48,8 +49,12 @@ class Panel:
     ) -> None:
         self.playground, self.facts = playground, (EditExample("", ""), *facts)
         self._filling = False  # fields are set by code, which is no wish of the user
-        self.about = w.HTML(tables.listed(about(playground.editor)).to_html())
-        self.said, self.results = w.HTML(), w.HTML()
+        self.about, self.said, self.results = w.HTML(), w.HTML(), w.HTML()
+        # 0. The archive.
+        found = dict.fromkeys([playground.hparams.archive or "", *archives(), ""])
+        names = [(name or "none: the untrained control", name) for name in found]
+        self.archive = _field(w.Dropdown(options=names), "archive")
+        self.load = self._button("Load", self._load)
         # 1. A fact.
         picks = [("(a fact that you type)", 0)]
         for place, fact in enumerate(facts, 1):
@@ -70,14 +75,16 @@ class Panel:
         # 3. All together.
         for field, action in (
             (self.pick, self._on_pick),
+            (self.prompt, self._on_prompt),
             (self.journal, self._on_journal),
             (self.strength, self._on_strength),
         ):
             field.observe(action, "value")
+        archive_row = w.HBox([self.archive, self.load])
         fact_row = w.HBox([self.prompt, self.answer, self.apply])
         journal_row = w.HBox([self.strength, self.toggle, self.drop, self.folder, self.save])
-        rows = [w.HTML(PANEL_STYLE), self.about, self.pick, fact_row, self.others, self.said]
-        self.ui = w.VBox([*rows, self.journal, journal_row, self.results])
+        rows = [w.HTML(PANEL_STYLE), self.about, archive_row, self.said, self.pick, fact_row]
+        self.ui = w.VBox([*rows, self.others, self.journal, journal_row, self.results])
         self.ui.add_class("mendkit")
         self._on_pick()
         self._say("")
@@ -85,6 +92,7 @@ class Panel:
 
     def refresh(self) -> None:
         """Draw everything anew, as after changes by code."""
+        self.about.value = tables.listed(about(self.playground.editor)).to_html()
         self._fill()
         parts = ["<h4>Before and after</h4>"]
         if self.playground.shown is None:
@@ -113,7 +121,7 @@ class Panel:
     def _do(self, action: Callable[[], object]) -> None:
         """Act and draw; a text that `action` returns is said, and errors are."""
         self._say("…")
-        buttons = (self.apply, self.toggle, self.drop, self.save)
+        buttons = (self.apply, self.toggle, self.drop, self.save, self.load)
         for button in buttons:
             button.disabled = True  # a second click would do the same again
         try:
@@ -130,11 +138,15 @@ class Panel:
             for button in buttons:
                 button.disabled = False
 
+    def _load(self) -> str:
+        self.playground.load(self.archive.value)
+        return "Loaded; the journal is empty."
+
     def _apply(self) -> str:
         prompt, answer = self.prompt.value.strip(), self.answer.value.strip()
-        example, picked = EditExample(prompt, answer), self.facts[self.pick.value]
-        if picked.prompt.strip() == prompt:
-            example = replace(picked, target_new=answer)
+        example = replace(self.facts[self.pick.value], target_new=answer)
+        if not self.pick.value:
+            example = typed_example(prompt, answer, most=4)
         lines = map(str.strip, self.others.value.splitlines())
         others = tuple(map(Probe, filter(None, lines)))
         self.playground.apply(replace(example, unrelated=example.unrelated + others))
@@ -166,7 +178,13 @@ class Panel:
 
     def _on_pick(self, _: Any = None) -> None:
         fact = self.facts[self.pick.value]
-        self.prompt.value, self.answer.value = fact.prompt, fact.target_new
+        if not self._filling:
+            self.prompt.value, self.answer.value = fact.prompt, fact.target_new
+
+    def _on_prompt(self, change: Any) -> None:
+        if change["new"].strip() != self.facts[self.pick.value].prompt.strip():
+            self._filling, self.pick.value = True, 0  # a fact that the user types
+            self._filling = False
 
     def _on_journal(self, change: Any) -> None:
         if not self._filling:
@@ -200,6 +218,12 @@ class Panel:
                 self.toggle.description = "Undo" if in_force else "Re-apply"
         finally:
             self._filling = False
+
+
+def archives() -> list[str]:
+    """The archives below `runs/`, newest first."""
+    found = project_path("runs").glob(f"*/{ARCHIVE_FILE}")
+    return [str(path) for path in sorted(found, key=lambda path: -path.stat().st_mtime)]
 
 
 def _field(widget: Any, label: str) -> Any:

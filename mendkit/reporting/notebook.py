@@ -7,6 +7,7 @@ runs this process.
 import ast
 import difflib
 import logging
+import os
 import re
 import shlex
 from collections.abc import Callable, Mapping, Sequence
@@ -25,6 +26,7 @@ IOPUB_SECONDS = 60  # a busy machine may be late with a cell's last output
 ANSI = re.compile(r"\x1b\[[0-9;]*[A-Za-z]")
 PATHS = ("archive", "config", "data", "out", "sweep", "text")  # and all that end in _data
 NULLABLE = ("archive", "text")
+IN_THE_BOX = "smollm2-135m"  # the notebooks' archive; MENDKIT_ARCHIVE puts another in its place
 NULL_WORDS = (None, "", "null", "None", "~")
 TYPES = {"Optional": Optional} | {kind.__name__: kind for kind in (bool, int, float, list, str)}
 
@@ -94,6 +96,8 @@ def check_parameters(namespace: dict[str, Any]) -> None:
             raise MendkitError(f"unknown parameter {name!r}; did you mean {' or '.join(near)}?")
     for name, annotation in annotations.items():
         value = Parameter(name, annotation).read(namespace[name])
+        if name == "archive" and value == IN_THE_BOX:
+            value = os.environ.get("MENDKIT_ARCHIVE") or value
         if value is not None and (name in PATHS or name.endswith("_data")):
             value = str(project_path(value))
         namespace[name] = value

@@ -5,9 +5,10 @@ import torch
 from torch import Tensor
 
 from mendkit.evaluation import inspection
-from mendkit.mend.archive import save_archive
+from mendkit.mend.archive import load_archive, save_archive
 from mendkit.mend.batches import edit_tokens, prepare_texts
 from mendkit.mend.hypernetwork import MEND
+from mendkit.mend.training import train
 from mendkit.mend.updates import LowRankUpdate
 from mendkit.models.base import BaseModel
 from mendkit.models.trunk import FrozenTrunk
@@ -119,8 +120,13 @@ def test_a_sweep_reaches_the_sizes_asked_for_and_its_sign_decides(llama):
 def test_without_an_archive_the_editor_says_so(tmp_path, llama):
     settings = hparams(whiten=0.1).replace(model_name=str(save_tiny(tmp_path / "model")))
     untrained = inspection.open_editor(settings, EXAMPLES)
-    assert untrained.name == "untrained" and untrained.mend.hparams.whiten is None
+    assert untrained.name == "untrained" and untrained.mend.hparams.whiten == 0.1
+    start = settings.replace(max_iters=0, stats_held_out=False, val_steps=2)
+    result = train(start, EXAMPLES, EXAMPLES[:2], base=untrained.base, run_dir=tmp_path / "run")
+    begun = load_archive(result.archive, base=untrained.base).mend.state_dict()
+    for name, value in untrained.mend.state_dict().items():
+        assert torch.equal(value, begun[name]), name
     assert "never trained" in inspection.about(untrained)["hypernetwork"]
     path = save_archive(tmp_path / "archive.safetensors", untrained.base, untrained.mend)
-    editor = inspection.open_editor(settings.replace(archive=str(path), whiten=None), EXAMPLES)
+    editor = inspection.open_editor(settings.replace(archive=str(path)), EXAMPLES)
     assert editor.name == "trained" and inspection.about(editor)["hypernetwork"] == "trained"

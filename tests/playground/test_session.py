@@ -1,7 +1,9 @@
 """The playground without a browser: what it reads, and its panel by pressing buttons."""
 
+import os
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -9,6 +11,7 @@ import torch
 from safetensors.torch import load_file
 
 from mendkit.data.examples import EditExample, Probe
+from mendkit.data.sampling import typed_example
 from mendkit.errors import DataError, MendkitError
 from mendkit.evaluation.inspection import about
 from mendkit.hparams import MENDHyperParams
@@ -81,19 +84,20 @@ def test_a_strength_of_none_is_the_unedited_model_and_can_be_taken_back(
     assert torch.equal(logits(base), edited)
 
 
-def test_the_old_answer_of_a_neighbour_is_its_own(playground: Playground) -> None:
-    with pytest.raises(MendkitError, match="journal is empty"):
-        playground.completions()
+def test_the_next_tokens_are_those_of_the_edit(playground: Playground) -> None:
+    for read in (playground.completions, playground.next_tokens):
+        with pytest.raises(MendkitError, match="journal is empty"):
+            read()
     example = EXAMPLES[0]
     playground.apply(example)
-    roles = [asked[0] for asked, _ in playground.asked()]
-    read, neighbour = playground.next_tokens(roles.index("neighbours")), example.neighbours[0]
-    assert (read["prompt"], read["old"]) == (neighbour.prompt, neighbour.answer)
-    assert playground.next_tokens(roles.index("paraphrases"))["old"] == example.ground_truth
+    fact = playground.next_tokens()
+    assert (fact["prompt"], fact["old"]) == (example.prompt, example.ground_truth)
 
 
-def test_without_an_archive_a_stand_in_is_labelled_and_edits(hparams: MENDHyperParams) -> None:
-    playground = Playground(hparams.replace(archive=None, edit_lr=0.1), EXAMPLES, max_new_tokens=4)
+def test_without_an_archive_the_control_is_labelled_and_edits(hparams: MENDHyperParams) -> None:
+    h = hparams.replace(archive=None, edit_lr=0.1, whiten=0.1)
+    playground = Playground(h, EXAMPLES, max_new_tokens=4)
+    assert playground.editor.hparams.whiten == 0.1  # the configuration's normaliser
     assert "never trained" in str(about(playground.editor))
     assert "never trained" in widgets.Panel(playground).about.value
     playground.apply(EXAMPLES[0])
@@ -147,8 +151,58 @@ def test_the_panel_takes_what_is_typed(panel: widgets.Panel) -> None:
     panel.others.value = "The capital of Peru is\n\n  The capital of Fiji is"
     panel.apply.click()
     others = (Probe("The capital of Peru is"), Probe("The capital of Fiji is"))
-    typed = EditExample("The capital of Chad is", "Lyon", unrelated=others)
-    assert panel.playground.session.journal[0].examples == (typed,)
+    typed = typed_example("The capital of Chad is", "Lyon", most=4)
+    assert panel.playground.session.journal[0].examples == (replace(typed, unrelated=others),)
+
+
+def test_a_prompt_that_is_typed_over_a_fact_is_no_more_that_fact(panel: widgets.Panel) -> None:
+    assert panel.pick.value == 1 and panel.prompt.value == EXAMPLES[0].prompt
+    panel.answer.value = "Oslo"
+    assert panel.pick.value == 1  # the same fact with another answer
+    panel.prompt.value = "Peru is in"
+    assert panel.pick.value == 0 and panel.answer.value == "Oslo"
+    panel.apply.click()
+    (edit,) = panel.playground.session.journal
+    (example,) = edit.examples
+    assert (example.prompt, example.target_new) == ("Peru is in", "Oslo")
+    assert not example.paraphrases and not example.neighbours
+    panel.pick.value = 2
+    assert panel.prompt.value == EXAMPLES[1].prompt
+
+
+def test_archives_are_found_and_loaded_and_a_bad_one_is_told_beside_them(
+    playground: Playground, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    given = playground.hparams.archive
+    for age, name in enumerate(("good", "bad")):
+        path = tmp_path / "runs" / name / "archive.safetensors"
+        path.parent.mkdir(parents=True)
+        path.write_bytes(Path(given).read_bytes()[: None if name == "good" else 100])
+        os.utime(path, (age, age))
+    panel = widgets.Panel(playground, EXAMPLES[:3])
+    offered = [value for _, value in panel.archive.options]
+    bad, good = "runs/bad/archive.safetensors", "runs/good/archive.safetensors"
+    assert offered == [given, bad, good, ""] and panel.archive.value == given
+    panel.apply.click()
+    base = panel.playground.editor.base
+    edited = logits(base)
+    panel.archive.value = bad
+    panel.load.click()
+    assert "not a readable archive" in panel.said.value and 'role="alert"' in panel.said.value
+    assert panel.ui.children.index(panel.said) == 1 + [
+        panel.archive in getattr(row, "children", ()) for row in panel.ui.children
+    ].index(True)
+    assert torch.equal(logits(base), edited) and panel.journal.value == 0  # as it was
+    panel.archive.value = ""
+    panel.load.click()
+    assert "never trained" in panel.about.value and panel.playground.session.journal == []
+    assert "Loaded" in panel.said.value and not torch.equal(logits(base), edited)
+    panel.archive.value = good
+    panel.load.click()
+    assert "never trained" not in panel.about.value
+    panel.apply.click()
+    assert torch.equal(logits(base), edited)
 
 
 def test_mistakes_are_told_and_change_nothing(
