@@ -27,7 +27,7 @@ from mendkit.evaluation.results import HEADLINE
 from mendkit.mend.archive import inspect_archive
 from mendkit.reporting import figures
 from mendkit.reporting.figures import Chart
-from mendkit.reporting.notebook import check_parameters
+from mendkit.reporting.notebook import check_parameters, read_parameters
 from mendkit.runs import project_path
 from tests.oracles.tiny import save_tiny
 
@@ -421,6 +421,23 @@ def test_a_name_that_is_no_parameter_is_refused_with_the_nearest() -> None:
     cells = ["import re", "# Parameters\nshown = 4\ntset_limit = 5\n"]
     with pytest.raises(MendkitError, match="'tset_limit'; did you mean test_limit"):
         check_parameters({"__annotations__": ANNOTATIONS, **GIVEN, "In": cells})
+
+
+def test_another_archive_takes_the_place_of_the_one_in_the_box_and_of_no_other(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As `make lab ARCHIVE=...` has it; notebooks 02 to 06 begin with the one in the box."""
+    archive = tmp_path / "mine.safetensors"
+    monkeypatch.setenv("MENDKIT_ARCHIVE", str(archive))
+    for number in range(2, 7):
+        default = read_parameters(NAMES[f"{number:02d}"])["archive"].default
+        for given, expected in (
+            (default, str(archive)),
+            ("other.safetensors", "other.safetensors"),
+        ):
+            namespace = {"__annotations__": {"archive": str}, "archive": given}
+            check_parameters(namespace)
+            assert namespace["archive"] == expected
 
 
 @pytest.mark.slow
