@@ -224,7 +224,9 @@ def test_an_edit_by_hand_tells_what_else_it_changes(here, capsys, monkeypatch):
     known = base.generate(spain, max_new_tokens=3)
     neighbours = Probe(spain, known), Probe(oslo, "O"), Probe(peru, base.generate(peru))
     asked = EditExample(FACT[1], FACT[3], paraphrases=("France,",), neighbours=neighbours)
-    monkeypatch.setattr("mendkit.data.sampling.typed_example", lambda prompt, new: asked)
+    monkeypatch.setattr(
+        "mendkit.data.sampling.typed_example", lambda prompt, new: replace(asked, target_new=new)
+    )
     words = [*EDIT, *FACT, "--prompt", peru, "--target", "Rome", "--together", "lr_scale=30"]
     assert main([*words, "--save-edit", "edit"]) == 0
     for row in json.loads(capsys.readouterr().out):
