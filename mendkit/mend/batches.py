@@ -181,7 +181,7 @@ def _rivals(
 # Draws after which no text is borrowed for want of a fitting one.
 MOST_TRIES = 10
 
-# For each edit the same number of (role, text), the edit first; the role "" only fills up.
+# For each edit its (role, text), the edit first.
 DrawnRows = Sequence[list[tuple[str, Tokens]]]
 
 # A text that may be borrowed: its prompt, its relation (None: an unrelated prompt), its tokens.
@@ -236,9 +236,7 @@ class Sampler:
 
     def texts(self, index: Sequence[int]) -> DrawnRows:
         """The texts drawn for the examples of these numbers."""
-        rows = [self._texts_of(self.examples[i]) for i in index]
-        most = max(map(len, rows))
-        return [drawn + [("", drawn[0][1])] * (most - len(drawn)) for drawn in rows]
+        return [self._texts_of(self.examples[i]) for i in index]
 
     def _texts_of(self, example: ExampleTexts) -> list[tuple[str, Tokens]]:
         h = self.hparams

@@ -15,12 +15,13 @@ from collections.abc import Mapping, Sequence
 from itertools import chain
 
 import torch
+from jaxtyping import Float
 from torch import Tensor
 
 from ..data.examples import HEADLINE_ROLES
 from ..errors import MendkitError
 from ..hparams import MENDHyperParams
-from ..models.tokens import Tokens, collate
+from ..models.tokens import TextBatch, Tokens, collate
 from ..models.trunk import FrozenTrunk
 from .batches import RIVALS, DrawnBatch, DrawnRows, Sampler, role_weights
 from .distributed import Team
@@ -29,6 +30,10 @@ from .hypernetwork import MEND
 from .least_squares import Memory
 from .losses import edit_nll, locality_kl, margin_shortfall
 from .updates import Updates, side_branches
+
+# The order in which the logits of a batch come: what is to be learned before what is to be kept.
+ROLES = ("edit", "paraphrases", RIVALS, "neighbours", "unrelated")
+ANSWERS = "answers"  # of neighbours
 
 
 def batch_losses(
@@ -46,40 +51,61 @@ def batch_losses(
     The edits are independent, or `at_once` in a row are made as one. They come on top of the edits
     `before`, which `memory` holds (least squares).
     """
-    in_a_row = list(chain.from_iterable(rows))
-    texts = [text for _, text in in_a_row]
-    places: dict[str, list[int]] = {role: [] for role in (*HEADLINE_ROLES, RIVALS, "")}
-    for place, (role, _) in enumerate(in_a_row):
-        places[role].append(place)
-
     # 1. The hypernetwork turns the factors into updates.
     if before and memory is not None:
         memory.held = {name: update.dense() for name, update in before.items()}
     updates = mend(factors, len(rows), at_once=at_once, memory=memory)
 
-    # 2. One suffix pass reads every text with its edit's update as a side branch.
-    batch = collate(texts, trunk.base.pad_id, trunk.base.device)
+    # 2. One suffix pass reads every text with its edit's update as a side branch. Its logits come
+    #    role after role, so that each loss takes a part of them.
+    drawn = list(enumerate(chain.from_iterable(rows)))
+    drawn.sort(key=lambda place: ROLES.index(place[1][0]))
+    texts: dict[str, list[Tokens]] = {role: [] for role in ROLES}
+    for _, (role, text) in drawn:
+        texts[role].append(text)
+    groups = [[text for _, text in row] for row in rows]
     with side_branches(trunk.base, before or {}), side_branches(trunk.base, updates):
-        logits = trunk.suffix(texts, batch)
+        logits = trunk.suffix_of(groups, [place for place, _ in drawn])
 
-    # 3. NLL of the answers.
-    nll = edit_nll(logits, batch.targets, batch.rows, len(texts))
-    values = {"edit": nll, "paraphrases": nll}
+    # 3. Losses.
+    losses = _text_losses(trunk, texts, logits)
+    if texts[RIVALS]:
+        with_rival = [role for role, _ in chain.from_iterable(rows)]
+        places = [place for place, (role, _) in drawn if role == "neighbours"]
+        compared = [i for i, k in enumerate(places) if with_rival[k + 1 : k + 2] == [RIVALS]]
+        right, rival = losses.pop(ANSWERS)[compared], losses[RIVALS]
+        losses[RIVALS] = margin_shortfall(right, rival, margin=mend.hparams.margin)
+    return {role: loss.mean() for role, loss in losses.items() if len(loss)}
 
-    # 4. KL from the unedited model, of what is to be kept (equation 4).
-    keep = sorted(places["neighbours"] + places["unrelated"])
-    if keep:
-        kept = [texts[place] for place in keep]
-        unedited = trunk.before(kept, collate(kept, trunk.base.pad_id, trunk.base.device))
-        at = torch.isin(batch.rows, torch.tensor(keep, device=batch.rows.device))
-        kl = locality_kl(unedited, logits[at], batch.rows[at], len(texts))
-        values |= {"neighbours": kl, "unrelated": kl}
 
-    losses = {role: value[places[role]].mean() for role, value in values.items() if places[role]}
-    if places[RIVALS]:  # each stands right behind the neighbour that it is compared with
-        beside = [place - 1 for place in places[RIVALS]]
-        shortfall = margin_shortfall(nll[beside], nll[places[RIVALS]], margin=mend.hparams.margin)
-        losses[RIVALS] = shortfall.mean()
+def _text_losses(
+    trunk: FrozenTrunk, texts: Mapping[str, list[Tokens]], logits: Float[Tensor, "s v"]
+) -> dict[str, Tensor]:
+    """NLL of each text that has an answer to learn, KL of each that is to be kept, by role.
+
+    With rivals also the NLL of neighbours, as `ANSWERS`.
+    """
+    sizes = [sum(len(text.scored) for text in some) for some in texts.values()]
+    parts = dict(zip(texts, logits.split(sizes), strict=True))
+    pad_id, device = trunk.base.pad_id, trunk.base.device
+
+    def read(roles: Sequence[str]) -> tuple[list[Tokens], TextBatch, Tensor, list[int]]:
+        some = [*chain.from_iterable(texts[role] for role in roles)]
+        counts = [len(texts[role]) for role in roles]
+        return some, collate(some, pad_id, device), torch.cat([parts[r] for r in roles]), counts
+
+    # 1. NLL of the answers (equation 4).
+    asked = ROLES[:4] if texts[RIVALS] else ROLES[:2]
+    some, batch, after, counts = read(asked)
+    nll = edit_nll(after, batch.targets, batch.rows, len(some))
+    losses = dict(zip(asked, nll.split(counts), strict=True))
+    if texts[RIVALS]:
+        losses[ANSWERS] = losses["neighbours"]
+    # 2. KL from the unedited model.
+    some, batch, after, counts = read(ROLES[3:])
+    if some:
+        kl = locality_kl(trunk.before(some, batch), after, batch.rows, len(some))
+        losses |= zip(ROLES[3:], kl.split(counts), strict=True)
     return losses
 
 

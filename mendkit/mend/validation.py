@@ -7,7 +7,7 @@ Every text belongs to an edit. A batch of edits is one suffix pass with one side
 import math
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from itertools import chain
+from itertools import chain, islice
 from statistics import fmean
 from typing import Protocol, runtime_checkable
 
@@ -67,24 +67,20 @@ def forced(
     step = max(1, POSITIONS_PER_PASS // max(1, most_positions))
     for at in range(0, len(texts), step):
         edits = texts[at : at + step]
-        # Every edit of a pass needs the same number of rows: any text fills up.
-        most, filler = max(map(len, edits)), [*chain.from_iterable(edits)][:1]
-        rows: list[Tokens] = []
-        for each in edits:
-            rows += [*each, *filler * (most - len(each))]
         chosen = select(updates or {}, range(at, at + len(edits)))
-        read = _read(trunk, rows, chosen, compare) if rows else []
-        found += [read[e * most : e * most + len(each)] for e, each in enumerate(edits)]
+        read = iter(_read(trunk, edits, chosen, compare) if any(edits) else [])
+        found += [[*islice(read, len(each))] for each in edits]
     return found
 
 
 def _read(
-    trunk: FrozenTrunk, texts: Sequence[Tokens], updates: Updates, compare: bool
+    trunk: FrozenTrunk, edits: Sequence[Sequence[Tokens]], updates: Updates, compare: bool
 ) -> list[Forced]:
     """Each text under its edit's update."""
+    texts = [*chain.from_iterable(edits)]
     batch = collate(texts, trunk.base.pad_id, trunk.base.device)
     with side_branches(trunk.base, updates):
-        logits = wide(trunk.suffix(texts, batch))
+        logits = wide(trunk.suffix_of(edits))
     logp, argmax = logits.log_softmax(-1), logits.argmax(-1)
     columns = [argmax, logp.gather(1, batch.targets.clamp(min=0)[:, None])[:, 0]]
     if compare:

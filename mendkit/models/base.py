@@ -3,22 +3,25 @@
 import copy
 import logging
 from collections.abc import Sequence
+from contextlib import ExitStack
 from dataclasses import replace
 from itertools import takewhile
 from typing import Any, cast
 
 import torch
 from accelerate.utils import align_module_device
+from jaxtyping import Float, Int
 from torch import Tensor, nn
 from torch.nn.functional import pad
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.pytorch_utils import Conv1D
 
 from ..errors import ModelError
-from .families import CLASSIFIER, SEQ2SEQ, seen_lengths
-from .sites import Blocks, Site, embedding_matrix, find_blocks, resolve_sites, watch_chain
+from .families import CAUSAL, CLASSIFIER, SEQ2SEQ, seen_lengths
+from .sites import Blocks, Site, embedding_matrix, find_blocks, only_at, resolve_sites, watch_chain
 from .streaming import guard, is_away, standing_in
 from .text import TextModel
+from .tokens import PackedBatch, Tokens, pack, pad_rows
 
 logger = logging.getLogger(__name__)
 
@@ -62,6 +65,7 @@ class BaseModel(TextModel):
             self.lengths: dict[str, int] = self.remembered(
                 ("lengths", self.sites), self._probe_rows
             )
+            self.packs: bool = self.remembered(("packs", self._last_mlp), self._probe_packing)
 
     def _find_blocks(self) -> Blocks | None:
         found = find_blocks(self.model)
@@ -102,6 +106,71 @@ class BaseModel(TextModel):
             return None  # the decoder needs more than the states
         close = torch.allclose(again, whole, rtol=1e-3, atol=1e-3 * float(whole.abs().max()))
         return form if close else None
+
+    @property
+    def _last_mlp(self) -> str | None:
+        """What of the last block holds sites that only scored positions reach."""
+        for site in self.sites:
+            if self.blocks is not None and site.scored_only:
+                block = f"{self.blocks.path}.{self.blocks.last}."
+                child = site.module.removeprefix(block).partition(".")[0]
+                if site.module.startswith(f"{block}{child}."):
+                    return block + child
+        return None
+
+    @torch.no_grad()
+    def _probe_packing(self) -> bool:
+        """Whether texts read as one row of nodes have the logits that they have alone."""
+        if self.family != CAUSAL or self.blocks is None:
+            return False
+        special = set(self.tokenizer.all_special_ids)
+        a, b, c, d = [i for i in range(self.vocabulary) if i not in special][:4]
+        texts = Tokens((a, b, c), (1, 2)), Tokens((a, d), (1,))
+        alone = []
+        for text in texts:
+            ids = torch.tensor([text.ids], device=self.device)
+            alone.append(self.forward(ids, torch.ones_like(ids))[0, list(text.scored)])
+        batch = pack([texts], self.pad_id)
+        try:
+            packed = self.forward_packed(batch, batch.scored(texts))
+        except (AttributeError, IndexError, RuntimeError, TypeError, ValueError):
+            return False  # the decoder takes no mask or positions of such a form
+        expected = torch.cat(alone)
+        atol = 1e-3 * float(expected.abs().max())
+        same_shape = packed.shape == expected.shape
+        return same_shape and torch.allclose(packed, expected, rtol=1e-3, atol=atol)
+
+    def forward_packed(
+        self, batch: PackedBatch, scored: Int[Tensor, " s"], *, head: bool = True
+    ) -> Float[Tensor, "_ v"]:
+        """Logits of packed texts at the `scored` places of the flattened rows; none without `head`.
+
+        Where only these reach the MLP of the last block, it runs there alone.
+        """
+        shape, scored = batch.input_ids.shape, scored.to(self.device)
+        attends = batch.attends[:, None].to(self.device)
+        mask = torch.zeros(attends.shape, dtype=self.dtype, device=self.device)
+
+        def select(_: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+            return (args[0].flatten(0, 1)[scored if head else scored[:0]], *args[1:])
+
+        with ExitStack() as stack:
+            hook = self.model.get_output_embeddings().register_forward_pre_hook(select)
+            stack.enter_context(hook)
+            if self._last_mlp is not None:
+                rows = [
+                    (scored[scored // shape[1] == r] % shape[1]).unique().tolist()
+                    for r in range(shape[0])
+                ]
+                places = pad_rows(rows, 0, device=self.device).long()
+                module = self.model.get_submodule(self._last_mlp)
+                stack.enter_context(only_at(module, places, shape))
+            return self.model(
+                input_ids=batch.input_ids.to(self.device),
+                attention_mask=mask.masked_fill(~attends, torch.finfo(self.dtype).min),
+                position_ids=batch.position_ids.to(self.device),
+                use_cache=False,
+            ).logits
 
     def with_sites(self, inner_params: str | Sequence[str]) -> "BaseModel":
         """The same shared model with other edit sites; raises as `resolve_sites`."""

@@ -9,12 +9,13 @@ MEND's experiments.
 import difflib
 import re
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import ExitStack
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, fields, is_dataclass, replace
 from typing import Any, NoReturn
 
 import torch
+from jaxtyping import Int
 from torch import nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
@@ -71,6 +72,29 @@ def form_of(output: Any) -> Any:
     if isinstance(output, tuple):
         return (None,) * len(output)
     return ()
+
+
+@contextmanager
+def only_at(
+    module: nn.Module, places: Int[torch.Tensor, "r s"], shape: torch.Size
+) -> Iterator[None]:
+    """Within the context a module that treats positions alone runs at these places of each row.
+
+    `shape` is that of all positions, (r, t); at the others its output is 0.
+    """
+
+    def select(_: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
+        index = places[..., None].expand(*places.shape, args[0].shape[2])
+        return (args[0].gather(1, index), *args[1:])
+
+    def spread(_: nn.Module, __: Any, output: Any) -> Any:
+        states = hidden_states(output)
+        index = places[..., None].expand(states.shape)
+        whole = states.new_zeros(*shape, states.shape[2])
+        return with_states(output, whole.scatter(1, index, states))
+
+    with module.register_forward_pre_hook(select), module.register_forward_hook(spread):
+        yield
 
 
 @dataclass(frozen=True)

@@ -238,3 +238,57 @@ def pad_rows(
         padding_side="left" if left else "right",
     )
     return padded.to(device)
+
+
+@dataclass(frozen=True)
+class PackedBatch:
+    """Groups of texts, a row of nodes each; texts of a group that begin alike share those nodes.
+
+    A node attends to itself and to those before it in its texts.
+    """
+
+    input_ids: Int[Tensor, "r t"]
+    position_ids: Int[Tensor, "r t"]
+    attends: Bool[Tensor, "r t t"]
+    nodes: Sequence[Int[Tensor, " _"]]  # of each text, as places in the flattened rows
+    shared: Sequence[int]  # of each text: its first nodes that an earlier text made
+
+    def scored(self, texts: Sequence[Tokens]) -> Int[Tensor, " s"]:
+        """The places of the scored positions of all texts, in their order."""
+        places = [nodes[list(t.scored)] for nodes, t in zip(self.nodes, texts, strict=True)]
+        return torch.cat(places)
+
+
+def pack(groups: Sequence[Sequence[Tokens]], pad_id: int) -> PackedBatch:
+    """Groups of texts as one batch of rows, without a decoder."""
+    rows, paths, shared = [], [], []
+    for number, texts in enumerate(groups):
+        made: dict[tuple[int, int], int] = {}  # a node by the one before it and its token
+        befores: list[int] = []
+        ids: list[int] = []
+        places: list[int] = []
+        for text in texts:
+            node, path, known = -1, [], len(made)
+            for place, token in enumerate(text.ids):
+                before, node = node, made.setdefault((node, token), len(made))
+                if node == len(ids):
+                    befores.append(before)
+                    ids.append(token)
+                    places.append(place)
+                path.append(node)
+            paths.append((number, path))
+            shared.append(sum(node < known for node in path))
+        rows.append((ids, places, befores))
+    length = max(len(ids) for ids, _, _ in rows)
+    attends = torch.eye(length, dtype=torch.bool).repeat(len(rows), 1, 1)
+    for matrix, (_, _, befores) in zip(attends.numpy(), rows, strict=True):
+        for node, before in enumerate(befores):
+            if before >= 0:
+                matrix[node] |= matrix[before]
+    return PackedBatch(
+        pad_rows([ids for ids, _, _ in rows], pad_id),
+        pad_rows([places for _, places, _ in rows], 0),
+        attends,
+        [torch.tensor(path, dtype=torch.long) + number * length for number, path in paths],
+        shared,
+    )

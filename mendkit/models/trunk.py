@@ -13,6 +13,8 @@ import logging
 import random
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from itertools import chain, takewhile
+from operator import eq
 from pathlib import Path
 from typing import Any
 
@@ -26,12 +28,15 @@ from .families import CLASSIFIER
 from .fingerprint import weights_sha256
 from .sites import hidden_states
 from .streaming import standing_in, visiting
-from .tokens import TextBatch, Tokens, collate
+from .tokens import PackedBatch, TextBatch, Tokens, collate, pack
 
 logger = logging.getLogger(__name__)
 
 TOKENS_PER_PASS = 2048
 """The states of a pass are also a file of the cache: little to lose in a crash, and few files."""
+
+NODES_PER_ROW = 256
+"""Attention costs nodes² of a row, sharing of beginnings ends with it."""
 
 
 @contextmanager
@@ -92,6 +97,51 @@ class FrozenTrunk:
         with only_scored(self.base, batch.scored), below:
             return self._forward(batch)
 
+    def suffix_of(
+        self, groups: Sequence[Sequence[Tokens]], order: Sequence[int] | None = None
+    ) -> Float[Tensor, "s v"]:
+        """Logits as `suffix`, where the edit sites see an equal number of rows of each group.
+
+        `order`: which of the groups' texts, counted from the first one's, comes when.
+        """
+        texts = [*chain.from_iterable(groups)]
+        order = range(len(texts)) if order is None else order
+        if self._packs(texts, max(sum(len(text.ids) for text in group) for group in groups)):
+            return self._suffix_packed(groups, texts, order)
+        most, rows, places = max(map(len, groups)), list[Tokens](), list[int]()
+        for group in groups:
+            places += range(len(rows), len(rows) + len(group))
+            rows += [*group, *texts[:1] * (most - len(group))]
+        logits = self.suffix(rows, collate(rows, self.base.pad_id, self.base.device))
+        parts = logits.split([len(text.scored) for text in rows])
+        return torch.cat([parts[places[i]] for i in order])
+
+    def _packs(self, texts: Sequence[Tokens], most: int = NODES_PER_ROW) -> bool:
+        """Whether texts are read as rows of about `most` nodes, which a window must not end."""
+        config = self.base.model.config.get_text_config()
+        windows = [getattr(config, name, None) for name in ("sliding_window", "window_size")]
+        longest = max([most, *(len(text.ids) for text in texts)])
+        return self.base.packs and all(longest <= window for window in windows if window)
+
+    def _suffix_packed(
+        self, groups: Sequence[Sequence[Tokens]], texts: Sequence[Tokens], order: Sequence[int]
+    ) -> Float[Tensor, "s v"]:
+        batch, blocks = pack(groups, self.base.pad_id), self.blocks
+        parts = batch.scored(texts).split([len(text.scored) for text in texts])
+        scored = torch.cat([parts[i] for i in order])
+        below: AbstractContextManager[None] = nullcontext()
+        values = self._values_of(texts)
+        if blocks is not None and blocks.first > 0 and values:
+            d = values[0][0].shape[1]
+            states = torch.zeros((batch.input_ids.numel(), d), dtype=self.base.dtype)
+            for (row, _), nodes, shared in zip(values, batch.nodes, batch.shared, strict=True):
+                states[nodes[shared:]] = row[shared:]
+            states = states.view(*batch.input_ids.shape, d).to(self.base.device)
+            run = range(blocks.first, blocks.last + 1)
+            below = standing_in(self.base.model, blocks, run, states)
+        with below:
+            return self.base.forward_packed(batch, scored)
+
     @torch.no_grad()
     def before(self, texts: Sequence[Tokens], batch: TextBatch) -> Float[Tensor, "s v"]:
         """The unedited model's logits there; from cached references by the output layer alone."""
@@ -127,13 +177,14 @@ class FrozenTrunk:
         """
         if self.blocks is None:
             return 0
-        # 1. Texts that are not in memory, by length, so that a pass has little padding.
+        # 1. Texts that are not in memory; those of a pass begin alike or are of one length.
         missing = list({text.key: text for text in texts if text.key not in self._values}.values())
-        missing.sort(key=lambda text: (len(text.ids), text.key))
+        packs = self._packs(missing)
+        missing.sort(key=lambda text: text.key if packs else (len(text.ids), text.key))
         # 2. Those on disk are read, the others computed; of a streamed model a block runs for all
         #    of them before the next one.
         left = self._read(missing)
-        groups = list(passes(left))
+        groups = [*(packed_passes if packs else passes)(left)]
         entering: dict[Any, Tensor] = {}
         if self.base.streamed:
             entering = self._stream(groups)
@@ -158,20 +209,13 @@ class FrozenTrunk:
     @torch.no_grad()
     def _compute(self, group: Sequence[Tokens], states: Tensor | None) -> None:
         assert self.blocks is not None  # `fill` computes nothing without a chain of blocks
-        batch = collate(group, self.base.pad_id, self.base.device)
-        first = 0
-        if states is not None:
-            first = self.blocks.first
-        entering, leaving, logits = self._run(batch, range(first, self.blocks.last + 1), states)
-        reference = logits
-        if self.base.family != CLASSIFIER:
-            reference = leaving[batch.scored.to(leaving.device)]
-        # Rows without their padding, cut into texts.
-        packed = entering[batch.attention_mask.bool().to(entering.device)].cpu()
-        rows = packed.split([len(text.ids) for text in group])
-        references = reference.cpu().split([len(text.scored) for text in group])
-        for text, row, kept in zip(group, rows, references, strict=True):
-            self._values[text.key] = row, kept
+        first = 0 if states is None else self.blocks.first
+        above = range(first, self.blocks.last + 1)
+        entering, reference, batch = self._run(group, above, states)
+        rows = entering.flatten(0, 1)
+        references = reference.split([len(text.scored) for text in group])
+        for text, nodes, kept in zip(group, batch.nodes, references, strict=True):
+            self._values[text.key] = rows[nodes], kept
         if self.cache is not None:
             self.cache.add({text.key: self._values[text.key] for text in group})
             self._read(group)  # a map of the file takes their place and frees the memory
@@ -186,20 +230,19 @@ class FrozenTrunk:
         for i in range(blocks.first):
             with visiting(modules[i], base.device):
                 for group in groups:
-                    batch, first = collate(group, base.pad_id, base.device), group[0].key
-                    entering, _, _ = self._run(batch, range(i, i + 1), states.get(first))
-                    states[first] = entering.cpu()
+                    first = group[0].key
+                    states[first], *_ = self._run(group, range(i, i + 1), states.get(first))
         return states
 
     def _run(
-        self, batch: TextBatch, run: range, states: Tensor | None
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        """States (n, t, d) entering the lowest edited block and leaving the last, and logits.
+        self, group: Sequence[Tokens], run: range, states: Tensor | None
+    ) -> tuple[Tensor, Tensor, PackedBatch]:
+        """States (r, t, d) entering the lowest edited block, references of the texts, and the rows.
 
         Only the blocks in `run` run, from `states` if given. The output layer runs on no position.
         """
         assert self.blocks is not None
-        seen: dict[str, Tensor] = {}
+        base, seen = self.base, dict[str, Tensor]()
 
         def entering(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
             seen["in"] = args[0] if args else kwargs["hidden_states"]
@@ -208,15 +251,23 @@ class FrozenTrunk:
             seen["out"] = hidden_states(output)
 
         if states is not None:
-            states = states.to(self.base.device)
-        model, blocks = self.base.model, self.blocks
-        modules = model.get_submodule(blocks.path)
-        before = modules[blocks.first].register_forward_pre_hook(entering, with_kwargs=True)
-        after = modules[blocks.last].register_forward_hook(leaving)
-        nothing = only_scored(self.base, torch.zeros_like(batch.scored))
-        with before, after, nothing, standing_in(model, blocks, run, states):
-            logits = self._forward(batch)
-        return seen["in"], seen["out"], logits
+            states = states.to(base.device)
+        packs = self._packs(group)
+        packed = pack([*packed_rows(group)] if packs else [[text] for text in group], base.pad_id)
+        scored, logits = packed.scored(group), torch.empty(0)
+        modules = base.model.get_submodule(self.blocks.path)
+        before = modules[self.blocks.first].register_forward_pre_hook(entering, with_kwargs=True)
+        after = modules[self.blocks.last].register_forward_hook(leaving)
+        with before, after, standing_in(base.model, self.blocks, run, states):
+            if packs:
+                base.forward_packed(packed, scored, head=False)
+            else:
+                batch = collate(group, base.pad_id, base.device)
+                with only_scored(base, torch.zeros_like(batch.scored)):
+                    logits = self._forward(batch)
+        if base.family != CLASSIFIER:
+            logits = seen["out"].flatten(0, 1)[scored.to(seen["out"].device)]
+        return seen["in"].cpu(), logits.cpu(), packed
 
 
 def trunk_cache(base: BaseModel, folder: str | Path | None, *, limit: int) -> TextCache | None:
@@ -245,3 +296,29 @@ def passes(texts: Sequence[Tokens]) -> Iterator[list[Tokens]]:
         group.append(text)
     if group:
         yield group
+
+
+def packed_rows(texts: Sequence[Tokens]) -> Iterator[list[Tokens]]:
+    """Texts, sorted by their ids, in rows of at most `NODES_PER_ROW` different beginnings."""
+    row: list[Tokens] = []
+    nodes = 0
+    for text in texts:
+        new = len(text.ids)
+        if row:  # an earlier text shares no more than the last one does
+            same = map(eq, row[-1].ids, text.ids)
+            new -= sum(takewhile(bool, same))
+        if row and nodes + new > min(NODES_PER_ROW, TOKENS_PER_PASS):
+            yield row
+            row, nodes, new = [], 0, len(text.ids)
+        row.append(text)
+        nodes += new
+    if row:
+        yield row
+
+
+def packed_passes(texts: Sequence[Tokens]) -> Iterator[list[Tokens]]:
+    """Texts, sorted by their ids, in groups of as many rows as make `TOKENS_PER_PASS` nodes."""
+    rows = [*packed_rows(texts)]
+    size = max(TOKENS_PER_PASS // NODES_PER_ROW, 1)
+    for at in range(0, len(rows), size):
+        yield [*chain.from_iterable(rows[at : at + size])]

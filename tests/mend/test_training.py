@@ -67,13 +67,13 @@ def test_losses_and_gradients_are_the_textbooks(family, cached, request):
         torch.testing.assert_close(a, b, rtol=1e-7, atol=1e-10)
 
 
-def test_every_role_weighs_as_told_and_one_that_fills_up_nothing(llama):
+def test_every_role_weighs_as_told_and_a_missing_one_nothing(llama):
     h = hparams()
     bare = EditExample(prompt="The capital of Peru is", target_new="Rome")
     examples = prepare_texts(llama, h, [EXAMPLES[0], bare])
     mend, trunk = scrambled_mend(llama, h), FrozenTrunk(llama)
     cache, rows = FactorCache(trunk, h), Sampler(examples, h).texts([0, 1])
-    assert [role for role, _ in rows[1]] == ["edit", "", "", ""]
+    assert [role for role, _ in rows[1]] == ["edit"]
     both = batch_losses(trunk, mend, cache.get([e.edit for e in examples]), rows)
     first = batch_losses(trunk, mend, cache.get([examples[0].edit]), rows[:1])
     for role in ("paraphrases", "neighbours", "unrelated"):
