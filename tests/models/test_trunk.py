@@ -7,7 +7,7 @@ from mendkit.mend.batches import edit_tokens
 from mendkit.mend.factors import capture_factors
 from mendkit.mend.losses import edit_nll
 from mendkit.models.base import BaseModel
-from mendkit.models.tokens import collate
+from mendkit.models.tokens import collate, pack
 from mendkit.models.trunk import FrozenTrunk
 from tests.oracles.claims import EXAMPLES, every_text, hparams
 from tests.oracles.families import CAUSAL
@@ -36,6 +36,42 @@ def test_the_trunk_gives_the_whole_models_logits(family):
         torch.testing.assert_close(trunk.suffix(texts, batch), expected, **close)
         torch.testing.assert_close(trunk.before(texts, batch), expected, **close)
         torch.testing.assert_close(FrozenTrunk(base).suffix(texts, batch), expected, **close)
+
+
+@pytest.mark.parametrize("family", CAUSAL)
+def test_texts_of_a_group_in_one_row_have_the_logits_that_they_have_alone(family):
+    base = CAUSAL[family].base()
+    texts = every_text(base)[:11]
+    groups, order = [texts[:5], [], texts[5:9], texts[9:]], [3, 10, *range(3), *range(4, 10)]
+    parts = alone(base, texts).split([len(text.scored) for text in texts])
+    expected = torch.cat([parts[i] for i in order])
+    close = {"rtol": 1e-4, "atol": 1e-4 * float(expected.abs().max())}
+    trunk = FrozenTrunk(base)
+    with torch.no_grad():
+        torch.testing.assert_close(trunk.suffix_of(groups, order), expected, **close)
+        trunk.fill(texts)
+        torch.testing.assert_close(trunk.suffix_of(groups, order), expected, **close)
+        base.packs = False
+        torch.testing.assert_close(trunk.suffix_of(groups, order), expected, **close)
+
+
+def test_only_models_that_take_masks_and_positions_read_packed_texts():
+    packs = {family for family in CAUSAL if CAUSAL[family].base().packs}
+    assert {"llama", "gpt2", "qwen3"} <= packs, packs
+    assert "bloom" not in packs  # it counts distances in the row
+
+
+def test_a_beginning_in_common_is_read_once(llama):
+    texts = [llama.tokenize("The capital of Peru is", answer) for answer in ("Lima", "Rome")]
+    batch = pack([texts, texts[:1]], llama.pad_id)
+    a, b = texts[0].ids, texts[1].ids
+    same = next(i for i, (x, y) in enumerate(zip(a, b, strict=False)) if x != y)
+    assert same > 3 and batch.shared == [0, same, 0]
+    assert batch.input_ids.shape == (2, len(a) + len(b) - same)
+    assert batch.input_ids.flatten()[batch.nodes[1]].tolist() == list(b)
+    assert batch.position_ids.flatten()[batch.nodes[1]].tolist() == list(range(len(b)))
+    row = batch.attends[0, batch.nodes[1][-1]]
+    assert row.nonzero()[:, 0].tolist() == batch.nodes[1].tolist()
 
 
 @pytest.mark.parametrize("family", CAUSAL)  # OPT hands its MLP all tokens of a batch in one row
