@@ -259,6 +259,7 @@ class MENDHyperParams(BaseModel, frozen=True, extra="forbid", strict=True):
     early_stop_patience: CountFrom1 = 20000
     early_stop_key: StopKey = "score"
     grad_clip: Positive = 1.0
+    ema_decay: Annotated[NonNegative, Field(lt=1)] = 0.0
     opt: Literal["Adam", "AdamW"] = "Adam"
     seed: Annotated[CountFrom0, Field(le=2**32 - 1)] = 42
     log_interval: CountFrom1 = 10

@@ -11,7 +11,8 @@ edit's. Adam descends it, with `lr` for the transforms and `lr_lr` for the log s
 
 import math
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from itertools import chain
 
 import torch
@@ -145,6 +146,9 @@ class Learner:
         self.mend, self.factors, self.trunk = mend, factors, factors.trunk
         self.sampler, self.h, self.team = sampler, h, team
         self.optimiser = make_optimiser(mend, h)
+        self.means: dict[str, Tensor] = {}  # of the parameters over the steps (`ema_decay`)
+        if h.ema_decay:
+            self.means = {name: p.detach().clone() for name, p in mend.named_parameters()}
 
     def step(self, number: int, steps: int) -> dict[str, float] | None:
         """Make step `number` (from 1) of `steps`; the mean losses and the gradient norm.
@@ -174,8 +178,30 @@ class Learner:
             for group in self.optimiser.param_groups:
                 group["lr"] = group["base"] * factor
             self.optimiser.step()
+            self._average(number)
         self.optimiser.zero_grad(set_to_none=True)
         return row if finite else None
+
+    @torch.no_grad()
+    def _average(self, number: int) -> None:
+        """Let the means follow the parameters; the first steps are forgotten sooner."""
+        decay = min(self.h.ema_decay, number / (number + 10))
+        for name, parameter in self.mend.named_parameters():
+            if name in self.means:
+                self.means[name].lerp_(parameter, 1 - decay)
+
+    @contextmanager
+    def averaged(self) -> Iterator[None]:
+        """Within the context the hypernetwork has the means, if there are any."""
+        parameters = dict(self.mend.named_parameters())
+        latest = {name: parameters[name].data for name in self.means}
+        for name, mean in self.means.items():
+            parameters[name].data = mean
+        try:
+            yield
+        finally:
+            for name, value in latest.items():
+                parameters[name].data = value
 
     def _backward(self, batch: DrawnBatch) -> dict[str, float]:
         """Add the gradient of a batch's loss; this process's part of the mean losses."""
@@ -223,6 +249,7 @@ class Learner:
     def tensors(self) -> dict[str, Tensor]:
         """All that the next steps depend on."""
         found = {f"mend/{name}": value for name, value in self.mend.state_dict().items()}
+        found |= {f"mean/{name}": value for name, value in self.means.items()}
         for index, state in self.optimiser.state_dict()["state"].items():
             found |= {f"optimiser/{index}/{name}": value for name, value in state.items()}
         found["generator"] = self.sampler.generator.get_state()
@@ -231,6 +258,7 @@ class Learner:
     def restore(self, saved: Mapping[str, Tensor]) -> None:
         """Take up the optimiser's state and the draws as `tensors` gave them."""
         state: dict[int, dict[str, Tensor]] = {}
+        self.means = {name: saved[f"mean/{name}"].clone() for name in self.means}
         for name, value in saved.items():
             if name.startswith("optimiser/"):
                 _, index, key = name.split("/")

@@ -146,7 +146,8 @@ class Trainer:
     def _validate(self) -> bool:
         h, course, prepared = self.hparams, self.course, self.prepared
         at_once = h.most_edits if h.train_on == "batch" else 1
-        scores = validate(prepared.trunk, self.mend, prepared.validation, h, at_once=at_once)
+        with self.learner.averaged():
+            scores = validate(prepared.trunk, self.mend, prepared.validation, h, at_once=at_once)
         row = {"step": course.step, "seconds": time.perf_counter() - self.started}
         row |= {f"val.{name}": value for name, value in scores.items()}
         self.record(row)
@@ -190,7 +191,8 @@ class Trainer:
             "normaliser_examples": self.course.normaliser_examples,
             "texts_sha256": sha256(json.dumps(keys)),
         }
-        save_archive(self.course.archive, prepared.base, self.mend, training=told)
+        with self.learner.averaged():
+            save_archive(self.course.archive, prepared.base, self.mend, training=told)
 
     def _restore_files(self) -> None:
         """History and archive as they were at the checkpoint; a new run has no history."""
