@@ -277,7 +277,7 @@ def trunk_cache(base: BaseModel, folder: str | Path | None, *, limit: int) -> Te
     config = base.model.config
     settings = config.to_diff_dict() | {"_name_or_path": None, "dtype": None}
     space = {
-        "format": 3,
+        "format": 4,
         "weights": weights_sha256(base),
         "model": [type(base.model).__name__, settings, config._attn_implementation],
         "runs as": [str(base.dtype), base.device.type, torch.__version__],

@@ -26,10 +26,12 @@ PAIRED = dict(whiten=0.1, whiten_pairs=True, unit_response=True, edit_tokens="sc
 KINDS = {
     "plain": dict(
         edit_lr="auto", swap=0.5, borrow=0.3, accumulate_bs=2, checkpoint_interval=1, lr_lr=0.05
-    ),
+    )
+    | dict(ema_decay=0.6),
     "sequence": dict(train_on="sequence", most_edits=3, opt="AdamW", aggregate="least_squares")
     | PAIRED,
-    "batch": dict(train_on="batch", most_edits=2, cache_bytes=0, checkpoint_interval=2),
+    "batch": dict(train_on="batch", most_edits=2, cache_bytes=0, checkpoint_interval=2)
+    | dict(ema_decay=0.9),
 }
 
 

@@ -18,7 +18,7 @@ from mendkit.mend.editor import MENDEditor
 from mendkit.mend.factors import FactorCache
 from mendkit.mend.hypernetwork import MEND
 from mendkit.mend.preparation import Preparation
-from mendkit.mend.steps import batch_losses, learning_rate_factor, total_loss
+from mendkit.mend.steps import Learner, batch_losses, learning_rate_factor, total_loss
 from mendkit.mend.training import train
 from mendkit.mend.validation import best_edit_lr, forced, strength_curve, validate
 from mendkit.models.trunk import FrozenTrunk
@@ -292,6 +292,35 @@ def test_the_same_seed_gives_the_same_bits_and_another_does_not(llama, tmp_path)
     assert a == b != c  # the whole file: it tells of no times
     first, other = (load_archive(files[name], base=llama).mend.edit_lrs for name in "ac")
     assert first != other
+
+
+def test_the_archive_holds_the_mean_of_the_steps_and_steps_do_not_depend_on_it(
+    llama, tmp_path, monkeypatch
+):
+    seen, step = [], Learner.step
+
+    def watched(learner, *numbers):
+        seen.append({n: p.detach().clone() for n, p in learner.mend.named_parameters()})
+        return step(learner, *numbers)
+
+    monkeypatch.setattr(Learner, "step", watched)
+    files = {}
+    for decay in (0.0, 0.2):
+        scores(monkeypatch, [0.1 * k for k in range(9)])  # the last is the best
+        h = quick(ema_decay=decay, max_iters=5, val_interval=1, lr=1e-2, edit_lr=1e-3)
+        run_dir = tmp_path / str(decay)
+        files[decay] = train(h, EXAMPLES, EXAMPLES[:1], base=llama, run_dir=run_dir).archive
+    plain, averaged = seen[:5], seen[5:]
+    last = dict(load_archive(files[0.0], base=llama).mend.named_parameters())
+    means = dict(load_archive(files[0.2], base=llama).mend.named_parameters())
+    for name in last:
+        assert all(torch.equal(a[name], b[name]) for a, b in zip(plain, averaged, strict=True))
+        expected = plain[0][name]
+        for number, after in enumerate([*plain[1:], last], start=1):
+            decay = min(0.2, number / (number + 10))
+            expected = decay * expected + (1 - decay) * after[name]
+        torch.testing.assert_close(means[name], expected, rtol=1e-5, atol=1e-8)
+    assert any(not torch.allclose(means[name], last[name]) for name in last)
 
 
 def test_step_sizes_move_with_their_own_learning_rate(llama, tmp_path):
