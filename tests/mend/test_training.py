@@ -307,7 +307,7 @@ def test_the_archive_holds_the_mean_of_the_steps_and_steps_do_not_depend_on_it(
     files = {}
     for decay in (0.0, 0.2):
         scores(monkeypatch, [0.1 * k for k in range(9)])  # the last is the best
-        h = quick(ema_decay=decay, max_iters=5, val_interval=1, lr=1e-2, edit_lr=1e-3)
+        h = hparams(ema_decay=decay, max_iters=5, val_interval=1, lr=1e-2, edit_lr=1e-3)
         run_dir = tmp_path / str(decay)
         files[decay] = train(h, EXAMPLES, EXAMPLES[:1], base=llama, run_dir=run_dir).archive
     plain, averaged = seen[:5], seen[5:]
