@@ -1,7 +1,6 @@
 """The command `doctor`: is all in place for training and editing?"""
 
 from collections.abc import Callable, Sequence
-from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
 
 import mendkit
@@ -114,14 +113,12 @@ def _edit_and_undo(
     test: Sequence["EditExample"],
 ) -> tuple[None, str]:
     """An edit of the archive, or of an untrained editor, changes the model and is undone."""
-    by = ""
-    with TemporaryDirectory() as run:
-        if h.archive is None:
-            h = h.replace(max_iters=0, whiten=None, whiten_pairs=False, unit_response=False)
-            h = h.replace(val_steps=2, release_trunk=False, stream_trunk=False, logger=None)
-            result = mendkit.train(h, train[:FEW], test[:2], base=base, run_dir=run)
-            h, by = h.replace(archive=str(result.archive)), " by an untrained editor"
-        editor = mendkit.MENDEditor.from_hparams(h, base=base)
+    from ..evaluation.inspection import open_editor
+
+    by = "" if h.archive else " by an untrained editor"
+    if by:
+        h = h.replace(whiten=None, whiten_pairs=False, unit_response=False)
+    editor = open_editor(h, train[:FEW], base=base)
     prompt = test[0].prompt
     before, change = mendkit.next_tokens(base, prompt), editor.edit(test[0])
     with change.applied():

@@ -161,12 +161,13 @@ def _row(
     from ..evaluation.results import is_said
 
     said = base.said(example.target_new)
-    ask = partial(_asked, base, change, max_new_tokens=max_new_tokens)
-    (row,) = ask([Probe(example.prompt, said)], old=example.ground_truth)
+    probe, old = Probe(example.prompt, said), example.ground_truth
+    (row,) = _asked(base, change, [probe], max_new_tokens=max_new_tokens, old=old)
     row["target_new"] = example.target_new
     if typed:
         edited = {each.prompt for each in change.examples}
         roles = typed_example(example.prompt, said).roles()
+        ask = partial(_asked, base, change, max_new_tokens=min(max_new_tokens, len(said) + 16))
         row["beside"] = ask([*roles["paraphrases"], *roles["unrelated"]])
         for each in ask([probe for probe in roles["neighbours"] if probe.prompt not in edited]):
             if is_said(each["before"], (each["answer"],)):
