@@ -5,7 +5,6 @@ import logging
 import shlex
 import sys
 from collections.abc import Sequence
-from pathlib import Path
 
 from typer.exceptions import TyperException
 
@@ -43,9 +42,6 @@ def main(words: Sequence[str] | None = None) -> int:
         status = app(words, prog_name=PROGRAM, standalone_mode=False, obj=typed)
     except MendkitError as error:
         message = str(error)
-        here = sorted(map(str, Path("runs").glob("*/archive.safetensors")))
-        if here and ("no such archive" in message or "archive is null" in message):
-            message += f"; here are {', '.join(here[:5])}"
     except TyperException as error:  # wrong usage
         command = " ".join([PROGRAM, *words[:1]])
         message = f"{error.format_message()} See {command} --help"

@@ -27,7 +27,7 @@ from filelock import lock_descriptor
 from safetensors import SafetensorError
 from tqdm import tqdm
 
-from .errors import MendkitError
+from .errors import ArchiveError, MendkitError
 
 if TYPE_CHECKING:
     import torch
@@ -37,7 +37,9 @@ logger = logging.getLogger(__name__)
 CHECKOUT = Path(__file__).resolve().parents[1]
 PACKAGES = ("mendkit", "torch", "transformers", "safetensors", "papermill", "matplotlib")
 
-ARCHIVE_FILE, ARCHIVES = "archive.safetensors", Path(__file__).parent / "archives"
+ARCHIVE_FILE = "archive.safetensors"
+ARCHIVES = Path(__file__).with_name("archives")  # those that come with the kit
+HUB = "hub:"
 DAMAGE = (
     *(ArithmeticError, AssertionError, AttributeError, EOFError, LookupError, OSError),
     *(RuntimeError, TypeError, ValueError, BadZipFile, SafetensorError, UnpicklingError),
@@ -50,11 +52,49 @@ def user_path(path: str | Path) -> Path:
     return Path(os.path.expanduser(path))
 
 
-def archive_file(path: str | Path) -> Path:
-    """The path of an archive, given as such or as the run folder that holds it."""
-    path = user_path(path)
+def archive_file(archive: str | Path) -> Path:
+    """The file of an archive: a path, a run folder that holds it, or a name.
+
+    `hub:user/name[@revision]` is downloaded. `smollm2-135m` comes with the kit, unless a file or
+    run folder here has that name. Raises ArchiveError if it cannot be downloaded.
+    """
+    if str(archive).startswith(HUB):
+        return _downloaded(str(archive))
+    path, packaged = user_path(archive), ARCHIVES / f"{archive}.safetensors"
     held = path / ARCHIVE_FILE
-    return held if path.is_dir() and held.is_file() else path
+    if path.is_dir() and held.is_file():
+        return held
+    is_name = path.name == str(archive) and not path.is_file()
+    return packaged if is_name and packaged.is_file() else path
+
+
+@cache
+def _downloaded(name: str) -> Path:
+    """The file in the cache of `huggingface_hub`, which goes on with a broken download."""
+    from huggingface_hub import hf_hub_download
+
+    repo, _, revision = name.removeprefix(HUB).partition("@")
+    try:
+        return Path(hf_hub_download(repo, ARCHIVE_FILE, revision=revision or None))
+    except Exception as error:  # the hub's client has many
+        reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
+        raise ArchiveError(
+            f"{name}: no archive could be downloaded ({reason}); check name and network (without "
+            f"one, or with HF_HUB_OFFLINE, only what was downloaded is found), or give a file"
+        ) from None
+
+
+def archives_of_runs() -> list[str]:
+    """The archives below `runs/`, newest first."""
+    found = project_path("runs").glob(f"*/{ARCHIVE_FILE}")
+    return list(map(str, sorted(found, key=os.path.getmtime, reverse=True)))
+
+
+def archives_here() -> str:
+    """Some archives of runs, and those that come with the kit, to end an error with."""
+    packaged = sorted(path.stem for path in ARCHIVES.glob("*.safetensors"))
+    there = archives_of_runs()[:5] + packaged
+    return f"; here are {', '.join(there)}" if there else ""
 
 
 def make_folder(path: str | Path) -> Path:

@@ -19,7 +19,7 @@ from typer import Argument, Option
 
 from ..errors import MendkitError
 from ..hparams import MENDHyperParams, parse_overrides
-from ..runs import archive_file, user_path
+from ..runs import HUB, archive_file, user_path
 
 logger = logging.getLogger("mendkit")
 
@@ -100,7 +100,7 @@ def configuration(words: Sequence[str] | None) -> tuple[Path, list[str]]:
     """The path of the configuration, given or default, and the settings `key=value`."""
     words = list(words or ())
     if words and ("=" not in words[0] or user_path(words[0]).is_file()):
-        if archive_file(words[0]).suffix == ".safetensors":
+        if words[0].startswith(HUB) or archive_file(words[0]).suffix == ".safetensors":
             raise MendkitError(f"{words[0]} is no configuration; write archive={words[0]}")
         return user_path(words[0]), words[1:]
     from ..runs import kit_file

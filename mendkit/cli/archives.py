@@ -8,6 +8,7 @@ from typer import Argument, Option
 
 import mendkit
 
+from ..errors import MendkitError
 from ..hparams import parse_overrides
 from ..runs import archive_file, user_path
 from . import app as cli
@@ -27,6 +28,10 @@ All = Annotated[
 
 Compact = Annotated[
     bool, Option("--compact", help="an archive of this kit, a third as large, in 8 and 12 bits")
+]
+
+Results = Annotated[
+    Path | None, Option(metavar="FILE", parser=user_path, help="results.json of `evaluate`")
 ]
 
 
@@ -84,6 +89,37 @@ def export(
         mendkit.export_archive(archive, new, base=base)
     place.write({"export.archive": str(new), "export.from": str(archive)})
     cli.say(str(new))
+    return 0
+
+
+@cli.command("push runs/small you/your-archive --results runs/scores/results.json")
+def push(
+    archive: Archive,
+    repo: Annotated[str, Argument(metavar="USER/NAME")],
+    *,
+    results: Results = None,
+    private: Annotated[bool, Option("--private", help="only you can see it")] = False,
+    licence: Annotated[str | None, Option("--license", metavar="ID", help="apache-2.0, …")] = None,
+) -> int:
+    """Upload an archive to the hub, with a card that its metadata and scores make.
+
+    Others edit with `archive=hub:USER/NAME`. Log in with `hf auth login`, or set HF_TOKEN.
+    """
+    from ..mend.export import BUNDLED_HUB_ID
+    from ..reporting.card import card, upload
+    from ..reporting.report import read_json
+
+    metadata = mendkit.inspect_archive(archive)
+    if "packing" not in metadata:
+        raise MendkitError(
+            f"{archive} is of an earlier version and holds paths of the machine it was trained on; "
+            "write it anew with `export --compact`"
+        )
+    model = metadata["base_model"]["name"]
+    hub_id = {"smollm2-135m": BUNDLED_HUB_ID}.get(model, model if "/" in model else None)
+    scores = read_json(results) if results else {}
+    text = card(metadata, scores, repo=repo, base_model=hub_id, licence=licence)
+    cli.say(upload(archive_file(archive), text, repo, private=private))
     return 0
 
 

@@ -14,7 +14,7 @@ from ..models.base import BaseModel
 from ..models.load import load_model
 from ..models.tokens import Tokens
 from ..models.trunk import FrozenTrunk
-from ..runs import file_sha256
+from ..runs import archives_here, file_sha256
 from .archive import OF_EDITING, OF_EITHER, load_archive, look_at_archive
 from .batches import edit_tokens, prepare_texts
 from .edit import Edit, load_edits, save_edits
@@ -62,7 +62,8 @@ class MENDEditor:
         if hparams.archive is None:
             raise ArchiveError(
                 "archive is null: there is nothing to edit with; train one with "
-                "`python -m mendkit train CONFIG` and set `archive:` to the path it prints"
+                f"`python -m mendkit train CONFIG` and set `archive:` to the path it prints"
+                f"{archives_here()}"
             )
         look_at_archive(hparams)
         archive = load_archive(hparams.archive, base=base or load_model(hparams))

@@ -20,7 +20,15 @@ from torch import Tensor
 from ..errors import ArchiveError, MendkitError
 from ..models.base import BaseModel
 from ..models.fingerprint import model_fingerprint
-from ..runs import DAMAGE, archive_file, atomically, sha256, user_path, without_repeats
+from ..runs import (
+    DAMAGE,
+    archive_file,
+    archives_here,
+    atomically,
+    sha256,
+    user_path,
+    without_repeats,
+)
 
 CHECKSUM = "sha256"
 OLD_SEAL = "metadata_sha256"  # the metadata's own checksum in the first format, where it has one
@@ -101,7 +109,8 @@ def read_tensors(kind: Kind, path: str | Path) -> tuple[dict[str, Any], dict[str
     path = archive_file(path)
     if not path.is_file():
         found = "a folder without an archive" if path.is_dir() else f"no such {kind.noun}"
-        raise ArchiveError(f"{path}: {found}; {kind.if_missing}")
+        there = archives_here() if kind.noun == "archive" else ""
+        raise ArchiveError(f"{path}: {found}; {kind.if_missing}{there}")
     # 1. The container. Tensors are copied, for the file may change later.
     try:
         with safe_open(path, "pt") as file:

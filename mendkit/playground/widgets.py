@@ -19,7 +19,7 @@ from ..data.sampling import typed_example
 from ..errors import MendkitError
 from ..evaluation.inspection import about
 from ..reporting import plots, tables
-from ..runs import ARCHIVE_FILE, project_path
+from ..runs import archives_of_runs, project_path
 from .session import Playground
 
 logger = logging.getLogger(__name__)
@@ -51,7 +51,7 @@ class Panel:
         self._filling = False  # fields are set by code, which is no wish of the user
         self.about, self.said, self.results = w.HTML(), w.HTML(), w.HTML()
         # 0. The archive.
-        found = dict.fromkeys([playground.hparams.archive or "", *archives(), ""])
+        found = dict.fromkeys([playground.hparams.archive or "", *archives_of_runs(), ""])
         names = [(name or "none: the untrained control", name) for name in found]
         self.archive = _field(w.Dropdown(options=names), "archive")
         self.load = self._button("Load", self._load)
@@ -218,12 +218,6 @@ class Panel:
                 self.toggle.description = "Undo" if in_force else "Re-apply"
         finally:
             self._filling = False
-
-
-def archives() -> list[str]:
-    """The archives below `runs/`, newest first."""
-    found = project_path("runs").glob(f"*/{ARCHIVE_FILE}")
-    return [str(path) for path in sorted(found, key=lambda path: -path.stat().st_mtime)]
 
 
 def _field(widget: Any, label: str) -> Any:

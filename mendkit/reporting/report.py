@@ -23,6 +23,7 @@ from ..hparams import MENDHyperParams, parse_overrides
 from ..runs import (
     ARCHIVE_FILE,
     Progress,
+    archive_file,
     clock,
     kit_file,
     locked,
@@ -128,7 +129,7 @@ def check_report(plan: ReportPlan) -> list[Examples]:
         _earlier_report(plan.out)
     inputs = [plan.config, *(user_path(source) for source, _ in plan.data())]
     if plan.hparams.archive and not _same(plan.hparams.archive, plan.out / ARCHIVE_FILE):
-        inputs.append(Path(plan.hparams.archive))
+        inputs.append(archive_file(plan.hparams.archive))
     for path in inputs:
         if path.resolve().is_relative_to(plan.out.resolve()):
             raise MendkitError(
