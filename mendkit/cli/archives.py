@@ -1,5 +1,6 @@
 """The commands `inspect`, `import`, `export`, `conformance` and `sites`."""
 
+from functools import partial
 from pathlib import Path
 from typing import Annotated
 
@@ -32,6 +33,11 @@ Compact = Annotated[
 
 Results = Annotated[
     Path | None, Option(metavar="FILE", parser=user_path, help="results.json of `evaluate`")
+]
+# Examples that a scan reads, half of them for statistics.
+SCANNED = 200
+Scan = Annotated[
+    bool, Option("--scan", help="which blocks tell an edit from its neighbours; reads the weights")
 ]
 
 
@@ -144,13 +150,23 @@ def conformance(
 
 
 @cli.command("sites openai-community/gpt2 --all")
-def sites(words: ModelWords = None, *, everything: All = False, as_json: Json = False) -> int:
+def sites(
+    words: ModelWords = None,
+    *,
+    everything: All = False,
+    scan: Scan = False,
+    train_data: cli.Data = "facts:train",
+    validation_data: cli.Data = "facts:validation",
+    as_json: Json = False,
+) -> int:
     """List what can be edited in a model, and what `inner_params: auto` picks there.
 
-    It reads the model's configuration and no weights.
+    It reads the model's configuration and no weights. --scan compares blocks, three in a row:
+    untrained editors of each make 40 edits.
     """
     import pandas as pd
 
+    from ..mend.preparation import scan_blocks
     from ..models.load import site_rows
 
     first, *settings = words or [""]
@@ -158,6 +174,14 @@ def sites(words: ModelWords = None, *, everything: All = False, as_json: Json = 
         hparams = cli.hyperparameters(words)
     else:
         hparams = mendkit.MENDHyperParams(model_name=first).replace(**parse_overrides(settings))
+    if scan:
+        read = partial(mendkit.read_examples, columns=hparams.columns)
+        h = hparams.replace(stats_held_out=True, stats_examples=SCANNED, val_steps=40)
+        train, validation = read(train_data, limit=SCANNED), read(validation_data, limit=40)
+        rows = [*scan_blocks(mendkit.load_model(hparams), h, train, validation)]
+        table = pd.DataFrame(rows).drop(columns="loss").to_string(index=False, float_format="%.3g")
+        cli.show(rows, table, as_json=as_json)
+        return 0
     rows = site_rows(hparams)
     shown = [row for row in rows if everything or row["mlp"] or row["chosen"]]
     cli.show(rows, pd.DataFrame(shown, dtype=object).to_string(index=False), as_json=as_json)

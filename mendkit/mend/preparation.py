@@ -6,15 +6,17 @@ The hypernetwork is the checkpoint's, an archive's, or a new one with its statis
 import logging
 import time
 from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from ..data.examples import EditExample
-from ..errors import HyperParamError
+from ..errors import HyperParamError, ModelError
 from ..hparams import MENDHyperParams
 from ..models.base import BaseModel
 from ..models.load import release_trunk
+from ..models.sites import mlp_names
 from ..models.tokens import Tokens
 from ..models.trunk import FrozenTrunk, trunk_cache
 from ..runs import Progress, file_sha256, return_memory
@@ -23,7 +25,7 @@ from .batches import ExampleTexts, prepare_texts, training_texts
 from .distributed import Team
 from .factors import FACTOR_BATCH, FactorCache, Factors, capture_factors, capture_inputs
 from .hypernetwork import MEND, Wordings
-from .validation import best_edit_lr
+from .validation import best_edit_lr, validate
 
 logger = logging.getLogger(__name__)
 
@@ -215,3 +217,38 @@ def _check_team(h: MENDHyperParams, examples: int, processes: int) -> None:
             f"batch_size: {h.batch_size} of {examples} examples cannot be shared by {processes} "
             "processes; raise `batch_size`, give more examples, or fewer processes"
         )
+
+
+def scan_blocks(
+    base: BaseModel,
+    hparams: MENDHyperParams,
+    train: Sequence[EditExample],
+    validation: Sequence[EditExample],
+    *,
+    size: int = 3,
+) -> Iterator[dict[str, Any]]:
+    """How an untrained editor of `size` blocks in a row scores, from the last blocks on.
+
+    Each starts at its measured step size (`edit_lr: auto`) and is validated as training would.
+    Raises ModelError for a model without a chain of blocks.
+    """
+    names: dict[int, list[str]] = {}
+    for site in base.with_sites(mlp_names(base.model, everywhere=True)).sites:
+        names.setdefault(site.block or 0, []).append(site.name)
+    if base.blocks is None:
+        raise ModelError(f"{base.name} is no plain chain of blocks, so none can be compared")
+    blocks = sorted(names)
+    for end in range(len(blocks), 0, -size):
+        chosen = blocks[max(end - size, 0) : end]
+        listed = [name for block in chosen for name in names[block]]
+        h = hparams.replace(archive=None, edit_lr="auto", inner_params=listed)
+        other = base.with_sites(listed)
+        prepared = Preparation(other, h, train, validation, team=Team(h.device))
+        row: dict[str, Any] = {"first": chosen[0], "last": chosen[-1]}
+        try:
+            mend, _ = prepared.make({})
+        except HyperParamError:  # no step lowers the loss
+            yield row
+            continue
+        scores = validate(prepared.trunk, mend, prepared.validation, h)
+        yield row | {"edit_lr": mend.hparams.edit_lr, **scores}

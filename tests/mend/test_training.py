@@ -17,7 +17,7 @@ from mendkit.mend.distributed import Team
 from mendkit.mend.editor import MENDEditor
 from mendkit.mend.factors import FactorCache
 from mendkit.mend.hypernetwork import MEND
-from mendkit.mend.preparation import Preparation
+from mendkit.mend.preparation import Preparation, scan_blocks
 from mendkit.mend.steps import Learner, batch_losses, learning_rate_factor, total_loss
 from mendkit.mend.training import train
 from mendkit.mend.validation import best_edit_lr, forced, strength_curve, validate
@@ -258,6 +258,21 @@ def test_a_measured_start_trains_as_the_same_number_given(llama, tmp_path):
     more = quick(edit_lr="auto", archive=str(other))  # an archive's steps have started
     third = train(more, EXAMPLES, EXAMPLES[:1], base=llama, run_dir=tmp_path / "c")
     assert third.edit_lr == found.edit_lr
+
+
+def test_a_scan_scores_an_untrained_editor_of_each_blocks(llama, tmp_path):
+    h = hparams(max_iters=0)
+    rows = [*scan_blocks(llama, h, EXAMPLES, EXAMPLES[:3], size=2)]
+    assert [(row["first"], row["last"]) for row in rows] == [(2, 3), (0, 1)]
+    names = [
+        f"model.layers.{i}.mlp.{n}_proj.weight" for i in (0, 1) for n in ("gate", "up", "down")
+    ]
+    lower = h.replace(inner_params=names, edit_lr="auto")
+    base = llama.with_sites(names)
+    best = train(lower, EXAMPLES, EXAMPLES[:3], base=base, run_dir=tmp_path).best
+    assert rows[1]["edit_lr"] != rows[0]["edit_lr"]
+    for name in ("edit_success", "paraphrase", "neighbourhood", "locality", "loss", "score"):
+        assert rows[1][name] == pytest.approx(best[f"val.{name}"], rel=1e-4)
 
 
 def test_subjects_that_training_shares_with_validation_are_named(llama, tmp_path, caplog):
