@@ -55,7 +55,8 @@ def test_help_and_version_answer_within_a_second_and_load_no_heavy_library():
         assert "mendkit" in done.stdout
 
 
-COMMANDS = ["train", "plan", "edit", "evaluate", "inspect", "import", "export", "conformance"]
+COMMANDS = ["train", "plan", "edit", "evaluate", "inspect", "import", "export", "push"]
+COMMANDS += ["conformance"]
 COMMANDS += ["sites", "doctor", "report", "bench"]
 
 
