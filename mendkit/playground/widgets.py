@@ -19,7 +19,7 @@ from ..data.sampling import typed_example
 from ..errors import MendkitError
 from ..evaluation.inspection import about
 from ..reporting import plots, tables
-from ..runs import archives_of_runs, project_path
+from ..runs import ARCHIVES, archives_of_runs, project_path
 from .session import Playground
 
 logger = logging.getLogger(__name__)
@@ -51,7 +51,8 @@ class Panel:
         self._filling = False  # fields are set by code, which is no wish of the user
         self.about, self.said, self.results = w.HTML(), w.HTML(), w.HTML()
         # 0. The archive.
-        found = dict.fromkeys([playground.hparams.archive or "", *archives_of_runs(), ""])
+        box = [path.stem for path in ARCHIVES.glob("*.safetensors")]
+        found = dict.fromkeys([playground.hparams.archive or "", *box, *archives_of_runs(), ""])
         names = [(name or "none: the untrained control", name) for name in found]
         self.archive = _field(w.Dropdown(options=names), "archive")
         self.load = self._button("Load", self._load)

@@ -174,6 +174,9 @@ def test_archives_are_found_and_loaded_and_a_bad_one_is_told_beside_them(
     playground: Playground, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(widgets, "ARCHIVES", tmp_path / "box")
+    (tmp_path / "box").mkdir()
+    (tmp_path / "box/some-model.safetensors").touch()
     given = playground.hparams.archive
     for age, name in enumerate(("good", "bad")):
         path = tmp_path / "runs" / name / "archive.safetensors"
@@ -183,7 +186,7 @@ def test_archives_are_found_and_loaded_and_a_bad_one_is_told_beside_them(
     panel = widgets.Panel(playground, EXAMPLES[:3])
     offered = [value for _, value in panel.archive.options]
     bad, good = "runs/bad/archive.safetensors", "runs/good/archive.safetensors"
-    assert offered == [given, bad, good, ""] and panel.archive.value == given
+    assert offered == [given, "some-model", bad, good, ""] and panel.archive.value == given
     panel.apply.click()
     base = panel.playground.editor.base
     edited = logits(base)
