@@ -156,7 +156,7 @@ def test_one_can_apply_scale_undo_and_is_told_of_mistakes(
     in_lab = "/lab" in page.url
     own = 2 if in_lab else 1  # the notebook's edits; Voilà shows the panel alone
     playwright.expect(edits).to_have_count(own)
-    assert (page.get_by_text("The same by code").count() > 0) == in_lab
+    assert (page.get_by_role("heading", name="The same by code").count() > 0) == in_lab
     assert panel.get_by_label("prompt", exact=True).input_value() == "The capital of France is"
     panel.get_by_label("new answer").fill(ANSWER)
     panel.get_by_role("button", name="Apply edit").click()
