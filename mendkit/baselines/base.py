@@ -105,11 +105,14 @@ def tune_identity(
 ) -> tuple[MENDEditor, tuple[dict[str, float], ...]]:
     """The identity control at the step size with the best validation score on `examples`.
 
-    And a row for each step size: `edit_lr` and the values of `validate`.
+    And a row for each step size: `edit_lr` and the values of `validate`. Where none are given, and
+    the largest tried is the best, twice as large ones are tried until the score falls.
     """
-    edit_lrs = edit_lrs or identity_edit_lrs(base, mend, examples)
+    tried = edit_lrs or identity_edit_lrs(base, mend, examples)
     unit = identity_editor(base, mend, edit_lr=1.0)
-    curve = strength_curve(unit, examples, strengths=edit_lrs)
+    curve = strength_curve(unit, examples, strengths=tried)
+    while edit_lrs is None and max(curve, key=lambda row: row["score"]) is curve[-1]:
+        curve += strength_curve(unit, examples, strengths=[2 * curve[-1]["strength"]])
     rows = [{"edit_lr": row.pop("strength"), **row} for row in curve]
     best = max(rows, key=lambda row: row["score"])
     return identity_editor(base, mend, edit_lr=best["edit_lr"]), tuple(rows)

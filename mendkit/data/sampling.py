@@ -17,6 +17,7 @@ OPENINGS = (
     Probe("The best way to learn a language is to"),
     Probe("The brain uses so much energy because"),
 )
+CANDIDATES = 4  # test examples from which each one is drawn (`evaluation.prepare.half_known`)
 
 
 def with_unrelated(

@@ -101,7 +101,7 @@ class Interval:
 
     def __str__(self) -> str:
         bounds = "" if math.isnan(self.low) else f" [{self.low:.3f}, {self.high:.3f}]"
-        return f"{self.mean:.3f}{bounds}"
+        return f"{self.mean:.3f}{bounds}, n = {self.n}"
 
     def to_dict(self, name: str) -> dict[str, float]:
         """Flat results: the mean under `name`, `.n` beside it, and `.low`, `.high` if known."""

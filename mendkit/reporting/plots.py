@@ -94,6 +94,7 @@ def loss_curves(history: Sequence[Row]) -> Chart:
     """Losses by role and step: training rows, their running mean, validation as markers."""
     frame, moved = pd.DataFrame(history).set_index("step"), []
     axes = panels(2, 2.8)
+    ends: dict[str, str] = {}
     roles = {"edit": NATS, "paraphrases": NATS, "neighbours": KL, "unrelated": KL}
     for k, (role, unit) in enumerate(roles.items()):
         ax = axes[unit == KL]
@@ -111,8 +112,12 @@ def loss_curves(history: Sequence[Row]) -> Chart:
                 ax.plot(loss, color=f"C{k}", marker="o", ls=":", mfc="white")
             if role == "edit" and len(loss):
                 moved.append(f"from {loss.iloc[0]:.2f} to {loss.iloc[-1]:.2f}")
+            elif role == "paraphrases" and len(loss):
+                ends[key] = f"{loss.iloc[-1]:.2f}"
     note = "faint: logged batches; lines: their running mean; hollow markers: validation edits"
     title = f"The edit loss went {', on validation edits '.join(moved)} nats"
+    if ends:
+        title += f"; paraphrases ended at {', on validation edits at '.join(ends.values())}"
     rows = frame.reset_index()
     return finish("loss_curves", title, axes, rows, note=note, xlabel="training step")
 
@@ -152,7 +157,10 @@ def control_curve(rows: Sequence[Row], best: Row, *, n: int) -> Chart:
 def strengths(rows: Sequence[Row], *, n: int) -> Chart:
     """Shares over n edits by the strength that multiplies every update (1: as trained)."""
     score = {f"{row['strength']:g}": row["score"] for row in rows}
-    title = f"Score by the strength of the edits: {span(score)}; as trained: {score['1']:.2f}"
+    best, error = max(score.values()), 0.5 / n**0.5  # of a share, at most
+    alike = ", ".join(strength for strength, value in score.items() if value >= best - error)
+    title = f"Score at most {best:.2f}; within one standard error ({error:.2f}) of it: strength "
+    title += f"{alike}; as trained: {score['1']:.2f}"
     (ax,) = axes = panels(1, 2.8)
     mark(ax, 1, "as trained")
     frame, xlabel = share_rows(rows, "strength"), "strength (factor on every update)"

@@ -6,10 +6,13 @@
 import difflib
 import json
 import logging
+import re
+import shlex
 import shutil
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
+from datetime import datetime
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -17,6 +20,7 @@ from typing import Any
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
 from ..data.files import Examples, read_examples
+from ..data.sampling import CANDIDATES
 from ..errors import MendkitError
 from ..evaluation.results import HEADLINE, Summary
 from ..hparams import MENDHyperParams, parse_overrides
@@ -24,7 +28,6 @@ from ..runs import (
     ARCHIVE_FILE,
     Progress,
     archive_file,
-    clock,
     kit_file,
     locked,
     provenance,
@@ -33,6 +36,7 @@ from ..runs import (
     write_text,
 )
 from .notebook import Failure, Parameter, read_parameters, run_notebook
+from .tables import paired, won
 
 logger = logging.getLogger(__name__)
 
@@ -43,10 +47,11 @@ SET_HERE = ("config", "overrides", "archive", "out")  # notebook parameters that
 
 # The editors of a report, and how the names of their results begin.
 EDITORS = {
-    "before": "single.before.",
-    "identity control": "identity.single.",
     "trained editor": "single.",
+    "identity control": "identity.single.",
+    "before": "single.before.",
 }
+BY_KNOWLEDGE = {"all facts": "single.", "known": "single.known.", "unknown": "single.unknown."}
 
 
 def default_notebook(stem: str) -> Path:
@@ -72,8 +77,9 @@ class ReportPlan:
             values = {name: self.given.get(name, p.default) for name, p in known.items()}
             for name in known:
                 if name.endswith("_data"):
-                    limit = values.get(name.replace("_data", "_limit"))
-                    found.append((values[name], limit or None))
+                    limit = values.get(name.replace("_data", "_limit")) or 0
+                    drawn_from = CANDIDATES if name == "test_data" else 1
+                    found.append((values[name], drawn_from * limit or None))
         return found
 
 
@@ -190,6 +196,7 @@ def run_report(
             logger.info("%s: running", stem)
             failure = _run_one(plan, stem, archive, cell_seconds)
             results |= read_json(plan.out / stem / "results.json")
+            run["data"] |= read_json(plan.out / stem / "run.json").get("data", {})
             if failure:
                 results["failed"] = stem
                 break
@@ -209,7 +216,12 @@ def _begin(plan: ReportPlan, command: str) -> dict[str, Any]:
     given = [f"{name}={value}" for name, value in plan.given.items()]
     run: dict[str, Any] = {"kind": "report", "status": "running", "command": command}
     run |= {"config": str(plan.config), "settings": [*plan.settings, *given]}
-    run |= {"notebooks": list(plan.notebooks), "hparams": plan.hparams.to_dict(), **provenance()}
+    run |= {
+        "data": {},
+        "notebooks": list(plan.notebooks),
+        "hparams": plan.hparams.to_dict(),
+        **provenance(),
+    }
     old = _earlier_report(plan.out)
     # The mark is written before anything is removed, so that the folder is known at all times.
     keep = [write_json(plan.out / "run.json", run), Path(plan.hparams.archive or "")]
@@ -254,27 +266,73 @@ def render(template: str, **values: Any) -> str:
     """A template filled in. What is not markup in `values` is escaped."""
     loader = FileSystemLoader(TEMPLATES)
     environment = Environment(loader=loader, autoescape=True, undefined=StrictUndefined)
-    environment.filters["clock"] = clock
     return environment.get_template(template).render(**values)
 
 
 def write_index(folder: Path, run: Mapping[str, Any], results: Mapping[str, Any]) -> Path:
     """Write `index.html` over a report's folder; `run` is run.json, `results` the flat results."""
-    model = run["hparams"]["model_name"]
+    model, example = run["hparams"]["model_name"], _example(folder / EDITING / "rows.jsonl")
     defaults = MENDHyperParams(model_name=model).to_dict()
+    summaries, apart = (
+        {name: Summary.from_dict(results, start) for name, start in columns.items()}
+        for columns in (EDITORS, BY_KNOWLEDGE)
+    )
+    scores, told = {}, set[str]()
+    for name, start in (EDITORS | BY_KNOWLEDGE).items():
+        scores[name] = results.get(f"{start}score.headline")
+        told.update(f"{start}{metric}" for metric in (summaries | apart)[name])
     text = render(
         "report.html.j2",
         run=run,
         results=results,
-        model=Path(model).name,
+        headline=won(results, Path(model).name),
+        paired=paired(results),
+        when=_when(run["started"], results.get("report.seconds")),
+        example=example,
+        command=_next_command(folder, run, example),
         roles=HEADLINE,
-        summaries={name: Summary.from_dict(results, start) for name, start in EDITORS.items()},
-        scores=[results.get(f"{start}score.headline") for start in EDITORS.values()],
+        summaries=summaries,
+        apart=apart,
+        scores=scores,
         figures={stem: _figures(folder / stem / "figures") for stem in run["notebooks"]},
         changed={key: value for key, value in run["hparams"].items() if value != defaults[key]},
+        others={
+            name: value
+            for name, value in results.items()
+            if re.sub(r"\.(n|low|high)$", "", name) not in told
+        },
         exists=lambda path: (folder / path).is_file(),
     )
     return write_text(folder / "index.html", text)
+
+
+def _when(started: str, seconds: float | None) -> str:
+    """The day of a start, and how long it took: `29 Nov 2026, 22 min 4 s`."""
+    day = datetime.fromisoformat(started)
+    text = f"{day.day} {day:%b %Y}"
+    if seconds is not None:
+        minutes, rest = divmod(round(seconds), 60)
+        text += f", {minutes} min {rest} s"
+    return text
+
+
+def _example(path: Path) -> dict[str, Any] | None:
+    """The first row of a fact that the unedited model knew, else the first; None without rows."""
+    lines = path.read_text(encoding="utf-8").splitlines() if path.is_file() else []
+    rows = [json.loads(line) for line in lines]
+    return next((row for row in rows if row.get("known")), rows[0] if rows else None)
+
+
+def _next_command(folder: Path, run: Mapping[str, Any], example: Mapping[str, Any] | None) -> str:
+    """The command that edits with a report's archive."""
+    fact = example or {"prompt": "The capital of France is", "target_new": "Lyon"}
+    words = ["python", "-m", "mendkit", "edit", run["config"]]
+    for text in run["settings"]:
+        name = text.partition("=")[0].strip()
+        if name in MENDHyperParams.model_fields and name != "archive":
+            words.append(text)
+    words += [f"archive={folder / ARCHIVE_FILE}", "--prompt", fact["prompt"]]
+    return shlex.join([*words, "--target", fact["target_new"]])
 
 
 def _figures(folder: Path) -> list[str]:

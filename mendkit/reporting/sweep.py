@@ -297,6 +297,8 @@ def runs_frame(runs: Sequence[SweepRun]) -> pd.DataFrame:
         record |= {key: _setting(value) for key, value in run.values.items()}
         record |= {"status": run.status, "error": run.error, "score": run.score}
         record |= {role: summary.get(name) for role, name in HEADLINE.items()}
+        record["edit, known facts"] = summary.get(f"known.{HEADLINE['edit']}")
+        record["edit, unknown facts"] = summary.get(f"unknown.{HEADLINE['edit']}")
         record["seconds"] = results.get("report.seconds")
         record["training seconds"] = results.get("train.seconds")
         record["peak memory in GB"] = results.get("report.peak_memory_gb")

@@ -14,11 +14,18 @@ import pandas as pd
 from pandas.io.formats.style import Styler
 
 from ..data.examples import HEADLINE_ROLES, EditExample
-from ..evaluation.results import EvaluationReport, Interval, normalise
+from ..evaluation.results import APART, GROUPS, HEADLINE, EvaluationReport, Interval, normalise
 from ..hparams import MENDHyperParams
 
 CELL = "text-align: left; vertical-align: top; padding: .3em .8em; border-bottom: 1px solid #8884"
 CHANGED = "background-color: #ffb30055"  # see-through: it suits light and dark pages
+
+PAIRED = {
+    "edit": "new answers written",
+    "paraphrases": "paraphrases followed",
+    "neighbours": "neighbours kept",
+    "unrelated": "unrelated prompts kept",
+}
 
 Row = Mapping[str, Any]
 Asked = tuple[str, str, str | None]
@@ -39,7 +46,7 @@ def table(data: pd.DataFrame | Sequence[Row], formats: Mapping[str, str] | None 
     """A styled frame of `data`: a frame, or rows as mappings. A named index is shown.
 
     A float has three significant digits, unless `formats` gives its column a format such as
-    "{:.1e}". A truth value is ✓ or ✗, an interval "mean [low, high]", a missing value blank.
+    "{:.1e}". A truth value is ✓ or ✗, an interval "mean [low, high], n", a missing value blank.
     """
     frame = data if isinstance(data, pd.DataFrame) else pd.DataFrame(list(data), dtype=object)
     style = frame.style.format(cell_text).format_index(escape, axis="columns")
@@ -62,7 +69,7 @@ def bullets(sentences: Sequence[str]) -> str:
 def cell_text(value: Any) -> str:
     """A value as a table shows it."""
     if isinstance(value, Interval):
-        return f"{value.mean:.3f} [{value.low:.3f}, {value.high:.3f}]"
+        return str(value)
     if isinstance(value, bool):
         return "✓" if value else "✗"
     if value is None or value != value:  # NaN is unlike itself
@@ -114,15 +121,17 @@ def prompts_of(e: EditExample, *, most: int | None = 2) -> list[Asked]:
 
 
 def before_after(asked: Sequence[Asked], before: Sequence[str], after: Sequence[str]) -> Styler:
-    """Completions before and after one edit; what changed is marked, what is as wanted ticked."""
+    """Completions before and after one edit; what changed is marked, what is as wanted ticked.
+
+    A new answer may differ in case, punctuation and articles, what should stay may not.
+    """
     frame = pd.DataFrame(asked, columns=["role", "prompt", "wanted"], dtype=object)
     frame["before"] = [text.strip() for text in before]
     frame["after"] = [text.strip() for text in after]
-    expected = frame["wanted"].fillna(frame["before"])
-    good = frame["after"].map(normalise) == expected.map(normalise)
-    frame["good"] = good.astype(object)  # a tick, not a number
-    frame["wanted"] = frame["wanted"].fillna("as before")
     changed = frame["after"] != frame["before"]
+    new = frame["wanted"].fillna("").map(normalise) == frame["after"].map(normalise)
+    frame["good"] = new.where(frame["wanted"].notna(), ~changed).astype(object)  # a tick
+    frame["wanted"] = frame["wanted"].fillna("as before")
     order = ["role", "prompt", "before", "after", "wanted", "good"]
     return table(frame[order]).apply(
         lambda _: changed.map({True: CHANGED, False: ""}), subset=["after"]
@@ -133,6 +142,47 @@ def scores(reports: Mapping[str, EvaluationReport]) -> Styler:
     """Every score of editors on the same edits; those of the unedited model begin with before."""
     by_name = {name: {**report.summary, **report.harmonic} for name, report in reports.items()}
     return table(pd.DataFrame(by_name, dtype=object).rename_axis("score"))
+
+
+def apart(report: EvaluationReport) -> Styler:
+    """The headline scores of all edits, and of those of known and of unknown facts."""
+    found = {**report.summary, **report.harmonic}
+    rows = []
+    for name in (*APART, "score.headline"):
+        if name in found:
+            groups = {group: found.get(f"{group}.{name}") for group in GROUPS}
+            rows.append({"score": name, "all": found[name], **groups})
+    return table(rows)
+
+
+def won(results: Mapping[str, Any], model: str) -> str:
+    """What an editor won against the identity control, of the flat results of both.
+
+    Their headline scores, and of the share in which it did more edits better than worse how many.
+    """
+    trained, control = (results.get(f"{who}single.score.headline") for who in ("", "identity."))
+    if trained is None:
+        return f"Editing {model} with MEND"
+    n = results[f"single.{HEADLINE['edit']}.n"]
+    text = f"MEND scores {trained:.2f} on {n} edits of {model}"
+    pairs = paired(results)
+    if control is None or not pairs:
+        return text
+    label, (better, worse) = max(pairs.items(), key=lambda pair: pair[1][0] - pair[1][1])
+    return (
+        f"{text}, the untrained control {control:.2f}; {label}: {better:.0f} edits better, "
+        f"{worse:.0f} worse"
+    )
+
+
+def paired(results: Mapping[str, Any]) -> dict[str, tuple[float, float]]:
+    """For how many edits each headline share was better and worse than the control's."""
+    found = {}
+    for role, label in PAIRED.items():
+        start = f"paired.{HEADLINE[role]}"
+        if f"{start}.better" in results:
+            found[label] = (results[f"{start}.better"], results[f"{start}.worse"])
+    return found
 
 
 def many(reports: Mapping[str, Sequence[EvaluationReport]]) -> pd.DataFrame:

@@ -1,11 +1,12 @@
 """Controls against doing them by hand: descent on copies of weights, the fact before prompts."""
 
 import copy
+import math
 
 import pytest
 import torch
 
-from mendkit.baselines import tuning
+from mendkit.baselines import base, tuning
 from mendkit.baselines.base import down_projections, fact_in_context, tune_identity
 from mendkit.baselines.fine_tuning import FineTuning, LocalisedFineTuning
 from mendkit.baselines.gauss_newton import GaussNewton
@@ -130,6 +131,22 @@ def test_the_identity_control_tries_steps_that_suit_the_model(llama):
         moments["delta"].m2 *= 2.0**-20
     smaller = [row["edit_lr"] for row in tune_identity(llama, mend, EXAMPLES)[1]]
     assert smaller == [rate / 1024 for rate in rates]
+
+
+def test_the_identity_controls_range_grows_until_its_score_falls(llama, monkeypatch):
+    """A stand-in scores best at eight times the largest step of the range."""
+    grid = base.IDENTITY_EDIT_LRS
+    monkeypatch.setattr(base, "identity_edit_lrs", lambda *_: grid)
+
+    def curve(_, __, *, strengths):
+        return [{"strength": s, "score": -abs(math.log(s / (8 * grid[-1])))} for s in strengths]
+
+    monkeypatch.setattr(base, "strength_curve", curve)
+    mend = with_statistics(llama, MEND(llama.sites, hparams(z_clip=None)))
+    editor, rows = tune_identity(llama, mend, EXAMPLES)
+    assert [row["edit_lr"] for row in rows] == [*grid, *(grid[-1] * k for k in (2, 4, 8, 16))]
+    assert editor.mend.hparams.edit_lr == 8 * grid[-1]
+    assert len(tune_identity(llama, mend, EXAMPLES, edit_lrs=grid)[1]) == len(grid)
 
 
 def test_every_kind_has_the_same_budget_and_keeps_the_best(llama, text, monkeypatch):

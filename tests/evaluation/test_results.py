@@ -92,7 +92,9 @@ def test_a_share_at_its_edge_has_wilsons_interval_and_two_edits_have_none():
         Interval.of([0.5] * 9, share=True) == Interval.of([0.5] * 9) == Interval(0.5, 0.5, 0.5, 9)
     )
     few = Interval.of([1.0, 0.0], share=True)
-    assert (few.mean, few.n, str(few)) == (0.5, 2, "0.500") and math.isnan(few.low + few.high)
+    assert (few.mean, few.n, str(few)) == (0.5, 2, "0.500, n = 2") and math.isnan(
+        few.low + few.high
+    )
     assert few.to_dict("x") == {"x": 0.5, "x.n": 2}
 
 

@@ -81,7 +81,18 @@ def test_a_loss_of_zero_is_drawn_at_the_foot_of_its_axis() -> None:
     chart = plots.loss_curves(history())
     assert lines(chart)["edit"][1] == pytest.approx([row["edit"] for row in history()])
     assert set(lines(chart, 1)["unrelated"][1]) == {plots.TINY}
-    assert "from 6.00 to 0.21, on validation edits from 7.00 to 1.21 nats" in chart.finding
+    assert chart.finding.endswith("from 6.00 to 0.21, on validation edits from 7.00 to 1.21 nats")
+    rows = [row | {"paraphrases": 0.3, "val.loss.paraphrases": 0.9} for row in history()]
+    said = "; paraphrases ended at 0.30, on validation edits at 0.90"
+    assert plots.loss_curves(rows).finding.endswith(said)
+
+
+def test_strengths_that_noise_cannot_tell_apart_are_named_together() -> None:
+    scores = {0.0: 0.0, 0.5: 0.6, 1.0: 0.844, 1.5: 0.855, 2.0: 0.79}
+    rows = [{"strength": strength, "score": score} for strength, score in scores.items()]
+    finding = plots.strengths(rows, n=100).finding
+    assert finding.startswith("Score at most 0.85; within one standard error (0.05)")
+    assert finding.endswith("strength 1, 1.5; as trained: 0.84")
 
 
 def test_the_control_wins_a_tie_and_the_end_of_its_range_is_told() -> None:

@@ -3,8 +3,11 @@
 The notebooks are stubs that take the real ones' parameters and compute nothing.
 """
 
+import html
 import json
 import os
+import re
+import shlex
 import signal
 import subprocess
 import sys
@@ -18,6 +21,7 @@ from nbformat.v4 import new_code_cell, new_notebook
 from mendkit import runs
 from mendkit.__main__ import main
 from mendkit.errors import DataError, HyperParamError, MendkitError
+from mendkit.evaluation.results import HEADLINE
 from mendkit.reporting.notebook import read_parameters, run_notebook
 from mendkit.reporting.report import (
     ARCHIVE_FILE,
@@ -71,9 +75,9 @@ def test_both_notebooks_run_and_the_page_links_what_they_leave(here):
     assert (out / ARCHIVE_FILE).read_bytes() == b"trained now"
     run = read(out / "run.json")
     assert run["kind"] == "report" and run["status"] == "done" and run["failure"] is None
-    html = (out / f"{EDITING}.html").read_text(encoding="utf-8")
-    assert "said before the end" in html and "secret_code" not in html
-    assert 'alt="It works"' in html and "No description" not in html
+    shown = (out / f"{EDITING}.html").read_text(encoding="utf-8")
+    assert "said before the end" in shown and "secret_code" not in shown
+    assert 'alt="It works"' in shown and "No description" not in shown
     assert "secret_code" in (out / f"{EDITING}.ipynb").read_text(encoding="utf-8")
 
     page = done.index.read_text(encoding="utf-8")
@@ -293,11 +297,56 @@ def notebook_of(*cells) -> Path:
 
 
 def test_the_page_stands_without_results(tmp_path):
-    run = {"notebooks": [EDITING], "hparams": {"model_name": "<m>", "rank": 3}, "started": "now"}
+    run = {"notebooks": [EDITING], "hparams": {"model_name": "<m>", "rank": 3, "seed": 7}}
+    run |= {"started": "2026-11-29T02:38:24+0000", "commit": "abc-dirty", "data": {}}
     run |= {"command": "", "config": "c", "settings": [], "versions": {"torch": None}}
     run |= {"machine": {"cores": 1, "threads": 1, "processor": "p"}}
     run |= {"failure": {"notebook": EDITING, "cell": None, "error": "<e>", "source": ""}}
     page = write_index(tmp_path, run, {"odd": float("nan"), "text": "<t>"}).read_text("utf-8")
-    for text in ("&lt;m&gt;", "&lt;e&gt;", "&lt;t&gt;", "did not run", "rank: 3"):
+    for text in ("&lt;m&gt;", "&lt;e&gt;", "&lt;t&gt;", "did not run", "rank: 3", "29 Nov 2026"):
         assert text in page
-    assert "<t>" not in page and "<table>" in page
+    assert "<t>" not in page and "<table" in page and "abc with changes" in page
+
+
+def test_the_page_tells_what_was_won_and_shows_a_known_edit_as_it_was(tmp_path):
+    row = {"prompt": "p", "target_new": "it's <b>", "ground_truth": "old", "outputs": []}
+    texts = [("edit", "old", "it's <b>", 1.0), ("neighbours", "Rome", "Milan", 0.5)]
+    texts += [("unrelated", "tea", "tea", 1.0), ("neighbours", None, None, 0.25)]
+    for role, before, after, score in texts:
+        text = {"role": role, "prompt": f"{role} of it", "before": before, "after": after}
+        row["outputs"].append(text | {"score": score})
+    rows = [row | {"prompt": "first", "known": False}, row | {"known": True}, row]
+    folder = tmp_path / EDITING
+    folder.mkdir()
+    (folder / "rows.jsonl").write_text("\n".join(map(json.dumps, rows)), encoding="utf-8")
+    near, free = (f"single.{HEADLINE[role]}" for role in ("neighbours", "edit"))
+    results = {"single.score.headline": 0.85, "identity.single.score.headline": 0.63}
+    results |= {near: 0.9, f"{near}.n": 160, f"{near}.low": 0.85, f"{near}.high": 0.95}
+    results |= {f"single.known.{HEADLINE['edit']}": 1.0, f"single.known.{HEADLINE['edit']}.n": 2}
+    results |= {free: 0.75, f"{free}.n": 160, "single.edits.scored": 160}
+    results |= {f"paired.{HEADLINE['neighbours']}.better": 142.0}
+    results |= {f"paired.{HEADLINE['neighbours']}.worse": 1.0, "report.seconds": 1324.4}
+    run = {"notebooks": [EDITING], "hparams": {"model_name": "m", "rank": 3, "seed": 7}}
+    run |= {"started": "2026-11-29T02:38:24+0000", "commit": None, "failure": None}
+    run |= {"command": "", "versions": {}, "machine": {"cores": 1, "threads": 1, "processor": "p"}}
+    run |= {"config": "c.yaml", "settings": ["rank=4", "test_limit=9", "archive=x"]}
+    run |= {"data": {"test": {"examples": 160, "sha256": "d1g3st"}}}
+    page = write_index(tmp_path, run, results).read_text("utf-8")
+    title = re.search("<h1>(.*)</h1>", page)[1]
+    assert title.startswith("MEND scores 0.85 on 160 edits of m, the untrained control 0.63; neigh")
+    assert "neighbours kept: 142 better, 1 worse." in page and "29 Nov 2026, 22 min 4 s" in page
+    edit = page.partition("<h2>One edit: p … it&#39;s &lt;b&gt;</h2>")[2].partition("</table>")[0]
+    ticks = re.findall("<td>([✓✗])</td>", edit)
+    assert ticks == ["✓", "✗", "✓"] and "unedited model knew" in page
+    known = page.partition("<h2>Facts that the unedited model knew")[2].partition("</table>")[0]
+    assert "<b>1.000</b>" in known and "<small>n = 2</small>" in known
+    assert "160 examples, SHA-256 d1g3st" in page and "seed 7" in page
+    command = re.search("<pre>(python.*)</pre>", page)[1]
+    assert shlex.split(html.unescape(command)) == [
+        *["python", "-m", "mendkit", "edit", "c.yaml", "rank=4"],
+        f"archive={tmp_path / ARCHIVE_FILE}",
+        *["--prompt", "p", "--target", "it's <b>"],
+    ]
+    # What a table of scores holds is not told again.
+    others = page.partition("Other numbers")[2]
+    assert "single.edits.scored" in others and f"{near}.low" not in others

@@ -59,7 +59,7 @@ def test_cells_show_intervals_and_truths() -> None:
         {"text": "y", "n": None, "share": 0.25, "good": False},
     ]
     html = tables.table(rows, {"n": "{:.1e}"}).to_html()
-    for shown in (">1.9e+03<", ">0.500 [0.400, 0.600]<", ">0.25<", ">✓<", ">✗<", "></td>"):
+    for shown in (">1.9e+03<", ">0.500 [0.400, 0.600], n = 9<", ">0.25<", ">✓<", ">✗<", "></td>"):
         assert shown in html
 
 
@@ -68,13 +68,13 @@ def test_before_after_ticks_the_new_answer_and_what_stayed() -> None:
     roles = ["edit", "paraphrases", "paraphrases", "neighbours", "neighbours", "unrelated"]
     assert [role for role, _, _ in asked][:6] == roles
     before = ["Paris", "Paris", "Paris", "Madrid", "Rome", *["tea"] * (len(asked) - 5)]
-    after = [" lima.", "Lima and more", "Paris", "Madrid", "", *before[5:]]
+    after = [" lima.", "Lima and more", "Paris", "Madrid", "", *before[5:-1], "Tea."]
     shown = tables.before_after(asked, before, after)
-    good = [True, False, False, True, False, *[True] * (len(asked) - 5)]
+    good = [True, False, False, True, False, *[True] * (len(asked) - 6), False]
     assert list(shown.data["good"]) == good
     assert shown.to_html().count(tables.CHANGED) == 1  # one rule for all marked cells
     marked = shown.to_html().split(tables.CHANGED)[0].rpartition("}")[2]
-    assert [f"row{i}" in marked for i in range(5)] == [True, True, False, False, True]
+    assert [f"row{i}_" in marked for i in range(6)] == [True, True, False, False, True, False]
 
 
 def test_spread_takes_each_relation_once_before_any_twice() -> None:
@@ -102,6 +102,33 @@ def test_editors_stand_side_by_side() -> None:
     assert pd.isna(frame.loc["edit.seconds", "theirs"])
     score = harmonic_mean([0.5, 0.4, 0.9, 0.9])
     assert frame.loc["score.headline", "theirs"] == pytest.approx(score)
+
+
+def test_all_known_and_unknown_facts_stand_side_by_side() -> None:
+    made = report(1)
+    made.summary[f"known.{FREE}"] = Interval(0.7, 0.6, 0.8, 5)
+    frame = tables.apart(made).data.set_index("score")
+    assert (frame.loc[FREE, "all"].mean, frame.loc[FREE, "known"].n) == (0.5, 5)
+    assert frame.loc[FREE, "unknown"] is None and "score.headline" in frame.index
+    assert not frame.index.str.startswith("known.").any()
+
+
+def test_what_was_won_is_the_share_with_most_edits_better_than_worse() -> None:
+    free, near = HEADLINE["edit"], HEADLINE["neighbours"]
+    results = {"single.score.headline": 0.846, "identity.single.score.headline": 0.63}
+    results |= {
+        f"single.{free}.n": 160,
+        f"paired.{free}.better": 14.0,
+        f"paired.{free}.worse": 14.0,
+    }
+    results |= {f"paired.{near}.better": 142.0, f"paired.{near}.worse": 1.0}
+    assert tables.won(results, "m") == (
+        "MEND scores 0.85 on 160 edits of m, the untrained control 0.63; "
+        "neighbours kept: 142 edits better, 1 worse"
+    )
+    del results["identity.single.score.headline"]
+    assert tables.won(results, "m") == "MEND scores 0.85 on 160 edits of m"
+    assert tables.won({}, "m") == "Editing m with MEND"
 
 
 def test_many_has_a_row_for_every_count_and_metric() -> None:
