@@ -200,7 +200,7 @@ def next_token_bars(facts: Sequence[Row]) -> Chart:
             told[state] += table[state].idxmax() == fact["new_token"]
         categories(ax, [_token_label(str(token), fact) for token in table.index])
         shares(ax, "x")
-        width = 90 if len(facts) == 1 else 38  # two panels share the figure's width
+        width = 90 if len(facts) == 1 else 36  # two panels share the figure's width
         ax.set_title(textwrap.fill(drawable(f"{fact['prompt']} → {fact['new']}"), width))
         about = {key: fact[key] for key in ("prompt", "new", "old")}
         tables.append(table.rename_axis("token").reset_index().assign(**about))

@@ -158,7 +158,7 @@ def apart(report: EvaluationReport) -> Styler:
 def won(results: Mapping[str, Any], model: str) -> str:
     """What an editor won against the identity control, of the flat results of both.
 
-    Their headline scores, and of the share in which it did more edits better than worse how many.
+    Their headline scores, and the share whose edits differ most: better or worse in how many.
     """
     trained, control = (results.get(f"{who}single.score.headline") for who in ("", "identity."))
     if trained is None:
@@ -168,11 +168,9 @@ def won(results: Mapping[str, Any], model: str) -> str:
     pairs = paired(results)
     if control is None or not pairs:
         return text
-    label, (better, worse) = max(pairs.items(), key=lambda pair: pair[1][0] - pair[1][1])
-    return (
-        f"{text}, the untrained control {control:.2f}; {label}: {better:.0f} edits better, "
-        f"{worse:.0f} worse"
-    )
+    label, (better, worse) = max(pairs.items(), key=lambda pair: abs(pair[1][0] - pair[1][1]))
+    pairs_won = f"{label}: better in {better:.0f} edits, worse in {worse:.0f}"
+    return f"{text}, the untrained control {control:.2f}; {pairs_won}"
 
 
 def paired(results: Mapping[str, Any]) -> dict[str, tuple[float, float]]:

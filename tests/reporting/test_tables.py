@@ -113,7 +113,7 @@ def test_all_known_and_unknown_facts_stand_side_by_side() -> None:
     assert not frame.index.str.startswith("known.").any()
 
 
-def test_what_was_won_is_the_share_with_most_edits_better_than_worse() -> None:
+def test_what_was_won_or_lost_most_is_told_by_the_paired_edits() -> None:
     free, near = HEADLINE["edit"], HEADLINE["neighbours"]
     results = {"single.score.headline": 0.846, "identity.single.score.headline": 0.63}
     results |= {
@@ -124,8 +124,10 @@ def test_what_was_won_is_the_share_with_most_edits_better_than_worse() -> None:
     results |= {f"paired.{near}.better": 142.0, f"paired.{near}.worse": 1.0}
     assert tables.won(results, "m") == (
         "MEND scores 0.85 on 160 edits of m, the untrained control 0.63; "
-        "neighbours kept: 142 edits better, 1 worse"
+        "neighbours kept: better in 142 edits, worse in 1"
     )
+    lost = results | {f"paired.{near}.better": 0.0, f"paired.{near}.worse": 12.0}
+    assert tables.won(lost, "m").endswith("neighbours kept: better in 0 edits, worse in 12")
     del results["identity.single.score.headline"]
     assert tables.won(results, "m") == "MEND scores 0.85 on 160 edits of m"
     assert tables.won({}, "m") == "Editing m with MEND"
