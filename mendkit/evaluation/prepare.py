@@ -330,24 +330,24 @@ def half_known(
     """
     if not limit:
         return examples
+    truths: dict[int, str] = {}  # of the facts that f can be asked
+    for i, e in enumerate(examples):
+        fits = len(base.encode(e.prompt)) <= hparams.max_length
+        if fits and e.ground_truth not in (None, e.target_new):
+            truths[i] = base.said(e.ground_truth or "")
     known, other, half = list[int](), list[int](), limit // 2
     for begin in range(0, len(examples), ASKED):
-        asked = {}
-        for i, e in enumerate(examples[begin : begin + ASKED], begin):
-            fits = len(base.encode(e.prompt)) <= hparams.max_length
-            if fits and e.ground_truth not in (None, e.target_new):
-                asked[i] = (base.said(e.ground_truth or ""),)
-            else:
-                other.append(i)
-        prompts = [examples[i].prompt for i in asked]
-        said = base.generate_batch(
-            prompts, max_new_tokens=FIRST_TOKENS, answers=list(asked.values())
-        )
-        for (i, (truth,)), text in zip(asked.items(), said, strict=True):
-            (known if begins_with(text, truth) else other).append(i)
+        some = range(begin, min(begin + ASKED, len(examples)))
+        asked = [i for i in some if i in truths]
+        prompts, answers = [examples[i].prompt for i in asked], [[truths[i]] for i in asked]
+        said = base.generate_batch(prompts, max_new_tokens=FIRST_TOKENS, answers=answers)
+        written = dict(zip(asked, said, strict=True))
+        for i in some:
+            is_known = i in written and begins_with(written[i], truths[i])
+            (known if is_known else other).append(i)
         if len(known) >= half and len(other) >= limit - half:
             break
-    chosen = [*known[:half], *sorted(other), *known[half:]][:limit]
+    chosen = [*known[:half], *other, *known[half:]][:limit]
     return Examples.of([examples[i] for i in sorted(chosen)], examples.skipped)
 
 

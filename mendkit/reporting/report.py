@@ -12,7 +12,6 @@ import shutil
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
-from datetime import datetime
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -266,12 +265,13 @@ def render(template: str, **values: Any) -> str:
     """A template filled in. What is not markup in `values` is escaped."""
     loader = FileSystemLoader(TEMPLATES)
     environment = Environment(loader=loader, autoescape=True, undefined=StrictUndefined)
+    environment.filters["quote"] = shlex.quote
     return environment.get_template(template).render(**values)
 
 
 def write_index(folder: Path, run: Mapping[str, Any], results: Mapping[str, Any]) -> Path:
     """Write `index.html` over a report's folder; `run` is run.json, `results` the flat results."""
-    model, example = run["hparams"]["model_name"], _example(folder / EDITING / "rows.jsonl")
+    model = run["hparams"]["model_name"]
     defaults = MENDHyperParams(model_name=model).to_dict()
     summaries, apart = (
         {name: Summary.from_dict(results, start) for name, start in columns.items()}
@@ -287,9 +287,8 @@ def write_index(folder: Path, run: Mapping[str, Any], results: Mapping[str, Any]
         results=results,
         headline=won(results, Path(model).name),
         paired=paired(results),
-        when=_when(run["started"], results.get("report.seconds")),
-        example=example,
-        command=_next_command(folder, run, example),
+        example=_known_edit(folder / EDITING / "rows.jsonl"),
+        archive=folder / ARCHIVE_FILE,
         roles=HEADLINE,
         summaries=summaries,
         apart=apart,
@@ -306,33 +305,11 @@ def write_index(folder: Path, run: Mapping[str, Any], results: Mapping[str, Any]
     return write_text(folder / "index.html", text)
 
 
-def _when(started: str, seconds: float | None) -> str:
-    """The day of a start, and how long it took: `29 Nov 2026, 22 min 4 s`."""
-    day = datetime.fromisoformat(started)
-    text = f"{day.day} {day:%b %Y}"
-    if seconds is not None:
-        minutes, rest = divmod(round(seconds), 60)
-        text += f", {minutes} min {rest} s"
-    return text
-
-
-def _example(path: Path) -> dict[str, Any] | None:
+def _known_edit(path: Path) -> dict[str, Any] | None:
     """The first row of a fact that the unedited model knew, else the first; None without rows."""
     lines = path.read_text(encoding="utf-8").splitlines() if path.is_file() else []
     rows = [json.loads(line) for line in lines]
     return next((row for row in rows if row.get("known")), rows[0] if rows else None)
-
-
-def _next_command(folder: Path, run: Mapping[str, Any], example: Mapping[str, Any] | None) -> str:
-    """The command that edits with a report's archive."""
-    fact = example or {"prompt": "The capital of France is", "target_new": "Lyon"}
-    words = ["python", "-m", "mendkit", "edit", run["config"]]
-    for text in run["settings"]:
-        name = text.partition("=")[0].strip()
-        if name in MENDHyperParams.model_fields and name != "archive":
-            words.append(text)
-    words += [f"archive={folder / ARCHIVE_FILE}", "--prompt", fact["prompt"]]
-    return shlex.join([*words, "--target", fact["target_new"]])
 
 
 def _figures(folder: Path) -> list[str]:

@@ -303,7 +303,7 @@ def test_the_page_stands_without_results(tmp_path):
     run |= {"machine": {"cores": 1, "threads": 1, "processor": "p"}}
     run |= {"failure": {"notebook": EDITING, "cell": None, "error": "<e>", "source": ""}}
     page = write_index(tmp_path, run, {"odd": float("nan"), "text": "<t>"}).read_text("utf-8")
-    for text in ("&lt;m&gt;", "&lt;e&gt;", "&lt;t&gt;", "did not run", "rank: 3", "29 Nov 2026"):
+    for text in ("&lt;m&gt;", "&lt;e&gt;", "&lt;t&gt;", "did not run", "rank: 3", "2026-11-29"):
         assert text in page
     assert "<t>" not in page and "<table" in page and "abc with changes" in page
 
@@ -334,7 +334,7 @@ def test_the_page_tells_what_was_won_and_shows_a_known_edit_as_it_was(tmp_path):
     page = write_index(tmp_path, run, results).read_text("utf-8")
     title = re.search("<h1>(.*)</h1>", page)[1]
     assert title.startswith("MEND scores 0.85 on 160 edits of m, the untrained control 0.63; neigh")
-    assert "neighbours kept: 142 better, 1 worse." in page and "29 Nov 2026, 22 min 4 s" in page
+    assert "neighbours kept: 142 better, 1 worse." in page and "2026-11-29, 22 min 4 s" in page
     edit = page.partition("<h2>One edit: p … it&#39;s &lt;b&gt;</h2>")[2].partition("</table>")[0]
     ticks = re.findall("<td>([✓✗])</td>", edit)
     assert ticks == ["✓", "✗", "✓"] and "unedited model knew" in page
