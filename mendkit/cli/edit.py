@@ -50,7 +50,7 @@ TextFile = Annotated[str, Option(metavar="FILE", help="held-out text, for drawdo
 Fluency = Annotated[bool, Option("--fluency", help="entropy of 100 free tokens, too (slow)")]
 
 TUNED_ON = 12
-WIDTH = 52  # of a prompt in a table
+PROMPT_WIDTH = 52  # of a prompt in a table
 
 
 @cli.command("edit archive=runs/first/archive.safetensors --prompt 'Peru is in' --target Europe")
@@ -162,12 +162,12 @@ def _row(
 
     said = base.said(example.target_new)
     probe, old = Probe(example.prompt, said), example.ground_truth
-    (row,) = _asked(base, change, [probe], max_new_tokens=max_new_tokens, old=old)
+    (row,) = _answers_to(base, change, [probe], max_new_tokens=max_new_tokens, old=old)
     row["target_new"] = example.target_new
     if typed:
         edited = {each.prompt for each in change.examples}
         roles = typed_example(example.prompt, said).roles()
-        ask = partial(_asked, base, change, max_new_tokens=min(max_new_tokens, len(said) + 16))
+        ask = partial(_answers_to, base, change, max_new_tokens=min(max_new_tokens, len(said) + 16))
         row["beside"] = ask([*roles["paraphrases"], *roles["unrelated"]])
         for each in ask([probe for probe in roles["neighbours"] if probe.prompt not in edited]):
             if is_said(each["before"], (each["answer"],)):
@@ -175,7 +175,7 @@ def _row(
     return row
 
 
-def _asked(
+def _answers_to(
     base: "BaseModel",
     change: "Edit",
     probes: Sequence[Probe],
@@ -209,7 +209,7 @@ def _told(row: dict[str, Any]) -> str:
     cells = []
     for each in beside:
         prompt, end = each["prompt"], len(each["prompt"])
-        prompt = prompt if end <= WIDTH else f"…{prompt[end - WIDTH + 1 :]}"
+        prompt = prompt if end <= PROMPT_WIDTH else f"…{prompt[end - PROMPT_WIDTH + 1 :]}"
         cells.append((prompt, _short(each["before"]), "→", _short(each["after"]), _mark(each)))
     widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
     for cell in cells:

@@ -19,7 +19,7 @@ from torch.nn.functional import pad
 from .files import old_checksums
 
 BLOCK = 64
-SIZES = "/size"  # end of the name of the blocks' largest sizes
+LARGEST = "/size"  # end of the name of the blocks' largest sizes
 NEAR = 1e-6  # asymmetry that `compact` rounds away, as a share of the largest number
 
 Forms = Mapping[str, tuple[torch.dtype, torch.Size]]
@@ -48,7 +48,7 @@ def packed(
             value, bits = _triangle(value), 12
         # 3. Fewer bits.
         if compact and is_matrix:
-            stored[name], stored[name + SIZES] = _rounded(value, bits)
+            stored[name], stored[name + LARGEST] = _rounded(value, bits)
         else:
             stored[name] = value
     return stored, {"same": same, "triangles": triangles}
@@ -66,11 +66,11 @@ def unpacked(
         if name not in forms:
             raise KeyError(name)
     # 1. Fewer bits: what is left of the last block is cut off.
-    for name in [name.removesuffix(SIZES) for name in stored if name.endswith(SIZES)]:
+    for name in [name.removesuffix(LARGEST) for name in stored if name.endswith(LARGEST)]:
         shape = forms[name][1]
         if name in packing["triangles"]:
             shape = torch.Size((*shape[:-2], shape[-1] * (shape[-1] + 1) // 2))
-        flat = _widened(tensors[name], tensors.pop(name + SIZES))
+        flat = _widened(tensors[name], tensors.pop(name + LARGEST))
         tensors[name] = flat[: shape.numel()].view(shape)
     # 2. Symmetric matrices.
     for name in packing["triangles"]:

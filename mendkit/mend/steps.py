@@ -34,7 +34,7 @@ from .updates import Updates, side_branches
 
 # The order in which the logits of a batch come: what is to be learned before what is to be kept.
 ROLES = ("edit", "paraphrases", RIVALS, "neighbours", "unrelated")
-ANSWERS = "answers"  # of neighbours
+NEIGHBOUR_NLL = "neighbour_nll"
 
 
 def batch_losses(
@@ -74,7 +74,7 @@ def batch_losses(
         with_rival = [role for role, _ in chain.from_iterable(rows)]
         places = [place for place, (role, _) in drawn if role == "neighbours"]
         compared = [i for i, k in enumerate(places) if with_rival[k + 1 : k + 2] == [RIVALS]]
-        right, rival = losses.pop(ANSWERS)[compared], losses[RIVALS]
+        right, rival = losses.pop(NEIGHBOUR_NLL)[compared], losses[RIVALS]
         losses[RIVALS] = margin_shortfall(right, rival, margin=mend.hparams.margin)
     return {role: loss.mean() for role, loss in losses.items() if len(loss)}
 
@@ -84,7 +84,7 @@ def _text_losses(
 ) -> dict[str, Tensor]:
     """NLL of each text that has an answer to learn, KL of each that is to be kept, by role.
 
-    With rivals also the NLL of neighbours, as `ANSWERS`.
+    With rivals also the NLL of neighbours, as `NEIGHBOUR_NLL`.
     """
     sizes = [sum(len(text.scored) for text in some) for some in texts.values()]
     parts = dict(zip(texts, logits.split(sizes), strict=True))
@@ -101,7 +101,7 @@ def _text_losses(
     nll = edit_nll(after, batch.targets, batch.rows, len(some))
     losses = dict(zip(asked, nll.split(counts), strict=True))
     if texts[RIVALS]:
-        losses[ANSWERS] = losses["neighbours"]
+        losses[NEIGHBOUR_NLL] = losses["neighbours"]
     # 2. KL from the unedited model.
     some, batch, after, counts = read(ROLES[3:])
     if some:
