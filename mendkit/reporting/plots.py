@@ -62,6 +62,8 @@ SCORES = {
 }
 OTHERS = ("retention.all", "norm.relative_max", "drawdown.perplexity")  # where edits add up
 
+GOAL = 0.8  # a validation score, and the time to it, to compare runs by
+
 
 def part(values: Row, prefix: str) -> dict[str, Any]:
     """The entries whose names start with `prefix`, without it."""
@@ -124,16 +126,19 @@ def loss_curves(history: Sequence[Row]) -> Chart:
 
 @in_style
 def validation_curves(history: Sequence[Row], best: Row, *, n: int) -> Chart:
-    """Validation shares over n edits by step; `best` is the kept archive's row."""
-    rows = [row for row in history if "val.score" in row]
+    """Validation shares over n edits by time; `best` is the kept archive's row."""
+    rows = [{**row, "minutes": row["seconds"] / 60} for row in history if "val.score" in row]
     before, kept = rows[0]["val.score"], best["val.score"]
     verb = "raised" if kept > before else "did not raise"
     scores = f"{before:.2f} before the first step, {kept:.2f} at step {best['step']:g}"
     title = f"Training {verb} the validation score: {scores}, whose archive was kept"
+    reached = [row["minutes"] for row in rows if row["val.score"] >= GOAL]
+    title += f"; {GOAL:.2f} after {reached[0]:.1f} minutes" if reached else f"; below {GOAL:.2f}"
     (ax,) = axes = panels(1, 2.8)
-    mark(ax, best["step"], "the archive that was kept")
-    frame = share_rows(rows, "step", prefix="val.")
-    return _share_lines(axes, frame, "validation", title=title, xlabel="training step", n=n)
+    mark(ax, best["seconds"] / 60, "the archive that was kept")
+    frame = share_rows(rows, "minutes", "step", prefix="val.")
+    xlabel = "minutes from the start, caches included"
+    return _share_lines(axes, frame, "validation", title=title, xlabel=xlabel, n=n)
 
 
 @in_style

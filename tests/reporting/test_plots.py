@@ -34,7 +34,7 @@ def history(*, good: bool = True) -> list[dict[str, float]]:
         left = math.exp(-step / 30) if good else 1.0
         losses = {"edit": 6 * left, "unrelated": 0.0, "val.loss.edit": 6 * left + 1}
         shares = {f"val.{name}": 1 - left for name in SHARES}
-        rows.append({"step": step, **losses, **shares})
+        rows.append({"step": step, "seconds": 60 + 3 * step, **losses, **shares})
     return rows
 
 
@@ -72,9 +72,12 @@ def test_drawing_leaves_the_settings_of_matplotlib_alone() -> None:
 def test_validation_tells_whether_training_paid(good: bool, said: str) -> None:
     rows = history(good=good)
     chart = plots.validation_curves(rows, rows[-1], n=10)
-    steps, scores = [row["step"] for row in rows], [row["val.paraphrase"] for row in rows]
-    assert lines(chart)["paraphrase"] == (steps, scores)
+    minutes, scores = [row["seconds"] / 60 for row in rows], [row["val.paraphrase"] for row in rows]
+    assert lines(chart)["paraphrase"] == (minutes, scores)
     assert chart.finding.startswith(f"Training {said} the validation score: 0.00")
+    reached = [row["seconds"] / 60 for row in rows if row["val.score"] >= 0.8]
+    ends = f"; 0.80 after {reached[0]:.1f} minutes" if reached else "; below 0.80"
+    assert bool(reached) == good and chart.finding.endswith(ends)
 
 
 def test_a_loss_of_zero_is_drawn_at_the_foot_of_its_axis() -> None:
