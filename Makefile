@@ -1,4 +1,6 @@
+# make install  the kit with all that its notebooks need, in .venv
 # make report   train, edit and report under $(OUT), with CONFIG=, ARGS="key=value ..."
+#               without ARGS it trains on the first 2,400 facts; ARGS="train_limit=0" takes all
 # make test     lint and tests, in two processes     make lint   ruff and mypy
 # make soak     10,000 edits applied and taken back, 2,000 in a row: memory stays flat, the model its bits; 8 minutes
 # make test-browser   the playground in Chromium, on JupyterLab and Voilà; as root on Debian it installs Chromium
@@ -23,11 +25,14 @@ PINS := pyproject.toml constraints.txt
 lab playground: export MENDKIT_ARCHIVE := $(ARCHIVE)
 
 .DELETE_ON_ERROR:
-.PHONY: help report bench test soak test-browser lint lab playground clean
+.PHONY: help install report bench test soak test-browser lint lab playground clean
 
 help:
 	@sed -n '/^#/!q; s/^# \{0,1\}//p' Makefile
 
+install: .venv/.installed-notebooks
+
+report: ARGS := $(or $(ARGS),train_limit=2400)
 report: .venv/.installed-notebooks
 	$(BIN)/python -m mendkit report $(CONFIG) $(ARGS) --out "$(OUT)"
 
