@@ -45,7 +45,7 @@ from .rows import Kept, Part, keeping
 logger = logging.getLogger(__name__)
 
 MODES = ("single", "batch", "sequential")
-EDIT_BATCH, SEQUENCE_BLOCK = 16, 16
+EDIT_BATCH, SEQUENCE_BLOCK = 32, 16
 NUMBERS = 200_000_000  # in the updates that one pass reads texts under, at most
 AFTER = (1, 10, 100, 1000)
 # What a sequence's report tells of the model as it is at its end, not right after each edit.

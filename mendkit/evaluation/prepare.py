@@ -10,7 +10,8 @@ from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import replace
 from functools import partial
-from itertools import islice
+from itertools import islice, takewhile
+from operator import eq
 from statistics import fmean
 from typing import Any
 
@@ -243,14 +244,13 @@ class EvaluationSet:
             for k, prompt in enumerate(self.prompts[i]):
                 rival = found[prompt.rival] if prompt.rival else None
                 greedy = found[prompt.greedy] if prompt.greedy else None
-                reading = Reading(found[prompt.text], rival, greedy)
-                readings[row].append(self._settled(prompt, reading))
-                asked = prompt.role not in STAY or prompt.greedy is not None
-                if asked and readings[row][k].written is None:
+                readings[row].append(Reading(found[prompt.text], rival, greedy))
+                if prompt.role not in STAY or prompt.greedy is not None:
                     todo.append((row, k))
-        # 2. Write where reading did not settle what is written.
+        # 2. Write what reading did not tell.
         left = [self.prompts[index[row]][k] for row, k in todo]
-        new = self._write(left, updates, [row for row, _ in todo])
+        begun = [self._begun(self.prompts[index[row]][k], readings[row][k]) for row, k in todo]
+        new = self._write(left, updates, [row for row, _ in todo], begun)
         for (row, k), prompt, (start, ids) in zip(todo, left, new, strict=True):
             written = self.base.new_text(start, ids, answers=prompt.stops)
             readings[row][k] = replace(readings[row][k], written=written)
@@ -261,6 +261,7 @@ class EvaluationSet:
         prompts: Sequence[ScoredPrompt],
         updates: Updates | None = None,
         edits: Sequence[int] = (),
+        begun: Sequence[Sequence[int]] = (),
     ) -> list[tuple[Tokens, list[int]]]:
         """Where each prompt ends, and the new ids after it; prompt r under `edits[r]`."""
         starts = [self.base.prompt_of(prompt.text) for prompt in prompts]
@@ -269,6 +270,7 @@ class EvaluationSet:
             max_new_tokens=self.max_new_tokens,
             answers=[prompt.stops for prompt in prompts],
             under=partial(self._under, updates, edits),
+            begun=begun,
         )
         return list(zip(starts, new, strict=True))
 
@@ -279,19 +281,24 @@ class EvaluationSet:
         chosen = select(updates, [edits[k] for k in rows]) if updates else {}
         return side_branches(self.base, chosen)
 
-    def _settled(self, prompt: ScoredPrompt, read: Reading) -> Reading:
-        """With what greedy decoding must write, if reading says so. Where every argmax, the end
-        included, is a text's token, decoding retraces that text.
+    def _begun(self, prompt: ScoredPrompt, read: Reading) -> list[int]:
+        """The first ids that greedy decoding must write, by the texts that were read.
+
+        It retraces a text while every argmax is the text's next token, and leaves it by the next.
         """
-        retraced = None
-        if prompt.greedy and read.greedy and all(read.greedy.same):
-            retraced = prompt.greedy
-        elif prompt.role not in STAY and read.text.argmax == prompt.text.targets:
-            retraced = prompt.text if self.hparams.add_eos else None
-        if retraced is None:
-            return read
-        start, ids = self.base.prompt_of(retraced), retraced.targets
-        return replace(read, written=self.base.new_text(start, ids, answers=prompt.stops))
+        start, most, ends = self.base.prompt_of(prompt.text), list[int](), frozenset[int]()
+        if self.base.labels is None:
+            ends = self.base.end_ids()
+        pairs = (prompt.text, read.text), (prompt.rival, read.rival), (prompt.greedy, read.greedy)
+        for text, found in pairs:
+            if text is None or found is None or self.base.prompt_of(text) != start:
+                continue
+            same = [*map(eq, found.argmax, text.targets), False].index(False)
+            ids = [*takewhile(lambda token: token not in ends, found.argmax[: same + 1])]
+            if len(ids) < len(found.argmax[: same + 1]):
+                ids.append(self.base.tokenizer.eos_token_id)
+            most = max(most, ids, key=len)
+        return most
 
     def _fluency(self, updates: Updates | None, index: Sequence[int]) -> list[float]:
         """The mean entropy of what the model writes on and on after each example's prompts."""

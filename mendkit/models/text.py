@@ -7,12 +7,14 @@ end a text. Axes: b rows, t tokens, l tokens of a decoder, v vocabulary or class
 import re
 from collections.abc import Callable, Hashable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import replace
+from dataclasses import dataclass, replace
+from itertools import takewhile
 from typing import Any
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
+from torch.nn.functional import pad
 from transformers import (
     DynamicCache,
     EncoderDecoderCache,
@@ -20,6 +22,7 @@ from transformers import (
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
+from transformers.cache_utils import DynamicLayer
 
 from ..data.examples import BLANKS
 from ..errors import DataError, HyperParamError, ModelError
@@ -40,7 +43,9 @@ STOP = re.compile(r"[\n。｡！？।]|(?<!\d)\.|\.(?!\d)")
 """Where an answer ends, if it does not end by itself. The full stop of 3.5 is none."""
 
 # Rows that are written at once, and the tokens after which those that have ended leave.
-ROWS_PER_BATCH, FIRST_TOKENS = 128, 8
+ROWS_PER_BATCH, PART_TOKENS = 128, 2
+# The longest row of a batch is at most so many times as long as the shortest.
+MOST_PADDING = 1.5
 
 # Tokens that are written unless a caller says otherwise.
 NEW_TOKENS = 50
@@ -245,49 +250,57 @@ class TextModel:
         stop: bool = True,
         answers: Sequence[Sequence[str]] = (),
         under: Callable[[list[int]], AbstractContextManager[Any]] = nullcontext,
+        begun: Sequence[Sequence[int]] = (),
     ) -> list[list[int]]:
         """The new ids after each prompt, with the end of text if it was written.
 
         With `stop` a row ends after a stop mark that none of its `answers` holds there. Rows of one
-        batch are written within `under(rows)`. Answers are short, but one of a batch may run on:
-        rows that have not ended after a few tokens go on, with these as part of their prompt.
-        A row with an answer of more than `max_new_tokens` has room for it, unless less than the
-        default was asked for.
+        batch are written within `under(rows)`, and leave it as they end. What is known of them is
+        in `begun`; a row that ends there is not run. A row with an answer of more than
+        `max_new_tokens` has room for it, unless less than the default was asked for.
         """
-        written: list[list[int]] = [[] for _ in prompts]
+        if max_new_tokens < 1:
+            raise HyperParamError(f"max_new_tokens must be at least 1, got {max_new_tokens}")
+        written = [[*ids] for ids in begun] or [[] for _ in prompts]
         limits = [max_new_tokens] * len(prompts)
         for k, expected in enumerate(answers):
             for answer in () if self.labels else expected:
                 ids = self.tokenizer(answer, add_special_tokens=False, verbose=False)["input_ids"]
                 if len(ids) > max_new_tokens >= NEW_TOKENS:
-                    limits[k] = max(limits[k], len(ids) + FIRST_TOKENS)
-        going = list(range(len(prompts)))
-        stops, size = self.stop_ids() if stop else (), min(FIRST_TOKENS, max_new_tokens)
+                    limits[k] = max(limits[k], len(ids) + 8)  # and its end
+
+        def goes_on(k: int) -> bool:
+            if self.labels or not written[k]:
+                return not written[k]
+            written[k] = ids = written[k][: limits[k]]
+            wanted = answers[k] if answers else ()
+            # After `3.` a digit may follow.
+            text = f"{self.new_text(prompts[k], ids, stop=False)}0"
+            if stop and cut(text, wanted) != text:
+                written[k] = self._to_stop(prompts[k], ids, wanted)
+                return False
+            return len(ids) < limits[k] and ids[-1] != self.eos_id
+
+        going, size = [k for k in range(len(prompts)) if goes_on(k)], PART_TOKENS
         while going:
-            longer = [_longer(prompts[k], written[k]) for k in going]
-            on = []
+            longer, on = [_longer(prompts[k], written[k]) for k in going], list[int]()
             for batch in self._together(longer):
-                rows = [going[at] for at in batch]
-                with under(rows):
-                    some = [longer[at] for at in batch]
-                    new = self.write(some, max_new_tokens=size, stop=stop)
-                for k, ids in zip(rows, new, strict=True):
-                    written[k] = (written[k] + ids)[: limits[k]]
-                    text = self.new_text(prompts[k], written[k], stop=False)
-                    if self.labels:
-                        continue
-                    if stop:
-                        wanted = answers[k] if answers else ()
-                        # After `3.` a digit may follow.
-                        if cut(f"{text}0", wanted) != f"{text}0":
-                            written[k] = self._to_stop(prompts[k], written[k], wanted)
-                            continue
-                    if len(ids) < size and (not ids or ids[-1] not in stops):
-                        written[k].append(self.tokenizer.eos_token_id)
-                    elif len(written[k]) < limits[k]:
-                        on.append(k)
-            going = on
-            size = max((limits[k] - len(written[k]) for k in on), default=0)
+                rows, past = [going[at] for at in batch], Past()
+                some = [longer[at] for at in batch]
+                while rows:
+                    count = min(size, *(limits[k] - len(written[k]) for k in rows))
+                    with under(rows):
+                        new = self.write(some, max_new_tokens=count, past=past)
+                    for k, ids in zip(rows, new, strict=True):
+                        written[k] += ids
+                        if len(ids) < count and not self.labels:
+                            written[k].append(self.tokenizer.eos_token_id)
+                    kept = [i for i, k in enumerate(rows) if goes_on(k)]
+                    rows = [rows[i] for i in kept]
+                    if not past.keep(kept):
+                        on += rows
+                        break
+            going, size = on, 2 * size
         return written
 
     def _to_stop(self, prompt: Tokens, ids: list[int], answers: Sequence[str]) -> list[int]:
@@ -300,31 +313,36 @@ class TextModel:
 
     @torch.no_grad()
     def write(
-        self, prompts: Sequence[Tokens], *, max_new_tokens: int, stop: bool
+        self, prompts: Sequence[Tokens], *, max_new_tokens: int, past: "Past | None" = None
     ) -> list[list[int]]:
         """The new ids after each prompt (`prompt_of`), in one batch; of a classifier the class.
 
-        With `stop` a row ends with the token that holds a newline or full stop ("Inc." may be one
-        token). Raises DataError for a prompt without tokens, or too long for the model's positions.
+        With a `past` that was kept, its rows go on. Raises DataError for a prompt without tokens,
+        or too long for the model's positions.
         """
-        # An encoder counts positions from the left.
-        ids, mask = self.left_pad([prompt.ids for prompt in prompts], left=self.family == CAUSAL)
+        past = past or Past()
+        begun: dict[str, Any] = {"past_key_values": past.cache}
+        if past.cache is None:
+            # An encoder counts positions from the left.
+            left = self.family == CAUSAL
+            past.ids, past.mask = self.left_pad([prompt.ids for prompt in prompts], left=left)
+            begun = {}
+        ids, mask = past.ids, past.mask
         self.check_lengths(mask, max_new_tokens)
         if self.family == CLASSIFIER:
             return self.forward(ids, mask).argmax(-1, keepdim=True).tolist()
-        # A stop ends a row as an end of text does, but is part of the text.
-        ends, stops = self.end_ids(), frozenset[int]()
-        if stop:
-            stops = self.stop_ids()
-        begun, width = {}, ids.shape[1]
+        width, ends = ids.shape[1], self.end_ids()
         if self.family == SEQ2SEQ:
             given = torch.tensor([prompt.decoder for prompt in prompts], device=self.device)
             # transformers' default cache would count the encoder's blocks.
             cache = EncoderDecoderCache(DynamicCache(), DynamicCache())
             begun, width = {"decoder_input_ids": given, "past_key_values": cache}, given.shape[1]
-        how = {"max_new_tokens": max_new_tokens, "eos_token_id": sorted(ends | stops)}
-        rows = self._greedily(ids, mask, begun, **how).sequences[:, width:]
-        return [_until_end(row, ends, stops) for row in rows.tolist()]
+        how = {"max_new_tokens": max_new_tokens, "eos_token_id": sorted(ends)}
+        out = self._greedily(ids, mask, begun, **how)
+        past.ids, past.cache = out.sequences, out.past_key_values
+        past.mask = pad(mask, (0, out.sequences.shape[1] - width), value=1)
+        rows = out.sequences[:, width:].tolist()
+        return [[*takewhile(lambda token: token not in ends, row)] for row in rows]
 
     def _greedily(self, ids: Tensor, mask: Tensor, begun: dict[str, Any], **options: Any) -> Any:
         """What transformers generates, none of the checkpoint's settings being heeded."""
@@ -357,7 +375,9 @@ class TextModel:
         batch: list[int] = []
         for index in sorted(range(len(prompts)), key=sizes.__getitem__):
             decoder, ids = sizes[batch[0] if batch else index]
-            alike = decoder == sizes[index][0] and (ids == sizes[index][1] or self._pads())
+            alike = decoder == sizes[index][0] and ids == sizes[index][1]
+            if self._pads():
+                alike = decoder == sizes[index][0] and sizes[index][1] <= ids * MOST_PADDING
             if len(batch) == ROWS_PER_BATCH or not alike:
                 yield batch
                 batch = []
@@ -426,8 +446,6 @@ class TextModel:
 
     def check_lengths(self, attention_mask: Int[Tensor, "b t"], max_new_tokens: int) -> None:
         """Raises DataError for a prompt that is too long for the model's positions."""
-        if max_new_tokens < 1:
-            raise HyperParamError(f"max_new_tokens must be at least 1, got {max_new_tokens}")
         longest = int(attention_mask.sum(1).max())
         limit = getattr(self.model.config.get_text_config(), "max_position_embeddings", None)
         needed = max(longest, max_new_tokens)
@@ -448,15 +466,25 @@ class TextModel:
         ends = [self.eos_id, *declared]
         return frozenset(end for end in ends if end is not None and 0 <= end < self.vocabulary)
 
-    def stop_ids(self) -> frozenset[int]:
-        """The tokens whose text holds a newline or a full stop."""
 
-        def compute() -> frozenset[int]:
-            single = [[index] for index in range(self.vocabulary)]
-            texts = self.tokenizer.backend_tokenizer.decode_batch(single, skip_special_tokens=True)
-            return frozenset(index for index, text in enumerate(texts) if STOP.search(text))
+@dataclass
+class Past:
+    """Rows as far as they are written, with what the model keeps of them."""
 
-        return self.remembered("stop_ids", compute)
+    ids: Any = None
+    mask: Any = None
+    cache: Any = None
+
+    def keep(self, rows: list[int]) -> bool:
+        """Go on with some rows only; False if the model must read them again."""
+        if type(self.cache) is not DynamicCache:
+            return False
+        if any(type(layer) is not DynamicLayer for layer in self.cache.layers):
+            return False
+        if rows and len(rows) < len(self.ids):
+            self.ids, self.mask = self.ids[rows], self.mask[rows]
+            self.cache.batch_select_indices(torch.tensor(rows))
+        return True
 
 
 def _prepare_tokenizer(base: TextModel) -> None:
@@ -485,10 +513,3 @@ def _longer(prompt: Tokens, new: Sequence[int]) -> Tokens:
     if prompt.decoder:
         return replace(prompt, scored=at, decoder=(*prompt.decoder, *new))
     return replace(prompt, scored=at, ids=(*prompt.ids, *new))
-
-
-def _until_end(row: list[int], ends: frozenset[int], stops: frozenset[int]) -> list[int]:
-    for index, token in enumerate(row):
-        if token in ends or token in stops:
-            return row[: index + (token not in ends)]
-    return row

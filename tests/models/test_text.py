@@ -30,7 +30,7 @@ def test_decoding_is_greedy(family, request):
     base = request.getfixturevalue(family)
     for prompt in PROMPTS[:4]:
         text = base.tokenize(prompt)
-        got = base.write([text], max_new_tokens=12, stop=False)
+        got = base.write([text], max_new_tokens=12)
         assert got == [naive_greedy(base, text.ids, 12)]
 
 
@@ -55,14 +55,15 @@ def test_rows_keep_their_order_and_stop_by_themselves(family, request):
     bonus[stops] = 1.0
     head = base.model.get_output_embeddings()
     with head.register_forward_hook(lambda _, args, logits: logits + bonus):
-        free = base.write(rows, max_new_tokens=24, stop=False)
-        stopped = base.write(rows, max_new_tokens=24, stop=True)
+        free = base.write(rows, max_new_tokens=24)
+        stopped = base.write_all(rows, max_new_tokens=24)
         together = base.generate_batch(PROMPTS, max_new_tokens=24)
     by_hand = []
     for row in free:
         spelt = [base.tokenizer.decode([token]) for token in row]
         ends = [i for i, text in enumerate(spelt) if set(text) & set(".\n")]
         by_hand.append(row[: ends[0] + 1] if ends else row)
+    stopped = [[token for token in row if token != base.eos_id] for row in stopped]
     assert stopped == by_hand and len({len(row) for row in stopped}) > 2
     written = [base.tokenizer.decode(row, skip_special_tokens=True) for row in by_hand]
     cut = [text.split("\n")[0].split(".")[0] for text in written]
@@ -84,9 +85,9 @@ def test_the_checkpoints_generation_settings_have_no_say():
 def test_every_declared_end_of_text_ends_a_row():
     base = tiny_llama()
     prompt = [base.tokenize(PROMPTS[0])]
-    (row,) = base.write(prompt, max_new_tokens=8, stop=False)
+    (row,) = base.write(prompt, max_new_tokens=8)
     base.model.generation_config.eos_token_id = [base.eos_id, row[2], 10**6]
-    (cut,) = base.write(prompt, max_new_tokens=8, stop=False)
+    (cut,) = base.write(prompt, max_new_tokens=8)
     assert cut == row[: row.index(row[2])]
 
 
@@ -156,15 +157,18 @@ def test_rows_written_together_are_those_written_alone(family, request, monkeypa
     base = other_base("t5") if family == "t5" else request.getfixturevalue(family)
     prompts = [base.prompt_of(base.tokenize(prompt)) for prompt in PROMPTS]
     monkeypatch.setattr("mendkit.models.text.ROWS_PER_BATCH", 3)
-    monkeypatch.setattr("mendkit.models.text.FIRST_TOKENS", 2)
-    base.stop_ids()
     for index, prompt in enumerate(prompts):
-        (free,) = base.write([prompt], max_new_tokens=9, stop=False)
+        (free,) = base.write([prompt], max_new_tokens=9)
         text = base.new_text(prompt, free, stop=False)
         assert base.new_text(prompt, base.write_all(prompts, max_new_tokens=9)[index]) == cut(text)
+    written = base.write_all(prompts, max_new_tokens=9)
+    begun = [ids[: index % 4] for index, ids in enumerate(written)]
+    assert base.write_all(prompts, max_new_tokens=9, begun=begun) == written
     answers = [[f"{base.generate(p, max_new_tokens=30, stop=False)} end"] for p in PROMPTS]
     whole = base.generate_batch(PROMPTS, max_new_tokens=9, stop=False)
     assert base.generate_batch(PROMPTS, max_new_tokens=9, answers=answers) == whole
+    monkeypatch.setattr(base.model, "forward", None)  # nothing is left to be written
+    assert base.write_all(prompts, max_new_tokens=9, begun=written) == written
 
 
 def test_an_answer_of_more_tokens_than_the_default_is_written_to_its_end(llama):
