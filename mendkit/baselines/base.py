@@ -8,6 +8,7 @@ import math
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -27,17 +28,19 @@ from ..mend.factors import capture_inputs
 from ..mend.hypernetwork import MEND
 from ..mend.losses import wide
 from ..mend.updates import Updates
-from ..mend.validation import AUTO_EDITS, best_edit_lr, strength_curve
+from ..mend.validation import best_edit_lr, strength_curve
 from ..models.base import BaseModel
 from ..models.families import CAUSAL
 from ..models.sites import mlp_names
 from ..models.tokens import Tokens
-from ..models.trunk import FrozenTrunk
+from ..models.trunk import FrozenTrunk, trunk_cache
 
 # Tokens of text in a pass and in all, for second moments of keys.
 KEY_WINDOW, KEY_TOKENS = 256, 16_384
 # Of SmolLM2; other models have them as many times as large as their best step is.
 IDENTITY_EDIT_LRS = (2e-4, 4e-4, 8e-4, 1.6e-3, 3.2e-3, 6.4e-3)
+# Edits on which other models' power of 2 is measured.
+SCALE_EDITS = 10
 
 
 class Baseline:
@@ -86,12 +89,15 @@ def identity_editor(base: BaseModel, mend: MEND, *, edit_lr: float) -> MENDEdito
 
 
 def identity_edit_lrs(
-    base: BaseModel, mend: MEND, examples: Sequence[EditExample]
+    base: BaseModel,
+    mend: MEND,
+    examples: Sequence[EditExample],
+    trunk: FrozenTrunk | None = None,
 ) -> tuple[float, ...]:
     """Step sizes to try: `IDENTITY_EDIT_LRS` times the power of 2 that suits the model."""
-    texts = prepare_texts(base, mend.hparams, examples[:AUTO_EDITS])
+    texts = prepare_texts(base, mend.hparams, examples[:SCALE_EDITS])
     unit = identity_editor(base, mend, edit_lr=1.0).mend
-    highest = 1.5 * best_edit_lr(FrozenTrunk(base), unit, texts, mend.hparams)
+    highest = 1.5 * best_edit_lr(trunk or FrozenTrunk(base), unit, texts, mend.hparams)
     power = math.ceil(math.log2(highest / IDENTITY_EDIT_LRS[-1]))
     return tuple(edit_lr * 2.0**power for edit_lr in IDENTITY_EDIT_LRS)
 
@@ -105,14 +111,24 @@ def tune_identity(
 ) -> tuple[MENDEditor, tuple[dict[str, float], ...]]:
     """The identity control at the step size with the best validation score on `examples`.
 
-    And a row for each step size: `edit_lr` and the values of `validate`. Where none are given, and
-    the largest tried is the best, twice as large ones are tried until the score falls.
+    And a row for each step size: `edit_lr` and the values of `validate`. Where none are given, the
+    three largest of `identity_edit_lrs` are tried, then twice as large or half as large ones until
+    the score falls on both sides.
     """
-    tried = edit_lrs or identity_edit_lrs(base, mend, examples)
-    unit = identity_editor(base, mend, edit_lr=1.0)
-    curve = strength_curve(unit, examples, strengths=tried)
-    while edit_lrs is None and max(curve, key=lambda row: row["score"]) is curve[-1]:
-        curve += strength_curve(unit, examples, strengths=[2 * curve[-1]["strength"]])
+    h, unit = mend.hparams, identity_editor(base, mend, edit_lr=1.0)
+    # Training leaves the states of the texts that it validates on.
+    trunk = FrozenTrunk(base, cache=trunk_cache(base, h.cache_dir, limit=h.disk_cache_bytes))
+    validate = partial(strength_curve, unit, examples, trunk=trunk)
+    tried = edit_lrs or identity_edit_lrs(base, mend, examples, trunk)[-3:]
+    curve = validate(strengths=tried)
+    while edit_lrs is None:
+        best = max(curve, key=lambda row: row["score"])
+        if best is curve[-1]:
+            curve += validate(strengths=[2 * best["strength"]])
+        elif best is curve[0] and best["score"]:
+            curve = validate(strengths=[best["strength"] / 2]) + curve
+        else:
+            break
     rows = [{"edit_lr": row.pop("strength"), **row} for row in curve]
     best = max(rows, key=lambda row: row["score"])
     return identity_editor(base, mend, edit_lr=best["edit_lr"]), tuple(rows)

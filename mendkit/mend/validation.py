@@ -224,11 +224,15 @@ class HasMEND(Protocol):
 
 @torch.no_grad()
 def strength_curve(
-    editor: HasMEND, examples: Sequence[EditExample], *, strengths: Sequence[float]
+    editor: HasMEND,
+    examples: Sequence[EditExample],
+    *,
+    strengths: Sequence[float],
+    trunk: FrozenTrunk | None = None,
 ) -> list[dict[str, float]]:
     """`validate` at several strengths of the same edits (1: as trained); one row per strength."""
     mend, h = editor.mend, editor.mend.hparams
-    prepared, trunk = prepare_texts(editor.base, h, examples), FrozenTrunk(editor.base)
+    prepared, trunk = prepare_texts(editor.base, h, examples), trunk or FrozenTrunk(editor.base)
     trunk.fill([text for texts in prepared for text in texts.all()])
     edits = list(_make_edits(trunk, mend, prepared, h, at_once=1))
     return [{"strength": s, **_read_edits(trunk, edits, h, s)} for s in strengths]

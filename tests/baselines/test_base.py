@@ -133,19 +133,22 @@ def test_the_identity_control_tries_steps_that_suit_the_model(llama):
     assert smaller == [rate / 1024 for rate in rates]
 
 
-def test_the_identity_controls_range_grows_until_its_score_falls(llama, monkeypatch):
-    """A stand-in scores best at eight times the largest step of the range."""
+@pytest.mark.parametrize(("power", "tried"), [(3, range(-2, 5)), (-4, range(-5, 1))])
+def test_the_identity_controls_range_grows_until_its_score_falls(llama, monkeypatch, power, tried):
+    """A stand-in scores best at a step beyond the three that are tried first."""
     grid = base.IDENTITY_EDIT_LRS
     monkeypatch.setattr(base, "identity_edit_lrs", lambda *_: grid)
 
-    def curve(_, __, *, strengths):
-        return [{"strength": s, "score": -abs(math.log(s / (8 * grid[-1])))} for s in strengths]
+    def curve(_, __, *, strengths, trunk):
+        best = grid[-1] * 2.0**power
+        return [{"strength": s, "score": -abs(math.log(s / best)) - 1} for s in strengths]
 
     monkeypatch.setattr(base, "strength_curve", curve)
     mend = with_statistics(llama, MEND(llama.sites, hparams(z_clip=None)))
     editor, rows = tune_identity(llama, mend, EXAMPLES)
-    assert [row["edit_lr"] for row in rows] == [*grid, *(grid[-1] * k for k in (2, 4, 8, 16))]
-    assert editor.mend.hparams.edit_lr == 8 * grid[-1]
+    expected = [grid[-1] * 2.0**k for k in tried]
+    assert [row["edit_lr"] for row in rows] == pytest.approx(expected)
+    assert editor.mend.hparams.edit_lr == pytest.approx(grid[-1] * 2.0**power)
     assert len(tune_identity(llama, mend, EXAMPLES, edit_lrs=grid)[1]) == len(grid)
 
 
