@@ -103,8 +103,8 @@ def _text_losses(
     if texts[RIVALS]:
         losses[NEIGHBOUR_NLL] = losses["neighbours"]
     # 2. KL from the unedited model.
-    some, batch, after, counts = read(ROLES[3:])
-    if some:
+    if texts["neighbours"] or texts["unrelated"]:
+        some, batch, after, counts = read(ROLES[3:])
         kl = locality_kl(trunk.before(some, batch), after, batch.rows, len(some))
         losses |= zip(ROLES[3:], kl.split(counts), strict=True)
     return losses
