@@ -32,6 +32,11 @@ class ArchiveError(MendkitError):
     """An archive or a saved edit is missing, damaged, or belongs to another base model."""
 
 
+def reason(error: Exception) -> str:
+    """The first line of what a library says, or its error's class."""
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
+
+
 def shown(value: Any) -> str:
     """A user's value for an error message: null, true and false as files spell them; cut."""
     if value is None or isinstance(value, bool):

@@ -23,7 +23,8 @@ from pydantic import (
 )
 
 from .errors import HyperParamError, shown
-from .runs import archive_file, user_path
+from .places import archive_file
+from .runs import user_path
 from .strict_yaml import read_value, read_yaml
 
 logger = logging.getLogger(__name__)

@@ -27,7 +27,7 @@ from filelock import lock_descriptor
 from safetensors import SafetensorError
 from tqdm import tqdm
 
-from .errors import ArchiveError, MendkitError
+from .errors import MendkitError
 
 if TYPE_CHECKING:
     import torch
@@ -37,9 +37,6 @@ logger = logging.getLogger(__name__)
 CHECKOUT = Path(__file__).resolve().parents[1]
 PACKAGES = ("mendkit", "torch", "transformers", "safetensors", "papermill", "matplotlib")
 
-ARCHIVE_FILE = "archive.safetensors"
-ARCHIVES = Path(__file__).with_name("archives")  # those that come with the kit
-HUB = "hub:"
 DAMAGE = (
     *(ArithmeticError, AssertionError, AttributeError, EOFError, LookupError, OSError),
     *(RuntimeError, TypeError, ValueError, BadZipFile, SafetensorError, UnpicklingError),
@@ -50,51 +47,6 @@ DAMAGE = (
 def user_path(path: str | Path) -> Path:
     """A path as a shell would read it: `~` is the home folder."""
     return Path(os.path.expanduser(path))
-
-
-def archive_file(archive: str | Path) -> Path:
-    """The file of an archive: a path, a run folder that holds it, or a name.
-
-    `hub:user/name[@revision]` is downloaded. `smollm2-135m` comes with the kit, unless a file or
-    run folder here has that name. Raises ArchiveError if it cannot be downloaded.
-    """
-    if str(archive).startswith(HUB):
-        return _downloaded(str(archive))
-    path, packaged = user_path(archive), ARCHIVES / f"{archive}.safetensors"
-    held = path / ARCHIVE_FILE
-    if path.is_dir() and held.is_file():
-        return held
-    is_name = path.name == str(archive) and not path.is_file()
-    return packaged if is_name and packaged.is_file() else path
-
-
-@cache
-def _downloaded(name: str) -> Path:
-    """The file in the cache of `huggingface_hub`, which goes on with a broken download."""
-    from huggingface_hub import hf_hub_download
-
-    repo, _, revision = name.removeprefix(HUB).partition("@")
-    try:
-        return Path(hf_hub_download(repo, ARCHIVE_FILE, revision=revision or None))
-    except Exception as error:  # the hub's client has many
-        reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
-        raise ArchiveError(
-            f"{name}: no archive could be downloaded ({reason}); check name and network (without "
-            f"one, or with HF_HUB_OFFLINE, only what was downloaded is found), or give a file"
-        ) from None
-
-
-def archives_of_runs() -> list[str]:
-    """The archives below `runs/`, newest first."""
-    found = project_path("runs").glob(f"*/{ARCHIVE_FILE}")
-    return list(map(str, sorted(found, key=os.path.getmtime, reverse=True)))
-
-
-def archives_here() -> str:
-    """Some archives of runs, and those that come with the kit, to end an error with."""
-    packaged = sorted(path.stem for path in ARCHIVES.glob("*.safetensors"))
-    there = archives_of_runs()[:5] + packaged
-    return f"; here are {', '.join(there)}" if there else ""
 
 
 def make_folder(path: str | Path) -> Path:
@@ -185,26 +137,6 @@ def seed_everything(seed: int) -> None:
     random.seed(seed)
     np.random.seed(seed)
     torch.manual_seed(seed)
-
-
-def project_path(path: str | Path) -> Path:
-    """A path as seen from the project's root, also in JupyterLab, whose folder is `notebooks/`.
-
-    There a relative path that does not exist is taken below the root, so that outputs go there,
-    too. A config or notebook of the kit is found wherever the kit is (`kit_file`). Names of data
-    (`facts:train`, `hf:owner/name`) are no paths and stay as they are.
-    """
-    path, here = user_path(path), Path.cwd()
-    named = (
-        str(path).startswith(("facts:", "hf:", "hub:"))
-        or (ARCHIVES / f"{path}.safetensors").is_file()
-    )
-    if path.is_absolute() or path.exists() or named:
-        return path
-    below_root = here.parent / path if here.name == "notebooks" else path
-    if below_root.exists() or path.parts[0] not in ("configs", "notebooks"):
-        return below_root
-    return kit_file(path)
 
 
 def kit_file(path: Path) -> Path:

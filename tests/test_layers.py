@@ -7,7 +7,8 @@ from pathlib import Path
 import mendkit
 
 FOLDER = Path(mendkit.__file__).parent
-FREE = {"errors", "strict_yaml", "hparams", "runs", "data"}  # what every folder may import
+# what every folder may import
+FREE = {"errors", "strict_yaml", "hparams", "places", "runs", "data"}
 MAY_IMPORT = {
     "data": set(),
     "models": set(),

@@ -19,7 +19,8 @@ from typer import Argument, Option
 
 from ..errors import MendkitError
 from ..hparams import MENDHyperParams, parse_overrides
-from ..runs import HUB, archive_file, user_path
+from ..places import HUB, archive_file
+from ..runs import user_path
 
 logger = logging.getLogger("mendkit")
 

@@ -11,7 +11,8 @@ import mendkit
 
 from ..errors import MendkitError
 from ..hparams import parse_overrides
-from ..runs import archive_file, user_path
+from ..places import archive_file
+from ..runs import user_path
 from . import app as cli
 from .app import Archive, Json, Out, Overwrite, Words
 
@@ -111,7 +112,7 @@ def push(
 
     Others edit with `archive=hub:USER/NAME`. Log in with `hf auth login`, or set HF_TOKEN.
     """
-    from ..mend.export import BUNDLED_HUB_ID
+    from ..mend.export import BUNDLED, BUNDLED_HUB_ID
     from ..reporting.card import card, upload
     from ..reporting.report import read_json
 
@@ -122,9 +123,10 @@ def push(
             "write it anew with `export --compact`"
         )
     model = metadata["base_model"]["name"]
-    hub_id = {"smollm2-135m": BUNDLED_HUB_ID}.get(model, model if "/" in model else None)
+    if model == BUNDLED:
+        model = BUNDLED_HUB_ID
     scores = read_json(results) if results else {}
-    text = card(metadata, scores, repo=repo, base_model=hub_id, licence=licence)
+    text = card(metadata, scores, repo=repo, base_model=model, licence=licence)
     cli.say(upload(archive_file(archive), text, repo, private=private))
     return 0
 

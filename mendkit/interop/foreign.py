@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 from torch.serialization import get_unsafe_globals_in_checkpoint, safe_globals
 
-from ..errors import ArchiveError
+from ..errors import ArchiveError, reason
 from ..hparams import MENDHyperParams
 from ..mend.archive import load_archive, save_archive
 from ..mend.files import damage_named, is_finite
@@ -102,8 +102,7 @@ def read_foreign(path: str | Path) -> ForeignArchive:
             with safe_globals([(InertConfig, name) for name in configs]):
                 content = torch.load(path, map_location="cpu", weights_only=True)
     except DAMAGE as error:
-        first = (str(error) or type(error).__name__).splitlines()[0]
-        raise ArchiveError(f"{path}: not a readable archive of MEND ({first})") from None
+        raise ArchiveError(f"{path}: not a readable archive of MEND ({reason(error)})") from None
     if odd:
         raise ArchiveError(
             f"{path}: refused, and nothing of it was run: its pickle names {', '.join(odd)}"

@@ -24,7 +24,8 @@ from ..errors import HyperParamError, MendkitError, shown
 from ..hparams import MENDHyperParams
 from ..models.base import BaseModel
 from ..models.fingerprint import model_fingerprint
-from ..runs import ARCHIVE_FILE, archive_file, provenance, sha256
+from ..places import ARCHIVE_FILE, archive_file
+from ..runs import provenance, sha256
 from .files import Kind, damage_named, matching_base, read_tensors, save_tensors
 from .hypernetwork import MEND
 from .packing import packed, unpacked

@@ -14,7 +14,8 @@ from ..models.base import BaseModel
 from ..models.load import load_model
 from ..models.tokens import Tokens
 from ..models.trunk import FrozenTrunk
-from ..runs import archives_here, file_sha256
+from ..places import archives_here
+from ..runs import file_sha256
 from .archive import OF_EDITING, OF_EITHER, load_archive, look_at_archive
 from .batches import edit_tokens, prepare_texts
 from .edit import Edit, load_edits, save_edits

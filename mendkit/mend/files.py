@@ -20,15 +20,8 @@ from torch import Tensor
 from ..errors import ArchiveError, MendkitError
 from ..models.base import BaseModel
 from ..models.fingerprint import model_fingerprint
-from ..runs import (
-    DAMAGE,
-    archive_file,
-    archives_here,
-    atomically,
-    sha256,
-    user_path,
-    without_repeats,
-)
+from ..places import archive_file, archives_here
+from ..runs import DAMAGE, atomically, sha256, user_path, without_repeats
 
 CHECKSUM = "sha256"
 OLD_SEAL = "metadata_sha256"  # the metadata's own checksum in the first format, where it has one

@@ -33,7 +33,7 @@ from transformers.models.auto.modeling_auto import (
 )
 from transformers.utils import logging as transformers_logging
 
-from ..errors import ModelError
+from ..errors import ModelError, reason
 from ..hparams import MENDHyperParams
 from ..runs import file_sha256, user_path
 from .cache import cache_root
@@ -83,17 +83,17 @@ def explained(what: str, place: str | Path) -> Iterator[None]:
     try:
         yield
     except Exception as error:
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        why = reason(error)
         remedy = f"check or replace the files in {place}"
         if "trust_remote_code" in str(error):
-            reason = "it brings Python code of its own, which was not run"
+            why = "it brings Python code of its own, which was not run"
             remedy = f"{TRUST}: read it first, then set `trust_remote_code: true`"
         elif isinstance(place, str):
             remedy = (
                 f"{Path.cwd()} has no such folder, so it was looked for on the hub: without a "
                 f"network give a local folder, or the bundled {BUNDLED}"
             )
-        raise ModelError(f"cannot load {what} {str(place)!r}: {reason}; {remedy}") from error
+        raise ModelError(f"cannot load {what} {str(place)!r}: {why}; {remedy}") from error
 
 
 def choose_device(device: str) -> torch.device:
@@ -106,9 +106,9 @@ def choose_device(device: str) -> torch.device:
         chosen = torch.device(device)
         torch.empty(0, device=chosen)
     except (RuntimeError, AssertionError) as error:
-        reason = str(error).splitlines()[0]
         raise ModelError(
-            f"device {device!r} cannot be used here ({reason}); use auto, cpu, or cuda:N of a GPU"
+            f"device {device!r} cannot be used here ({reason(error)}); use auto, cpu, or "
+            "cuda:N of a GPU"
         ) from error
     return chosen
 

@@ -18,8 +18,8 @@ from ..data.examples import EditExample, Probe
 from ..data.sampling import typed_example
 from ..errors import MendkitError
 from ..evaluation.inspection import about
+from ..places import archives_of_runs, in_the_box, project_path
 from ..reporting import plots, tables
-from ..runs import ARCHIVES, archives_of_runs, project_path
 from .session import Playground
 
 logger = logging.getLogger(__name__)
@@ -51,8 +51,8 @@ class Panel:
         self._filling = False  # fields are set by code, which is no wish of the user
         self.about, self.said, self.results = w.HTML(), w.HTML(), w.HTML()
         # 0. The archive.
-        box = [path.stem for path in ARCHIVES.glob("*.safetensors")]
-        found = dict.fromkeys([playground.hparams.archive or "", *box, *archives_of_runs(), ""])
+        first = playground.hparams.archive or ""
+        found = dict.fromkeys([first, *in_the_box(), *archives_of_runs(), ""])
         names = [(name or "none: the untrained control", name) for name in found]
         self.archive = _field(w.Dropdown(options=names), "archive")
         self.load = self._button("Load", self._load)

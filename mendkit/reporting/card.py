@@ -6,13 +6,10 @@ from typing import Any
 
 import yaml
 
-from ..errors import MendkitError
+from ..errors import MendkitError, reason
 from ..evaluation.results import Summary
-from ..hparams import MENDHyperParams
-from ..runs import ARCHIVE_FILE
-from .report import render
-
-TRAINING = ("best", "examples", "texts_sha256", "continued_from", "commit", "versions")
+from ..places import ARCHIVE_FILE
+from .report import changed, render
 
 
 def card(
@@ -20,26 +17,25 @@ def card(
     results: Mapping[str, Any],
     *,
     repo: str,
-    base_model: str | None = None,
+    base_model: str = "",
     licence: str | None = None,
 ) -> str:
     """A README.md in Markdown.
 
-    `metadata` are the archive's, `results` flat ones of its scores, `base_model` is a hub id.
+    `metadata` are the archive's, `results` flat ones of its scores.
+    `base_model` is left out if it is no hub id.
     """
-    name, training = metadata["base_model"]["name"], metadata["training"]
-    settings = metadata["hparams"] | {"model_name": name}
-    defaults = MENDHyperParams(model_name=name).to_dict() | {"model_name": None}
-    changed = {key: value for key, value in settings.items() if value != defaults.get(key)}
-    header = {"base_model": base_model, "license": licence, "library_name": "mendkit"}
-    header = {key: value for key, value in header.items() if value}
+    model = {"model_name": metadata["base_model"]["name"]}
+    header = {"library_name": "mendkit", "tags": ["model-editing", "mend"]}
+    if "/" in base_model:  # a hub id
+        header["base_model"] = base_model
+    if licence:
+        header["license"] = licence
     return render(
         "card.md.j2",
         about=metadata,
-        base=metadata["base_model"],
-        training={key: training.get(key) for key in TRAINING},
-        header=yaml.safe_dump({**header, "tags": ["model-editing", "mend"]}),
-        settings=yaml.safe_dump(changed),
+        header=yaml.safe_dump(header),
+        settings=yaml.safe_dump(model | changed(metadata["hparams"] | model)),
         scores=Summary.from_dict(results),
         repo=repo,
         licence=licence,
@@ -60,9 +56,8 @@ def upload(archive: Path, text: str, repo: str, *, private: bool) -> str:
         address = str(api.create_repo(repo, private=private, exist_ok=True))
         api.create_commit(repo, added, commit_message="Upload an archive of mendkit")
     except Exception as error:  # the hub's client has many
-        reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
         raise MendkitError(
-            f"cannot push to {repo}: {reason}; log in with `hf auth login`, and check name and "
-            "network"
+            f"cannot push to {repo}: {reason(error)}; log in with `hf auth login`, and check "
+            "name and network"
         ) from None
     return address

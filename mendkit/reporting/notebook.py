@@ -18,7 +18,7 @@ from typing import Annotated, Any, Optional, get_args, get_origin
 from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
 
 from ..errors import MendkitError
-from ..runs import project_path
+from ..places import project_path
 from ..strict_yaml import read_value
 
 START_SECONDS = 120

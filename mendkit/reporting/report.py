@@ -6,7 +6,6 @@
 import difflib
 import json
 import logging
-import re
 import shlex
 import shutil
 import time
@@ -23,17 +22,8 @@ from ..data.sampling import CANDIDATES
 from ..errors import MendkitError
 from ..evaluation.results import HEADLINE, Summary
 from ..hparams import MENDHyperParams, parse_overrides
-from ..runs import (
-    ARCHIVE_FILE,
-    Progress,
-    archive_file,
-    kit_file,
-    locked,
-    provenance,
-    user_path,
-    write_json,
-    write_text,
-)
+from ..places import ARCHIVE_FILE, archive_file
+from ..runs import Progress, kit_file, locked, provenance, user_path, write_json, write_text
 from .notebook import Failure, Parameter, read_parameters, run_notebook
 from .tables import paired, won
 
@@ -213,9 +203,12 @@ def run_report(
 def _begin(plan: ReportPlan, command: str) -> dict[str, Any]:
     """Remove the earlier report, mark the folder as a report; what run.json holds."""
     given = [f"{name}={value}" for name, value in plan.given.items()]
-    run: dict[str, Any] = {"kind": "report", "status": "running", "command": command}
-    run |= {"config": str(plan.config), "settings": [*plan.settings, *given]}
-    run |= {
+    run: dict[str, Any] = {
+        "kind": "report",
+        "status": "running",
+        "command": command,
+        "config": str(plan.config),
+        "settings": [*plan.settings, *given],
         "data": {},
         "notebooks": list(plan.notebooks),
         "hparams": plan.hparams.to_dict(),
@@ -271,38 +264,36 @@ def render(template: str, **values: Any) -> str:
 
 def write_index(folder: Path, run: Mapping[str, Any], results: Mapping[str, Any]) -> Path:
     """Write `index.html` over a report's folder; `run` is run.json, `results` the flat results."""
-    model = run["hparams"]["model_name"]
-    defaults = MENDHyperParams(model_name=model).to_dict()
-    summaries, apart = (
-        {name: Summary.from_dict(results, start) for name, start in columns.items()}
-        for columns in (EDITORS, BY_KNOWLEDGE)
-    )
-    scores, told = {}, set[str]()
+    summaries, others = {}, dict(results)  # what no table of scores holds
     for name, start in (EDITORS | BY_KNOWLEDGE).items():
-        scores[name] = results.get(f"{start}score.headline")
-        told.update(f"{start}{metric}" for metric in (summaries | apart)[name])
+        summaries[name] = Summary.from_dict(results, start)
+        for metric, interval in summaries[name].items():
+            for told in interval.to_dict(start + metric):
+                others.pop(told, None)
     text = render(
         "report.html.j2",
         run=run,
         results=results,
-        headline=won(results, Path(model).name),
+        headline=won(results, Path(run["hparams"]["model_name"]).name),
         paired=paired(results),
         example=_known_edit(folder / EDITING / "rows.jsonl"),
         archive=folder / ARCHIVE_FILE,
         roles=HEADLINE,
+        editors=EDITORS,
+        by_knowledge=BY_KNOWLEDGE,
         summaries=summaries,
-        apart=apart,
-        scores=scores,
         figures={stem: _figures(folder / stem / "figures") for stem in run["notebooks"]},
-        changed={key: value for key, value in run["hparams"].items() if value != defaults[key]},
-        others={
-            name: value
-            for name, value in results.items()
-            if re.sub(r"\.(n|low|high)$", "", name) not in told
-        },
+        changed=changed(run["hparams"]),
+        others=others,
         exists=lambda path: (folder / path).is_file(),
     )
     return write_text(folder / "index.html", text)
+
+
+def changed(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """The hyperparameters among `settings` that are not at their default."""
+    defaults = MENDHyperParams(model_name=settings["model_name"]).to_dict()
+    return {key: value for key, value in settings.items() if value != defaults[key]}
 
 
 def _known_edit(path: Path) -> dict[str, Any] | None:

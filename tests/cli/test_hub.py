@@ -16,11 +16,11 @@ import pytest
 import yaml
 
 import mendkit
-from mendkit import runs
+from mendkit import places
 from mendkit.__main__ import main
 from mendkit.errors import ArchiveError
 from mendkit.hparams import MENDHyperParams
-from mendkit.runs import archive_file
+from mendkit.places import archive_file
 from tests.oracles.tiny import save_tiny, tiny_llama
 
 COMMIT = "c" * 40
@@ -168,7 +168,7 @@ def test_push_without_a_network_is_one_clear_error(here):
 @pytest.fixture
 def box(here, monkeypatch) -> Path:
     """The kit with an archive named `mine` in it."""
-    monkeypatch.setattr(runs, "ARCHIVES", here / "box")
+    monkeypatch.setattr(places, "ARCHIVES", here / "box")
     Path("box").mkdir()
     return Path(shutil.copy("archive.safetensors", "box/mine.safetensors")).resolve()
 

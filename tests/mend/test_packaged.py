@@ -8,7 +8,8 @@ from mendkit import EditExample, MENDEditor, MENDHyperParams, inspect_archive, r
 from mendkit.mend.batches import prepare_texts
 from mendkit.mend.validation import validate
 from mendkit.models.trunk import FrozenTrunk
-from mendkit.runs import archive_file, file_sha256
+from mendkit.places import archive_file
+from mendkit.runs import file_sha256
 
 NAME = "smollm2-135m"
 

@@ -10,6 +10,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from mendkit import places
 from mendkit.data.examples import EditExample, Probe
 from mendkit.data.sampling import typed_example
 from mendkit.errors import DataError, MendkitError
@@ -174,7 +175,7 @@ def test_archives_are_found_and_loaded_and_a_bad_one_is_told_beside_them(
     playground: Playground, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(widgets, "ARCHIVES", tmp_path / "box")
+    monkeypatch.setattr(places, "ARCHIVES", tmp_path / "box")
     (tmp_path / "box").mkdir()
     (tmp_path / "box/some-model.safetensors").touch()
     given = playground.hparams.archive

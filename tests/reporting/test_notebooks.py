@@ -25,10 +25,10 @@ from mendkit.baselines.tuning import BUDGET
 from mendkit.errors import MendkitError
 from mendkit.evaluation.results import HEADLINE
 from mendkit.mend.archive import inspect_archive
+from mendkit.places import project_path
 from mendkit.reporting import figures
 from mendkit.reporting.figures import Chart
 from mendkit.reporting.notebook import check_parameters, read_parameters
-from mendkit.runs import project_path
 from tests.oracles.tiny import save_tiny
 
 ROOT = Path(__file__).parents[2]
