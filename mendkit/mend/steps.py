@@ -16,13 +16,12 @@ from contextlib import contextmanager
 from itertools import chain
 
 import torch
-from jaxtyping import Float
 from torch import Tensor
 
 from ..data.examples import HEADLINE_ROLES
 from ..errors import MendkitError
 from ..hparams import MENDHyperParams
-from ..models.tokens import TextBatch, Tokens, collate
+from ..models.tokens import Tokens, collate
 from ..models.trunk import FrozenTrunk
 from .batches import RIVALS, DrawnBatch, DrawnRows, Sampler, role_weights
 from .distributed import Team
@@ -32,9 +31,8 @@ from .least_squares import Memory
 from .losses import edit_nll, locality_kl, margin_shortfall
 from .updates import Updates, side_branches
 
-# The order in which the logits of a batch come: what is to be learned before what is to be kept.
+# The order in which the logits of a batch come: what has an answer before what is to be kept.
 ROLES = ("edit", "paraphrases", RIVALS, "neighbours", "unrelated")
-NEIGHBOUR_NLL = "neighbour_nll"
 
 
 def batch_losses(
@@ -58,56 +56,33 @@ def batch_losses(
     updates = mend(factors, len(rows), at_once=at_once, memory=memory)
 
     # 2. One suffix pass reads every text with its edit's update as a side branch. Its logits come
-    #    role after role, so that each loss takes a part of them.
-    drawn = list(enumerate(chain.from_iterable(rows)))
-    drawn.sort(key=lambda place: ROLES.index(place[1][0]))
-    texts: dict[str, list[Tokens]] = {role: [] for role in ROLES}
-    for _, (role, text) in drawn:
-        texts[role].append(text)
+    #    role after role; of neighbours those first that a rival stands behind.
+    drawn = list(chain.from_iterable(rows))
+    compared = [role == RIVALS for role, _ in drawn[1:]] + [False]
+    order = sorted(range(len(drawn)), key=lambda k: (ROLES.index(drawn[k][0]), not compared[k]))
     groups = [[text for _, text in row] for row in rows]
     with side_branches(trunk.base, before or {}), side_branches(trunk.base, updates):
-        logits = trunk.suffix_of(groups, [place for place, _ in drawn])
+        logits = trunk.suffix_of(groups, order)
+    counts = [sum(role == each for role, _ in drawn) for each in ROLES]
+    texts = [drawn[k][1] for k in order]
+    parts = logits.split([len(text.scored) for text in texts])
+    answered, rivals = sum(counts[:3]), counts[2]
 
-    # 3. Losses.
-    losses = _text_losses(trunk, texts, logits)
-    if texts[RIVALS]:
-        with_rival = [role for role, _ in chain.from_iterable(rows)]
-        places = [place for place, (role, _) in drawn if role == "neighbours"]
-        compared = [i for i, k in enumerate(places) if with_rival[k + 1 : k + 2] == [RIVALS]]
-        right, rival = losses.pop(NEIGHBOUR_NLL)[compared], losses[RIVALS]
-        losses[RIVALS] = margin_shortfall(right, rival, margin=mend.hparams.margin)
+    # 3. NLL of the answers (equation 4), and what neighbours' answers lack of the margin.
+    some = texts[: answered + rivals]
+    batch = collate(some, trunk.base.pad_id, trunk.base.device)
+    nll = edit_nll(torch.cat(parts[: len(some)]), batch.targets, batch.rows, len(some))
+    edit, paraphrases, rival, right = nll.split([*counts[:3], rivals])
+    shortfall = margin_shortfall(right, rival, margin=mend.hparams.margin)
+    losses = dict(zip(ROLES, (edit, paraphrases, shortfall), strict=False))
+
+    # 4. KL from the unedited model, of what is to be kept.
+    if some := texts[answered:]:
+        batch = collate(some, trunk.base.pad_id, trunk.base.device)
+        unedited, after = trunk.before(some, batch), torch.cat(parts[answered:])
+        kl = locality_kl(unedited, after, batch.rows, len(some))
+        losses |= zip(ROLES[3:], kl.split(counts[3:]), strict=True)
     return {role: loss.mean() for role, loss in losses.items() if len(loss)}
-
-
-def _text_losses(
-    trunk: FrozenTrunk, texts: Mapping[str, list[Tokens]], logits: Float[Tensor, "s v"]
-) -> dict[str, Tensor]:
-    """NLL of each text that has an answer to learn, KL of each that is to be kept, by role.
-
-    With rivals also the NLL of neighbours, as `NEIGHBOUR_NLL`.
-    """
-    sizes = [sum(len(text.scored) for text in some) for some in texts.values()]
-    parts = dict(zip(texts, logits.split(sizes), strict=True))
-    pad_id, device = trunk.base.pad_id, trunk.base.device
-
-    def read(roles: Sequence[str]) -> tuple[list[Tokens], TextBatch, Tensor, list[int]]:
-        some = [*chain.from_iterable(texts[role] for role in roles)]
-        counts = [len(texts[role]) for role in roles]
-        return some, collate(some, pad_id, device), torch.cat([parts[r] for r in roles]), counts
-
-    # 1. NLL of the answers (equation 4).
-    asked = ROLES[:4] if texts[RIVALS] else ROLES[:2]
-    some, batch, after, counts = read(asked)
-    nll = edit_nll(after, batch.targets, batch.rows, len(some))
-    losses = dict(zip(asked, nll.split(counts), strict=True))
-    if texts[RIVALS]:
-        losses[NEIGHBOUR_NLL] = losses["neighbours"]
-    # 2. KL from the unedited model.
-    if texts["neighbours"] or texts["unrelated"]:
-        some, batch, after, counts = read(ROLES[3:])
-        kl = locality_kl(trunk.before(some, batch), after, batch.rows, len(some))
-        losses |= zip(ROLES[3:], kl.split(counts), strict=True)
-    return losses
 
 
 def total_loss(losses: Mapping[str, Tensor], h: MENDHyperParams) -> Tensor:

@@ -65,7 +65,8 @@ class BaseModel(TextModel):
             self.lengths: dict[str, int] = self.remembered(
                 ("lengths", self.sites), self._probe_rows
             )
-            self.packs: bool = self.remembered(("packs", self._last_mlp), self._probe_packing)
+            kind = self.blocks is None, self._last_mlp
+            self.packs: bool = self.remembered(("packs", kind), self._probe_packing)
 
     def _find_blocks(self) -> Blocks | None:
         found = find_blocks(self.model)
@@ -123,8 +124,7 @@ class BaseModel(TextModel):
         """Whether texts read as one row of nodes have the logits that they have alone."""
         if self.family != CAUSAL or self.blocks is None:
             return False
-        special = set(self.tokenizer.all_special_ids)
-        a, b, c, d = [i for i in range(self.vocabulary) if i not in special][:4]
+        a, b, c, d = self._plain_ids()
         texts = Tokens((a, b, c), (1, 2)), Tokens((a, d), (1,))
         alone = []
         for text in texts:
@@ -193,10 +193,14 @@ class BaseModel(TextModel):
                 )
         return lengths
 
+    def _plain_ids(self) -> list[int]:
+        """Four tokens that are not special."""
+        special = set(self.tokenizer.all_special_ids)
+        return [i for i in range(self.vocabulary) if i not in special][:4]
+
     def _read(self, n: int = 2, padding: int = 0) -> Tensor:
         """Logits of `n` texts of three tokens, two of a decoder: what the model is probed with."""
-        special = set(self.tokenizer.all_special_ids)
-        plain = [i for i in range(self.vocabulary) if i not in special][:4]
+        plain = self._plain_ids()
         end = plain[0] if self.eos_id is None else self.eos_id  # some heads look for it
         ids = torch.tensor([[*plain[:2], end], [*plain[2:], end]], device=self.device)[:n]
         mask = pad(torch.ones_like(ids), (0, padding))

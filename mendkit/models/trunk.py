@@ -11,7 +11,7 @@ v vocabulary.
 
 import logging
 import random
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from itertools import chain, takewhile
 from operator import eq
@@ -35,8 +35,8 @@ logger = logging.getLogger(__name__)
 TOKENS_PER_PASS = 2048
 """The states of a pass are also a file of the cache: little to lose in a crash, and few files."""
 
-NODES_PER_ROW = 256
-"""Attention costs nodes² of a row, sharing of beginnings ends with it."""
+NODES_PER_ROW, MOST_NODES = 256, 1024
+"""Attention costs nodes² of a row, sharing of beginnings ends with it; at most so many fit."""
 
 
 @contextmanager
@@ -83,19 +83,36 @@ class FrozenTrunk:
 
         Hooks and side branches on the edit sites take effect, and gradients flow to them.
         """
-        # Behind a text's end the states are zeros; no position before it looks there.
-        below: AbstractContextManager[None] = nullcontext()
-        blocks, values = self.blocks, self._values_of(texts)
-        if blocks is not None and blocks.first > 0 and values:
-            rows = [states for states, _ in values]
-            t, d = batch.input_ids.shape[1], rows[0].shape[1]
-            states = torch.zeros((len(rows), t, d), dtype=self.base.dtype)
-            for padded, row in zip(states, rows, strict=True):
-                padded[: len(row)] = row
-            run = range(blocks.first, blocks.last + 1)
-            below = standing_in(self.base.model, blocks, run, states.to(self.base.device))
+        t = batch.input_ids.shape[1]
+        places = [slice(r * t, r * t + len(text.ids)) for r, text in enumerate(texts)]
+        below = self._from_states(texts, places, [0] * len(texts), batch.input_ids.shape)
         with only_scored(self.base, batch.scored), below:
             return self._forward(batch)
+
+    def _from_states(
+        self,
+        texts: Sequence[Tokens],
+        places: Sequence[slice | Tensor],
+        shared: Sequence[int],
+        shape: torch.Size,
+    ) -> AbstractContextManager[None]:
+        """Within the context the suffix runs from trunk states, if all texts have them.
+
+        `places` are those of each text in the flattened rows of `shape`; the first `shared` of them
+        belong to an earlier text.
+        """
+        blocks, values = self.blocks, self._values_of(texts)
+        if blocks is None or blocks.first == 0 or not values:
+            return nullcontext()
+        # Behind a text's end the states are zeros; no position before it looks there.
+        states = torch.zeros((shape.numel(), values[0][0].shape[1]), dtype=self.base.dtype)
+        for (row, _), place, first in zip(values, places, shared, strict=True):
+            if isinstance(place, Tensor):
+                place = place[first:]
+            states[place] = row[first:]
+        states = states.view(*shape, -1).to(self.base.device)
+        run = range(blocks.first, blocks.last + 1)
+        return standing_in(self.base.model, blocks, run, states)
 
     def suffix_of(
         self, groups: Sequence[Sequence[Tokens]], order: Sequence[int] | None = None
@@ -104,43 +121,31 @@ class FrozenTrunk:
 
         `order`: which of the groups' texts, counted from the first one's, comes when.
         """
-        texts = [*chain.from_iterable(groups)]
+        texts, base = [*chain.from_iterable(groups)], self.base
         order = range(len(texts)) if order is None else order
-        if self._packs(texts, max(sum(len(text.ids) for text in group) for group in groups)):
-            return self._suffix_packed(groups, texts, order)
+        # A group is one row of nodes. Where no such rows are read, a text is a row, and the groups
+        # with fewer texts are filled up.
+        if max(sum(len(text.ids) for text in group) for group in groups) <= self._longest_row():
+            packed = pack(groups, base.pad_id)
+            scored = packed.scored(texts).split([len(text.scored) for text in texts])
+            shape = packed.input_ids.shape
+            with self._from_states(texts, packed.nodes, packed.shared, shape):
+                return base.forward_packed(packed, torch.cat([scored[i] for i in order]))
         most, rows, places = max(map(len, groups)), list[Tokens](), list[int]()
         for group in groups:
             places += range(len(rows), len(rows) + len(group))
             rows += [*group, *texts[:1] * (most - len(group))]
-        logits = self.suffix(rows, collate(rows, self.base.pad_id, self.base.device))
+        logits = self.suffix(rows, collate(rows, base.pad_id, base.device))
         parts = logits.split([len(text.scored) for text in rows])
         return torch.cat([parts[places[i]] for i in order])
 
-    def _packs(self, texts: Sequence[Tokens], most: int = NODES_PER_ROW) -> bool:
-        """Whether texts are read as rows of about `most` nodes, which a window must not end."""
+    def _longest_row(self) -> int:
+        """The most nodes of a row; 0 if none are read. A window of attention must not end in it."""
+        if not self.base.packs:
+            return 0
         config = self.base.model.config.get_text_config()
         windows = [getattr(config, name, None) for name in ("sliding_window", "window_size")]
-        longest = max([most, *(len(text.ids) for text in texts)])
-        return self.base.packs and all(longest <= window for window in windows if window)
-
-    def _suffix_packed(
-        self, groups: Sequence[Sequence[Tokens]], texts: Sequence[Tokens], order: Sequence[int]
-    ) -> Float[Tensor, "s v"]:
-        batch, blocks = pack(groups, self.base.pad_id), self.blocks
-        parts = batch.scored(texts).split([len(text.scored) for text in texts])
-        scored = torch.cat([parts[i] for i in order])
-        below: AbstractContextManager[None] = nullcontext()
-        values = self._values_of(texts)
-        if blocks is not None and blocks.first > 0 and values:
-            d = values[0][0].shape[1]
-            states = torch.zeros((batch.input_ids.numel(), d), dtype=self.base.dtype)
-            for (row, _), nodes, shared in zip(values, batch.nodes, batch.shared, strict=True):
-                states[nodes[shared:]] = row[shared:]
-            states = states.view(*batch.input_ids.shape, d).to(self.base.device)
-            run = range(blocks.first, blocks.last + 1)
-            below = standing_in(self.base.model, blocks, run, states)
-        with below:
-            return self.base.forward_packed(batch, scored)
+        return min(filter(None, [MOST_NODES, *windows]))
 
     @torch.no_grad()
     def before(self, texts: Sequence[Tokens], batch: TextBatch) -> Float[Tensor, "s v"]:
@@ -177,14 +182,12 @@ class FrozenTrunk:
         """
         if self.blocks is None:
             return 0
-        # 1. Texts that are not in memory; those of a pass begin alike or are of one length.
+        # 1. Texts that are not in memory.
         missing = list({text.key: text for text in texts if text.key not in self._values}.values())
-        packs = self._packs(missing)
-        missing.sort(key=lambda text: text.key if packs else (len(text.ids), text.key))
         # 2. Those on disk are read, the others computed; of a streamed model a block runs for all
         #    of them before the next one.
         left = self._read(missing)
-        groups = [*(packed_passes if packs else passes)(left)]
+        groups = self._groups(left)
         entering: dict[Any, Tensor] = {}
         if self.base.streamed:
             entering = self._stream(groups)
@@ -200,6 +203,18 @@ class FrozenTrunk:
             if progress is not None:
                 progress(done, len(left))
         return len(missing)
+
+    def _groups(self, texts: Sequence[Tokens]) -> list[list[Tokens]]:
+        """Texts in passes: with others that begin alike, or where they are too long, as long."""
+        most = self._longest_row()
+        packed, others = list[Tokens](), list[Tokens]()
+        for text in texts:
+            fits = max(NODES_PER_ROW, len(text.ids)) <= most
+            (packed if fits else others).append(text)
+        packed.sort(key=lambda text: text.key)
+        others.sort(key=lambda text: (len(text.ids), text.key))
+        groups = passes([[text] for text in others])
+        return [*passes(packed_rows(packed)), *groups]
 
     def _read(self, texts: Sequence[Tokens]) -> list[Tokens]:
         found = self.cache.find([text.key for text in texts]) if self.cache else {}
@@ -252,8 +267,10 @@ class FrozenTrunk:
 
         if states is not None:
             states = states.to(base.device)
-        packs = self._packs(group)
-        packed = pack([*packed_rows(group)] if packs else [[text] for text in group], base.pad_id)
+        longest = max(len(text.ids) for text in group)
+        packs = max(NODES_PER_ROW, longest) <= self._longest_row()
+        rows = [*packed_rows(group)] if packs else [[text] for text in group]
+        packed = pack(rows, base.pad_id)
         scored, logits = packed.scored(group), torch.empty(0)
         modules = base.model.get_submodule(self.blocks.path)
         before = modules[self.blocks.first].register_forward_pre_hook(entering, with_kwargs=True)
@@ -286,18 +303,6 @@ def trunk_cache(base: BaseModel, folder: str | Path | None, *, limit: int) -> Te
     return TextCache(folder, space, limit=limit)
 
 
-def passes(texts: Sequence[Tokens]) -> Iterator[list[Tokens]]:
-    """Texts, sorted by length, in groups of at most `TOKENS_PER_PASS` tokens with padding."""
-    group: list[Tokens] = []
-    for text in texts:
-        if group and (len(group) + 1) * max(len(text.ids), len(group[0].ids)) > TOKENS_PER_PASS:
-            yield group
-            group = []
-        group.append(text)
-    if group:
-        yield group
-
-
 def packed_rows(texts: Sequence[Tokens]) -> Iterator[list[Tokens]]:
     """Texts, sorted by their ids, in rows of at most `NODES_PER_ROW` different beginnings."""
     row: list[Tokens] = []
@@ -316,9 +321,18 @@ def packed_rows(texts: Sequence[Tokens]) -> Iterator[list[Tokens]]:
         yield row
 
 
-def packed_passes(texts: Sequence[Tokens]) -> Iterator[list[Tokens]]:
-    """Texts, sorted by their ids, in groups of as many rows as make `TOKENS_PER_PASS` nodes."""
-    rows = [*packed_rows(texts)]
-    size = max(TOKENS_PER_PASS // NODES_PER_ROW, 1)
-    for at in range(0, len(rows), size):
-        yield [*chain.from_iterable(rows[at : at + size])]
+def passes(rows: Iterable[list[Tokens]]) -> Iterator[list[Tokens]]:
+    """The texts of rows in groups of at most `TOKENS_PER_PASS` tokens with padding."""
+    group: list[Tokens] = []
+    count = longest = 0
+    for row in rows:
+        length = max(len(text.ids) for text in row)
+        if len(row) > 1:
+            length = NODES_PER_ROW
+        if group and (count + 1) * max(longest, length) > TOKENS_PER_PASS:
+            yield group
+            group, count, longest = [], 0, 0
+        group += row
+        count, longest = count + 1, max(longest, length)
+    if group:
+        yield group

@@ -6,6 +6,7 @@ import torch
 from mendkit.mend.batches import edit_tokens
 from mendkit.mend.factors import capture_factors
 from mendkit.mend.losses import edit_nll
+from mendkit.models import trunk as trunk_module
 from mendkit.models.base import BaseModel
 from mendkit.models.tokens import collate, pack
 from mendkit.models.trunk import FrozenTrunk
@@ -59,6 +60,32 @@ def test_only_models_that_take_masks_and_positions_read_packed_texts():
     packs = {family for family in CAUSAL if CAUSAL[family].base().packs}
     assert {"llama", "gpt2", "qwen3"} <= packs, packs
     assert "bloom" not in packs  # it counts distances in the row
+
+
+def test_long_texts_make_no_large_rows(llama, monkeypatch):
+    monkeypatch.setattr(trunk_module, "NODES_PER_ROW", 12)
+    monkeypatch.setattr(trunk_module, "MOST_NODES", 16)
+    monkeypatch.setattr(trunk_module, "TOKENS_PER_PASS", 40)
+    texts = every_text(llama) + [llama.tokenize("word " * k) for k in (13, 14, 20, 25)]
+    lengths = [len(text.ids) for text in texts]
+    assert min(lengths) < 12 and sum(12 < length <= 16 for length in lengths) and max(lengths) > 16
+    trunk, shapes, forward = FrozenTrunk(llama), [], llama.model.forward
+
+    def watched(input_ids, **options):
+        shapes.append((input_ids.shape, "position_ids" in options))
+        return forward(input_ids=input_ids, **options)
+
+    monkeypatch.setattr(llama.model, "forward", watched)
+    trunk.fill(texts)
+    assert {packed for _, packed in shapes} == {True, False}
+    for (rows, length), packed in shapes:
+        assert rows == 1 or rows * length <= 40
+        assert length <= 16 or not packed
+    shapes.clear()
+    with torch.no_grad():
+        found = trunk.suffix_of([texts[:1], texts[-1:]])
+    assert not shapes[0][1]  # one of them is too long
+    torch.testing.assert_close(found, alone(llama, [texts[0], texts[-1]]), rtol=1e-4, atol=1e-5)
 
 
 def test_a_beginning_in_common_is_read_once(llama):
