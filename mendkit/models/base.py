@@ -65,8 +65,9 @@ class BaseModel(TextModel):
             self.lengths: dict[str, int] = self.remembered(
                 ("lengths", self.sites), self._probe_rows
             )
-            kind = self.blocks is None, self._last_mlp
-            self.packs: bool = self.remembered(("packs", kind), self._probe_packing)
+            self.packs: bool = self.family == CAUSAL and self.blocks is not None
+            if self.packs:
+                self.packs = self.remembered(("packs", self._last_mlp), self._probe_packing)
 
     def _find_blocks(self) -> Blocks | None:
         found = find_blocks(self.model)
@@ -122,8 +123,6 @@ class BaseModel(TextModel):
     @torch.no_grad()
     def _probe_packing(self) -> bool:
         """Whether texts read as one row of nodes have the logits that they have alone."""
-        if self.family != CAUSAL or self.blocks is None:
-            return False
         a, b, c, d = self._plain_ids()
         texts = Tokens((a, b, c), (1, 2)), Tokens((a, d), (1,))
         alone = []

@@ -8,7 +8,7 @@ from mendkit.mend.factors import capture_factors
 from mendkit.mend.losses import edit_nll
 from mendkit.models import trunk as trunk_module
 from mendkit.models.base import BaseModel
-from mendkit.models.tokens import collate, pack
+from mendkit.models.tokens import Tokens, collate, pack
 from mendkit.models.trunk import FrozenTrunk
 from tests.oracles.claims import EXAMPLES, every_text, hparams
 from tests.oracles.families import CAUSAL
@@ -67,6 +67,7 @@ def test_long_texts_make_no_large_rows(llama, monkeypatch):
     monkeypatch.setattr(trunk_module, "MOST_NODES", 16)
     monkeypatch.setattr(trunk_module, "TOKENS_PER_PASS", 40)
     texts = every_text(llama) + [llama.tokenize("word " * k) for k in (13, 14, 20, 25)]
+    texts += [Tokens((a, b), (1,)) for a in range(9, 30) for b in range(9, 12)]
     lengths = [len(text.ids) for text in texts]
     assert min(lengths) < 12 and sum(12 < length <= 16 for length in lengths) and max(lengths) > 16
     trunk, shapes, forward = FrozenTrunk(llama), [], llama.model.forward
