@@ -262,24 +262,22 @@ class TextModel:
         if max_new_tokens < 1:
             raise HyperParamError(f"max_new_tokens must be at least 1, got {max_new_tokens}")
         written = [[*ids] for ids in begun] or [[] for _ in prompts]
+        answers = answers or [()] * len(prompts)
         limits = [max_new_tokens] * len(prompts)
-        for k, expected in enumerate(answers):
-            for answer in () if self.labels else expected:
-                ids = self.tokenizer(answer, add_special_tokens=False, verbose=False)["input_ids"]
-                if len(ids) > max_new_tokens >= NEW_TOKENS:
-                    limits[k] = max(limits[k], len(ids) + 8)  # and its end
+        if max_new_tokens >= NEW_TOKENS and not self.labels:
+            for k, expected in enumerate(answers):
+                longest = max((len(self.encode(answer)) for answer in expected), default=0)
+                if longest > max_new_tokens:
+                    limits[k] = longest + 8  # and its end
 
         def goes_on(k: int) -> bool:
-            if self.labels or not written[k]:
-                return not written[k]
-            written[k] = ids = written[k][: limits[k]]
-            wanted = answers[k] if answers else ()
-            # After `3.` a digit may follow.
-            text = f"{self.new_text(prompts[k], ids, stop=False)}0"
-            if stop and cut(text, wanted) != text:
-                written[k] = self._to_stop(prompts[k], ids, wanted)
-                return False
-            return len(ids) < limits[k] and ids[-1] != self.eos_id
+            """Whether row k has not ended; what it has beyond its end is removed."""
+            ids = written[k]
+            if self.labels or not ids:
+                return not ids
+            del ids[limits[k] :]
+            stopped = stop and self._stopped(prompts[k], ids, answers[k])
+            return not stopped and len(ids) < limits[k] and ids[-1] != self.eos_id
 
         going, size = [k for k in range(len(prompts)) if goes_on(k)], PART_TOKENS
         while going:
@@ -303,13 +301,17 @@ class TextModel:
             going, size = on, 2 * size
         return written
 
-    def _to_stop(self, prompt: Tokens, ids: list[int], answers: Sequence[str]) -> list[int]:
-        """Without what was written behind the stop mark to see whether it is one."""
-        for count in range(len(ids) - 1, 0, -1):
+    def _stopped(self, prompt: Tokens, ids: list[int], answers: Sequence[str]) -> bool:
+        """Whether a stop mark ends the ids; what was written behind it to see that is removed."""
+        # After `3.` a digit may follow.
+        text, count = f"{self.new_text(prompt, ids, stop=False)}0", len(ids)
+        if cut(text, answers) == text:
+            return False
+        while cut(text, answers) != text:
+            count -= 1
             text = self.new_text(prompt, ids[:count], stop=False)
-            if cut(text, answers) == text:
-                return ids[: count + 1]
-        return ids[:1]
+        del ids[count + 1 :]
+        return True
 
     @torch.no_grad()
     def write(
@@ -321,13 +323,11 @@ class TextModel:
         or too long for the model's positions.
         """
         past = past or Past()
-        begun: dict[str, Any] = {"past_key_values": past.cache}
         if past.cache is None:
             # An encoder counts positions from the left.
             left = self.family == CAUSAL
             past.ids, past.mask = self.left_pad([prompt.ids for prompt in prompts], left=left)
-            begun = {}
-        ids, mask = past.ids, past.mask
+        ids, mask, begun = past.ids, past.mask, {"past_key_values": past.cache}
         self.check_lengths(mask, max_new_tokens)
         if self.family == CLASSIFIER:
             return self.forward(ids, mask).argmax(-1, keepdim=True).tolist()
@@ -337,7 +337,7 @@ class TextModel:
             # transformers' default cache would count the encoder's blocks.
             cache = EncoderDecoderCache(DynamicCache(), DynamicCache())
             begun, width = {"decoder_input_ids": given, "past_key_values": cache}, given.shape[1]
-        how = {"max_new_tokens": max_new_tokens, "eos_token_id": sorted(ends)}
+        how: dict[str, Any] = {"max_new_tokens": max_new_tokens, "eos_token_id": sorted(ends)}
         out = self._greedily(ids, mask, begun, **how)
         past.ids, past.cache = out.sequences, out.past_key_values
         past.mask = pad(mask, (0, out.sequences.shape[1] - width), value=1)
@@ -375,9 +375,8 @@ class TextModel:
         batch: list[int] = []
         for index in sorted(range(len(prompts)), key=sizes.__getitem__):
             decoder, ids = sizes[batch[0] if batch else index]
-            alike = decoder == sizes[index][0] and ids == sizes[index][1]
-            if self._pads():
-                alike = decoder == sizes[index][0] and sizes[index][1] <= ids * MOST_PADDING
+            most = ids * MOST_PADDING if self._pads() else ids
+            alike = decoder == sizes[index][0] and sizes[index][1] <= most
             if len(batch) == ROWS_PER_BATCH or not alike:
                 yield batch
                 batch = []
@@ -385,23 +384,20 @@ class TextModel:
         if batch:
             yield batch
 
-    @torch.no_grad()
     def _pads(self) -> bool:
         """Whether padding on the left changes nothing."""
-        if self.family != CAUSAL:
-            return True
+        return self.family != CAUSAL or self.remembered("pads", self._probe_padding)
 
-        def compute() -> bool:
-            plain = [i for i in range(self.vocabulary) if i not in (self.pad_id, self.eos_id)]
-            first = []
-            for rows in ([plain[:2]], [plain[:2], plain[:5]]):
-                ids, mask = self.left_pad(rows)
-                output = self._greedily(ids, mask, {}, max_new_tokens=1, output_logits=True)
-                first.append(output.logits[0][0])
-            near = 0.05 * float(first[0].abs().max())
-            return torch.allclose(first[0], first[1], rtol=0.0, atol=near)
-
-        return self.remembered("pads", compute)
+    @torch.no_grad()
+    def _probe_padding(self) -> bool:
+        plain = [i for i in range(self.vocabulary) if i not in (self.pad_id, self.eos_id)]
+        first = []
+        for rows in ([plain[:2]], [plain[:2], plain[:5]]):
+            ids, mask = self.left_pad(rows)
+            output = self._greedily(ids, mask, {}, max_new_tokens=1, output_logits=True)
+            first.append(output.logits[0][0])
+        near = 0.05 * float(first[0].abs().max())
+        return torch.allclose(first[0], first[1], rtol=0.0, atol=near)
 
     def left_pad(
         self, rows: Sequence[Sequence[int]], *, left: bool = True
@@ -479,7 +475,7 @@ class Past:
         """Go on with some rows only; False if the model must read them again."""
         if type(self.cache) is not DynamicCache:
             return False
-        if any(type(layer) is not DynamicLayer for layer in self.cache.layers):
+        if {type(layer) for layer in self.cache.layers} != {DynamicLayer}:
             return False
         if rows and len(rows) < len(self.ids):
             self.ids, self.mask = self.ids[rows], self.mask[rows]
