@@ -6,6 +6,8 @@ import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from functools import cache
+from itertools import chain
 
 from ..errors import DataError
 from .examples import EditExample, Probe
@@ -57,7 +59,7 @@ def typed_example(
     put in this wording: at most so many, the subjects of `first` and then well-known ones. Two
     paraphrases are those of such a fact. Elsewhere two general openings are the unrelated prompts.
     """
-    facts = [fact for source in FACTS for fact in read_examples(source)]
+    facts = _own_facts()
     # 1. The wording: what stands before and after the subject.
     wordings: Counter[tuple[str, str, str | None]] = Counter()
     for fact in facts:
@@ -83,6 +85,11 @@ def typed_example(
         neighbours=tuple(Probe(before + n + after, kin[n].ground_truth) for n in names),
         relation=relation,
     )
+
+
+@cache
+def _own_facts() -> list[EditExample]:
+    return [*chain.from_iterable(map(read_examples, FACTS))]
 
 
 def hard_negatives(examples: Sequence[EditExample], *, seed: int = 0) -> list[tuple[Probe, ...]]:
