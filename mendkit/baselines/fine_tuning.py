@@ -11,13 +11,12 @@ from jaxtyping import Float
 from torch import Tensor
 
 from ..evaluation.evaluate import together
+from ..evaluation.inspection import true_gradients
 from ..hparams import MENDHyperParams
-from ..mend.factors import capture_factors
 from ..mend.losses import edit_nll
 from ..mend.updates import (
     LowRankUpdate,
     Updates,
-    padded,
     relative_norms,
     scaled,
     side_branches,
@@ -61,12 +60,8 @@ class FineTuning(Baseline):
         for _ in range(self.steps):
             # 1. Gradients of the model as tuned so far.
             with side_branches(self.base, made):
-                factors = capture_factors(trunk, texts)
+                step = scaled(true_gradients(trunk, texts, reduction="edit"), -self.lr)
             # 2. One step on top.
-            step = {}
-            for name, f in factors.items():
-                u, delta = padded(f.u, f.rows, count), padded(f.delta, f.rows, count)
-                step[name] = LowRankUpdate(u, delta, -self.lr)
             if at_once:
                 made = together(made, scaled(step, 1 / count))
             else:
@@ -104,6 +99,7 @@ class LocalisedFineTuning(Baseline):
     def updates(
         self, texts: Sequence[Tokens], *, trunk: FrozenTrunk | None = None, at_once: bool = False
     ) -> Updates:
+        """Updates of edits, one per text, or one of all."""
         trunk = trunk or FrozenTrunk(self.base)
         groups = [texts] if at_once else [[text] for text in texts]
         return self._update(torch.cat([self._breadth_first(trunk, edits) for edits in groups]))

@@ -20,6 +20,7 @@ Axes: n texts of an edit, i input, o output.
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 
 import torch
 from jaxtyping import Float
@@ -144,11 +145,10 @@ class ROME(Baseline):
 
     def _after(self, context: Sequence[int], text: Tokens) -> Tokens:
         """An edit's text with a context before it."""
-        shift = len(context)
-        scored = tuple(place + shift for place in text.scored)
-        subject = tuple(place + shift for place in text.subject)
+        scored = tuple(place + len(context) for place in text.scored)
+        subject = tuple(place + len(context) for place in text.subject)
         ids = (*text.ids[: self.start], *context, *text.ids[self.start :])
-        return Tokens(ids, scored, text.targets, text.ends, subject=subject)
+        return replace(text, ids=ids, scored=scored, subject=subject)
 
     def _essence(self, text: Tokens) -> Tokens:
         """What the model says of the subject without the prompt."""
