@@ -10,7 +10,6 @@ All in float64. Axes: b edits, t tokens, i layer input, o layer output, k singul
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
 from typing import Any
 
 import torch
@@ -22,7 +21,7 @@ from ..hparams import MENDHyperParams
 from ..mend.batches import ExampleTexts
 from ..mend.distributed import Team
 from ..mend.editor import MENDEditor
-from ..mend.factors import capture_factors
+from ..mend.factors import capture_factors, edit_factors
 from ..mend.hypernetwork import MEND
 from ..mend.losses import edit_nll
 from ..mend.preparation import Preparation
@@ -36,6 +35,7 @@ from ..models.trunk import FrozenTrunk
 ALL, SCORED = "gradient, all tokens", "gradient, scored tokens"
 PER_FEATURE, WHITENED = "normalised per feature", "whitened keys"
 SMALLEST = torch.finfo(torch.float64).tiny
+START = {"init": "id_xavier", "update_sign": -1}  # identity initialisation
 
 
 def open_editor(
@@ -51,8 +51,8 @@ def open_editor(
         editor.name = "trained"
         return editor
     base = base.with_sites(hparams.inner_params) if base else load_model(hparams)
-    h = hparams.replace(stats_examples=len(examples), stats_held_out=False, release_trunk=False)
-    h = h.replace(init="id_xavier", update_sign=-1)
+    every = {"stats_examples": len(examples), "stats_held_out": False, "release_trunk": False}
+    h = hparams.replace(**START, **every)
     mend, _ = Preparation(base, h, examples, (), team=Team()).make({})
     return MENDEditor(base, mend.eval(), name="untrained")
 
@@ -83,7 +83,7 @@ def answer_tokens(base: BaseModel, example: EditExample) -> dict[str, str | None
 
 def restarted(base: BaseModel, mend: MEND, **settings: Any) -> MEND:
     """`mend` before training: its statistics, fresh blocks (`init`), one step size (`edit_lr`)."""
-    h = mend.hparams.replace(**{"init": "id_xavier", "update_sign": -1} | settings)
+    h = mend.hparams.replace(**START | settings)
     fresh = MEND(mend.sites, h).to(base.device)
     fresh.moments.load_state_dict(mend.moments.state_dict())
     return fresh.eval()
@@ -112,11 +112,10 @@ def _untrained(
 ) -> MEND:
     """MEND at identity initialisation, with per-feature statistics of `texts`, if there are any."""
     plain = {"whiten": None, "whiten_pairs": False, "unit_response": False, "archive": None}
-    h = h.replace(norm=bool(texts), init="id_xavier", update_sign=-1, **plain | settings)
-    mend, how = MEND(base.sites, h).to(base.device), {"tokens": h.edit_tokens}
+    h = h.replace(norm=bool(texts), **START, **plain | settings)
+    mend = MEND(base.sites, h).to(base.device)
     if texts:
-        factors = capture_factors(FrozenTrunk(base), texts, reduction=h.loss_reduction, **how)
-        mend.warm_up([factors])
+        mend.warm_up([edit_factors(FrozenTrunk(base), h, texts)])
     return mend.eval()
 
 
@@ -179,10 +178,7 @@ def true_gradients(trunk: FrozenTrunk, texts: Sequence[Tokens], *, reduction: st
 @torch.no_grad()
 def updates_of(trunk: FrozenTrunk, mend: MEND, texts: Sequence[Tokens]) -> Updates:
     """`mend`'s updates of independent edits, one per text."""
-    h = mend.hparams
-    factors = capture_factors(trunk, texts, tokens=h.edit_tokens, reduction=h.loss_reduction)
-    made = mend(factors, len(texts))
-    return {name: replace(u, coefficient=float(u.coefficient)) for name, u in made.items()}
+    return mend(edit_factors(trunk, mend.hparams, texts), len(texts))
 
 
 def anatomy(

@@ -19,7 +19,7 @@ from ..runs import file_sha256
 from .archive import OF_EDITING, OF_EITHER, load_archive, look_at_archive
 from .batches import edit_tokens, prepare_texts
 from .edit import Edit, load_edits, save_edits
-from .factors import as_one_loss, capture_factors, capture_inputs
+from .factors import as_one_loss, capture_inputs, edit_factors
 from .hypernetwork import MEND
 from .least_squares import Memory
 from .updates import Updates, capped, in_force, unedited
@@ -95,9 +95,7 @@ class MENDEditor:
         # 1. The gradient of the edit's loss at the sites, as factors. With a memory it is that of
         #    the unedited model, as if the edit were made at once with those in force.
         with unedited(self.base) if memory is not None else nullcontext():
-            factors = capture_factors(
-                trunk, texts, tokens=h.edit_tokens, reduction=h.loss_reduction
-            )
+            factors = edit_factors(trunk, h, texts)
         if at_once and h.loss_reduction == "batch":
             factors = as_one_loss(factors, texts)
         # 2. The hypernetwork makes low-rank updates of them.

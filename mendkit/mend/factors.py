@@ -64,6 +64,11 @@ def capture_factors(
     return factors_and_losses(trunk, texts, tokens=tokens, reduction=reduction)[0]
 
 
+def edit_factors(trunk: FrozenTrunk, h: MENDHyperParams, texts: Sequence[Tokens]) -> Factors:
+    """`capture_factors` with the tokens and the reduction of the hyperparameters."""
+    return capture_factors(trunk, texts, tokens=h.edit_tokens, reduction=h.loss_reduction)
+
+
 def factors_and_losses(
     trunk: FrozenTrunk, texts: Sequence[Tokens], *, tokens: str = "all", reduction: str = "edit"
 ) -> tuple[Factors, Float[Tensor, " e"]]:
@@ -189,8 +194,7 @@ class FactorCache:
     """Factors by text: kept within `cache_bytes`, recomputed from the trunk beyond it."""
 
     def __init__(self, trunk: FrozenTrunk, hparams: MENDHyperParams) -> None:
-        self.trunk, self.budget = trunk, hparams.cache_bytes
-        self.how = {"tokens": hparams.edit_tokens, "reduction": hparams.loss_reduction}
+        self.trunk, self.hparams, self.budget = trunk, hparams, hparams.cache_bytes
         self.bytes = 0
         self.kept: dict[Tokens, SiteTensors] = {}
 
@@ -225,7 +229,7 @@ class FactorCache:
         by_text: dict[Tokens, SiteTensors] = {text: {} for text in texts}
         if not texts:
             return by_text
-        for name, f in capture_factors(self.trunk, texts, **self.how).items():
+        for name, f in edit_factors(self.trunk, self.hparams, texts).items():
             counts = torch.bincount(f.rows, minlength=len(texts)).tolist()
             parts = zip(texts, f.u.split(counts), f.delta.split(counts), strict=True)
             for text, u, delta in parts:

@@ -23,7 +23,7 @@ from ..runs import Progress, file_sha256, return_memory
 from .archive import STRUCTURE, load_archive
 from .batches import ExampleTexts, prepare_texts, training_texts
 from .distributed import Team
-from .factors import FACTOR_BATCH, FactorCache, Factors, capture_factors, capture_inputs
+from .factors import FACTOR_BATCH, FactorCache, Factors, capture_inputs, edit_factors
 from .hypernetwork import MEND, Wordings
 from .validation import best_edit_lr, validate
 
@@ -170,7 +170,7 @@ class Preparation:
     def _edit_factors(self, examples: Sequence[ExampleTexts]) -> Iterator[Factors]:
         for batch in self._batches(examples, "statistics"):
             edits = [example.edit for example in batch]
-            yield capture_factors(self.trunk, edits, **self.factors.how)
+            yield edit_factors(self.trunk, self.hparams, edits)
 
     def wordings(self, example: ExampleTexts) -> tuple[list[Tokens], list[Tokens]]:
         """Texts for statistics: those that differ in the prompt's wording only, and others."""

@@ -25,7 +25,7 @@ from ..models.tokens import Tokens, collate
 from ..models.trunk import FrozenTrunk
 from .batches import RIVALS, DrawnBatch, DrawnRows, Sampler, role_weights
 from .distributed import Team
-from .factors import FactorCache, Factors, capture_factors
+from .factors import FactorCache, Factors, edit_factors
 from .hypernetwork import MEND
 from .least_squares import Memory
 from .losses import edit_nll, locality_kl, margin_shortfall
@@ -206,7 +206,7 @@ class Learner:
             factors = self.factors.get(edits)
         else:
             with side_branches(self.trunk.base, before):
-                factors = capture_factors(self.trunk, edits, **self.factors.how)
+                factors = edit_factors(self.trunk, self.h, edits)
         rows = [[*r, ("edit", earlier[i % len(earlier)])] for i, r in enumerate(rows)]
         return batch_losses(self.trunk, self.mend, factors, rows, before=before, memory=memory)
 

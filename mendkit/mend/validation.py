@@ -21,7 +21,7 @@ from ..models.base import BaseModel
 from ..models.tokens import Tokens, collate
 from ..models.trunk import FrozenTrunk
 from .batches import RIVALS, ExampleTexts, prepare_texts, role_weights
-from .factors import capture_factors
+from .factors import edit_factors
 from .hypernetwork import MEND
 from .losses import margin_shortfall, wide
 from .updates import Updates, scaled, select, side_branches, unedited
@@ -161,7 +161,7 @@ def _make_edits(
     for at in range(0, len(examples), size):
         group = examples[at : at + size]
         edits = [texts.edit for texts in group]
-        factors = capture_factors(trunk, edits, tokens=h.edit_tokens, reduction=h.loss_reduction)
+        factors = edit_factors(trunk, h, edits)
         yield group, mend(factors, len(group), at_once=min(at_once, len(group)))
 
 
