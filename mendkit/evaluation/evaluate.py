@@ -134,9 +134,10 @@ def _run_of(
     }
 
 
-# One editor on one set of examples.
 @dataclass(frozen=True)
 class _Run:
+    """One editor on one set of examples."""
+
     editor: Editor
     on: EvaluationSet
     strength: float

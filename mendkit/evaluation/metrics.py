@@ -14,7 +14,7 @@ from typing import NamedTuple
 from ..data.examples import UNSPACED
 from ..errors import DataError
 from ..mend.updates import Updates
-from ..mend.validation import POSITIONS_PER_PASS, Forced, forced
+from ..mend.validation import POSITIONS_PER_PASS, SHARE_NAMES, Forced, forced
 from ..models.base import BaseModel
 from ..models.tokens import Tokens
 from ..models.trunk import FrozenTrunk
@@ -24,13 +24,7 @@ from .results import is_said, normalise
 # reworded ones a paraphrase's: only those show an editor that answers for a whole relation.
 STAY = ("neighbours", "unrelated", "reworded")
 
-PART_OF_ROLE = {
-    "edit": "edit_success",
-    "paraphrases": "paraphrase",
-    "neighbours": "neighbourhood",
-    "unrelated": "locality",
-    "portability": "portability",
-}
+PART_OF_ROLE = {**SHARE_NAMES, "portability": "portability"}
 
 RENAMED = {
     ("question", "free_exact"): "edit_success.free_exact_question",

@@ -6,24 +6,24 @@ f is the unedited model, f' the edited one, y the new answer.
 import copy
 import math
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import replace
 from functools import partial
-from itertools import islice, takewhile
+from itertools import takewhile
 from operator import eq
 from statistics import fmean
 from typing import Any
 
 from torch import Tensor, nn
 
-from ..data.examples import BLANKS, EditExample
+from ..data.examples import BLANKS, EditExample, Probe
 from ..data.files import Examples
 from ..errors import DataError, LimitError, MendkitError
 from ..hparams import MENDHyperParams
-from ..mend.batches import edit_tokens, told, with_prefix
+from ..mend.batches import edit_tokens, probe_tokens, told, with_prefix
 from ..mend.updates import Updates, select, side_branches
-from ..mend.validation import forced
+from ..mend.validation import Forced, forced
 from ..models.base import BaseModel
 from ..models.families import CAUSAL, CLASSIFIER
 from ..models.sites import Site
@@ -175,13 +175,12 @@ class EvaluationSet:
     def _take_said_now(self) -> None:
         """What f says is the old answer where the listed truth is the new one."""
         several = enumerate(self.examples)
-        self.corrected = [i for i, e in several if e.ground_truth == e.target_new]
-        asked = [self.examples[i].prompt for i in self.corrected]
+        self.corrected = {i: e for i, e in several if e.ground_truth == e.target_new}
+        asked = [example.prompt for example in self.corrected.values()]
         said = self.base.generate_batch(asked, max_new_tokens=self.max_new_tokens)
-        for i, answer in zip(self.corrected, said, strict=True):
-            old = replace(self.examples[i], ground_truth=answer.strip() or None)
-            self.examples[i] = old
-            self.prompts[i] = list(_prompts(self.base, self.hparams, old))
+        for (i, example), answer in zip(self.corrected.items(), said, strict=True):
+            self.examples[i] = replace(example, ground_truth=answer.strip() or None)
+            self.prompts[i] = list(_prompts(self.base, self.hparams, self.examples[i]))
 
     def _is_known(self, i: int) -> bool | None:
         """Whether f writes the listed truth; None where there is none."""
@@ -193,27 +192,20 @@ class EvaluationSet:
 
     def _add_implied(self) -> None:
         """The implied questions that f answers when told the new fact, and their share."""
-        asked: list[str] = []
-        answers: list[tuple[str, ...]] = []
-        for example in self.examples:
-            for probe in example.portability:
-                asked.append(told(example, probe.prompt))
-                answers.append((probe.answer or "", *probe.aliases))
+        implied: list[tuple[int, Probe]] = []
+        for i, example in enumerate(self.examples):
+            implied += [(i, probe) for probe in example.portability]
+        asked = [told(self.examples[i], probe.prompt) for i, probe in implied]
+        answers = [(probe.answer or "", *probe.aliases) for _, probe in implied]
         limit = self.max_new_tokens
         written = self.base.generate_batch(asked, max_new_tokens=limit, answers=answers)
-        said = iter(zip(answers, written, strict=True))
-        self.coverage: dict[int, float] = {}
-        for i, example in enumerate(self.examples):
-            known = 0
-            for probe in example.portability:
-                right, text = next(said)
-                if is_said(text, right):
-                    known += 1
-                    tokens = _text(self.base, self.hparams, probe.prompt)
-                    prompt = ScoredPrompt("portability", probe.prompt, tokens, right)
-                    self.prompts[i].append(prompt)
-            if example.portability:
-                self.coverage[i] = known / len(example.portability)
+        known: dict[int, list[bool]] = {}
+        for (i, probe), right, text in zip(implied, answers, written, strict=True):
+            known.setdefault(i, []).append(is_said(text, right))
+            if known[i][-1]:
+                tokens = probe_tokens(self.base, self.hparams, probe.prompt)
+                self.prompts[i].append(ScoredPrompt("portability", probe.prompt, tokens, right))
+        self.coverage = {i: fmean(each) for i, each in known.items()}
 
     def _add_greedy(self) -> None:
         """What f writes after the first prompt of each role that should stay."""
@@ -237,21 +229,21 @@ class EvaluationSet:
         texts = [[text for p in self.prompts[i] for text in p.all()] for i in index]
         read = forced(self.trunk, texts, updates, compare=updates is not None)
         readings: list[list[Reading]] = []
-        todo: list[tuple[int, int]] = []
+        todo: list[tuple[int, int, ScoredPrompt]] = []
+        begun: list[list[int]] = []
         for row, i in enumerate(index):
-            found = dict(zip(texts[row], read[row], strict=True))
+            found: dict[Tokens | None, Any] = dict(zip(texts[row], read[row], strict=True))
             readings.append([])
             for k, prompt in enumerate(self.prompts[i]):
-                rival = found[prompt.rival] if prompt.rival else None
-                greedy = found[prompt.greedy] if prompt.greedy else None
-                readings[row].append(Reading(found[prompt.text], rival, greedy))
+                others = found.get(prompt.rival), found.get(prompt.greedy)
+                readings[row].append(Reading(found[prompt.text], *others))
                 if prompt.role not in STAY or prompt.greedy is not None:
-                    todo.append((row, k))
+                    todo.append((row, k, prompt))
+                    begun.append(self._begun(prompt, found))
         # 2. Write what reading did not tell.
-        left = [self.prompts[index[row]][k] for row, k in todo]
-        begun = [self._begun(self.prompts[index[row]][k], readings[row][k]) for row, k in todo]
-        new = self._write(left, updates, [row for row, _ in todo], begun)
-        for (row, k), prompt, (start, ids) in zip(todo, left, new, strict=True):
+        rows, _, left = zip(*todo, strict=True)
+        new = self._write(left, updates, rows, begun)
+        for (row, k, prompt), (start, ids) in zip(todo, new, strict=True):
             written = self.base.new_text(start, ids, answers=prompt.stops)
             readings[row][k] = replace(readings[row][k], written=written)
         return readings
@@ -281,21 +273,21 @@ class EvaluationSet:
         chosen = select(updates, [edits[k] for k in rows]) if updates else {}
         return side_branches(self.base, chosen)
 
-    def _begun(self, prompt: ScoredPrompt, read: Reading) -> list[int]:
-        """The first ids that greedy decoding must write, by the texts that were read.
+    def _begun(self, prompt: ScoredPrompt, found: Mapping[Tokens | None, Forced]) -> list[int]:
+        """The first ids that greedy decoding must write, by what was found in the texts.
 
         It retraces a text while every argmax is the text's next token, and leaves it by the next.
         """
         start, most, ends = self.base.prompt_of(prompt.text), list[int](), frozenset[int]()
         if self.base.labels is None:
             ends = self.base.end_ids()
-        pairs = (prompt.text, read.text), (prompt.rival, read.rival), (prompt.greedy, read.greedy)
-        for text, found in pairs:
-            if text is None or found is None or self.base.prompt_of(text) != start:
+        for text in prompt.all():
+            if self.base.prompt_of(text) != start:
                 continue
-            same = [*map(eq, found.argmax, text.targets), False].index(False)
-            ids = [*takewhile(lambda token: token not in ends, found.argmax[: same + 1])]
-            if len(ids) < len(found.argmax[: same + 1]):
+            argmax = found[text].argmax
+            retraced = argmax[: [*map(eq, argmax, text.targets), False].index(False) + 1]
+            ids = [*takewhile(lambda token: token not in ends, retraced)]
+            if len(ids) < len(retraced):
                 ids.append(self.base.tokenizer.eos_token_id)
             most = max(most, ids, key=len)
         return most
@@ -307,9 +299,9 @@ class EvaluationSet:
         ends, edits, starts = sorted(self.base.end_ids()), [], []
         for row, i in enumerate(index):
             prompts = self.examples[i].generation_prompts or (self.examples[i].prompt,)
-            edits += [row] * len(prompts[:GENERATIONS])
             for prompt in prompts[:GENERATIONS]:
-                starts.append(self.base.prompt_of(_text(self.base, self.hparams, prompt)))
+                edits.append(row)
+                starts.append(self.base.prompt_of(probe_tokens(self.base, self.hparams, prompt)))
 
         def never_end(_: nn.Module, __: tuple[Tensor, ...], logits: Tensor) -> Tensor:
             logits[..., ends] = -math.inf
@@ -337,21 +329,20 @@ def half_known(
     """
     if not limit:
         return examples
-    truths: dict[int, str] = {}  # of the facts that f can be asked
-    for i, e in enumerate(examples):
-        fits = len(base.encode(e.prompt)) <= hparams.max_length
-        if fits and e.ground_truth not in (None, e.target_new):
-            truths[i] = base.said(e.ground_truth or "")
     known, other, half = list[int](), list[int](), limit // 2
     for begin in range(0, len(examples), ASKED):
-        some = range(begin, min(begin + ASKED, len(examples)))
-        asked = [i for i in some if i in truths]
-        prompts, answers = [examples[i].prompt for i in asked], [[truths[i]] for i in asked]
-        said = base.generate_batch(prompts, max_new_tokens=FIRST_TOKENS, answers=answers)
-        written = dict(zip(asked, said, strict=True))
+        some = range(len(examples))[begin : begin + ASKED]
+        truths: dict[int, str] = {}  # of the facts that f can be asked
         for i in some:
-            is_known = i in written and begins_with(written[i], truths[i])
-            (known if is_known else other).append(i)
+            e = examples[i]
+            fits = len(base.encode(e.prompt)) <= hparams.max_length
+            if fits and e.ground_truth not in (None, e.target_new):
+                truths[i] = base.said(e.ground_truth or "")
+        prompts, answers = [examples[i].prompt for i in truths], [[t] for t in truths.values()]
+        said = base.generate_batch(prompts, max_new_tokens=FIRST_TOKENS, answers=answers)
+        pairs = zip(truths, said, strict=True)
+        known += [i for i, text in pairs if begins_with(text, truths[i])]
+        other += [i for i in some if i not in known]
         if len(known) >= half and len(other) >= limit - half:
             break
     chosen = [*known[:half], *other, *known[half:]][:limit]
@@ -368,22 +359,20 @@ def _prompts(base: BaseModel, h: MENDHyperParams, e: EditExample) -> Iterator[Sc
     for role, prompt in follow:
         text, rival = edit_tokens(base, h, e, prompt), None
         if e.ground_truth and role != "question":
-            rival = _text(base, h, prompt, e.ground_truth)
+            rival = probe_tokens(base, h, prompt, e.ground_truth)
         answers, old = (base.said(e.target_new),), e.ground_truth
         yield ScoredPrompt(role, prompt, text, answers, rival=rival, old=old)
     known = [probe for probe in e.neighbours if probe.answer is not None]
     for probe in known or e.neighbours:
-        rival = None
+        staying = _staying(base, h, "neighbours", probe.prompt, probe.answer)
         if known and base.family != CLASSIFIER:
-            rival = _text(base, h, probe.prompt, e.target_new)
-        text = _text(base, h, probe.prompt, probe.answer)
-        yield ScoredPrompt("neighbours", probe.prompt, text, _known(probe.answer), rival)
+            staying = replace(staying, rival=probe_tokens(base, h, probe.prompt, e.target_new))
+        yield staying
     for probe in e.unrelated:
-        text = _text(base, h, probe.prompt, probe.answer)
-        yield ScoredPrompt("unrelated", probe.prompt, text, _known(probe.answer))
+        yield _staying(base, h, "unrelated", probe.prompt, probe.answer)
     # Prompts that are only written after are checked now.
     for prompt in (*(told(e, p.prompt) for p in e.portability), *e.generation_prompts):
-        _text(base, h, prompt)
+        probe_tokens(base, h, prompt)
 
 
 def _as_question(prompt: str) -> str:
@@ -396,23 +385,19 @@ def _reworded(
     base: BaseModel, h: MENDHyperParams, examples: Sequence[EditExample], i: int
 ) -> list[ScoredPrompt]:
     """First paraphrases of the next examples of the relation that do not name the subject."""
-    relation, subject, found = examples[i].relation, examples[i].subject, []
+    relation, subject = examples[i].relation, examples[i].subject
+    found: list[ScoredPrompt] = []
     if not relation or not subject:
         return []
-    others = (e for e in (*examples[i + 1 :], *examples[:i]) if e.relation == relation)
-    fit = (
-        e for e in others if e.paraphrases and e.ground_truth and subject not in e.paraphrases[0]
-    )
-    for other in islice(fit, REWORDED):
-        text = _text(base, h, other.paraphrases[0], other.ground_truth)
-        answers = _known(other.ground_truth)
-        found.append(ScoredPrompt("reworded", other.paraphrases[0], text, answers))
+    for e in (*examples[i + 1 :], *examples[:i]):
+        fits = e.relation == relation and e.paraphrases and e.ground_truth
+        if fits and subject not in e.paraphrases[0] and len(found) < REWORDED:
+            found.append(_staying(base, h, "reworded", e.paraphrases[0], e.ground_truth))
     return found
 
 
-def _known(answer: str | None) -> tuple[str, ...]:
-    return () if answer is None else (answer,)
-
-
-def _text(base: BaseModel, h: MENDHyperParams, prompt: str, answer: str | None = None) -> Tokens:
-    return base.tokenize(prompt, answer, max_length=h.max_length, prefix=h.target_prefix)
+def _staying(
+    base: BaseModel, h: MENDHyperParams, role: str, prompt: str, answer: str | None
+) -> ScoredPrompt:
+    answers = () if answer is None else (answer,)
+    return ScoredPrompt(role, prompt, probe_tokens(base, h, prompt, answer), answers)

@@ -93,6 +93,13 @@ def edit_tokens(
     return tokens
 
 
+def probe_tokens(
+    base: BaseModel, h: MENDHyperParams, prompt: str, answer: str | None = None
+) -> Tokens:
+    """A prompt beside an edit, with its answer if there is one."""
+    return base.tokenize(prompt, answer, max_length=h.max_length, prefix=h.target_prefix)
+
+
 def told(example: EditExample, prompt: str) -> str:
     """A prompt with the example's new fact before it."""
     fact = join(example.prompt, example.target_new, example.target_prefix)
@@ -159,9 +166,7 @@ def _read_probes(
     read = []
     for probe in probes:
         said = probe.answer if answer is None else answer
-        read.append(
-            base.tokenize(probe.prompt, said, max_length=h.max_length, prefix=h.target_prefix)
-        )
+        read.append(probe_tokens(base, h, probe.prompt, said))
     return tuple(read)
 
 
