@@ -54,6 +54,12 @@ class Playground:
         journal = self.session.journal  # which code may shorten
         return min(self._shown, len(journal) - 1) if journal else None
 
+    def place(self) -> int:
+        """`shown`. Raises MendkitError while there is no edit."""
+        if self.shown is None:
+            raise MendkitError("the journal is empty; apply an edit first")
+        return self.shown
+
     def show(self, index: int) -> None:
         """Show an edit of the journal, counted from 0."""
         self._shown = index
@@ -108,7 +114,5 @@ class Playground:
 
     def _examples(self) -> list[EditExample]:
         """The examples of the edit that is shown, with the answers as the model says them."""
-        if self.shown is None:
-            raise MendkitError("the journal is empty; apply an edit first")
-        examples, said = self.session.journal[self.shown].examples, self.editor.base.said
+        examples, said = self.session.journal[self.place()].examples, self.editor.base.said
         return [replace(example, target_new=said(example.target_new)) for example in examples]

@@ -154,7 +154,7 @@ class Panel:
         return "Applied."
 
     def _toggle(self) -> str:
-        session, place = self.playground.session, self._place()
+        session, place = self.playground.session, self.playground.place()
         if session.journal[place].active:
             session.undo(place)
             return "Undone: it stays in the journal."
@@ -162,7 +162,7 @@ class Panel:
         return "In force again."
 
     def _drop(self) -> str:
-        self.playground.session.drop(self._place())
+        self.playground.session.drop(self.playground.place())
         return "Dropped."
 
     def _save(self) -> str:
@@ -171,11 +171,6 @@ class Panel:
         rank = max(site.rank for site in edit.save_adapter(project_path(folder)))
         saved = f"{len(edit.examples)} fact(s) in force saved in {folder}"
         return f"{saved}, a LoRA adapter of rank {rank} for PEFT."
-
-    def _place(self) -> int:
-        if self.playground.shown is None:
-            raise MendkitError("the journal is empty; apply an edit first")
-        return self.playground.shown
 
     def _on_pick(self, _: Any = None) -> None:
         fact = self.facts[self.pick.value]
@@ -194,7 +189,7 @@ class Panel:
 
     def _on_strength(self, change: Any) -> None:
         if not self._filling:
-            place, strength = self._place(), change["new"]
+            place, strength = self.playground.place(), change["new"]
             self._do(lambda: self.playground.session.set_strength(place, strength))
 
     # ---------------------------------------- drawing
