@@ -115,8 +115,9 @@ def _edit_and_undo(
     """An edit of the archive, or of an untrained editor, changes the model and is undone."""
     from ..evaluation.inspection import open_editor
 
-    by = "" if h.archive else " by an untrained editor"
-    if by:
+    by = ""
+    if h.archive is None:
+        by = " by an untrained editor"
         h = h.replace(whiten=None, whiten_pairs=False, unit_response=False)
     editor = open_editor(h, train[:FEW], base=base)
     prompt = test[0].prompt

@@ -77,6 +77,8 @@ def edit(
     as an edited model for transformers, or as a file. A --prompt brings others: paraphrases, and
     neighbours that the model answers rightly before the edit.
     """
+    from ..mend.batches import usable
+
     # 1. What can be wrong is looked at before the model is loaded.
     typed = _typed(prompt or [], target or [], data=data, of_data=limit or skip_invalid)
     hparams = cli.hyperparameters(words)
@@ -90,18 +92,23 @@ def edit(
 
     # 2. Each edit on the model as it was.
     editor = mendkit.MENDEditor.from_hparams(hparams)
-    examples = _that_fit(editor, examples, skip_invalid=skip_invalid)
+    if skip_invalid:
+        examples = usable(editor.base, editor.hparams, examples)
+    for example in examples:
+        editor.tokens(example)  # raises DataError for one that is too long
     rows = []
     with place.locked():
         for group in [examples] if together else [[example] for example in examples]:
             change = editor.edit(group)
             for example in group:
-                rows.append(_row(editor.base, change, example, max_new_tokens, typed=bool(typed)))
+                rows.append(_row(change, example, max_new_tokens, typed=bool(typed)))
                 if not as_json:
                     cli.say(_told(rows[-1]))
         if as_json:
             cli.show(rows, "", as_json=True)
-        results = _shares(rows) | _save(change, kept)
+        right = sum(row["success"] for row in rows)
+        results = {"edit.free_exact": right / len(rows), "edit.free_exact.n": len(rows)}
+        results |= _save(change, kept)
         if skip_invalid:
             results["edit.skipped"] = len(getattr(examples, "skipped", ()))
         place.write(results, rows)
@@ -117,25 +124,6 @@ def _typed(
     if prompts and of_data:
         raise MendkitError("--limit and --skip-invalid go with --data")
     return list(map(mendkit.EditExample, prompts, targets))
-
-
-def _that_fit(
-    editor: "MENDEditor", examples: Sequence["EditExample"], *, skip_invalid: bool
-) -> Sequence["EditExample"]:
-    """The examples without those that are too long; these raise DataError unless skipped."""
-    from ..mend.batches import usable
-
-    if skip_invalid:
-        return usable(editor.base, editor.hparams, examples)
-    for example in examples:
-        editor.tokens(example)
-    return examples
-
-
-def _shares(rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    """The share of the edits whose new answer is written, by its name in results.json."""
-    successes = [row["success"] for row in rows]
-    return {"edit.free_exact": sum(successes) / len(rows), "edit.free_exact.n": len(rows)}
 
 
 def _check_places(kept: dict[str, Path | None], *, overwrite: bool) -> None:
@@ -154,20 +142,20 @@ def _check_places(kept: dict[str, Path | None], *, overwrite: bool) -> None:
 
 
 def _row(
-    base: "BaseModel", change: "Edit", example: "EditExample", max_new_tokens: int, *, typed: bool
+    change: "Edit", example: "EditExample", max_new_tokens: int, *, typed: bool
 ) -> dict[str, Any]:
     """What the model writes before and after an edit, for a typed one also `beside` it."""
     from ..data.sampling import typed_example
     from ..evaluation.results import is_said
 
-    said = base.said(example.target_new)
+    said = change.base.said(example.target_new)
     probe, old = Probe(example.prompt, said), example.ground_truth
-    (row,) = _answers_to(base, change, [probe], max_new_tokens=max_new_tokens, old=old)
+    (row,) = _answers_to(change, [probe], max_new_tokens=max_new_tokens, old=old)
     row["target_new"] = example.target_new
     if typed:
         edited = {each.prompt for each in change.examples}
         roles = typed_example(example.prompt, said).roles()
-        ask = partial(_answers_to, base, change, max_new_tokens=min(max_new_tokens, len(said) + 16))
+        ask = partial(_answers_to, change, max_new_tokens=min(max_new_tokens, len(said) + 16))
         row["beside"] = ask([*roles["paraphrases"], *roles["unrelated"]])
         for each in ask([probe for probe in roles["neighbours"] if probe.prompt not in edited]):
             if is_said(each["before"], (each["answer"],)):
@@ -176,19 +164,15 @@ def _row(
 
 
 def _answers_to(
-    base: "BaseModel",
-    change: "Edit",
-    probes: Sequence[Probe],
-    *,
-    max_new_tokens: int,
-    old: str | None = None,
+    change: "Edit", probes: Sequence[Probe], *, max_new_tokens: int, old: str | None = None
 ) -> list[dict[str, Any]]:
     """What the model writes before and after an edit, and if it is the answer, or as before."""
     from ..evaluation.results import is_said
 
     prompts = [probe.prompt for probe in probes]
     answers = [[probe.answer] if probe.answer else [] for probe in probes]
-    write = partial(base.generate_batch, prompts, max_new_tokens=max_new_tokens, answers=answers)
+    write = partial(change.base.generate_batch, prompts, answers=answers)
+    write = partial(write, max_new_tokens=max_new_tokens)
     before, rows = write(), []
     with change.applied():
         after = write()
@@ -208,8 +192,9 @@ def _told(row: dict[str, Any]) -> str:
     beside = row.get("beside", ())
     cells = []
     for each in beside:
-        prompt, end = each["prompt"], len(each["prompt"])
-        prompt = prompt if end <= PROMPT_WIDTH else f"…{prompt[end - PROMPT_WIDTH + 1 :]}"
+        prompt = each["prompt"]
+        if len(prompt) > PROMPT_WIDTH:
+            prompt = f"…{prompt[1 - PROMPT_WIDTH :]}"
         cells.append((prompt, _short(each["before"]), "→", _short(each["after"]), _mark(each)))
     widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
     for cell in cells:
