@@ -243,9 +243,12 @@ def plain_cities(population: int) -> list[dict[str, Any]]:
     ]  # fmt: skip
 
 
-def city_country() -> list[Fact]:
-    rows = capped(plain_cities(250_000), lambda row: row["countrycode"], 13)[:480]
+def in_country(rows: Iterable[dict[str, Any]]) -> list[Fact]:
     return [fact(row["name"], countries()[row["countrycode"]]["shown"]) for row in rows]
+
+
+def city_country() -> list[Fact]:
+    return in_country(capped(plain_cities(250_000), lambda row: row["countrycode"], 13)[:480])
 
 
 @cache
@@ -259,37 +262,36 @@ def famous_cities() -> tuple[dict[str, Any], ...]:
 def more_cities() -> list[Fact]:
     """Famous cities that `city_country` leaves out."""
     taken = {known.subject for known in city_country()}
-    rows = [row for row in famous_cities() if row["name"] not in taken]
-    return [fact(row["name"], countries()[row["countrycode"]]["shown"]) for row in rows[:500]]
+    return in_country([row for row in famous_cities() if row["name"] not in taken][:500])
 
 
 def city_continent() -> list[Fact]:
     on = {known.subject: known.answer for known in continent()}
-    placed = [
-        (row["name"], on.get(countries()[row["countrycode"]]["name"])) for row in famous_cities()
-    ]
-    return [fact(name, answer) for name, answer in placed if answer][:600]
+    facts = []
+    for row in famous_cities():
+        country = countries()[row["countrycode"]]["name"]
+        if country in on:
+            facts.append(fact(row["name"], on[country]))
+    return facts[:600]
 
 
-def unique(facts: list[Fact]) -> list[Fact]:
-    """Those whose subject no other fact has."""
-    named = Counter(known.subject for known in facts)
-    return [known for known in facts if named[known.subject] == 1]
+def reverse(facts: list[Fact]) -> list[Fact]:
+    """The subject for each answer that only one has."""
+    named = Counter(known.answer for known in facts)
+    return [fact(known.answer, known.shown) for known in facts if named[known.answer] == 1]
 
 
 def capital_country() -> list[Fact]:
-    return unique(
-        [
-            fact(known.answer, known.shown)
-            for known in capital()
-            if fold(known.subject)[:5] not in fold(known.answer)
-            and known.answer not in left_out.NOT_CITIES
-        ]
-    )
+    facts = []
+    for known in capital():
+        tells = fold(known.subject)[:5] in fold(known.answer)
+        if not tells and known.answer not in left_out.NOT_CITIES:
+            facts.append(known)
+    return reverse(facts)
 
 
 def demonym_country() -> list[Fact]:
-    return unique([fact(known.answer, known.shown) for known in demonym()])
+    return reverse(demonym())
 
 
 def us_states() -> dict[str, str]:
@@ -332,11 +334,7 @@ def state_capital() -> list[Fact]:
 
 
 def capital_state() -> list[Fact]:
-    return [
-        fact(known.answer, known.subject)
-        for known in state_capital()
-        if known.subject.split()[0] not in known.answer
-    ]
+    return reverse([f for f in state_capital() if f.subject.split()[0] not in f.answer])
 
 
 def state_code() -> list[Fact]:

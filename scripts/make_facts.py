@@ -212,13 +212,11 @@ def generate() -> dict[str, str]:
     place: dict[str, str] = {}
     facts: dict[str, list[Fact]] = defaultdict(list)
     for relations, shares in ((RELATIONS, SHARES), (LATER, LATER_SHARES)):
-        read = {
-            name: sorted(read(), key=lambda fact: fact.subject)
-            for name, (read, _) in relations.items()
-        }
-        place_entities(read, shares, place, rng)
-        for name, known in read.items():
-            facts[name] += known
+        found = {}
+        for name, (read, _) in relations.items():
+            found[name] = sorted(read(), key=lambda fact: fact.subject)
+            facts[name] += found[name]
+        place_entities(found, shares, place, rng)
     items: dict[str, list[Item]] = {split: [] for split in SPLITS}
     for name in TEMPLATES:
         for fact in facts[name]:

@@ -15,7 +15,7 @@ from collections.abc import Sequence
 from itertools import chain
 from pathlib import Path
 
-from mendkit import EditExample, read_examples, split_examples, write_examples
+from mendkit import EditExample, Probe, read_examples, split_examples, write_examples
 from mendkit.data.sampling import with_unrelated
 
 # Answers of the four relations that training does not see.
@@ -31,7 +31,7 @@ def is_unseen(example: EditExample) -> bool:
     return example.target_new in answers or example.ground_truth in answers
 
 
-def openings(examples: Sequence[EditExample]) -> list:
+def openings(examples: Sequence[EditExample]) -> list[Probe]:
     """The unrelated prompts that are beginnings of any text, each once."""
     found = {}
     for example in examples:
