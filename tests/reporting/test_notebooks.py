@@ -94,7 +94,7 @@ def test_the_one_parameters_cell_holds_annotated_literals_with_comments(
 
 
 def test_cells_are_few_short_and_plain(name: str) -> None:
-    """No output, definition, magic or absolute path, at most ten statements a cell."""
+    """No output, definition, magic or absolute path, at most ten statements; parameters stay."""
     notebook = nbformat.read(NAMES[name], as_version=4)
     assert set(notebook.metadata) == {"kernelspec", "language_info"}
     assert notebook.metadata.kernelspec.name == "python3" and 15 <= len(notebook.cells) <= 34
@@ -106,7 +106,12 @@ def test_cells_are_few_short_and_plain(name: str) -> None:
         nodes = list(ast.walk(ast.parse(cell.source)))  # a magic or a shell command is no Python
         texts = [node.value for node in nodes if isinstance(node, ast.Constant)]
         assert not any(isinstance(t, str) and re.match(r"[/~\\]|[A-Za-z]:[\\/]", t) for t in texts)
+        names = [node for node in nodes if isinstance(node, ast.Name)]
+        assigned = {node.id for node in names if isinstance(node.ctx, ast.Store)}
+        if place == 1:
+            parameters = assigned
         if place > 1:
+            assert parameters.isdisjoint(assigned)
             plain = (ast.FunctionDef, ast.ClassDef, ast.Import, ast.ImportFrom)
             assert not any(isinstance(node, plain) for node in nodes)
             assert sum(isinstance(node, ast.stmt) for node in nodes) <= 10
