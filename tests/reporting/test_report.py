@@ -270,7 +270,7 @@ def test_a_runs_folder_says_of_which_commit_and_data_it_is(tmp_path, monkeypatch
         digests.append(run["data"]["test"]["sha256"])
     assert digests[0] == digests[1] != digests[2]
     # An installed kit has no commit, even where another repository is around it.
-    monkeypatch.setattr(runs, "CHECKOUT", tmp_path)
+    monkeypatch.setattr(runs, "CHECKOUT", runs.CHECKOUT / "tests")
     assert runs._commit.__wrapped__() is None
 
 
@@ -296,12 +296,17 @@ def notebook_of(*cells) -> Path:
     return path
 
 
+RUN = {
+    **{"notebooks": [EDITING], "command": "", "config": "c.yaml", "settings": [], "data": {}},
+    **{"started": "2026-11-29T02:38:24+0000", "commit": None, "versions": {"torch": None}},
+    **{"machine": {"cores": 1, "threads": 1, "processor": "p"}, "failure": None},
+}
+
+
 def test_the_page_stands_without_results(tmp_path):
-    run = {"notebooks": [EDITING], "hparams": {"model_name": "<m>", "rank": 3, "seed": 7}}
-    run |= {"started": "2026-11-29T02:38:24+0000", "commit": "abc-dirty", "data": {}}
-    run |= {"command": "", "config": "c", "settings": [], "versions": {"torch": None}}
-    run |= {"machine": {"cores": 1, "threads": 1, "processor": "p"}}
-    run |= {"failure": {"notebook": EDITING, "cell": None, "error": "<e>", "source": ""}}
+    failure = {"notebook": EDITING, "cell": None, "error": "<e>", "source": ""}
+    run = RUN | {"hparams": {"model_name": "<m>", "rank": 3, "seed": 7}}
+    run |= {"commit": "abc-dirty", "failure": failure}
     page = write_index(tmp_path, run, {"odd": float("nan"), "text": "<t>"}).read_text("utf-8")
     for text in ("&lt;m&gt;", "&lt;e&gt;", "&lt;t&gt;", "did not run", "rank: 3", "2026-11-29"):
         assert text in page
@@ -326,10 +331,8 @@ def test_the_page_tells_what_was_won_and_shows_a_known_edit_as_it_was(tmp_path):
     results |= {free: 0.75, f"{free}.n": 160, "single.edits.scored": 160}
     results |= {f"paired.{HEADLINE['neighbours']}.better": 142.0}
     results |= {f"paired.{HEADLINE['neighbours']}.worse": 1.0, "report.seconds": 1324.4}
-    run = {"notebooks": [EDITING], "hparams": {"model_name": "m", "rank": 3, "seed": 7}}
-    run |= {"started": "2026-11-29T02:38:24+0000", "commit": None, "failure": None}
-    run |= {"command": "", "versions": {}, "machine": {"cores": 1, "threads": 1, "processor": "p"}}
-    run |= {"config": "c.yaml", "settings": ["rank=4", "test_limit=9", "archive=x"]}
+    run = RUN | {"hparams": {"model_name": "m", "rank": 3, "seed": 7}}
+    run |= {"settings": ["rank=4", "test_limit=9", "archive=x"]}
     run |= {"data": {"test": {"examples": 160, "sha256": "d1g3st"}}}
     page = write_index(tmp_path, run, results).read_text("utf-8")
     title = re.search("<h1>(.*)</h1>", page)[1]
