@@ -56,9 +56,9 @@ def test_wheel_and_sdist_hold_what_they_need_and_an_installed_kit_finds_it(tmp_p
     install += ["--ignore-installed"]  # else pip uninstalls the kit that runs the tests
     subprocess.run([*install, "--prefix", tmp_path / "installed", wheel], check=True)
     (site,) = (tmp_path / "installed").rglob("site-packages")
-    code = """from pathlib import Path; from mendkit import read_examples, reporting, runs
+    code = """from pathlib import Path; from mendkit import places, read_examples, reporting, runs
 for name in ("configs/gpt2.yaml", "notebooks/08_compare_runs.ipynb"):
-    assert runs.kit_file(Path(name)).is_file() and runs.project_path(name).is_file(), name
+    assert runs.kit_file(Path(name)).is_file() and places.project_path(name).is_file(), name
 assert read_examples("facts:test", limit=1)
 assert (Path(reporting.__file__).parent / "templates/report.html.j2").is_file()
 print(runs.__file__)"""

@@ -50,12 +50,6 @@ def with_unrelated(
     return Examples.of(out, getattr(examples, "skipped", ()))
 
 
-@cache
-def _own_facts() -> tuple[EditExample, ...]:
-    """The kit's facts of all splits, read once for all prompts that are typed."""
-    return tuple(chain.from_iterable(map(read_examples, FACTS)))
-
-
 def typed_example(
     prompt: str, target_new: str, *, most: int = 10, first: Sequence[str] = ()
 ) -> EditExample:
