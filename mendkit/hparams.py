@@ -23,6 +23,7 @@ from pydantic import (
 )
 
 from .errors import HyperParamError, shown
+from .methods import METHODS
 from .places import archive_file
 from .runs import user_path
 from .strict_yaml import read_value, read_yaml
@@ -190,6 +191,7 @@ class MENDHyperParams(BaseModel, frozen=True, extra="forbid", strict=True):
     # identity
     archive: ArchivePath = None
     alg_name: Literal["MEND"] = "MEND"
+    method: Literal[*METHODS] | None = None  # what it sets stands in the other keys
     model_name: FilePath
     tokenizer_name: OtherTokenizer = None
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
@@ -218,11 +220,13 @@ class MENDHyperParams(BaseModel, frozen=True, extra="forbid", strict=True):
     loss_reduction: Literal["edit", "sum", "batch"] = "edit"
     whiten: Positive | None = None
     whiten_pairs: bool = False
+    whiten_values: Positive | None = None
     unit_response: bool = False
-    aggregate: Literal["sum", "least_squares"] = "sum"
+    aggregate: Literal["sum", "least_squares", "normal_equation"] = "sum"
+    value_coefficient: Literal["update", "key", "norm"] = "update"
     ridge: Positive = 0.003
     ridge_shared: Positive = 0.04
-    stats_examples: CountFrom1 = 500
+    stats_examples: CountFrom0 = 500
     stats_held_out: bool = False
     max_relative_norm: Positive | None = None
     lifelong_norm: bool = False
@@ -280,9 +284,10 @@ class MENDHyperParams(BaseModel, frozen=True, extra="forbid", strict=True):
 
     def __init__(self, **values: Any) -> None:
         try:
-            super().__init__(**values)
+            super().__init__(**_preset(values) | values)
         except ValidationError as error:
             raise _refusal(error, values) from None
+        self.model_fields_set.intersection_update(values)
         _check_together(self)
 
     @classmethod
@@ -304,9 +309,12 @@ class MENDHyperParams(BaseModel, frozen=True, extra="forbid", strict=True):
         return made
 
     def replace(self, **changes: Any) -> "MENDHyperParams":
-        """A copy with some keys changed, validated as a file is. Raises HyperParamError."""
+        """A copy with some keys changed, validated as a file is. Raises HyperParamError.
+
+        A new `method` sets its keys anew.
+        """
         changes = _last_word(_resolve(changes))
-        made = type(self)(**self.to_dict() | changes)
+        made = type(self)(**self.to_dict() | _preset(changes) | changes)
         made.model_fields_set.intersection_update(self.model_fields_set | changes.keys())
         return made
 
@@ -356,8 +364,22 @@ def _check_together(h: MENDHyperParams) -> None:
     for key in ("whiten_pairs", "unit_response"):
         if getattr(h, key) and h.whiten is None:
             raise HyperParamError(f"{key}: true needs `whiten`, such as 0.02", key)
+    fitted = h.whiten is not None or h.aggregate == "least_squares"
+    if h.stats_examples == 0 and (fitted or not h.lifelong_norm):
+        told = "needs `lifelong_norm: true`, no `whiten` and no `aggregate: least_squares`"
+        raise HyperParamError(f"stats_examples: 0 {told}", "stats_examples")
+    if h.aggregate == "sum" and h.value_coefficient != "update":
+        told = "needs `aggregate: normal_equation` or `least_squares`"
+        raise HyperParamError(
+            f"value_coefficient: {h.value_coefficient} {told}", "value_coefficient"
+        )
     if h.whiten_pairs and h.edit_tokens != "scored":
         raise HyperParamError("whiten_pairs: true needs `edit_tokens: scored`", "whiten_pairs")
+
+
+def _preset(given: Mapping[str, Any]) -> dict[str, Any]:
+    """What the method of some settings sets; an unknown one sets nothing, and is refused later."""
+    return METHODS.get(str(given.get("method")), {})
 
 
 def _resolve(given: Mapping[str, Any]) -> dict[str, Any]:

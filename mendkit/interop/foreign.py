@@ -283,11 +283,12 @@ def _check_expressible(mend: MEND) -> None:
     several = any(len(names) > 1 for names in mend.groups.values())  # layers in a transform
     cannot = {
         "whiten": h.norm and h.whiten is not None,
+        "whiten_values": h.norm and h.whiten_values is not None,
         "z_clip": h.norm and h.z_clip is not None,
         "norm_stats: layer": h.norm and h.shared and several and h.norm_stats == "layer",
         "edit_tokens: scored": h.edit_tokens == "scored",
         "loss_reduction: sum": h.loss_reduction == "sum",
-        "aggregate: least_squares": h.aggregate == "least_squares",
+        f"aggregate: {h.aggregate}": h.aggregate != "sum",
     }
     named = [name for name, is_so in cannot.items() if is_so]
     if named:

@@ -97,8 +97,8 @@ FREE = {
 STRUCTURE = (
     *("add_eos", "aggregate", "combine", "delta_only", "edit_tokens", "init", "loss_reduction"),
     *("n_hidden", "norm", "norm_stats", "one_sided", "rank", "shared", "std_eps", "std_floor"),
-    *("target_prefix", "unit_response", "update_sign", "whiten", "whiten_pairs", "x_only"),
-    "z_clip",
+    *("target_prefix", "unit_response", "update_sign", "value_coefficient", "whiten"),
+    *("whiten_pairs", "whiten_values", "x_only", "z_clip"),
 )
 # What an archive decides unless whoever edits does.
 OF_EITHER = ("max_relative_norm", "lifelong_norm", "max_length", "max_target_tokens", "seed")
@@ -171,7 +171,9 @@ def load_archive(path: str | Path, *, base: BaseModel) -> Archive:
         settings = {}  # whose tuples JSON wrote as lists
         for key, value in metadata["hparams"].items():
             settings[key] = tuple(value) if isinstance(value, list) else value
-        hparams = MENDHyperParams(**settings)
+        # what its method has set stands in the file: a later preset changes nothing
+        method = settings.pop("method", None)
+        hparams = MENDHyperParams(**settings).model_copy(update={"method": method})
         checked = matching_base(ARCHIVE, path, base, metadata["base_model"])
         held = len(tensors) + len(packing["same"])
         if hparams.n_hidden >= held:

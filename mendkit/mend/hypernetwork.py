@@ -18,6 +18,8 @@ Axes: n tokens of all edits (packed), i layer input, o layer output, d = i + o.
 # learned with a learning rate of its own, the sign is fixed (CORRECTNESS rows 1–9).
 
 from collections.abc import Callable, Iterable, Sequence
+from copy import deepcopy
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -27,8 +29,8 @@ from torch import Tensor, nn
 from ..hparams import MENDHyperParams
 from ..models.sites import Site
 from .factors import Factors, GradientFactors, Inputs
-from .least_squares import Memory, OtherKeys, put_together
-from .normaliser import RunningMoments, SecondMoment, Whitening
+from .least_squares import Memory, OtherKeys, asked_shifts, normal_equation, put_together
+from .normaliser import FullWhitening, RunningMoments, SecondMoment, Whitening
 from .updates import LowRankUpdate, Updates, padded
 
 # Ends of the names of separate blocks; combined ones have the group's bare name.
@@ -88,7 +90,7 @@ class MEND(nn.Module):
     edit_lr_unit: Tensor
     # torch does not say what its containers hold:
     blocks: Any  # LowRankResidual, by group and part, in a list
-    moments: Any  # RunningMoments or Whitening, by statistics' name and then "u" or "delta"
+    moments: Any  # RunningMoments or a whitening, by statistics' name and then "u" or "delta"
     others: Any  # OtherKeys, by statistics' name, with least squares
 
     def __init__(self, sites: Sequence[Site], hparams: MENDHyperParams) -> None:
@@ -115,13 +117,13 @@ class MEND(nn.Module):
                 for _ in range(hparams.n_hidden + 1):
                     stack.append(LowRankResidual(width, n_layers, hparams, generator))
                 self.blocks[group + part] = stack
-        # 3. Step sizes, and the ridges of least squares.
+        # 3. Step sizes, and the ridges of what solves for several edits.
         edit_lr = 1.0 if hparams.edit_lr == "auto" else hparams.edit_lr
         start = torch.full((len(self.sites),), float(edit_lr))
         self.log_edit_lr = nn.Parameter(start.log())
         self.register_buffer("edit_lr_unit", torch.ones(len(self.sites)))
-        if self.others:
-            ridges = torch.tensor([hparams.ridge, hparams.ridge_shared])
+        if hparams.aggregate != "sum":
+            ridges = torch.tensor([hparams.ridge, hparams.ridge_shared][: 1 + bool(self.others)])
             self.log_ridge = nn.Parameter(ridges.log().repeat(len(self.sites), 1))
 
     def steps(self) -> Float[Tensor, " s"]:
@@ -155,33 +157,36 @@ class MEND(nn.Module):
         `memory`: earlier edits of a sequence (least squares); `gather`: as `normalise`.
         """
         # Algorithm 2: normalise, transform, scale.
-        normalised = self.normalise(factors, gather)
+        normalised = self.normalise(factors, gather, at_once=at_once)
         transformed = self.transform(normalised)
         updates = self.scale(transformed, factors, n_edits)
-        if self.others:
+        if self.hparams.aggregate != "sum":
             return self._solved(updates, factors, at_once, memory)
         return {name: update.merged(at_once) for name, update in updates.items()}
 
-    def normalise(self, factors: Factors, gather: Sequence[str] = ()) -> Pairs:
+    def normalise(self, factors: Factors, gather: Sequence[str] = (), *, at_once: int = 1) -> Pairs:
         """norm(u) and norm(delta) of every site.
 
         With `gather`, all sites' names, the statistics run on (but those of `whiten`), as in the
-        authors' code: layer by layer, tokens join them before they are normalised.
+        authors' code: layer by layer, tokens join them before they are normalised. While there are
+        none (`stats_examples: 0`), those of every `at_once` edits in a row are their own.
         """
         h, normalised = self.hparams, {}
         for name in gather or self.stats_of:
-            u, delta = factors[name].u, factors[name].delta
+            u, delta, rows = factors[name].u, factors[name].delta, factors[name].rows
             moments = self.moments[self.stats_of[name]]
             if gather:
                 self._add(name, factors[name], once_fitted=True)
             if h.norm:
                 limits: dict[str, Any] = {"floor": h.std_floor, "clip": h.z_clip}
-                delta = moments["delta"].normalise(delta, **limits)
+                alone = None
+                if h.stats_examples == 0 and not int(moments["delta"].count):
+                    alone = torch.bincount(rows // at_once).tolist()
+                delta = _normalised(moments["delta"], delta, alone, limits)
                 if h.whiten_pairs:
                     # only scored tokens make the update: an edit's first predicts its answer's
-                    start = factors[name].rows.new_full((1,), -1)
-                    limits["first"] = torch.diff(factors[name].rows, prepend=start) != 0
-                u = moments["u"].normalise(u, **limits)
+                    limits["first"] = torch.diff(rows, prepend=rows.new_full((1,), -1)) != 0
+                u = _normalised(moments["u"], u, alone, limits)
             normalised[name] = u, delta
         return normalised
 
@@ -224,10 +229,20 @@ class MEND(nn.Module):
         # each site has ridges of its own; a memory spans all sites, so edits are counted once
         solved: Updates = {}
         for (name, each), log_ridge in zip(updates.items(), self.log_ridge, strict=True):
-            keys = padded(factors[name].u, factors[name].rows, len(each))
-            other, ridge = self.others[self.stats_of[name]], log_ridge.exp().double()
+            keys, ridge = padded(factors[name].u, factors[name].rows, len(each)), log_ridge.exp()
+            shifts = asked_shifts(each, keys, self.hparams.value_coefficient)
+            asked, ridge = LowRankUpdate(keys, shifts, 1.0).merged(at_once), ridge.double()
+            if not self.others:
+                solved[name] = replace(asked, u=normal_equation(asked.u, ridge))
+                continue
             solved[name] = put_together(
-                name, each, keys, other, ridge, at_once=at_once, memory=memory
+                name,
+                each,
+                asked,
+                self.others[self.stats_of[name]],
+                ridge,
+                at_once=at_once,
+                memory=memory,
             )
         if memory is not None and len(each) == at_once:
             memory.edits += at_once
@@ -288,11 +303,28 @@ class MEND(nn.Module):
         moments["delta"].add(factors.delta)
 
 
+def _normalised(
+    moments: Any, x: Tensor, alone: Sequence[int] | None, limits: dict[str, Any]
+) -> Tensor:
+    """Rows as the statistics normalise them; or `alone` so many in a row, by their own."""
+    if alone is None:
+        return moments.normalise(x, **limits)
+    parts = []
+    for rows in x.split(alone):
+        own = deepcopy(moments)
+        own.add(rows)
+        parts.append(own.normalise(rows, **limits))
+    return torch.cat(parts)
+
+
 def _normalisers(site: Site, h: MENDHyperParams) -> nn.ModuleDict:
     u: nn.Module = RunningMoments(site.d_in, h.std_eps)
     if h.whiten is not None:
         u = Whitening(site.d_in, h.whiten, pairs=h.whiten_pairs, unit_response=h.unit_response)
-    return nn.ModuleDict({"u": u, "delta": RunningMoments(site.d_out, h.std_eps)})
+    delta: nn.Module = RunningMoments(site.d_out, h.std_eps)
+    if h.whiten_values is not None:
+        delta = FullWhitening(site.d_out, h.whiten_values)
+    return nn.ModuleDict({"u": u, "delta": delta})
 
 
 def transformed(site: Site, h: MENDHyperParams) -> dict[str, int]:

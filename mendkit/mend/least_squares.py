@@ -9,6 +9,8 @@ Instead, one ΔW for the tokens t of all edits solves
 as MEMIT (Meng et al., 2023, equation 14), with MALMEN's values (Tan et al., 2024, section 4.1).
 ŷ = C ũ (k·ũ) / (ũᵀ C ũ) is the part of k along MEND's ũ, for what a fact's wordings share.
 C = E[x xᵀ] is over other prompts' keys, whose shift stays small. The ridges λ are learned.
+`aggregate: normal_equation` (MALMEN, equation 6) has no C, no ŷ and no memory: with all keys and
+shifts as columns of H and V, ΔW = V Hᵀ (H Hᵀ + λ I)⁻¹. Sequences add such solutions.
 Axes: b updates, t tokens of an update (zero rows are padding), i layer input, o layer output.
 """
 
@@ -103,38 +105,63 @@ def solve(
     return u.to(keys), z.detach(), lam.detach()
 
 
+def asked_shifts(
+    update: LowRankUpdate, keys: Float[Tensor, "b t i"], coefficient: str
+) -> Float[Tensor, "b t o"]:
+    """The shift d of the output that each edit asks for at its keys (`value_coefficient`).
+
+    That of its "update", ΔW k; or of a token's own term alone, c (k·ũ) δ̃ by the "key" (MALMEN),
+    c ‖ũ‖² δ̃ by the "norm" (UltraEdit). c is the sign times α.
+    """
+    if coefficient == "update":
+        return update.branch(keys)
+    left = keys if coefficient == "key" else update.u
+    return update.coefficient * (left * update.u).sum(-1, keepdim=True) * update.delta
+
+
+def normal_equation(
+    keys: Float[Tensor, "b t i"], ridge: Float[Tensor, " 1"]
+) -> Float[Tensor, "b t i"]:
+    """The u of ΔW = Σ_t d_t u_tᵀ, rows of (Hᵀ H + λ I)⁻¹ Hᵀ, or of the same by the width."""
+    k = keys.double()
+    if k.shape[1] <= k.shape[2]:
+        u = torch.linalg.solve(k @ k.mT + ridge * torch.eye(k.shape[1]).to(k), k)
+    else:
+        u = torch.linalg.solve(k.mT @ k + ridge * torch.eye(k.shape[2]).to(k), k.mT).mT
+    return u.to(keys)
+
+
 def put_together(
     name: str,
     update: LowRankUpdate,
-    keys: Float[Tensor, "b t i"],
+    asked: LowRankUpdate,
     other: OtherKeys,
     ridge: Float[Tensor, " 2"],
     *,
     at_once: int,
     memory: Memory | None = None,
 ) -> LowRankUpdate:
-    """One update for each `at_once` edits in a row, from each one's update and keys at a site.
+    """One update for each `at_once` edits in a row, from each one's `update` at a site.
 
+    `asked` has the keys and the shifts asked for, of all edits that are made at once.
     With `memory` a single one makes what earlier edits leave of its shifts, and joins them.
     This is recursive least squares: edits in sequence give the solution for all at once.
     """
-    # 1. The shift that each edit asks for at its own keys.
-    asked = LowRankUpdate(keys, update.branch(keys), 1.0).merged(at_once)
-    # 2. The least squares. λ_y grows with the number of edits, for what other wordings have
+    # 1. The least squares. λ_y grows with the number of edits, for what other wordings have
     #    besides ŷ adds to the last term once an edit.
     earlier = memory or Memory()
     before = earlier.inverse.get(name)
     ridge = ridge * ridge.new_tensor([1, earlier.edits + at_once])
     u, z, ridges = solve(asked.u, update.merged(at_once).u, other, ridge, memory=before)
-    # 3. A single update is remembered.
+    # 2. A single update is remembered.
     if memory is not None and len(z) == 1:
         before = other.inverse() if before is None else before
         memory.inverse[name] = remember(before, z[0], ridges[0])
-    # 4. ΔW = Σ (d − ΔW_held z) uᵀ.
+    # 3. ΔW = Σ (d − ΔW_held z) uᵀ.
     if name in earlier.held:
         left = torch.cat([asked.delta, asked.delta], 1) - z.to(u) @ earlier.held[name].T.to(u)
         return LowRankUpdate(u, left, 1.0)
-    t = keys.shape[1] * at_once
+    t = asked.u.shape[1]
     return LowRankUpdate(u[:, :t] + u[:, t:], asked.delta, 1.0)
 
 

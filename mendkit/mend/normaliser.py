@@ -1,7 +1,8 @@
 """The normaliser: statistics by which u and delta enter the hypernetwork (MEND, section 3.2).
 
 norm(x) = (x − mean) / std, feature by feature. Statistics are gathered over training factors and
-then frozen. Ours: a floor on the std, a clip on the result (CORRECTNESS rows 3–6), and `whiten`.
+then frozen, or run on with the edits of a session (`lifelong_norm`). Ours: a floor on the std, a
+clip on the result (CORRECTNESS rows 3–6), and `whiten`. StableEdit's: `whiten_values`.
 Axes: n tokens (packed), d features.
 """
 
@@ -46,7 +47,9 @@ class RunningMoments(nn.Module):
         x = x.double()
         n, before, mean = len(x), int(self.count), x.mean(0)
         shift = mean - self.mean
-        self.m2 += ((x - mean) ** 2).sum(0) + shift**2 * (before * n / (before + n))
+        self.m2 += self._squares(x - mean) + self._squares(shift[None]) * (
+            before * n / (before + n)
+        )
         self.mean += shift * (n / (before + n))
         self.count += n
         self._store()
@@ -56,10 +59,13 @@ class RunningMoments(nn.Module):
         """Join the statistics of several processes: `total` sums a tensor over them."""
         count = total(self.count)
         mean = total(self.count * self.mean) / count.clamp(min=1)
-        self.m2.copy_(total(self.m2 + self.count * (self.mean - mean) ** 2))
+        self.m2.copy_(total(self.m2 + self.count * self._squares((self.mean - mean)[None])))
         self.mean.copy_(mean)
         self.count.copy_(count)
         self._store()
+
+    def _squares(self, x: Float[Tensor, "n d"]) -> Tensor:
+        return (x**2).sum(0)
 
     def _store(self) -> None:
         if self.eps:
@@ -85,6 +91,41 @@ class RunningMoments(nn.Module):
         if int(self.count) == 0:
             return x
         return _clipped((x - self.mean.to(x.dtype)) / self.std(floor).to(x.dtype), clip)
+
+
+class FullWhitening(RunningMoments):
+    """x ↦ (Σ + ridge · mean(diag Σ) · I)^(−1/2) (x − mean) with the covariance Σ (`whiten_values`).
+
+    The symmetric root leaves x closest to what it was. Of the deltas of few tokens Σ has a low
+    rank: the ridge bounds the rest.
+    """
+
+    def __init__(self, width: int, ridge: float) -> None:
+        super().__init__(width)
+        self.ridge = ridge
+        self.register_buffer("m2", torch.zeros(width, width, dtype=torch.float64))
+        self._root: tuple[int, Tensor] | None = None  # with the version of `m2`
+
+    def _squares(self, x: Float[Tensor, "n d"]) -> Float[Tensor, "d d"]:
+        return x.T @ x
+
+    @torch.no_grad()
+    def inverse_root(self) -> Float[Tensor, "d d"]:
+        """The matrix that whitens, in float64, computed once for the rows added so far."""
+        if self._root is None or self._root[0] != self.m2._version:
+            values, vectors = torch.linalg.eigh(self.m2 / max(int(self.count) - 1, 1))
+            floor = self.ridge * values.mean() + torch.finfo(torch.float64).tiny
+            root = (vectors * (values.clamp(min=0) + floor).rsqrt()) @ vectors.T
+            self._root = self.m2._version, root
+        return self._root[1]
+
+    def normalise(
+        self, x: Float[Tensor, "n d"], *, floor: float, clip: float | None
+    ) -> Float[Tensor, "n d"]:
+        """The whitened rows, clipped to ±clip; x itself while empty. `floor` is for one feature."""
+        if int(self.count) == 0:
+            return x
+        return _clipped((x - self.mean.to(x.dtype)) @ self.inverse_root().to(x.dtype), clip)
 
 
 class SecondMoment(nn.Module):

@@ -71,7 +71,7 @@ def unpacked(
         if name in packing["triangles"]:
             shape = torch.Size((*shape[:-2], shape[-1] * (shape[-1] + 1) // 2))
         flat = _widened(tensors[name], tensors.pop(name + LARGEST))
-        tensors[name] = flat[: shape.numel()].view(shape)
+        tensors[name] = flat[: shape.numel()].view(shape).to(forms[name][0])
     # 2. Symmetric matrices.
     for name in packing["triangles"]:
         tensors[name] = _square(tensors[name], forms[name][1][-1])

@@ -52,7 +52,7 @@ class Preparation:
         if hparams.archive is not None:
             archive = load_archive(hparams.archive, base=base)
             kept = {key: getattr(archive.mend.hparams, key) for key in STRUCTURE}
-            if hparams.aggregate == "least_squares":
+            if (kept["aggregate"], hparams.aggregate) == ("sum", "least_squares"):
                 kept["aggregate"] = hparams.aggregate
             if hparams.edit_lr == "auto":  # the archive's step sizes have started
                 kept["edit_lr"] = archive.mend.hparams.edit_lr
