@@ -228,6 +228,7 @@ class MENDHyperParams(BaseModel, frozen=True, extra="forbid", strict=True):
     ridge_shared: Positive = 0.04
     stats_examples: CountFrom0 = 500
     stats_held_out: bool = False
+    site_share: Annotated[Positive, Field(le=1)] = 1.0
     max_relative_norm: Positive | None = None
     lifelong_norm: bool = False
     # training
@@ -240,9 +241,12 @@ class MENDHyperParams(BaseModel, frozen=True, extra="forbid", strict=True):
     cloc: NonNegative = 1.0
     cneigh: NonNegative | None = None
     cmargin: NonNegative = 0.0
+    cnorm: NonNegative = 0.0
     margin: NonNegative = 1.0
-    train_on: Literal["single", "batch", "sequence"] = "single"
+    train_on: Literal["single", "batch", "sequence", "episode"] = "single"
     most_edits: CountFrom1 = 16
+    back_depth: CountFrom1 = 10
+    time_decay: Share = 0.95
     batch_size: CountFrom1 = 16
     accumulate_bs: CountFrom1 = 1
     texts_per_role: Counts = None
@@ -318,6 +322,11 @@ class MENDHyperParams(BaseModel, frozen=True, extra="forbid", strict=True):
         made.model_fields_set.intersection_update(self.model_fields_set | changes.keys())
         return made
 
+    @property
+    def trained_at_once(self) -> int:
+        """The most edits that one weight change of training makes."""
+        return {"batch": self.most_edits, "episode": self.batch_size}.get(self.train_on, 1)
+
     def to_dict(self) -> dict[str, Any]:
         """Every key and value in plain types, for JSON; `MENDHyperParams(**d)` equals this one."""
         values = {key: list(value) if isinstance(value, tuple) else value for key, value in self}
@@ -373,6 +382,12 @@ def _check_together(h: MENDHyperParams) -> None:
         raise HyperParamError(
             f"value_coefficient: {h.value_coefficient} {told}", "value_coefficient"
         )
+    if h.aggregate == "least_squares":
+        told = "needs another `aggregate`: least squares make a row of edits as if at once"
+        if h.site_share < 1:
+            raise HyperParamError(f"site_share: {h.site_share:g} {told}", "site_share")
+        if h.train_on == "episode":
+            raise HyperParamError(f"train_on: episode {told}", "train_on")
     if h.whiten_pairs and h.edit_tokens != "scored":
         raise HyperParamError("whiten_pairs: true needs `edit_tokens: scored`", "whiten_pairs")
 

@@ -16,6 +16,18 @@ _MALMEN = {
     "most_edits": 64,
 }
 
+# RLEdit (Li et al., 2025): MALMEN trained on sequences of batches, its statistics running on.
+_RLEDIT = _MALMEN | {
+    "lifelong_norm": True,
+    "train_on": "episode",
+    "batch_size": 8,
+    "most_edits": 80,
+    "back_depth": 10,
+    "time_decay": 0.95,
+    "cloc": 0.6,
+    "cnorm": 1e-4,
+}
+
 # UltraEdit (Gu et al., 2025): no training; the statistics are those of the edits alone. The blocks
 # of the hypernetwork stay the identity, so they are as small as they can be.
 _ULTRAEDIT = {
@@ -41,6 +53,7 @@ METHODS: dict[str, dict[str, Any]] = {
     # MEND (Mitchell et al., 2022) is what the kit's defaults are, but for the weight of the edit.
     "mend": {"cedit": 0.1},
     "malmen": _MALMEN,
+    "rledit": _RLEDIT,
     "ultraedit": _ULTRAEDIT,
     "stableedit": _STABLEEDIT,
     # The kit's recipe for single edits (configs/smollm2-135m.yaml), with least squares for several.

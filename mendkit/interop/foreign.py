@@ -283,6 +283,7 @@ def _check_expressible(mend: MEND) -> None:
     several = any(len(names) > 1 for names in mend.groups.values())  # layers in a transform
     cannot = {
         "whiten": h.norm and h.whiten is not None,
+        "site_share": h.site_share < 1,
         "whiten_values": h.norm and h.whiten_values is not None,
         "z_clip": h.norm and h.z_clip is not None,
         "norm_stats: layer": h.norm and h.shared and several and h.norm_stats == "layer",

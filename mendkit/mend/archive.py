@@ -96,8 +96,8 @@ FREE = {
 # What an archive decides, besides its sites, step sizes and ridges.
 STRUCTURE = (
     *("add_eos", "aggregate", "combine", "delta_only", "edit_tokens", "init", "loss_reduction"),
-    *("n_hidden", "norm", "norm_stats", "one_sided", "rank", "shared", "std_eps", "std_floor"),
-    *("target_prefix", "unit_response", "update_sign", "value_coefficient", "whiten"),
+    *("n_hidden", "norm", "norm_stats", "one_sided", "rank", "shared", "site_share", "std_eps"),
+    *("std_floor", "target_prefix", "unit_response", "update_sign", "value_coefficient", "whiten"),
     *("whiten_pairs", "whiten_values", "x_only", "z_clip"),
 )
 # What an archive decides unless whoever edits does.

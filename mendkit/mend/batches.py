@@ -19,6 +19,9 @@ logger = logging.getLogger(__name__)
 # The role of a neighbour with the edit's new answer in place of the neighbour's answer.
 RIVALS = "rivals"
 
+# The name of ‖ΔW‖² among the losses.
+NORM = "norm"
+
 
 def role_weights(h: MENDHyperParams) -> dict[str, float]:
     """The weight of each role's loss: `cpara` defaults to `cedit`, `cneigh` to `cloc`."""
@@ -28,6 +31,7 @@ def role_weights(h: MENDHyperParams) -> dict[str, float]:
         "neighbours": h.cloc if h.cneigh is None else h.cneigh,
         "unrelated": h.cloc,
         RIVALS: h.cmargin,
+        NORM: h.cnorm,
     }
 
 
@@ -233,6 +237,8 @@ class Sampler:
         h, at_once = self.hparams, 1
         if h.train_on == "batch":
             at_once = self._count(min(h.most_edits, len(self.examples)))
+        elif h.train_on == "episode":
+            at_once = min(h.batch_size, len(self.examples))
         size = max(min(h.batch_size, len(self.examples)) // at_once, 1) * at_once
         while len(self.order) < size:
             self.order += self._permutation(len(self.examples))

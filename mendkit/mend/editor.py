@@ -22,7 +22,7 @@ from .edit import Edit, load_edits, save_edits
 from .factors import as_one_loss, capture_inputs, edit_factors
 from .hypernetwork import MEND
 from .least_squares import Memory
-from .updates import Updates, capped, in_force, unedited
+from .updates import Updates, at_some_sites, capped, in_force, unedited
 
 KEYS_BATCH = 32
 
@@ -103,6 +103,7 @@ class MENDEditor:
             for site in self.base.sites:
                 memory.held[site.name] = in_force(self.base, site) / h.lr_scale
         made = self.mend(factors, n, at_once=together, memory=memory, gather=gather)
+        made = at_some_sites(made, texts, h)
         # 3. A limit on the weight change, if there is one.
         if h.max_relative_norm:
             made = capped(self.base, made, h.max_relative_norm, strength=h.lr_scale)

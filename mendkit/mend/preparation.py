@@ -134,9 +134,8 @@ class Preparation:
     def _measure_edit_lr(self, mend: MEND, h: MENDHyperParams) -> float:
         start, generator = time.perf_counter(), torch.Generator().manual_seed(h.seed)
         order = torch.randperm(len(self.train), generator=generator).tolist()
-        at_once = h.most_edits if h.train_on == "batch" else 1
         texts = [self.train[i] for i in order]
-        edit_lr = best_edit_lr(self.trunk, mend, texts, h, at_once=at_once)
+        edit_lr = best_edit_lr(self.trunk, mend, texts, h, at_once=h.trained_at_once)
         seconds = time.perf_counter() - start
         logger.info("edit_lr: auto is %.3g, measured in %.0f s", edit_lr, seconds)
         return edit_lr

@@ -5,8 +5,8 @@ The loss is, with a mean over the batch's texts in each term (equations 4 and 5,
     c_edit NLL(edit) + c_para NLL(paraphrases) + c_neigh KL(neighbours) + c_loc KL(unrelated)
 
 and c_margin times what neighbours' answers lack of being `margin` nats a token more likely than the
-edit's. Adam descends it, with `lr` for the transforms and `lr_lr` for the log step sizes
-(CORRECTNESS row 2).
+edit's, and c_norm ‖ΔW‖². Adam descends it, with `lr` for the transforms and `lr_lr` for the log
+step sizes (CORRECTNESS row 2).
 """
 
 import math
@@ -23,13 +23,21 @@ from ..errors import MendkitError
 from ..hparams import MENDHyperParams
 from ..models.tokens import Tokens, collate
 from ..models.trunk import FrozenTrunk
-from .batches import RIVALS, DrawnBatch, DrawnRows, Sampler, role_weights
+from .batches import NORM, RIVALS, DrawnBatch, DrawnRows, Sampler, role_weights
 from .distributed import Team
 from .factors import FactorCache, Factors, edit_factors
 from .hypernetwork import MEND
 from .least_squares import Memory
 from .losses import edit_nll, locality_kl, margin_shortfall
-from .updates import Updates, side_branches
+from .updates import (
+    LowRankUpdate,
+    Updates,
+    at_some_sites,
+    side_branches,
+    side_by_side,
+    squared_norm,
+    unedited,
+)
 
 # The order in which the logits of a batch come: what has an answer before what is to be kept.
 ROLES = ("edit", "paraphrases", RIVALS, "neighbours", "unrelated")
@@ -50,45 +58,69 @@ def batch_losses(
     The edits are independent, or `at_once` in a row are made as one. They come on top of the edits
     `before`, which `memory` holds (least squares).
     """
+    h, edits = mend.hparams, [row[0][1] for row in rows]
     # 1. The hypernetwork turns the factors into updates.
     if before and memory is not None:
         memory.held = {name: update.dense() for name, update in before.items()}
     updates = mend(factors, len(rows), at_once=at_once, memory=memory)
+    updates = at_some_sites(updates, edits, h)
 
-    # 2. One suffix pass reads every text with its edit's update as a side branch. Its logits come
+    # 2. The losses of the texts under them.
+    with side_branches(trunk.base, before or {}):
+        losses = read_losses(trunk, updates, rows, h)
+    return losses | {NORM: squared_norm(updates)} if h.cnorm else losses
+
+
+def read_losses(
+    trunk: FrozenTrunk, updates: Updates, rows: DrawnRows, h: MENDHyperParams
+) -> dict[str, Tensor]:
+    """The mean loss of each role under updates of the rows, and under what the model holds."""
+    # 1. One suffix pass reads every text with its edit's update as a side branch. Its logits come
     #    role after role; of neighbours those first that a rival stands behind.
     drawn = list(chain.from_iterable(rows))
     compared = [role == RIVALS for role, _ in drawn[1:]] + [False]
     order = sorted(range(len(drawn)), key=lambda k: (ROLES.index(drawn[k][0]), not compared[k]))
     groups = [[text for _, text in row] for row in rows]
-    with side_branches(trunk.base, before or {}), side_branches(trunk.base, updates):
+    with side_branches(trunk.base, updates):
         logits = trunk.suffix_of(groups, order)
     counts = [sum(role == each for role, _ in drawn) for each in ROLES]
     texts = [drawn[k][1] for k in order]
     parts = logits.split([len(text.scored) for text in texts])
     answered, rivals = sum(counts[:3]), counts[2]
 
-    # 3. NLL of the answers (equation 4), and what neighbours' answers lack of the margin.
+    # 2. NLL of the answers (equation 4), and what neighbours' answers lack of the margin.
     some = texts[: answered + rivals]
     batch = collate(some, trunk.base.pad_id, trunk.base.device)
     nll = edit_nll(torch.cat(parts[: len(some)]), batch.targets, batch.rows, len(some))
     edit, paraphrases, rival, right = nll.split([*counts[:3], rivals])
-    shortfall = margin_shortfall(right, rival, margin=mend.hparams.margin)
+    shortfall = margin_shortfall(right, rival, margin=h.margin)
     losses = dict(zip(ROLES, (edit, paraphrases, shortfall), strict=False))
 
-    # 4. KL from the unedited model, of what is to be kept.
+    # 3. KL from the unedited model, of what is to be kept.
     if some := texts[answered:]:
         batch = collate(some, trunk.base.pad_id, trunk.base.device)
-        unedited, after = trunk.before(some, batch), torch.cat(parts[answered:])
-        kl = locality_kl(unedited, after, batch.rows, len(some))
+        with unedited(trunk.base):
+            reference = trunk.before(some, batch)
+        kl = locality_kl(reference, torch.cat(parts[answered:]), batch.rows, len(some))
         losses |= zip(ROLES[3:], kl.split(counts[3:]), strict=True)
     return {role: loss.mean() for role, loss in losses.items() if len(loss)}
+
+
+def batches_of(h: MENDHyperParams) -> int:
+    """Batches drawn for one loss: those of an episode, else one."""
+    return max(h.most_edits // h.batch_size, 1) if h.train_on == "episode" else 1
 
 
 def total_loss(losses: Mapping[str, Tensor], h: MENDHyperParams) -> Tensor:
     """The weighted sum of the role losses."""
     weights = role_weights(h)
     return sum((weights[role] * loss for role, loss in losses.items()), torch.zeros(()))
+
+
+def _joined(steps: Sequence[Updates]) -> Updates:
+    """The sum of several updates, site by site."""
+    names = steps[0] if steps else ()
+    return {name: side_by_side([step[name] for step in steps]) for name in names}
 
 
 def learning_rate_factor(step: int, h: MENDHyperParams, steps: int) -> float:
@@ -134,9 +166,11 @@ class Learner:
         sums: dict[str, float] = {}
         for _ in range(self.h.accumulate_bs):
             # 1. Draw edits, and of each the texts that judge it.
-            batch = self.sampler.draw()
+            batches = [self.sampler.draw() for _ in range(batches_of(self.h))]
             # 2. Make the edits, read the texts under them, and add up the loss's gradient.
-            for name, loss in self._backward(batch).items():
+            episode = self.h.train_on == "episode"
+            made = self._play(batches) if episode else self._backward(batches[0])
+            for name, loss in made.items():
                 sums[name] = sums.get(name, 0.0) + loss / self.h.accumulate_bs
         # 3. Add up what the processes have of gradients and losses.
         parameters = list(self.mend.parameters())
@@ -147,7 +181,7 @@ class Learner:
         row["grad_norm"] = float(torch.nn.utils.clip_grad_norm_(parameters, self.h.grad_clip))
         finite = all(map(math.isfinite, row.values()))
         if finite:
-            if not self.optimiser.state:
+            if not self.optimiser.state and self.h.site_share == 1:
                 self._check_sites()
             factor = learning_rate_factor(number - 1, self.h, steps)
             for group in self.optimiser.param_groups:
@@ -185,12 +219,55 @@ class Learner:
         # The mean over a batch is the sum of the processes' means, weighed by their texts.
         whole = Counter(role for role, _ in chain.from_iterable(batch.rows))
         here = Counter(role for role, _ in chain.from_iterable(rows))
+        whole[NORM], here[NORM] = len(batch.rows), len(rows)
         losses = {role: loss * (here[role] / whole[role]) for role, loss in losses.items()}
         total = total_loss(losses, self.h)
         (total / self.h.accumulate_bs).backward()
         told = {role: 0.0 for role in (*HEADLINE_ROLES, RIVALS) if whole[role]}
         told |= {role: float(loss.detach()) for role, loss in losses.items()}
         return {"loss": float(total.detach()), **told}
+
+    def _play(self, batches: Sequence[DrawnBatch]) -> dict[str, float]:
+        """Add the gradient of an episode's loss (RLEdit): batches are made one after another.
+
+        After each the losses of the last `back_depth` count, under all edits so far, `time_decay` a
+        step back. Factors are the edited model's, and count as constants. The mean losses.
+        """
+        h, base = self.h, self.trunk.base
+        made: list[LowRankUpdate] = []  # site by site, and as leaves, which losses are read under
+        leaves: list[Updates] = []
+        weights = [h.time_decay**back for back in range(h.back_depth)]
+        whole = sum(sum(weights[: time + 1]) for time in range(len(batches)))
+        told = {"loss": 0.0} | dict.fromkeys(HEADLINE_ROLES, 0.0)
+        for time, batch in enumerate(batches):
+            # 1. Edit the model as edited so far.
+            edits = [row[0][1] for row in batch.rows]
+            with side_branches(base, _joined(leaves)), torch.no_grad():
+                factors = edit_factors(self.trunk, h, edits)
+            updates = self.mend(factors, len(edits), at_once=len(edits))
+            leaves.append({})
+            for name, update in at_some_sites(updates, edits, h).items():
+                made.append(side_by_side([update]))
+                u, delta = (x.detach().requires_grad_() for x in (made[-1].u, made[-1].delta))
+                leaves[-1][name] = LowRankUpdate(u, delta, 1.0)
+            # 2. The gradient in the updates: each pass is freed before the next.
+            latest = {NORM: squared_norm(leaves[-1])} if h.cnorm else {}
+            for weight, past in zip(weights, reversed(batches[: time + 1]), strict=False):
+                losses = read_losses(self.trunk, _joined(leaves), past.rows, h) | latest
+                total = total_loss(losses, h) * (weight / whole)
+                (total / h.accumulate_bs).backward()
+                told["loss"] += float(total.detach())
+                for role, loss in losses.items():
+                    told[role] = told.get(role, 0.0) + float(loss.detach()) * weight / whole
+                latest = {}
+        # 3. From there to the hypernetwork.
+        ends, slopes = [], []
+        for update, leaf in zip(made, chain.from_iterable(x.values() for x in leaves), strict=True):
+            ends += [update.u, update.delta]
+            slopes += [leaf.u.grad, leaf.delta.grad]
+        learn = [k for k, end in enumerate(ends) if end.requires_grad and slopes[k] is not None]
+        torch.autograd.backward([ends[k] for k in learn], [slopes[k] for k in learn])
+        return told
 
     def losses(self, rows: DrawnRows, at_once: int, earlier: Sequence[Tokens]) -> dict[str, Tensor]:
         """Losses of a batch. After `earlier` edits each edit has one of these to keep."""
@@ -202,6 +279,7 @@ class Learner:
         with torch.no_grad():
             known = self.factors.get(earlier)
             before = self.mend(known, len(earlier), at_once=len(earlier), memory=memory)
+            before = at_some_sites(before, earlier, self.h)
         if memory is not None:  # least squares takes the gradients of the unedited model
             factors = self.factors.get(edits)
         else:

@@ -25,7 +25,7 @@ from .archive import Checkpoint, TrainingResult, inspect_archive, look_at_archiv
 from .batches import Sampler
 from .distributed import Team
 from .preparation import Preparation
-from .steps import Learner
+from .steps import Learner, batches_of
 from .validation import validate
 
 logger = logging.getLogger(__name__)
@@ -59,7 +59,8 @@ class Trainer:
         self.checkpoint, self.run_dir, self.log = checkpoint, checkpoint.path.parent, log
         steps, h = self.hparams.max_iters, self.hparams
         if h.max_epochs is not None:
-            steps = h.max_epochs * math.ceil(len(prepared.train) / (h.batch_size * h.accumulate_bs))
+            edits = h.batch_size * h.accumulate_bs * batches_of(h)
+            steps = h.max_epochs * math.ceil(len(prepared.train) / edits)
         self.goes_on = course is not None
         self.course = course or TrainingResult(checkpoint.archive, steps)
 
@@ -145,9 +146,9 @@ class Trainer:
 
     def _validate(self) -> bool:
         h, course, prepared = self.hparams, self.course, self.prepared
-        at_once = h.most_edits if h.train_on == "batch" else 1
+        examples, at_once = prepared.validation, h.trained_at_once
         with self.learner.averaged():
-            scores = validate(prepared.trunk, self.mend, prepared.validation, h, at_once=at_once)
+            scores = validate(prepared.trunk, self.mend, examples, h, at_once=at_once)
         row = {"step": course.step, "seconds": time.perf_counter() - self.started}
         row |= {f"val.{name}": value for name, value in scores.items()}
         self.record(row)

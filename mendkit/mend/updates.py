@@ -14,8 +14,11 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from ..errors import MendkitError
+from ..hparams import MENDHyperParams
 from ..models.base import BaseModel
 from ..models.sites import Site
+from ..models.tokens import Tokens
+from ..runs import sha256
 
 
 @dataclass(frozen=True)
@@ -108,6 +111,32 @@ def select(updates: Updates, index: Sequence[int]) -> Updates:
     """The updates of some of the edits; a single edit serves them all as it is."""
     chosen = list(index)
     return {name: u if len(u) == 1 else u.select(chosen) for name, u in updates.items()}
+
+
+def at_some_sites(updates: Updates, texts: Sequence[Tokens], h: MENDHyperParams) -> Updates:
+    """Each update at a random `site_share` of the sites, at least at one, and zero elsewhere.
+
+    With the seed the texts of its edits decide, so that an edit always has the same sites.
+    """
+    if h.site_share == 1:
+        return updates
+    number = len(next(iter(updates.values())))
+    at_once, kept = len(texts) // number, max(1, round(h.site_share * len(updates)))
+    chosen = []
+    for k in range(number):
+        edits = [(text.ids, text.targets) for text in texts[k * at_once : (k + 1) * at_once]]
+        generator = torch.Generator().manual_seed(int(sha256(f"{h.seed} {edits}")[:15], 16))
+        chosen.append(torch.randperm(len(updates), generator=generator) < kept)
+    some: Updates = {}
+    for (name, update), at_site in zip(updates.items(), torch.stack(chosen, 1), strict=True):
+        some[name] = replace(update, delta=update.delta * at_site.to(update.delta)[:, None, None])
+    return some
+
+
+def squared_norm(updates: Updates) -> Float[Tensor, ""]:
+    """‖ΔW‖² over all sites, the mean of the edits, for a loss."""
+    folded = [side_by_side([update]) for update in updates.values()]  # `inner` cuts coefficients
+    return torch.stack([update.inner(update).mean() for update in folded]).sum()
 
 
 def relative_norms(base: BaseModel, updates: Updates) -> dict[str, Float[Tensor, " b"]]:

@@ -24,7 +24,7 @@ from .batches import RIVALS, ExampleTexts, prepare_texts, role_weights
 from .factors import edit_factors
 from .hypernetwork import MEND
 from .losses import margin_shortfall, wide
-from .updates import Updates, scaled, select, side_branches, unedited
+from .updates import Updates, at_some_sites, scaled, select, side_branches, unedited
 
 POSITIONS_PER_PASS = 1024
 
@@ -162,7 +162,8 @@ def _make_edits(
         group = examples[at : at + size]
         edits = [texts.edit for texts in group]
         factors = edit_factors(trunk, h, edits)
-        yield group, mend(factors, len(group), at_once=min(at_once, len(group)))
+        updates = mend(factors, len(group), at_once=min(at_once, len(group)))
+        yield group, at_some_sites(updates, edits, h)
 
 
 def _read_edits(

@@ -1,15 +1,30 @@
 """Methods as settings of one trainer: each against a loop over tokens of its paper's equations."""
 
 import pytest
+import torch
 
 from mendkit.errors import HyperParamError
 from mendkit.hparams import MENDHyperParams
 from mendkit.mend.archive import load_archive, save_archive
+from mendkit.mend.batches import Sampler, prepare_texts, role_weights
+from mendkit.mend.distributed import Team
 from mendkit.mend.editor import MENDEditor
+from mendkit.mend.factors import FactorCache, edit_factors
 from mendkit.mend.hypernetwork import MEND
+from mendkit.mend.steps import Learner, batch_losses, total_loss
 from mendkit.mend.training import train
+from mendkit.mend.updates import LowRankUpdate, side_branches
+from mendkit.mend.validation import validate
 from mendkit.methods import METHODS
-from tests.oracles.claims import EXAMPLES, hparams, scrambled
+from mendkit.models.trunk import FrozenTrunk
+from tests.oracles.claims import (
+    EXAMPLES,
+    editor_for,
+    hparams,
+    plain_logits,
+    scrambled,
+    with_statistics,
+)
 from tests.oracles.methods import Methods
 
 # what makes the tiny model's edits large, and training short
@@ -17,6 +32,7 @@ TRAINED = dict(lr=1e-2, edit_lr=1e-2, max_iters=2, val_interval=2, batch_size=2,
 SETTINGS = {
     "mend": TRAINED,
     "malmen": TRAINED | dict(most_edits=2),
+    "rledit": TRAINED | dict(most_edits=4),
     "ultraedit": dict(edit_lr=1e-2),
     "stableedit": dict(edit_lr=1e-2),
 }
@@ -77,6 +93,14 @@ def test_an_archive_does_not_depend_on_later_presets(llama, tmp_path, monkeypatc
 
 SENSELESS = {
     "value_coefficient: key needs `aggregate: normal_equation`": {"value_coefficient": "key"},
+    "train_on: episode needs another `aggregate`": {
+        "train_on": "episode",
+        "aggregate": "least_squares",
+    },
+    "site_share: 0.5 needs another `aggregate`": {
+        "site_share": 0.5,
+        "aggregate": "least_squares",
+    },
     "stats_examples: 0 needs `lifelong_norm: true`": {"stats_examples": 0},
 }
 
@@ -85,3 +109,105 @@ SENSELESS = {
 def test_settings_of_methods_that_make_no_sense_are_refused(words):
     with pytest.raises(HyperParamError, match=words):
         hparams(**SENSELESS[words])
+
+
+def losses_of(base, rows, weights, h):
+    """The weighted losses of some edits' texts under dense weights, from the definition."""
+    by_role = {}
+    for row in rows:
+        for role, text in row:
+            logp = plain_logits(base, text, weights).log_softmax(-1)
+            if role in ("edit", "paraphrases"):
+                loss = -logp[range(len(text.targets)), list(text.targets)].mean()
+            else:
+                before = plain_logits(base, text).log_softmax(-1)
+                loss = (before.exp() * (before - logp)).sum(-1).mean()
+            by_role.setdefault(role, []).append(loss)
+    weight_of = role_weights(h)
+    return sum(weight_of[role] * sum(losses) / len(losses) for role, losses in by_role.items())
+
+
+@pytest.mark.parametrize("aggregate", ["sum", "normal_equation"])
+def test_an_episodes_gradient_is_that_of_its_loss_with_dense_weights(llama64, aggregate):
+    """RLEdit: after each batch the loss of the last ones, `time_decay` a step back, and ‖ΔW‖²."""
+    h = hparams(method="rledit", aggregate=aggregate, value_coefficient="update")
+    h = h.replace(batch_size=1, most_edits=3, back_depth=2, time_decay=0.5, cnorm=0.1, edit_lr=0.1)
+    mend = with_statistics(llama64, scrambled(MEND(llama64.sites, h).double()))
+    trunk, base = FrozenTrunk(llama64), llama64
+    sampler = Sampler(prepare_texts(base, h, EXAMPLES[:3]), h)
+    learner = Learner(mend, FactorCache(trunk, h), sampler, h=h, team=Team())
+    batches = [sampler.draw() for _ in range(3)]
+    told = learner._play(batches)
+    found = {name: p.grad.clone() for name, p in mend.named_parameters()}
+    mend.zero_grad()
+
+    weights = {site.name: base.site_weight(site) for site in base.sites}
+    total, count = 0.0, 0.0
+    for time, batch in enumerate(batches):
+        change = {name: w.detach() - base.model.get_parameter(name) for name, w in weights.items()}
+        held = {}
+        for name, d in change.items():  # ΔW = ΔW I, as an update
+            held[name] = LowRankUpdate(torch.eye(d.shape[1]).double()[None], d.T[None], 1.0)
+        with side_branches(base, held):
+            factors = edit_factors(trunk, h, [batch.rows[0][0][1]])
+        made = {name: update.dense() for name, update in mend(factors, 1).items()}
+        weights = {name: weights[name] + change for name, change in made.items()}
+        for back in range(min(time + 1, 2)):
+            total += 0.5**back * losses_of(base, batches[time - back].rows, weights, h)
+            count += 0.5**back
+        total += 0.1 * sum((change**2).sum() for change in made.values())
+    (total / count).backward()
+    assert told["loss"] == pytest.approx(float((total / count).detach()), rel=1e-9)
+    for name, parameter in mend.named_parameters():
+        error = (found[name] - parameter.grad).norm() / parameter.grad.norm()
+        assert float(error) < 1e-8, (name, float(error))
+
+
+def test_the_penalty_on_the_weight_change_is_part_of_a_steps_loss(llama64):
+    h = hparams(edit_lr=1e-2)
+    mend = with_statistics(llama64, scrambled(MEND(llama64.sites, h).double()))
+    trunk, rows = (
+        FrozenTrunk(llama64),
+        Sampler(prepare_texts(llama64, h, EXAMPLES), h).texts([0, 1]),
+    )
+    factors = edit_factors(trunk, h, [row[0][1] for row in rows])
+    plain = total_loss(batch_losses(trunk, mend, factors, rows), h)
+    mend.hparams = h = h.replace(cnorm=0.3)
+    more = total_loss(batch_losses(trunk, mend, factors, rows), h)
+    editor = MENDEditor(llama64, mend)
+    squares = [
+        sum((change**2).sum() for change in editor.edit(example).dense().values())
+        for example in EXAMPLES[:2]
+    ]
+    assert float(more - plain) == pytest.approx(0.3 * float(sum(squares)) / 2, rel=1e-9)
+    (slope,) = torch.autograd.grad(more - plain, mend.log_edit_lr)
+    assert float(slope.sum()) == pytest.approx(2 * float(more - plain), rel=1e-9)  # of α²
+
+
+def test_an_edit_changes_a_share_of_the_sites_and_always_the_same(llama64):
+    editor = editor_for(llama64, site_share=0.5)
+    tokens = [editor.tokens(example) for example in EXAMPLES]
+
+    def changed(updates, k):
+        return {name for name, update in updates.items() if update.delta[k].any()}
+
+    together, sites = editor.updates(tokens), []
+    for k, text in enumerate(tokens):
+        sites.append(changed(together, k))
+        assert len(sites[-1]) == 4  # of nine
+        assert sites[-1] == changed(editor.updates([text], at_once=True), 0)
+    assert len(set.union(*sites)) > 6  # edits differ
+    editor.mend.hparams = editor.hparams.replace(seed=5)
+    assert [changed(editor.updates(tokens), k) for k in range(5)] != sites
+    editor.mend.hparams = editor.hparams.replace(seed=42, site_share=1.0)
+    whole = editor.updates(tokens)
+    for name, update in together.items():
+        kept = update.delta.flatten(1).any(1)
+        assert torch.equal(update.delta[kept], whole[name].delta[kept])
+    validated = hparams(site_share=0.5).replace(edit_lr=1e-3)
+    texts = prepare_texts(llama64, validated, EXAMPLES[:1])
+    scores = validate(FrozenTrunk(llama64), editor.mend, texts, validated)
+    editor.mend.hparams = validated
+    with editor.edit(EXAMPLES[0]).applied():
+        plain = validate(FrozenTrunk(llama64), editor.mend, texts, validated, strength=0.0)
+    assert scores["loss.edit"] == pytest.approx(plain["loss.edit"], rel=1e-6)
