@@ -10,8 +10,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from ..evaluation.evaluate import together
 from ..evaluation.inspection import true_gradients
+from ..evaluation.sequences import together
 from ..hparams import MENDHyperParams
 from ..mend.losses import edit_nll
 from ..mend.updates import (

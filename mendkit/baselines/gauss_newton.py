@@ -30,7 +30,7 @@ from torch.nn.functional import one_hot
 from torch.nn.utils.rnn import pad_sequence
 
 from ..data.examples import EditExample
-from ..evaluation.evaluate import together
+from ..evaluation.sequences import together
 from ..hparams import MENDHyperParams
 from ..mend.batches import prepare_texts
 from ..mend.factors import Factors, factors_and_losses

@@ -40,6 +40,9 @@ Saved = Annotated[
 ]
 
 Mode = Annotated[Literal["single", "batch", "sequential"], Option()]
+ProtocolName = Annotated[
+    Literal["locft"] | None, Option(help="locft: thousands of edits, never reset (--k: at once)")
+]
 BatchSize = Annotated[int | None, Option(min=1, help="edits at once in mode batch (25)")]
 EditorKind = Annotated[str, Option(help="mend, context, or a baseline at the best of its settings")]
 TuneData = Annotated[
@@ -243,6 +246,7 @@ def evaluate(
     limit: Limit = None,
     skip_invalid: SkipInvalid = False,
     mode: Mode = "single",
+    protocol: ProtocolName = None,
     k: BatchSize = None,
     editor: EditorKind = "mend",
     tune_data: TuneData = None,
@@ -257,10 +261,13 @@ def evaluate(
 
     Each edit is made on a fresh model (single), k at once (batch), or all in a row (sequential).
     """
+    from ..evaluation.evaluate import MODES
     from ..runs import peak_memory_gb
 
     # 1. What can be wrong is looked at before the model is loaded.
-    _check_editor(editor, mode, k, tune_data)
+    _check_editor(editor, protocol or mode, k, tune_data)
+    if protocol and mode != "single":
+        raise MendkitError("--protocol says how edits are made; leave out --mode")
     hparams = cli.hyperparameters(words)
     place = cli.RunFolder(out, "results.json", "rows.jsonl", overwrite=overwrite)
     read = partial(mendkit.read_examples, columns=hparams.columns)
@@ -280,16 +287,20 @@ def evaluate(
             chosen, tuning = _tuned(editor, score_on(tuned_on), mend)
 
         # 3. The scores. Rows are kept as they are made.
-        logger.info("scoring %d edits, mode %s", len(examples), mode)
+        how, at_once = protocol or mode, k
+        if mode == "batch":
+            at_once = k or 25
+        logger.info("scoring %d edits, mode %s", len(examples), how)
         started = time.perf_counter()
-        test = score_on(examples, text=held_out, fluency=fluency)
+        test = score_on(examples, text=held_out, fluency=fluency, brief=bool(protocol))
         if chosen is None:
             report = mendkit.fact_in_context(test)
         else:
-            at_once, rows = k or 25 if mode == "batch" else None, out and out / "rows.jsonl"
-            report = mendkit.evaluate(chosen, test, mode=mode, k=at_once, rows=rows)
+            rows = out and out / "rows.jsonl"
+            report = mendkit.evaluate(chosen, test, mode=how, k=at_once, rows=rows)
         costs = {"seconds": time.perf_counter() - started, "peak_memory_gb": peak_memory_gb()}
         results = report.to_dict() | tuning | costs
+        results["protocol"] = f"{test.protocol}; {MODES[how].format(k=at_once or 1)}"
         place.write(results, [vars(row) for row in report.rows])
     cli.show(results, _table(report), as_json=as_json)
     return 0
@@ -302,7 +313,7 @@ def _check_editor(editor: str, mode: str, k: int | None, tune_data: str | None) 
         raise MendkitError(f"--editor must be mend, context, {kinds}, got {editor!r}")
     if editor == "context" and mode != "single":
         raise MendkitError("--editor context edits nothing; it goes with --mode single")
-    if k and mode != "batch":
+    if k and mode not in ("batch", "locft"):
         raise MendkitError("--k goes with --mode batch")
     if tune_data and editor in ("mend", "context"):
         raise MendkitError("--tune-data goes with --editor BASELINE, whose settings it chooses")

@@ -9,6 +9,7 @@ there the intervals are too narrow. A classifier writes the label that it predic
 
 import logging
 import math
+import random
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -16,56 +17,37 @@ from functools import partial
 from itertools import pairwise
 from pathlib import Path
 from statistics import fmean
-from typing import Any, Protocol, runtime_checkable
+from typing import Any
 
 import pandas as pd
 import torch
 
 from ..data.examples import EditExample
 from ..errors import DataError, HyperParamError
-from ..hparams import MENDHyperParams
-from ..mend.updates import (
-    LowRankUpdate,
-    Updates,
-    relative_norms,
-    scaled,
-    side_branches,
-    side_by_side,
-    summed,
-)
-from ..models.base import BaseModel
+from ..mend.updates import Updates, relative_norms, scaled, side_branches
 from ..models.fingerprint import model_fingerprint, tensors_sha256
-from ..models.tokens import Tokens
-from ..models.trunk import FrozenTrunk
 from ..runs import provenance, sha256
 from .prepare import EvaluationSet
 from .results import EditRow, EvaluationReport, summarise
 from .rows import Kept, Part, keeping
+from .sequences import Editor, Growing, in_sequence, one_after_another, so_far, together
 
 logger = logging.getLogger(__name__)
 
-MODES = ("single", "batch", "sequential")
+MODES = {
+    "single": "each edit on a fresh model",
+    "batch": "{k} edits at once on a fresh model",
+    "sequential": "one edit after another, never reset, scored right after each and at the end",
+    "locft": "all edits {k} at once, one such group after another, never reset, scored at the end",
+}
+"""In words; `k` edits are made at once."""
+
 EDIT_BATCH, SEQUENCE_BLOCK = 32, 16
+LOCFT_AFTER, LOCFT_SAMPLE = (1, 10, 30, 100, 300, 1000, 3000), 100
 NUMBERS = 200_000_000  # in the updates that one pass reads texts under, at most
 AFTER = (1, 10, 100, 1000)
 # What a sequence's report tells of the model as it is at its end, not right after each edit.
 NOW = ("neighbourhood.", "locality.", "fluency.")
-
-
-@runtime_checkable
-class Editor(Protocol):
-    """What makes edits: MEND, or a baseline. `hparams` says how texts are made."""
-
-    base: BaseModel
-    name: str
-
-    @property
-    def hparams(self) -> MENDHyperParams: ...
-
-    def updates(
-        self, texts: Sequence[Tokens], *, trunk: FrozenTrunk | None, at_once: bool
-    ) -> Updates:
-        """Updates of edits, one per text: independent ones, or all made at once."""
 
 
 def evaluate(
@@ -80,22 +62,27 @@ def evaluate(
 ) -> EvaluationReport:
     """Score an editor: each edit alone ("single"), `k` at once ("batch"), or all ("sequential").
 
-    An `EvaluationSet` serves several editors of one model, and has its own `max_new_tokens`.
-    `strength` multiplies every update. The number of edits is part of the result's name:
-    `batch_25`, and `sequential_1`, `_10`, `_100`, `_1000` and the last. `rows`: a file (JSON lines)
-    for the rows. They are kept as they are made, beside it, and the same call goes on from them;
-    meanwhile its folder is locked. Raises HyperParamError for another mode or a `k` that does not
-    go with it, DataError if there is nothing to score, MendkitError for rows of another evaluation.
+    "locft", the protocol of Yang et al. (arXiv 2509.22072) for thousands: all edits are made, one
+    after another or `k` at once, and scored at the end; on the way the retention of a sample.
+    An `EvaluationSet` serves several editors of one model, and has its own `max_new_tokens`; for
+    "locft" it should be `brief`. `strength` multiplies every update. The number of edits is part of
+    the result's name: `batch_25`, `sequential_1`, `_10`, `_100`, `_1000` and the last, and
+    `locft_3000` or `locft_3000_by_100`. `rows`: a file (JSON lines) for the rows. They are kept as
+    they are made, beside it, and the same call goes on from them; meanwhile its folder is locked.
+    Raises HyperParamError for another mode or a `k` that does not go with it, DataError if there is
+    nothing to score, MendkitError for rows of another evaluation.
     """
     if mode not in MODES:
         raise HyperParamError(f"mode must be one of {', '.join(MODES)}, got {mode!r}")
-    if (mode == "batch") != (k is not None) or (k is not None and k < 1):
+    wrong = mode == "batch" if k is None else mode not in ("batch", "locft") or k < 1
+    if wrong:
         raise HyperParamError(
             f"k, the number of edits made at once, goes with mode 'batch', got {mode!r} and {k!r}"
         )
     start, on = time.perf_counter(), examples
     if not isinstance(on, EvaluationSet):
-        on = EvaluationSet(editor.base, editor.hparams, on, max_new_tokens=max_new_tokens)
+        how: dict[str, Any] = {"max_new_tokens": max_new_tokens, "brief": mode == "locft"}
+        on = EvaluationSet(editor.base, editor.hparams, on, **how)
     if not on.to_edit:
         raise DataError(
             f"the unedited model already writes the new answer of all {len(on)} examples; "
@@ -105,7 +92,9 @@ def evaluate(
     strength *= editor.hparams.lr_scale
     with keeping(rows, lambda: _run_of(editor, on, mode, k, strength)) as kept:
         run = _Run(editor, on, strength, start, kept)
-        if k is not None:
+        if mode == "locft":
+            report = run.locft(k or 1)
+        elif k is not None:
             report = run.batches(k)
         else:
             report = run.single() if mode == "single" else run.sequence()
@@ -129,7 +118,7 @@ def _run_of(
         "archive": mend and tensors_sha256(mend.state_dict().items()),
         "base model": model_fingerprint(on.base),
         "examples": sha256(repr(on.examples)),
-        "texts": [on.max_new_tokens, on.fluency, sha256(repr(windows))],
+        "texts": [on.max_new_tokens, on.fluency, on.brief, sha256(repr(windows))],
         "versions": {name: versions[name] for name in ("mendkit", "torch", "transformers")},
     }
 
@@ -233,6 +222,32 @@ class _Run:
     def _at_end(self, index: Sequence[int], total: Updates) -> Part:
         return self._rows(index, total, 0.0), self._model_values(total)
 
+    def locft(self, k: int) -> EvaluationReport:
+        """All edits, `k` at once, on one model; then all scores."""
+        index, on = self.on.to_edit, self.on
+        texts = [on.prompts[i][0].text for i in index]
+        model = Growing(self.editor, texts, on.trunk, k, self.strength, self.kept.state)
+        # 1. All edits; on the way, how many of a fixed sample hold.
+        drawn = random.Random(self.editor.hparams.seed).sample(range(len(index)), len(index))
+        ends = [min(-(-after // k) * k, len(index)) for after in (*LOCFT_AFTER, len(index))]
+        values: dict[str, float] = {}
+        for end in sorted(set(ends)):
+            model.go_on(end)
+            sample = [index[at] for at in drawn if at < end][:LOCFT_SAMPLE]
+            held = self.kept.once(partial(self._holding, sample, model.total))[1]
+            values |= {f"retention.after_{end}": held["held"]}
+            values |= {f"retention.after_{end}.n": len(sample)}
+            logger.info("%d of %d edits: %.2f of a sample hold", end, len(index), held["held"])
+        # 2. All scores.
+        seconds, rows = model.seconds / len(index), list[EditRow]()
+        for part in _chunks(index, EDIT_BATCH):
+            rows += self.kept.once(partial(self._made, part, [model.total], seconds))[0]
+        values |= self.kept.once(partial(self._at_end, [], model.total))[1]
+        return self._report(f"locft_{len(index)}" + (f"_by_{k}" if k > 1 else ""), rows, values)
+
+    def _holding(self, index: Sequence[int], total: Updates) -> Part:
+        return [], {"held": fmean(self.on.holds(total, index))}
+
     def _edit(self, index: Sequence[int], *, at_once: bool) -> tuple[Updates, float]:
         """Updates of these examples at the run's strength, and the seconds that an edit took."""
         start = time.perf_counter()
@@ -304,55 +319,3 @@ def _at_once(steps: Sequence[Updates]) -> int:
 def _chunks(values: Sequence[Any], size: int) -> Iterator[list[Any]]:
     for at in range(0, len(values), size):
         yield list(values[at : at + size])
-
-
-# --------------------------------------------------------------------- many edits of one model
-
-
-def in_sequence(editor: Editor) -> Editor:
-    """The editor as it starts a sequence: one that remembers its edits gets an empty memory."""
-    return editor.remembering() if hasattr(editor, "remembering") else editor
-
-
-def one_after_another(
-    editor: Editor, texts: Sequence[Tokens], *, trunk: FrozenTrunk, strength: float = 1.0
-) -> list[Updates]:
-    """Updates of edits in sequence: each is made on the model as edited by all before it."""
-    steps: list[Updates] = []
-    for text in texts:
-        with side_branches(editor.base, together(*steps)):
-            made = editor.updates([text], trunk=trunk, at_once=True)
-        steps.append(scaled(made, strength))
-    return steps
-
-
-def so_far(steps: Sequence[Updates]) -> Updates:
-    """For each step an edit that holds it and all steps before it."""
-    out, order = {}, torch.arange(len(steps))
-    for name in steps[0]:
-        whole = side_by_side([step[name] for step in steps])
-        counts = torch.tensor([step[name].u.shape[1] for step in steps])
-        step_of_token = order.repeat_interleave(counts)
-        made = (step_of_token[None, :] <= order[:, None]).to(whole.delta)
-        u = whole.u.expand(len(steps), -1, -1)
-        out[name] = LowRankUpdate(u, whole.delta * made[:, :, None], 1.0)
-    return out
-
-
-def together(*updates: Updates) -> Updates:
-    """The sum of all edits in all `updates` as one edit (b = 1), which serves any texts.
-
-    A site's tokens add up. Beyond twice its smaller width its update is written as ΔW times a
-    unit matrix, so that a thousand edits cost about as much as the layer itself.
-    """
-    out: Updates = {}
-    held = [update for update in updates if update]
-    for name in held[0] if held else ():
-        out[name] = whole = side_by_side([summed(update[name]) for update in held])
-        width = min(whole.u.shape[2], whole.delta.shape[2])
-        if whole.u.shape[1] > 2 * width:
-            change = whole.dense()[None]
-            one = torch.eye(width, dtype=change.dtype, device=change.device)[None]
-            pair = (one, change.mT) if whole.u.shape[2] == width else (change, one)
-            out[name] = LowRankUpdate(*pair, 1.0)
-    return out

@@ -28,6 +28,7 @@ PART_OF_ROLE = {**SHARE_NAMES, "portability": "portability"}
 
 RENAMED = {
     ("question", "free_exact"): "edit_success.free_exact_question",
+    ("reasked", "free_exact"): "paraphrase.free_exact_question",
     ("reworded", "argmax_agreement"): "neighbourhood.reworded_agreement",
     ("reworded", "kl_nats"): "neighbourhood.reworded_kl_nats",
     ("edit", "log_p.new"): "log_p.new",
@@ -42,7 +43,8 @@ WINS = {"edit": "es", "paraphrases": "ps", "neighbours": "ns"}
 class ScoredPrompt:
     """One prompt of an example and the texts that are read after it.
 
-    `role`: an example's, "question" (the edit prompt asked as one), or "reworded".
+    `role`: an example's, "question" (the edit prompt asked as one), "reasked" (a paraphrase), or
+    "reworded".
     `text`: the prompt with y where it should follow the edit, else with the answer it had.
     `answers`: what may be written, or of a prompt that should stay is known to be right.
     `rival`: with the other answer, y° after the edit and its paraphrases, y after a neighbour.

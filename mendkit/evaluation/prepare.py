@@ -40,11 +40,12 @@ from .metrics import (
     ngram_entropy_bits,
     prompt_scores,
 )
-from .results import ABOUT, EditRow, is_said
+from .results import ABOUT, EditRow, is_said, normalise
 
 QUESTION = "Answer in a few words, without a full sentence.\nQuestion: {}\nAnswer:{}"
 REWORDED = 2
 GENERATIONS, FLUENCY_TOKENS = 3, 100
+BRIEF_TOKENS = 4  # that are written before a look whether they begin an answer
 ASKED, FIRST_TOKENS = 64, 8  # facts that are asked at once, and for how much of an answer
 
 
@@ -53,6 +54,9 @@ class EvaluationSet:
 
     Examples whose texts cannot be tokenised are counted in `skipped` and `reasons`, not scored.
     On request: drawdown on the first `text_tokens` tokens of a held-out `text`, and `fluency`.
+    `brief`: what thousands of edits allow. No rivals, reworded or implied prompts; paraphrases are
+    asked as questions, too; the unedited model writes after edit prompts only; writing ends once
+    the text cannot become an answer.
     Raises DataError if no example is left, MendkitError for text of a model that writes none.
     """
 
@@ -66,11 +70,12 @@ class EvaluationSet:
         text: str | None = None,
         text_tokens: int = TEXT_TOKENS,
         fluency: bool = False,
+        brief: bool = False,
     ) -> None:
         if base.family != CAUSAL and (fluency or text is not None):
             raise MendkitError(f"{base.name}: fluency and held-out text need a causal model")
         self.base, self.hparams = base, hparams
-        self.max_new_tokens, self.fluency = max_new_tokens, fluency
+        self.max_new_tokens, self.fluency, self.brief = max_new_tokens, fluency, brief
         self._elsewhere: dict[tuple[Site, ...], EvaluationSet] = {}
         self.examples: list[EditExample] = []
         self.prompts: list[list[ScoredPrompt]] = []
@@ -83,10 +88,12 @@ class EvaluationSet:
             first = self.skipped[0] if self.skipped else "no example given"
             raise DataError(f"no example can be scored; first problem: {first}")
         self._take_said_now()
-        for i, prompts in enumerate(self.prompts):
-            prompts += _reworded(base, hparams, self.examples, i)
-        self._add_implied()
-        self._add_greedy()
+        self.coverage: dict[int, float] = {}
+        if not brief:
+            for i, prompts in enumerate(self.prompts):
+                prompts += _reworded(base, hparams, self.examples, i)
+            self._add_implied()
+            self._add_greedy()
         self.trunk = FrozenTrunk(base)
         self._fill()
         self.text = None
@@ -118,6 +125,17 @@ class EvaluationSet:
         """The examples whose new answer f does not write already."""
         return [row.index for row in self.before if not row.values["edit_success.free_exact"]]
 
+    def holds(self, updates: Updates, index: Sequence[int]) -> list[bool]:
+        """Whether one edit makes the model write each example's new answer."""
+        prompts = [self.prompts[i][0] for i in index]
+        held = []
+        for prompt, (start, ids) in zip(
+            prompts, self._write(prompts, updates, [0] * len(index)), strict=True
+        ):
+            text = self.base.new_text(start, ids, answers=prompt.stops)
+            held.append(is_said(text, prompt.answers, prompt.old))
+        return held
+
     def score(self, updates: Updates, index: Sequence[int]) -> list[EditRow]:
         """Rows of the examples `index`, each under its edit in `updates`."""
         return self.rows_of(self._read(updates, index), index, self._fluency(updates, index))
@@ -128,7 +146,8 @@ class EvaluationSet:
         return (
             f"greedy decoding of at most {self.max_new_tokens} tokens, to the end of text, a "
             "newline or a full stop; answers equal without case, punctuation and articles; a fact "
-            "is known if what the unedited model writes begins with the right answer"
+            "is known if what the unedited model writes begins with the right answer; a question "
+            f"is asked as {QUESTION.format('…', '')!r}"
         )
 
     def rows_of(
@@ -141,6 +160,8 @@ class EvaluationSet:
             columns = self.prompts[i], read[row], self.read_before[i]
             for prompt, after, before in zip(*columns, strict=False):
                 scores.append(prompt_scores(prompt, after, before))
+                if self.brief:  # what would follow is not written
+                    scores[-1].pop("free_contains", None)
                 text: dict[str, Any] = {"role": prompt.role, "prompt": prompt.prompt}
                 text |= {"before": before.written, "after": after.written}
                 outputs.append(text | scores[-1])
@@ -166,7 +187,7 @@ class EvaluationSet:
                 self.reasons["empty_target"] += 1
                 about = f"target_new {example.target_new!r} of {example.prompt!r}"
                 raise DataError(f"{about} has no words")
-            self.prompts.append(list(_prompts(self.base, self.hparams, example)))
+            self.prompts.append(self._prompts_of(example))
             self.examples.append(example)
         except DataError as error:
             self.skipped.append(str(error))
@@ -180,7 +201,10 @@ class EvaluationSet:
         said = self.base.generate_batch(asked, max_new_tokens=self.max_new_tokens)
         for (i, example), answer in zip(self.corrected.items(), said, strict=True):
             self.examples[i] = replace(example, ground_truth=answer.strip() or None)
-            self.prompts[i] = list(_prompts(self.base, self.hparams, self.examples[i]))
+            self.prompts[i] = self._prompts_of(self.examples[i])
+
+    def _prompts_of(self, example: EditExample) -> list[ScoredPrompt]:
+        return list(_prompts(self.base, self.hparams, example, brief=self.brief))
 
     def _is_known(self, i: int) -> bool | None:
         """Whether f writes the listed truth; None where there is none."""
@@ -237,7 +261,10 @@ class EvaluationSet:
             for k, prompt in enumerate(self.prompts[i]):
                 others = found.get(prompt.rival), found.get(prompt.greedy)
                 readings[row].append(Reading(found[prompt.text], *others))
-                if prompt.role not in STAY or prompt.greedy is not None:
+                asked = prompt.role not in STAY or prompt.greedy is not None
+                if self.brief and updates is None:
+                    asked = prompt.role == "edit"
+                if asked:
                     todo.append((row, k, prompt))
                     begun.append(self._begun(prompt, found))
         # 2. Write what reading did not tell.
@@ -257,14 +284,34 @@ class EvaluationSet:
     ) -> list[tuple[Tokens, list[int]]]:
         """Where each prompt ends, and the new ids after it; prompt r under `edits[r]`."""
         starts = [self.base.prompt_of(prompt.text) for prompt in prompts]
-        new = self.base.write_all(
-            starts,
-            max_new_tokens=self.max_new_tokens,
-            answers=[prompt.stops for prompt in prompts],
-            under=partial(self._under, updates, edits),
-            begun=begun,
-        )
+        new, going = [[*ids] for ids in begun] or [[] for _ in prompts], [*range(len(prompts))]
+        limits = [self.max_new_tokens]
+        if self.brief:
+            limits.insert(0, min(BRIEF_TOKENS, self.max_new_tokens))
+        for limit in limits:
+            if self.brief:
+                going = [k for k in going if self._may_be(prompts[k], starts[k], new[k])]
+            longer = self.base.write_all(
+                [starts[k] for k in going],
+                max_new_tokens=limit,
+                answers=[prompts[k].stops for k in going],
+                under=partial(self._under, updates, [edits[k] for k in going if edits]),
+                begun=[new[k] for k in going],
+            )
+            for k, ids in zip(going, longer, strict=True):
+                new[k] = ids
         return list(zip(starts, new, strict=True))
+
+    def _may_be(self, prompt: ScoredPrompt, start: Tokens, ids: Sequence[int]) -> bool:
+        """Whether a text that goes on may still become one of the prompt's answers."""
+        if self.base.labels:
+            return False
+        text = self.base.new_text(start, ids, stop=False)
+        begun, (*whole, last) = [normalise(text)], ["", *text.split()]
+        if any(article.startswith(last.lower()) for article in ("a", "an", "the")):
+            begun.append(normalise(" ".join([*whole, "x"]))[:-1])  # it may not count
+        answers = [normalise(answer) for answer in prompt.stops]
+        return any(a.startswith(re.sub(r"\W+$", "", b)) for a in answers for b in begun)
 
     def _under(
         self, updates: Updates | None, edits: Sequence[int], rows: list[int]
@@ -352,20 +399,24 @@ def half_known(
 # ------------------------------------------------------------------------ prompts of an example
 
 
-def _prompts(base: BaseModel, h: MENDHyperParams, e: EditExample) -> Iterator[ScoredPrompt]:
+def _prompts(
+    base: BaseModel, h: MENDHyperParams, e: EditExample, *, brief: bool
+) -> Iterator[ScoredPrompt]:
     follow = [("edit", e.prompt), *(("paraphrases", prompt) for prompt in e.paraphrases)]
     if base.family != CLASSIFIER:  # which has no question form
         follow.insert(1, ("question", _as_question(e.prompt.rstrip(BLANKS))))
+        for prompt in e.paraphrases if brief else ():
+            follow.append(("reasked", _as_question(prompt.rstrip(BLANKS))))
     for role, prompt in follow:
         text, rival = edit_tokens(base, h, e, prompt), None
-        if e.ground_truth and role != "question":
+        if e.ground_truth and role in ("edit", "paraphrases") and not brief:
             rival = probe_tokens(base, h, prompt, e.ground_truth)
         answers, old = (base.said(e.target_new),), e.ground_truth
         yield ScoredPrompt(role, prompt, text, answers, rival=rival, old=old)
     known = [probe for probe in e.neighbours if probe.answer is not None]
     for probe in known or e.neighbours:
         staying = _staying(base, h, "neighbours", probe.prompt, probe.answer)
-        if known and base.family != CLASSIFIER:
+        if known and base.family != CLASSIFIER and not brief:
             staying = replace(staying, rival=probe_tokens(base, h, probe.prompt, e.target_new))
         yield staying
     for probe in e.unrelated:

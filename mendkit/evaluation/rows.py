@@ -29,6 +29,11 @@ class Kept:
     parts: list[Part] = field(default_factory=list)
     done: int = 0
 
+    @property
+    def state(self) -> Path | None:
+        """The file for the model as it is edited so far."""
+        return self.path and self.path.with_suffix(".pt")
+
     def once(self, make: Callable[[], Part]) -> Part:
         """The next part: kept from an earlier run, or made and kept now."""
         if self.done == len(self.parts):
@@ -58,6 +63,7 @@ def keeping(rows: str | Path | None, run_of: Callable[[], dict[str, Any]]) -> It
             *lines, _ = path.read_text("utf-8").split("\n")
         else:
             lines = [json.dumps(now, ensure_ascii=False)]
+            path.with_suffix(".pt").unlink(missing_ok=True)
         try:
             theirs, parts = json.loads(lines[0]), [_part_of(line) for line in lines[1:]]
         except (ValueError, LookupError, TypeError):
@@ -70,6 +76,7 @@ def keeping(rows: str | Path | None, run_of: Callable[[], dict[str, Any]]) -> It
             logger.warning("stopped; %s keeps the rows, the same call goes on from them", path)
             raise
         path.unlink()
+        path.with_suffix(".pt").unlink(missing_ok=True)
 
 
 def _check(path: Path, theirs: dict[str, Any], ours: dict[str, Any]) -> None:

@@ -99,6 +99,7 @@ MISTAKES = {  # what a user types, and a part of the last line of stderr
     "evaluate tiny.yaml --limit 0": "--limit",
     "evaluate tiny.yaml --max-new-tokens x": "--max-new-tokens",
     "evaluate tiny.yaml --k 3": "--k goes with --mode batch",
+    "evaluate tiny.yaml --protocol locft --mode batch": "leave out --mode",
     "evaluate tiny.yaml --tune-data F": "--tune-data goes with --editor BASELINE",
     "edit tiny.yaml --prompt P --target T --limit 1": "--limit and --skip-invalid go with --data",
     "evaluate tiny.yaml --editor context --mode sequential": "--editor context edits nothing",
@@ -381,6 +382,13 @@ def test_evaluate_names_results_by_the_number_of_edits(here, capsys):
     assert main([*command, "--mode", "sequential"]) == 0
     text = capsys.readouterr().out
     assert text.startswith("sequential_1\n") and "\nsequential_5\n" in text
+    protocol = ["--protocol", "locft", "--k", "2", "--out", "scores"]
+    assert main([*command, "--text", "text.txt", *protocol]) == 0
+    results, prefix = read("scores/results.json"), "locft_5_by_2."
+    for name in ("retention.after_2", "retention.after_5.n", "paraphrase.free_exact_question"):
+        assert prefix + name in results
+    assert results["protocol"].endswith("never reset, scored at the end")
+    assert "all edits 2 at once" in results["protocol"]
 
 
 def test_inspect_is_for_people_and_for_programs(here, capsys):
