@@ -139,19 +139,24 @@ def seed_everything(seed: int) -> None:
     torch.manual_seed(seed)
 
 
-def kit_file(path: Path) -> Path:
-    """A file of the kit by its path in a checkout: here, in the checkout, else as installed.
-
-    The path itself is returned where there is none.
-    """
-    for root in (Path(), CHECKOUT):
-        if (root / path).is_file():
-            return root / path
+def kit_files() -> dict[Path, Path]:
+    """Configurations and notebooks by their path in a checkout: there, else as installed."""
+    if (CHECKOUT / "pyproject.toml").is_file():
+        held = [*CHECKOUT.glob("configs/**/*.yaml"), *CHECKOUT.glob("notebooks/**/*.ipynb")]
+        paths = [path for path in sorted(held) if path.parent.name != ".ipynb_checkpoints"]
+        return {path.relative_to(CHECKOUT): path for path in paths}
+    found = {}
     with suppress(PackageNotFoundError):
         for file in files("mendkit") or ():
-            if file.as_posix().endswith(f"share/mendkit/{path.as_posix()}"):
-                return Path(str(file.locate())).resolve()
-    return path
+            _, shared, name = file.as_posix().partition("share/mendkit/")
+            if shared:
+                found[Path(name)] = Path(str(file.locate())).resolve()
+    return found
+
+
+def kit_file(path: Path) -> Path:
+    """One of `kit_files`, unless it is here; the path itself where there is none."""
+    return path if path.is_file() else kit_files().get(path, path)
 
 
 _held: set[tuple[int, int]] = set()  # device and inode of the folders that this process locks

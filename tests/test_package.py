@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 import mendkit
+from mendkit.runs import kit_files
 
 FOLDER = Path(mendkit.__file__).parent
 HEAVY = ("torch", "transformers", "pandas", "matplotlib", "IPython", "ipywidgets")
@@ -56,18 +57,33 @@ def test_wheel_and_sdist_hold_what_they_need_and_an_installed_kit_finds_it(tmp_p
     install += ["--ignore-installed"]  # else pip uninstalls the kit that runs the tests
     subprocess.run([*install, "--prefix", tmp_path / "installed", wheel], check=True)
     (site,) = (tmp_path / "installed").rglob("site-packages")
+    environment = os.environ | {"PYTHONPATH": str(site)}
     code = """from pathlib import Path; from mendkit import places, read_examples, reporting, runs
 for name in ("configs/gpt2.yaml", "notebooks/08_compare_runs.ipynb"):
     assert runs.kit_file(Path(name)).is_file() and places.project_path(name).is_file(), name
 assert read_examples("facts:test", limit=1)
 assert (Path(reporting.__file__).parent / "templates/report.html.j2").is_file()
 print(runs.__file__)"""
-    done = subprocess.run(
-        [sys.executable, "-c", code],
-        cwd=tmp_path,
-        env=os.environ | {"PYTHONPATH": str(site)},
-        capture_output=True,
-        text=True,
-        check=True,
-    )
-    assert str(site) in done.stdout
+    script = str(tmp_path / "installed/bin/mendkit")
+    commands = {
+        "code": [sys.executable, "-c", code],
+        "copy": [script, "notebooks", "mine"],
+        "again": [script, "notebooks", "mine"],
+        "report": [script, "report", "archive=nowhere.safetensors", "--out", "run"],
+    }
+    said = {}
+    for name, command in commands.items():
+        done = subprocess.run(
+            command, cwd=tmp_path, env=environment, capture_output=True, text=True
+        )
+        said[name] = done.stdout + done.stderr
+        assert done.returncode == (0 if name in ("code", "copy") else 2), said[name]
+    assert str(site) in said["code"]
+    mine = [path for path in (tmp_path / "mine").rglob("*") if path.is_file()]
+    copied = {path.relative_to(tmp_path / "mine"): path.read_bytes() for path in mine}
+    assert copied == {name: path.read_bytes() for name, path in kit_files().items()}
+    assert {path.parts[0] for path in copied} == {"configs", "notebooks"}
+    assert "give another folder, or --overwrite" in said["again"]
+    # it found its notebooks and configuration, and stopped at the archive
+    assert "nowhere.safetensors: no such archive" in said["report"]
+    assert not (tmp_path / "run").exists()

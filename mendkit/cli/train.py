@@ -1,4 +1,4 @@
-"""The commands `train`, `plan`, `report` and `bench`."""
+"""The commands `train`, `plan`, `report`, `notebooks` and `bench`."""
 
 import logging
 import sys
@@ -8,12 +8,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
-from typer import Option
+from typer import Argument, Option
 
 import mendkit
 
 from ..errors import MendkitError
-from ..runs import user_path
+from ..runs import kit_files, make_folder, user_path, write_text
 from . import app as cli
 from .app import Data, IgnoreMemory, Json, Limit, Out, Overwrite, SkipInvalid, Words, logger
 
@@ -215,6 +215,29 @@ def _check_report(plan: "ReportPlan", *, ignore_memory: bool) -> None:
         look_at_archive(plan.hparams)
     elif not ignore_memory:
         check_memory(plan.hparams, *data[:2], keep_trunk=True)
+
+
+@cli.command("notebooks mine")
+def notebooks(
+    folder: Annotated[Path, Argument(metavar="DIR", parser=user_path)],
+    *,
+    overwrite: Overwrite = False,
+) -> int:
+    """Copy the kit's notebooks and configurations into DIR, to be run there and changed.
+
+    `jupyter lab`, or `report`, in DIR takes these files in place of the kit's.
+    """
+    held = kit_files()
+    if not held:
+        raise MendkitError("this installation has no notebooks; install mendkit from its wheel")
+    for name in held:
+        if (folder / name).exists() and not overwrite:
+            raise MendkitError(f"{folder} holds {name}; give another folder, or --overwrite")
+    for name, file in held.items():
+        make_folder((folder / name).parent)
+        write_text(folder / name, file.read_text(encoding="utf-8"))
+    cli.say(str(folder / "notebooks"))
+    return 0
 
 
 @cli.command("bench --models smollm2-135m --out runs/bench")

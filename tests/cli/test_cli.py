@@ -57,7 +57,7 @@ def test_help_and_version_answer_within_a_second_and_load_no_heavy_library():
 
 COMMANDS = ["train", "plan", "edit", "evaluate", "inspect", "import", "export", "push"]
 COMMANDS += ["conformance"]
-COMMANDS += ["sites", "doctor", "report", "bench"]
+COMMANDS += ["sites", "doctor", "report", "notebooks", "bench"]
 
 
 def test_help_shows_the_exit_status_and_an_example_of_each_command(capsys):
@@ -129,6 +129,8 @@ MISTAKES = {  # what a user types, and a part of the last line of stderr
     "report tiny.yaml --sweep nowhere.yaml": "nowhere.yaml: cannot be read",
     "bench --models nowhere": "no model 'nowhere'",
     "inspect nowhere.safetensors": "no such archive",
+    "notebooks": "Missing argument",
+    "notebooks tiny.yaml": "cannot make the folder tiny.yaml",
     "inspect tiny.yaml": "not a readable archive",
 }
 
