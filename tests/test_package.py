@@ -6,9 +6,11 @@ import shutil
 import subprocess
 import sys
 import tarfile
+import tomllib
 from pathlib import Path
 
 import pytest
+import yaml
 
 import mendkit
 from mendkit.runs import kit_files
@@ -87,3 +89,13 @@ print(runs.__file__)"""
     # it found its notebooks and configuration, and stopped at the archive
     assert "nowhere.safetensors: no such archive" in said["report"]
     assert not (tmp_path / "run").exists()
+
+
+def test_the_files_that_state_the_version_agree():
+    root = FOLDER.parent
+    project = tomllib.loads((root / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    citation = yaml.safe_load((root / "CITATION.cff").read_text(encoding="utf-8"))
+    assert str(citation["version"]) == project["version"]
+    assert citation["license"] == project["license"]
+    changes = (root / "CHANGELOG.md").read_text(encoding="utf-8")
+    assert f"## [{project['version']}]" in changes and "## [Unreleased]" in changes
