@@ -40,6 +40,8 @@ _ULTRAEDIT = {
     "std_floor": 0.0,
     "std_eps": 1e-7,
     "z_clip": None,
+    "train_on": "batch",  # what is validated, and what `edit_lr: auto` is measured on
+    "most_edits": 100,
     "edit_lr": 1e-6,
     "max_iters": 0,
     "rank": 1,
@@ -69,6 +71,7 @@ METHODS: dict[str, dict[str, Any]] = {
         "stats_held_out": True,
         "lr": 1e-3,
         "cedit": 0.6,
+        "cpara": 0.6,
         "cneigh": 0.8,
         "cloc": 2.0,
         "cmargin": 0.3,

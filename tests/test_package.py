@@ -61,7 +61,11 @@ def test_wheel_and_sdist_hold_what_they_need_and_an_installed_kit_finds_it(tmp_p
     (site,) = (tmp_path / "installed").rglob("site-packages")
     environment = os.environ | {"PYTHONPATH": str(site)}
     code = """from pathlib import Path; from mendkit import places, read_examples, reporting, runs
-for name in ("configs/gpt2.yaml", "notebooks/08_compare_runs.ipynb"):
+for name in (
+    "configs/gpt2.yaml",
+    "configs/methods/smollm2-135m-malmen.yaml",
+    "notebooks/08_compare_runs.ipynb",
+):
     assert runs.kit_file(Path(name)).is_file() and places.project_path(name).is_file(), name
 assert read_examples("facts:test", limit=1)
 assert (Path(reporting.__file__).parent / "templates/report.html.j2").is_file()

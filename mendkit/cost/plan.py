@@ -226,6 +226,8 @@ def _phases(
     gathered = (h.whiten is not None) + 2 * h.whiten_pairs + (h.aggregate == "least_squares")
     squares = [site.d_in**2 * 8 for site in shape.sites]
     moments = gathered * sum(squares) + 5 * max(squares) * (gathered > 0)
+    if h.whiten_values is not None:  # the root of a covariance, and its eigenvectors
+        moments += 4 * max(site.d_out for site in shape.sites) ** 2 * 8
     rows = FACTOR_BATCH * (texts.per_example if h.whiten_pairs else 1)
     logits = rows * texts.answer * vocabulary * number * 2
     working = moments + int(max(reading(FACTOR_BATCH), logits))

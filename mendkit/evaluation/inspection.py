@@ -98,7 +98,7 @@ def stages(base: BaseModel, mend: MEND, texts: Sequence[Tokens]) -> dict[str, ME
     out = {ALL: _untrained(base, h, (), edit_tokens="all")}
     if h.edit_tokens == "scored":
         out[SCORED] = _untrained(base, h, ())
-    whitened = h.norm and h.whiten is not None
+    whitened = h.norm and (h.whiten, h.whiten_values) != (None, None)
     out[PER_FEATURE] = restarted(base, mend)
     if whitened or not h.norm:
         out[PER_FEATURE] = _untrained(base, h, texts)
@@ -112,7 +112,7 @@ def _untrained(
 ) -> MEND:
     """MEND at identity initialisation, with per-feature statistics of `texts`, if there are any."""
     plain = {"whiten": None, "whiten_pairs": False, "unit_response": False, "archive": None}
-    h = h.replace(norm=bool(texts), **START, **plain | settings)
+    h = h.replace(norm=bool(texts), whiten_values=None, **START, **plain | settings)
     mend = MEND(base.sites, h).to(base.device)
     if texts:
         mend.warm_up([edit_factors(FrozenTrunk(base), h, texts)])

@@ -46,8 +46,8 @@ def packed(
         if is_matrix and _is_symmetric(value, NEAR if compact else 0.0):
             triangles.append(name)
             value, bits = _triangle(value), 12
-        # 3. Fewer bits.
-        if compact and is_matrix:
+        # 3. Fewer bits; statistics that run on (float64) keep theirs.
+        if compact and is_matrix and value.dtype != torch.float64:
             stored[name], stored[name + LARGEST] = _rounded(value, bits)
         else:
             stored[name] = value
@@ -71,7 +71,7 @@ def unpacked(
         if name in packing["triangles"]:
             shape = torch.Size((*shape[:-2], shape[-1] * (shape[-1] + 1) // 2))
         flat = _widened(tensors[name], tensors.pop(name + LARGEST))
-        tensors[name] = flat[: shape.numel()].view(shape).to(forms[name][0])
+        tensors[name] = flat[: shape.numel()].view(shape)
     # 2. Symmetric matrices.
     for name in packing["triangles"]:
         tensors[name] = _square(tensors[name], forms[name][1][-1])

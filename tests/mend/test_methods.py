@@ -1,5 +1,7 @@
 """Methods as settings of one trainer: each against a loop over tokens of its paper's equations."""
 
+from pathlib import Path
+
 import pytest
 import torch
 
@@ -26,6 +28,8 @@ from tests.oracles.claims import (
     with_statistics,
 )
 from tests.oracles.methods import Methods
+
+FILES = Path(__file__).parents[2] / "configs"
 
 # what makes the tiny model's edits large, and training short
 TRAINED = dict(lr=1e-2, edit_lr=1e-2, max_iters=2, val_interval=2, batch_size=2, warmup_iters=0)
@@ -179,9 +183,9 @@ def test_the_penalty_on_the_weight_change_is_part_of_a_steps_loss(llama64):
         sum((change**2).sum() for change in editor.edit(example).dense().values())
         for example in EXAMPLES[:2]
     ]
-    assert float(more - plain) == pytest.approx(0.3 * float(sum(squares)) / 2, rel=1e-9)
+    assert (more - plain).item() == pytest.approx(0.3 * float(sum(squares)) / 2, rel=1e-9)
     (slope,) = torch.autograd.grad(more - plain, mend.log_edit_lr)
-    assert float(slope.sum()) == pytest.approx(2 * float(more - plain), rel=1e-9)  # of α²
+    assert float(slope.sum()) == pytest.approx(2 * (more - plain).item(), rel=1e-9)  # of α²
 
 
 def test_an_edit_changes_a_share_of_the_sites_and_always_the_same(llama64):
@@ -211,3 +215,41 @@ def test_an_edit_changes_a_share_of_the_sites_and_always_the_same(llama64):
     with editor.edit(EXAMPLES[0]).applied():
         plain = validate(FrozenTrunk(llama64), editor.mend, texts, validated, strength=0.0)
     assert scores["loss.edit"] == pytest.approx(plain["loss.edit"], rel=1e-6)
+
+
+def test_without_statistics_each_edit_has_its_own(llama64):
+    """As a session's first edit has, and whatever else is made in the same pass."""
+    h = hparams(method="ultraedit", edit_lr=1e-2)
+    editor = MENDEditor(llama64, MEND(llama64.sites, h).double())
+    tokens = [editor.tokens(example) for example in EXAMPLES[:4]]
+    pairs = editor.mend(edit_factors(FrozenTrunk(llama64), h, tokens), 4, at_once=2)
+    for k in (0, 1):
+        with editor.session() as session:
+            alone = session.edit(EXAMPLES[2 * k : 2 * k + 2]).dense()
+        for name, update in pairs.items():
+            torch.testing.assert_close(update.select([k]).dense(), alone[name])
+    assert not any(int(part.count) for m in editor.mend.moments.values() for part in m.values())
+
+
+def test_statistics_that_run_on_keep_their_bits_in_a_compact_archive(llama, tmp_path):
+    path = trained("stableedit", llama, tmp_path / "run")
+    exact = load_archive(path, base=llama)
+    small = save_archive(tmp_path / "small.safetensors", llama, exact.mend, compact=True)
+    assert small.stat().st_size < path.stat().st_size
+    changes = []
+    for archive in (exact, load_archive(small, base=llama)):
+        with MENDEditor(llama, archive.mend).session() as session:
+            session.edit(EXAMPLES[0])
+            changes.append(session.edit(list(EXAMPLES[1:3])).dense())
+    for name, change in changes[0].items():
+        assert torch.equal(changes[1][name], change)
+
+
+def test_every_method_has_a_file_and_the_kits_is_its_recipe():
+    paths = {path.stem.rpartition("-")[2]: path for path in FILES.glob("methods/*.yaml")}
+    assert set(paths) == set(METHODS)
+    for method, path in paths.items():
+        assert MENDHyperParams.from_hparams(path).method == method
+    recipe = MENDHyperParams.from_hparams(FILES / "smollm2-135m.yaml")
+    ours = MENDHyperParams.from_hparams(paths["mendkit"], aggregate="sum").to_dict()
+    assert ours == recipe.to_dict() | {"method": "mendkit"}
