@@ -35,7 +35,7 @@ Compact = Annotated[
 Results = Annotated[
     Path | None, Option(metavar="FILE", parser=user_path, help="results.json of `evaluate`")
 ]
-# Examples that a scan reads, half of them for statistics.
+# Examples by which a scan tells keys apart.
 SCANNED = 200
 Scan = Annotated[
     bool, Option("--scan", help="which blocks tell an edit from its neighbours; reads the weights")
@@ -163,8 +163,8 @@ def sites(
 ) -> int:
     """List what can be edited in a model, and what `inner_params: auto` picks there.
 
-    It reads the model's configuration and no weights. --scan compares blocks, three in a row:
-    untrained editors of each make 40 edits.
+    It reads the model's configuration and no weights. --scan compares blocks by 40 edits: what
+    share of an edit its paraphrases, neighbours and unrelated prompts would get there.
     """
     import pandas as pd
 
@@ -178,10 +178,10 @@ def sites(
         hparams = mendkit.MENDHyperParams(model_name=first).replace(**parse_overrides(settings))
     if scan:
         read = partial(mendkit.read_examples, columns=hparams.columns)
-        h = hparams.replace(stats_held_out=True, stats_examples=SCANNED, val_steps=40)
+        h = hparams.replace(stats_held_out=False, stats_examples=SCANNED, val_steps=40)
         train, validation = read(train_data, limit=SCANNED), read(validation_data, limit=40)
-        rows = [*scan_blocks(mendkit.load_model(hparams), h, train, validation)]
-        table = pd.DataFrame(rows).drop(columns="loss").to_string(index=False, float_format="%.3g")
+        rows = scan_blocks(mendkit.load_model(hparams), h, train, validation)
+        table = pd.DataFrame(rows).to_string(index=False, float_format="%.2f")
         cli.show(rows, table, as_json=as_json)
         return 0
     rows = site_rows(hparams)

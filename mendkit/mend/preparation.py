@@ -5,7 +5,9 @@ The hypernetwork is the checkpoint's, an archive's, or a new one with its statis
 
 import logging
 import time
+from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
+from itertools import chain
 from typing import Any
 
 import torch
@@ -16,7 +18,7 @@ from ..errors import HyperParamError, ModelError
 from ..hparams import MENDHyperParams
 from ..models.base import BaseModel
 from ..models.load import release_trunk
-from ..models.sites import mlp_names
+from ..models.sites import Site, mlp_names
 from ..models.tokens import Tokens
 from ..models.trunk import FrozenTrunk, trunk_cache
 from ..runs import Progress, file_sha256, return_memory
@@ -25,9 +27,13 @@ from .batches import ExampleTexts, prepare_texts, training_texts
 from .distributed import Team
 from .factors import FACTOR_BATCH, FactorCache, Factors, capture_inputs, edit_factors
 from .hypernetwork import MEND, Wordings
-from .validation import best_edit_lr, validate
+from .normaliser import Whitening
+from .validation import best_edit_lr
 
 logger = logging.getLogger(__name__)
+
+# What a scan compares with an edit's prompt.
+SCANNED = ("paraphrases", "neighbours", "unrelated")
 
 
 class Preparation:
@@ -223,31 +229,49 @@ def scan_blocks(
     hparams: MENDHyperParams,
     train: Sequence[EditExample],
     validation: Sequence[EditExample],
-    *,
-    size: int = 3,
-) -> Iterator[dict[str, Any]]:
-    """How an untrained editor of `size` blocks in a row scores, from the last blocks on.
+) -> list[dict[str, Any]]:
+    """How the keys of each block's MLP tell an edit's paraphrases from its neighbours.
 
-    Each starts at its measured step size (`edit_lr: auto`) and is validated as training would.
-    Raises ModelError for a model without a chain of blocks.
+    A text's response to an edit is xᵀ M x_e / x_eᵀ M x_e, the share of the edit's shift that it
+    gets. x and x_e are the MLP's inputs where the answer's first token is predicted; M is that of
+    `whiten_pairs`, from `train`. A row for each block: `auc`, the share of a paraphrase and a
+    neighbour of one edit of `validation` where the paraphrase responds more, and the medians of
+    `paraphrases`, `neighbours`, `unrelated`. Raises ModelError without a chain of blocks.
     """
-    names: dict[int, list[str]] = {}
-    for site in base.with_sites(mlp_names(base.model, everywhere=True)).sites:
-        names.setdefault(site.block or 0, []).append(site.name)
     if base.blocks is None:
         raise ModelError(f"{base.name} is no plain chain of blocks, so none can be compared")
-    blocks = sorted(names)
-    for end in range(len(blocks), 0, -size):
-        chosen = blocks[max(end - size, 0) : end]
-        listed = [name for block in chosen for name in names[block]]
-        h = hparams.replace(archive=None, edit_lr="auto", inner_params=listed)
-        other = base.with_sites(listed)
-        prepared = Preparation(other, h, train, validation, team=Team(h.device))
-        row: dict[str, Any] = {"first": chosen[0], "last": chosen[-1]}
-        try:
-            mend, _ = prepared.make({})
-        except HyperParamError:  # no step lowers the loss
-            yield row
-            continue
-        scores = validate(prepared.trunk, mend, prepared.validation, h)
-        yield row | {"edit_lr": mend.hparams.edit_lr, **scores}
+    # 1. The MLP's input is the narrowest one of a block's sites.
+    narrowest: dict[int, Site] = {}
+    for site in base.with_sites(mlp_names(base.model, everywhere=True)).sites:
+        block = site.block or 0
+        narrowest[block] = min(narrowest.get(block, site), site, key=lambda each: each.d_in)
+    inputs = {site.name: site for _, site in sorted(narrowest.items())}
+    h = hparams.replace(archive=None, inner_params=[*inputs], aggregate="sum")
+    ridge = h.whiten or 0.02
+    h = h.replace(edit_tokens="scored", whiten=ridge, whiten_pairs=True)
+    prepared = Preparation(base.with_sites([*inputs]), h, train, validation, team=Team(h.device))
+    # 2. M of each block.
+    keys = {name: Whitening(site.d_in, ridge, pairs=True) for name, site in inputs.items()}
+    for seen, groups, first in prepared.wording_inputs(prepared.statistics_examples()):
+        for name, whitening in keys.items():
+            whitening.add(seen[name], groups, first)
+    for whitening in keys.values():
+        whitening.fit()
+    # 3. The responses of every edit's texts, and which of two is larger.
+    found: dict[str, dict[str, list[Tensor]]] = {name: defaultdict(list) for name in keys}
+    for example in prepared.validation:
+        roles = {role: getattr(example, role) for role in SCANNED}
+        texts = [example.edit, *chain.from_iterable(roles.values())]
+        starts = torch.tensor([0, *(len(text.scored) for text in texts)]).cumsum(0)[:-1]
+        for name, x in capture_inputs(prepared.trunk, texts).items():
+            response = x[starts] @ (keys[name].matrix[1] @ x[0])
+            parts = (response[1:] / response[0]).split([len(each) for each in roles.values()])
+            for role, part in zip(roles, parts, strict=True):
+                found[name][role].append(part)
+            found[name]["auc"].append((parts[0][:, None] > parts[1]).flatten().float())
+    rows = []
+    for name, site in inputs.items():
+        values = {role: torch.cat(parts) for role, parts in found[name].items()}
+        row = {role: float(values[role].quantile(0.5)) for role in SCANNED}
+        rows.append({"block": site.block, "auc": float(values["auc"].mean()), **row})
+    return rows

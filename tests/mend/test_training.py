@@ -260,19 +260,56 @@ def test_a_measured_start_trains_as_the_same_number_given(llama, tmp_path):
     assert third.edit_lr == found.edit_lr
 
 
-def test_a_scan_scores_an_untrained_editor_of_each_blocks(llama, tmp_path):
-    h = hparams(max_iters=0)
-    rows = [*scan_blocks(llama, h, EXAMPLES, EXAMPLES[:3], size=2)]
-    assert [(row["first"], row["last"]) for row in rows] == [(2, 3), (0, 1)]
-    names = [
-        f"model.layers.{i}.mlp.{n}_proj.weight" for i in (0, 1) for n in ("gate", "up", "down")
-    ]
-    lower = h.replace(inner_params=names, edit_lr="auto")
-    base = llama.with_sites(names)
-    best = train(lower, EXAMPLES, EXAMPLES[:3], base=base, run_dir=tmp_path).best
-    assert rows[1]["edit_lr"] != rows[0]["edit_lr"]
-    for name in ("edit_success", "paraphrase", "neighbourhood", "locality", "loss", "score"):
-        assert rows[1][name] == pytest.approx(best[f"val.{name}"], rel=1e-4)
+def test_a_scan_tells_which_share_of_an_edit_other_texts_get(llama):
+    h, block = hparams(whiten=0.05), 1
+    rows = scan_blocks(llama, h, EXAMPLES, EXAMPLES[:3])
+    assert [row["block"] for row in rows] == [0, 1, 2, 3]
+
+    def inputs(text):  # of the block's MLP, where tokens of the answer are predicted
+        found = []
+        mlp = llama.model.model.layers[block].mlp
+        handle = mlp.register_forward_hook(lambda _, args, __: found.append(args[0][0].double()))
+        llama.model(torch.tensor([text.ids]))
+        handle.remove()
+        return found[0][list(text.scored)]
+
+    with torch.no_grad():
+        # K P K, with the second moment of all texts, and of an answer's start in two wordings
+        size = llama.model.config.hidden_size
+        moment, pairs, n = torch.zeros(size, size).double(), torch.zeros(size, size).double(), 0
+        for example in prepare_texts(llama, h, EXAMPLES):
+            for text in (
+                example.edit,
+                *example.paraphrases,
+                *example.neighbours,
+                *example.unrelated,
+            ):
+                for x in inputs(text):
+                    moment, n = moment + torch.outer(x, x), n + 1
+            alike = [inputs(text)[0] for text in (example.edit, *example.paraphrases)]
+            for a in range(len(alike)):
+                for b in range(len(alike)):
+                    if a != b:
+                        pairs += torch.outer(alike[a], alike[b])
+        moment /= n
+        ridge = 0.05 * moment.diagonal().mean() * torch.eye(size)
+        inverse = torch.linalg.inv(moment + ridge)
+        matrix = inverse @ pairs @ inverse
+        shares, right = {"paraphrases": [], "neighbours": [], "unrelated": []}, []
+        for example in prepare_texts(llama, h, EXAMPLES[:3]):
+            x = inputs(example.edit)[0]
+            here = {}
+            for role, found in shares.items():
+                of = [inputs(text)[0] for text in getattr(example, role)]
+                here[role] = [float(y @ matrix @ x / (x @ matrix @ x)) for y in of]
+                found += here[role]
+            for para in here["paraphrases"]:
+                right += [para > neighbour for neighbour in here["neighbours"]]
+    assert right and rows[block]["auc"] == pytest.approx(fmean(right))
+    for role, found in shares.items():
+        assert rows[block][role] == pytest.approx(
+            float(torch.tensor(found).quantile(0.5)), rel=1e-3
+        )
 
 
 def test_subjects_that_training_shares_with_validation_are_named(llama, tmp_path, caplog):
