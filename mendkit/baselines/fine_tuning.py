@@ -82,6 +82,8 @@ class FineTuning(Baseline):
 class LocalisedFineTuning(Baseline):
     """Adam on the new answers' mean loss, on the one weight `site` (Yang et al., arXiv 2509.22072).
 
+    Rate, epochs and batch size are of the authors' settings for Llama-3-8B and Qwen2.5-7B, whose
+    sites are the down-projections of block 22 of 32 and 6 of 28; `stop` is ours.
     Edits made at once are tuned breadth-first: epoch by epoch over shuffled mini-batches of all of
     them. It is over when the mean loss of an epoch is below `stop` nats; a mini-batch below it
     makes no step. Independent edits are tuned each alone. ΔW is dense: a matrix an edit.

@@ -96,16 +96,16 @@ class ROME(Baseline):
                     f"ROME needs the subject, and {prompt!r} does not contain its example's "
                     "`subject`; give examples that name it, or use another editor"
                 )
-            key, change = self._key_and_change(text)
+            key, change = self.key_and_change(text)
             solved = torch.cholesky_solve(key.double()[:, None], self.cholesky)[:, 0]
             u.append((solved / (solved @ key.double())).to(key))
             z.append(change)
         update = LowRankUpdate(torch.stack(u)[:, None], torch.stack(z)[:, None], 1.0)
         return {self.site.name: update}
 
-    def _key_and_change(self, text: Tokens) -> tuple[Float[Tensor, " i"], Float[Tensor, " o"]]:
+    def key_and_change(self, text: Tokens) -> tuple[Float[Tensor, " i"], Float[Tensor, " o"]]:
         """k* and z of an edit."""
-        rows = [self._after(context, text) for context in self.contexts]
+        rows = [self.after(context, text) for context in self.contexts]
         rows.append(self._essence(text))
         trunk, layer = FrozenTrunk(self.base), self.base.site_module(self.site)
         trunk.fill(rows)
@@ -143,7 +143,7 @@ class ROME(Baseline):
                 w.copy_(w[None].renorm(2, 0, self.clamp * root)[0])
         return key, unit * w.detach()
 
-    def _after(self, context: Sequence[int], text: Tokens) -> Tokens:
+    def after(self, context: Sequence[int], text: Tokens) -> Tokens:
         """An edit's text with a context before it."""
         scored = tuple(place + len(context) for place in text.scored)
         subject = tuple(place + len(context) for place in text.subject)

@@ -20,15 +20,23 @@ from ..mend.editor import MENDEditor
 from .base import Baseline, down_projections, identity_edit_lrs, identity_editor
 from .fine_tuning import FineTuning, LocalisedFineTuning
 from .gauss_newton import GaussNewton
+from .memit import MEMIT, AlphaEdit
 from .rome import ROME
 
 logger = logging.getLogger(__name__)
 
-KINDS = ("identity", "finetune", "finetune_capped", "localised", "rome", "gauss_newton")
+KINDS = (
+    *("identity", "finetune", "finetune_capped", "localised"),
+    *("rome", "memit", "alphaedit", "gauss_newton"),
+)
 """Kinds of editors that are not trained."""
 
 BUDGET = 4
 DEPTHS = (0.4, 0.75)
+# Of LocFT-BF: block 6 of 28 (Qwen2.5) and 22 of 32 (Llama-3); its rate, and a larger one.
+LOCALISED_DEPTHS, LOCALISED_RATES = (6 / 28, 22 / 32), (5e-4, 2e-3)
+# The last of MEMIT's layers: of 32 (Llama-3) and of 48 (GPT-2 XL), in the papers' settings.
+MEMIT_DEPTHS, MEMIT_LAYERS = (8 / 32, 17 / 48), 5
 
 
 @dataclass(frozen=True)
@@ -52,8 +60,8 @@ class Tuned:
 def tune(kind: str, on: EvaluationSet, *, text: str, mend: MENDEditor | None = None) -> Tuned:
     """The best of a kind's `BUDGET` settings on the validation set `on`.
 
-    `kind` is one of `KINDS`; `text` gives the covariance of ROME and of Gauss-Newton, which keeps
-    texts of `on`; "identity" needs the statistics of `mend`. Raises MendkitError for another kind,
+    `kind` is one of `KINDS`; `text` gives the covariance of keys; Gauss-Newton keeps texts of `on`;
+    "identity" needs the statistics of `mend`. Raises MendkitError for another kind,
     or if the model does not allow it.
     """
     if kind not in KINDS:
@@ -100,12 +108,19 @@ def candidates(
     if kind == "gauss_newton":
         options = product((0.05, 0.2), (0, 16))
         return [GaussNewton(base, h, text, ridge=r, kept=n, keep=on.examples) for r, n in options]
-    # Down-projections at some of the depths, each once.
     names = down_projections(base)
-    places = [min(len(names) - 1, round(depth * len(names))) for depth in DEPTHS]
+    if kind in ("memit", "alphaedit"):
+        spans = [names[: round(d * len(names)) + 1][-MEMIT_LAYERS:] for d in MEMIT_DEPTHS]
+        if kind == "memit":
+            return [MEMIT(base, h, text, sites=s, weight=w) for s in spans for w in (1.5e3, 1.5e4)]
+        return [AlphaEdit(base, h, text, sites=s, l2=l2) for s in spans for l2 in (1.0, 10.0)]
+    # Down-projections at some of the depths, each once.
+    depths = LOCALISED_DEPTHS if kind == "localised" else DEPTHS
+    places = [min(len(names) - 1, round(depth * len(names))) for depth in depths]
     sites = [names[place] for place in dict.fromkeys(places)]
     if kind == "localised":
-        return [LocalisedFineTuning(base, h, site=s, lr=lr) for s in sites for lr in (1e-3, 3e-3)]
+        rates = LOCALISED_RATES
+        return [LocalisedFineTuning(base, h, site=site, lr=lr) for site in sites for lr in rates]
     return [ROME(base, h, text, site=site, clamp=clamp) for site in sites for clamp in (4.0, 12.0)]
 
 
