@@ -90,12 +90,6 @@ class ROME(Baseline):
         """
         u, z = [], []
         for text in texts:
-            if not text.subject:
-                prompt = self.base.tokenizer.decode(list(text.ids))
-                raise DataError(
-                    f"ROME needs the subject, and {prompt!r} does not contain its example's "
-                    "`subject`; give examples that name it, or use another editor"
-                )
             key, change = self.key_and_change(text)
             solved = torch.cholesky_solve(key.double()[:, None], self.cholesky)[:, 0]
             u.append((solved / (solved @ key.double())).to(key))
@@ -104,7 +98,13 @@ class ROME(Baseline):
         return {self.site.name: update}
 
     def key_and_change(self, text: Tokens) -> tuple[Float[Tensor, " i"], Float[Tensor, " o"]]:
-        """k* and z of an edit."""
+        """k* and z of an edit. Raises DataError for a text that does not name its subject."""
+        if not text.subject:
+            prompt = self.base.tokenizer.decode(list(text.ids))
+            raise DataError(
+                f"ROME needs the subject, and {prompt!r} does not contain its example's "
+                "`subject`; give examples that name it, or use another editor"
+            )
         rows = [self.after(context, text) for context in self.contexts]
         rows.append(self._essence(text))
         trunk, layer = FrozenTrunk(self.base), self.base.site_module(self.site)

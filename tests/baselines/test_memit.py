@@ -12,7 +12,7 @@ from mendkit.evaluation.evaluate import evaluate
 from mendkit.evaluation.prepare import EvaluationSet
 from mendkit.evaluation.sequences import in_sequence, one_after_another
 from mendkit.mend.batches import edit_tokens
-from mendkit.mend.updates import side_branches
+from mendkit.mend.updates import side_branches, unedited
 from mendkit.models.sites import find_blocks, hidden_states
 from mendkit.models.trunk import FrozenTrunk
 from tests.oracles.claims import EXAMPLES, hparams
@@ -69,7 +69,8 @@ def keys_and_states(editor, examples, k):
 def by_the_paper(editor, text, examples, earlier=None) -> dict[str, torch.Tensor]:
     """ΔW of every site; `earlier` has K_p of AlphaEdit, and gets the new keys."""
     base = copy.copy(editor.base)
-    c = key_moments(base, text)
+    with unedited(base):
+        c = key_moments(base, text)
     tokens = [edit_tokens(base, hparams(), e) for e in examples]
     z = torch.stack([editor.rome.key_and_change(t)[1] for t in tokens]).T
     goal, made, before = None, {}, {}
@@ -137,7 +138,7 @@ def test_alphaedit_spares_the_texts_keys_and_those_of_earlier_edits(llama64, edi
         assert float((second[name] @ rest).norm()) < 1e-9 * float(second[name].norm())
 
 
-def test_a_stopped_sequence_and_mistakes(llama, editor, tmp_path):
+def test_the_protocol_takes_them_and_an_edit_without_its_subject_is_told(llama, editor):
     prepared = EvaluationSet(llama, hparams(), EXAMPLES[:3], max_new_tokens=4, brief=True)
     report = evaluate(editor("alphaedit", llama), prepared, mode="locft", k=2)
     assert report.mode == "locft_3_by_2" and report.editor == "AlphaEdit"
