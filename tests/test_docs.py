@@ -8,6 +8,9 @@ from xml.etree import ElementTree
 
 import pytest
 
+import mendkit
+from mendkit.__main__ import app
+
 ROOT = Path(__file__).parents[1]
 NAMED = re.compile(r"`(?:tests/)?([\w/]+\.py)::(\w+)`")
 
@@ -94,3 +97,13 @@ def test_the_drawing_of_mend_has_the_equations_of_the_code():
     assert len(equations) == 4
     for equation in equations:
         assert equation in written, equation
+
+
+def test_the_page_for_assistants_names_commands_errors_and_names_that_there_are():
+    text = (ROOT / "AGENTS.md").read_text(encoding="utf-8")
+    known = {command.name for command in app.registered_commands}
+    named = set(re.findall(r"(?m)(?:^|`)mendkit ([a-z]+) ", text))
+    assert len(named) >= 8 and named <= known
+    listed = text.partition("among it ")[2].partition(". Other modules")[0]
+    names = set(re.findall(r"`(\w+)`", listed)) | set(re.findall(r"`(\w+Error)`", text))
+    assert len(names) >= 19 and names <= set(mendkit.__all__) | {"LimitError"}
