@@ -147,14 +147,19 @@ def language_name(code: str) -> str:
     return left_out.LANGUAGE_NAMES.get(name, name)
 
 
+def official_languages(code: str) -> list[str]:
+    """The languages that are official in the whole country of this ISO code."""
+    names = [language_name(c) for c in get_official_languages(code, de_facto=True)]
+    return [name for name in dict.fromkeys(names) if name]
+
+
 def official_language() -> list[Fact]:
     facts = []
     for code, row in countries().items():
         official = get_official_languages(code, regional=True, de_facto=True)
-        national = [language_name(c) for c in get_official_languages(code, de_facto=True)]
         listed = {language_name(c) for c in row["info"].get("languages") or ()}
         spoken = [*official, *get_territory_language_info(code), *row["languages"].split(",")]
-        answer = next((name for name in national if name and name in listed), "")
+        answer = next((name for name in official_languages(code) if name in listed), "")
         if code not in left_out.NO_LANGUAGE and readable(answer):
             valid = {language_name(c) for c in spoken} | listed
             facts.append(fact(row["name"], answer, valid - {""}, shown=row["shown"]))

@@ -25,6 +25,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+from facts_follow import Follow
 from facts_sources import LATER, RELATIONS, Fact
 
 PINNED = {
@@ -223,12 +224,14 @@ def generate() -> dict[str, str]:
             items[place[fact.entity]].append(Item(name, fact))
     targets = {name: Targets(facts[name], rng) for name in facts}
     count: Counter[str] = Counter()
+    follow = Follow(TEXT, facts, place, SEED)
     texts = {}
     for split in SPLITS:
         rows = build_split(split, items[split], targets, rng)
         for row in rows:
             row["id"] = f"{row['relation']}-{count[row['relation']]:04d}"
             count[row["relation"]] += 1
+            follow.add(row, split)
         lines = [json.dumps(row, ensure_ascii=False, separators=(",", ":")) for row in rows]
         texts[split] = "\n".join(lines) + "\n"
     return texts

@@ -12,6 +12,12 @@ from ..errors import DataError
 HEADLINE_ROLES = ("edit", "paraphrases", "neighbours", "unrelated")
 """The roles whose four shares tell how good an editor is. Other roles are reported beside them."""
 
+# The fields of several probes, and those of several texts.
+PROBES = ("neighbours", "unrelated", "portability", "consequences", "truths")
+TEXTS = ("paraphrases", "generation_prompts", "negations", "passages")
+
+DOMAINS = ("in_domain", "out_of_domain")
+
 
 def headline_mean(shares: Iterable[float]) -> float:
     """The harmonic mean of the headline shares that are known; NaN if none is."""
@@ -33,6 +39,23 @@ class Probe:
 
 
 @dataclass(frozen=True)
+class Implied(Probe):
+    """A prompt whose answer the edit changes: `answer` follows from it, `before` held before it.
+
+    `domain` of a consequence: "in_domain" if training reads consequences of its kind,
+    "out_of_domain" if none; None: not told.
+    """
+
+    before: str | None = None
+    domain: str | None = None
+
+    def __post_init__(self) -> None:
+        if self.domain not in (*DOMAINS, None):
+            expected = " or ".join(DOMAINS)
+            raise DataError(f"domain must be {expected}, got {self.domain!r}")
+
+
+@dataclass(frozen=True)
 class EditExample:
     """One edit: make `prompt` continue with `target_new`; and what should and should not follow.
 
@@ -40,6 +63,9 @@ class EditExample:
     `unrelated` prompts should not. `portability` are questions whose answers the edit implies;
     `generation_prompts` begin free text about the subject. `ground_truth` is the answer before the
     edit (y° in the metrics). For a classifier a prompt is a claim, and an answer names a class.
+    `consequences` follow from the new fact and another one; `negations` are negated forms of the
+    prompt, after which `target_new` is wrong; `truths` ask whether a fact is true (`before` is the
+    other answer); `passages` state the new fact in running text. Training reads none of the four.
     `metadata` is kept beside the edit and changes nothing.
     `target_prefix` stands between a prompt and `target_new`; None: as `join` says.
     """
@@ -57,11 +83,21 @@ class EditExample:
     generation_prompts: tuple[str, ...] = ()
     metadata: Mapping[str, Any] = field(default_factory=dict, compare=False, repr=False)
     target_prefix: str | None = None
+    # Not in `repr`, of which training takes its checksum of the data.
+    consequences: tuple[Implied, ...] = field(default=(), repr=False)
+    negations: tuple[str, ...] = field(default=(), repr=False)
+    truths: tuple[Implied, ...] = field(default=(), repr=False)
+    passages: tuple[str, ...] = field(default=(), repr=False)
 
     def __post_init__(self) -> None:
-        for name in ("paraphrases", "neighbours", "unrelated", "portability", "generation_prompts"):
+        for name in (*TEXTS, *PROBES):
             if isinstance(held := getattr(self, name), str):  # it would be read letter by letter
                 raise DataError(f"{name} must be a tuple, got the text {held[:60]!r}")
+        for asked in self.truths:
+            if asked.answer is None or asked.before is None:
+                raise DataError(
+                    f"truths: {asked.prompt!r} needs `answer` and `before`, the other one"
+                )
 
     def roles(self) -> dict[str, tuple[Probe, ...]]:
         """Every prompt of the example by its role; the headline roles come first.
@@ -75,6 +111,10 @@ class EditExample:
             "unrelated": self.unrelated,
             "portability": self.portability,
             "generation_prompts": tuple(map(Probe, self.generation_prompts)),
+            "consequences": self.consequences,
+            "negations": tuple(map(Probe, self.negations)),
+            "truths": self.truths,
+            "passages": tuple(map(Probe, self.passages)),
         }
 
 

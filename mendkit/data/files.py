@@ -22,7 +22,7 @@ from typing import Any
 
 from ..errors import DataError
 from ..runs import user_path, without_repeats
-from .examples import EditExample, Probe
+from .examples import PROBES, EditExample, Probe
 from .layouts import ANSWERS, LEAST, PAIRS, parse
 from .records import UNFOLD, answers, text
 
@@ -138,7 +138,7 @@ def write_examples(examples: Sequence[EditExample], path: str | Path) -> None:
     lines = []
     for example in examples:
         record = _filled(example)
-        for role in ("neighbours", "unrelated", "portability"):
+        for role in PROBES:
             if role in record:
                 record[role] = [_filled(probe) for probe in record[role]]
         lines.append(json.dumps(record, ensure_ascii=False) + "\n")

@@ -14,8 +14,8 @@ from functools import cache
 from typing import Any
 
 from ..errors import DataError
-from .examples import EditExample, check_unicode
-from .records import UNFOLD, Record, answers, items, name_or_number, pairs, probes, text
+from .examples import TEXTS, EditExample, check_unicode
+from .records import UNFOLD, Record, answers, implied, items, name_or_number, pairs, probes, text
 
 Columns = Mapping[str, tuple[str, ...]]
 
@@ -36,6 +36,7 @@ NAMES = {
     "unrelated": "unrelated locality locality_question",
     "portability": "portability portability_inputs",
     "generation_prompts": "generation_prompts",
+    **{role: role for role in ("consequences", "negations", "truths", "passages")},
     "target_prefix": "target_prefix",
     "metadata": "metadata _*",
     "left out": "answer_* attribute* bert_score cond dataset eval_* example_type fact_new*"
@@ -62,8 +63,9 @@ READ: dict[str, Callable[[Record, str], list[Any]]] = {
     "target_prefix": lambda record, name: [text(record, name, empty=True)],
     **dict.fromkeys(("target_new", "subject", "relation", "id"), name_or_number),
     **dict.fromkeys(("ground_truth", "told"), answers),
-    **dict.fromkeys(("paraphrases", "generation_prompts"), items),
+    **dict.fromkeys(TEXTS, items),
     **dict.fromkeys(("neighbours", "unrelated", "portability"), probes),
+    **dict.fromkeys(("consequences", "truths"), implied),
 }
 """How the values of a field are read."""
 
@@ -156,10 +158,11 @@ def _example(record: Record, columns: Columns, left: list[str]) -> EditExample:
         raise DataError(f"the model says {new!r} already (field `pred`): nothing to edit")
     values["ground_truth"] = [old for old in (*values["ground_truth"], *told) if old != new]
     # 4. an implied question needs an answer
-    implied = [probe for probe in values["portability"] if probe.answer is not None]
-    if len(implied) < len(values["portability"]):
-        left.append("portability without an answer")
-    values["portability"] = implied
+    for role in ("portability", "consequences"):
+        answered = [probe for probe in values[role] if probe.answer is not None]
+        if len(answered) < len(values[role]):
+            left.append(f"{role} without an answer")
+        values[role] = answered
     texts: dict[str, Any] = {field: next(iter(values.pop(field)), None) for field in SINGLE}
     lists: dict[str, Any] = {field: tuple(found) for field, found in values.items()}
     return EditExample(**texts, **lists, metadata=metadata)

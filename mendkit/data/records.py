@@ -7,12 +7,12 @@ from collections.abc import Mapping
 from typing import Any
 
 from ..errors import DataError, shown
-from .examples import Probe, check_unicode
+from .examples import Implied, Probe, check_unicode
 
 Record = Mapping[str, Any]
 Flat = dict[str, Any]
 
-# names in an object of `neighbours`, `unrelated` or `portability`
+# names in an object of a field of probes
 PROMPTS = ("prompt", "loc", "question", "New Question")
 TRUTHS = ("answer", "ground_truth", "target", "loc_ans", "answers", "New Answer", "aliases")
 BESIDE = ("metric", "id", "type", "relation", "Recalled Relation", "Other")
@@ -135,6 +135,18 @@ def _probe(value: Record, place: str) -> list[Probe]:
     return pairs(prompts[0], truths, place)
 
 
+def implied(record: Record, key: str) -> list[Implied]:
+    """Probes whose answer the edit changes: objects with a prompt, its answers, and `before`."""
+    found = []
+    for number, item in enumerate(_objects(record, key) if record[key] else ()):
+        before = next(iter(answers(item, "before")), None)
+        domain, place = text(item, "domain"), f"{key}[{number}]"
+        asked = {name: part for name, part in item.items() if name not in ("before", "domain")}
+        for probe in probes({place: asked}, place):
+            found.append(Implied(**vars(probe), before=before, domain=domain))
+    return found
+
+
 def _objects(record: Record, key: str) -> list[Flat]:
     """A list of objects, or a lone object; the objects are copied."""
     value = record.get(key)
@@ -153,14 +165,19 @@ def _drop(record: Flat, left: list[str], *names: str) -> None:
 def _rewrites(record: Flat, left: list[str]) -> list[Flat]:
     """ROME's CounterFact; MQuAKE and AKEW, whose records may have several edits.
 
-    Neighbours have the old answer unless they bring their own. A question that needs several edits
-    is left out.
+    Neighbours have the old answer unless they bring their own. The questions are consequences of
+    the edit; those that need several edits are left out.
     """
     rewrites = _objects(record, "requested_rewrite")
+    asked = items(record, "questions") if "questions" in record else []
+    if len(rewrites) == 1 and asked:
+        new = [record.get("new_answer"), record.get("new_answer_alias")]
+        probe = {"answer": new, "before": record.get("answer")}
+        record["consequences"] = [{"prompt": question, **probe} for question in asked]
+        for name in ("questions", "new_answer", "new_answer_alias", "answer"):
+            record.pop(name, None)
     if isinstance(record.pop("requested_rewrite"), list):
-        _drop(record, left, "answer")
-    if len(rewrites) > 1:
-        _drop(record, left, "questions", "new_answer")
+        _drop(record, left, "answer", "questions", "new_answer")
     flats = []
     for number, rewrite in enumerate(rewrites, 1):
         flat = record | rewrite
@@ -188,10 +205,10 @@ RIPPLES = {
     "Relation_Specifity": "unrelated",  # the files spell it so
     "Relation_Specificity": "unrelated",
     "Forgetfulness": "unrelated",
-    "Logical_Generalization": "portability",
     "Subject_Aliasing": "portability",
-    "Compositionality_I": "portability",
-    "Compositionality_II": "portability",
+    "Logical_Generalization": "consequences",
+    "Compositionality_I": "consequences",
+    "Compositionality_II": "consequences",
 }
 
 

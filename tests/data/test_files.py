@@ -6,6 +6,7 @@ import gzip
 import json
 import logging
 import lzma
+import re
 import sys
 from types import SimpleNamespace
 from unittest.mock import Mock
@@ -13,7 +14,7 @@ from unittest.mock import Mock
 import pandas as pd
 import pytest
 
-from mendkit.data.examples import EditExample, Probe
+from mendkit.data.examples import EditExample, Implied, Probe
 from mendkit.data.files import read_examples, read_questions, read_text, write_examples
 from mendkit.data.layouts import NAMES, PAIRS, READ
 from mendkit.errors import DataError
@@ -153,7 +154,7 @@ READ_AS = {
         EditExample(
             *("The name of the country of citizenship of X is", "Norway", "X", "Nepal"),
             unrelated=(Probe("The name of the mother of X is", "Eve Bell", ("Eve",)),),
-            portability=(Probe("X's capital is", "Oslo"),),
+            consequences=(Implied("X's capital is", "Oslo"),),
             relation="COUNTRY_OF_CITIZENSHIP",
         ),
     ),
@@ -193,14 +194,20 @@ def test_every_layout_is_read_from_lines_arrays_and_objects_with_records(tmp_pat
 
 def test_a_record_of_several_edits_gives_them_all_and_says_what_it_leaves_out(tmp_path):
     one = read_examples(write(tmp_path / "m.json", [MQUAKE]))
-    asked = tuple(Probe(question, "Oslo") for question in MQUAKE["questions"])
-    assert one[0] == EditExample(**{**vars(NORWAY), "portability": asked})
+    asked = tuple(Implied(text, "Oslo", (), "Santiago") for text in MQUAKE["questions"])
+    assert one[0] == EditExample(**{**vars(NORWAY), "consequences": asked})
+    assert not {"questions", "new_answer", "answer"} & one.left_out.keys()
+    record = MQUAKE | {"new_answer_alias": ["Kristiania"]}
+    named = read_examples(write(tmp_path / "n.json", [record]))[0].consequences[0]
+    assert (named.answer, named.aliases) == ("Oslo", ("Kristiania",))
     several = read_examples(write(tmp_path / "a.json", [AKEW]))
     assert [(e.id, e.subject, e.target_new) for e in several] == [
         ("1.1", "X", "Norway"),
         ("1.2", "Y", "Norway"),
     ]
-    assert not any(e.portability for e in several)  # these questions need both edits
+    assert not any(
+        e.portability or e.consequences for e in several
+    )  # these questions need both edits
     assert several.left_out["questions"] == 1 and several.left_out["fact_new_uns"] == 2
     columns = {"target_new": "fact_new_uns"}  # the long answer instead
     read = read_examples(tmp_path / "a.json", columns=columns, skip_invalid=True)
@@ -418,8 +425,21 @@ def test_metadata_are_kept_and_change_nothing(tmp_path):
 def test_own_form_round_trips_and_its_lines_end_at_newlines_only(tmp_path):
     probe = Probe("p", "a", ("b",))
     odd = EditExample("A\u2028X is", "Rome", portability=(probe,), generation_prompts=("g",))
-    write_examples([*EXAMPLES, odd], tmp_path / "x.jsonl")
-    assert tuple(read_examples(tmp_path / "x.jsonl")) == (*EXAMPLES, odd)
+    follow = EditExample(
+        *("The capital of X is", "Lima"),
+        consequences=(
+            Implied("X's mayor speaks", "Spanish", ("Castilian",), "Greek", "in_domain"),
+        ),
+        negations=("The capital of X is not",),
+        truths=(Implied("Is it Lima?", "Yes", before="No"),),
+        passages=("X moved its capital to Lima.",),
+    )
+    write_examples([*EXAMPLES, odd, follow], tmp_path / "x.jsonl")
+    assert tuple(read_examples(tmp_path / "x.jsonl")) == (*EXAMPLES, odd, follow)
+    lines = (tmp_path / "x.jsonl").read_text().split("\n")
+    assert not re.search("consequences|negations|truths|passages", "".join(lines[:-2]))
+    # training's checksum of the data is of what it reads
+    assert repr(follow) == repr(EditExample("The capital of X is", "Lima"))
 
 
 @pytest.mark.parametrize("split", ["train", "validation", "test"])
@@ -443,6 +463,12 @@ WRONG = [
     ({k: v for k, v in ZSRE.items() if k != "rephrase"} | {"alt": True}, "`alt` must be text"),
     ({**OWN, "target_new": ["Lyon", "Nice"]}, "`target_new` must be text"),
     ({"a": 1}, "unknown field `a`; expected at least {"),
+    ({**OWN, "consequences": ["It is"]}, "`consequences` must be an object"),
+    ({**OWN, "consequences": [{"answer": "Lima"}]}, r"`consequences\[0\]` has no `prompt`"),
+    ({**OWN, "consequences": [{"prompt": "It is", "wert": 1}]}, "unknown field `wert`"),
+    ({**OWN, "consequences": {"prompt": "a", "answer": "b", "domain": "x"}}, "domain must be in_"),
+    ({**OWN, "negations": [1]}, r"`negations\[0\]` must be text"),
+    ({**OWN, "truths": [{"prompt": "Is it?", "answer": "Yes"}]}, "needs `answer` and `before`"),
     ([1], "expected an object such as {"),
     ({**ROME, "requested_rewrite": {"prompt": "{} is"}}, "`subject` is missing"),
     ({**ROME, "neighborhood_prompts": ["a", 3]}, r"`neighborhood_prompts\[1\]`"),
