@@ -192,6 +192,8 @@ def load_archive(path: str | Path, *, base: BaseModel) -> Archive:
         for name, tensor in tensors.items():
             if (tensor.dtype, tensor.shape) != forms[name]:
                 raise TypeError(f"tensor {name} is {tensor.dtype} {tuple(tensor.shape)}")
+    for other in mend.others.values():
+        other.restore()
     return Archive(archive_file(path), checked, mend.to(base.device).eval(), metadata)
 
 

@@ -55,6 +55,15 @@ class OtherKeys(SecondMoment):
         self._forget()
 
     @torch.no_grad()
+    def restore(self) -> None:
+        """Give eigenvalues their floor again, where rounding (`export --compact`) took it."""
+        moment = self.moment.double()
+        if int(torch.linalg.cholesky_ex(moment).info) and bool(moment.isfinite().all()):
+            values, vectors = torch.linalg.eigh(moment)
+            least = FLOOR * moment.diagonal().mean()
+            self.moment.copy_(vectors * values.clamp(min=least) @ vectors.T)
+
+    @torch.no_grad()
     def inverse(self) -> Float[Tensor, "i i"]:
         """C⁻¹ in float64, computed once."""
         version = self.moment._version

@@ -10,6 +10,7 @@ from mendkit.errors import ArchiveError, MendkitError
 from mendkit.mend.archive import load_archive, save_archive
 from mendkit.mend.editor import MENDEditor
 from mendkit.mend.hypernetwork import MEND
+from mendkit.mend.least_squares import FLOOR
 from mendkit.mend.packing import BLOCK, _rounded, _widened
 from tests.oracles.attacks import Layout, signed
 from tests.oracles.claims import EXAMPLES, hparams, scrambled, with_statistics
@@ -52,6 +53,8 @@ def white(base) -> MEND:
                 if value.dim() > 1:
                     drawn = torch.randn(value.shape)
                     drawn = drawn + drawn.mT
+                    if name == "moment":  # definite
+                        drawn = drawn @ drawn + 9 * torch.eye(len(drawn))
                     seen.setdefault((key, name, value.shape), drawn)
                     setattr(module, name, seen[key, name, value.shape].clone())
     return mend
@@ -100,6 +103,25 @@ def test_a_compact_archive_is_small_says_so_and_gives_nearly_the_same_edits(wide
         torch.equal(value, loaded[name])
         for name, value in load_archive(whole, base=wide).mend.state_dict().items()
     )
+
+
+def test_a_compact_archive_of_uneven_keys_can_edit_by_least_squares(wide, tmp_path):
+    mend = white(wide)
+    for other in mend.others.values():
+        width = len(other.moment)
+        keys = torch.randn(4 * width, width, generator=torch.Generator().manual_seed(0))
+        other.add(keys * 1e3 ** torch.linspace(1, 0, width))
+        other.fit()
+    path = save_archive(tmp_path / "a.safetensors", wide, mend, compact=True)
+    loaded = load_archive(path, base=wide)
+    for name, other in loaded.mend.others.items():
+        moment = mend.others[name].moment
+        values = torch.linalg.eigvalsh(other.moment.double())
+        assert values.min() > 0.9 * FLOOR * moment.diagonal().mean()
+        assert (other.moment - moment).abs().max() < 0.02 * moment.diagonal().max()
+    with MENDEditor(wide, loaded.mend).session() as session:
+        session.edit(EXAMPLES[0])
+        session.edit(EXAMPLES[1])
 
 
 @pytest.mark.parametrize("n", [1, 63, 64, 65, 300])
