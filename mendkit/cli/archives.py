@@ -36,7 +36,7 @@ Results = Annotated[
     Path | None, Option(metavar="FILE", parser=user_path, help="results.json of `evaluate`")
 ]
 # Examples by which a scan tells keys apart.
-SCANNED = 200
+SCAN_EXAMPLES = 200
 Scan = Annotated[
     bool, Option("--scan", help="which blocks tell an edit from its neighbours; reads the weights")
 ]
@@ -178,8 +178,8 @@ def sites(
         hparams = mendkit.MENDHyperParams(model_name=first).replace(**parse_overrides(settings))
     if scan:
         read = partial(mendkit.read_examples, columns=hparams.columns)
-        h = hparams.replace(stats_held_out=False, stats_examples=SCANNED, val_steps=40)
-        train, validation = read(train_data, limit=SCANNED), read(validation_data, limit=40)
+        h = hparams.replace(stats_held_out=False, stats_examples=SCAN_EXAMPLES, val_steps=40)
+        train, validation = read(train_data, limit=SCAN_EXAMPLES), read(validation_data, limit=40)
         rows = scan_blocks(mendkit.load_model(hparams), h, train, validation)
         table = pd.DataFrame(rows).to_string(index=False, float_format="%.2f")
         cli.show(rows, table, as_json=as_json)

@@ -236,28 +236,22 @@ def scan_blocks(
     gets. x and x_e are the MLP's inputs where the answer's first token is predicted; M is that of
     `whiten_pairs`, from `train`. A row for each block: `auc`, the share of a paraphrase and a
     neighbour of one edit of `validation` where the paraphrase responds more, and the medians of
-    `paraphrases`, `neighbours`, `unrelated`. Raises ModelError without a chain of blocks.
+    `paraphrases`, `neighbours`, `unrelated`; None where the data have no such texts. Raises
+    ModelError without a chain of blocks.
     """
-    if base.blocks is None:
-        raise ModelError(f"{base.name} is no plain chain of blocks, so none can be compared")
-    # 1. The MLP's input is the narrowest one of a block's sites.
-    narrowest: dict[int, Site] = {}
-    for site in base.with_sites(mlp_names(base.model, everywhere=True)).sites:
-        block = site.block or 0
-        narrowest[block] = min(narrowest.get(block, site), site, key=lambda each: each.d_in)
-    inputs = {site.name: site for _, site in sorted(narrowest.items())}
+    inputs = _mlp_inputs(base)
     h = hparams.replace(archive=None, inner_params=[*inputs], aggregate="sum")
     ridge = h.whiten or 0.02
     h = h.replace(edit_tokens="scored", whiten=ridge, whiten_pairs=True)
     prepared = Preparation(base.with_sites([*inputs]), h, train, validation, team=Team(h.device))
-    # 2. M of each block.
+    # 1. M of each block.
     keys = {name: Whitening(site.d_in, ridge, pairs=True) for name, site in inputs.items()}
     for seen, groups, first in prepared.wording_inputs(prepared.statistics_examples()):
         for name, whitening in keys.items():
             whitening.add(seen[name], groups, first)
     for whitening in keys.values():
         whitening.fit()
-    # 3. The responses of every edit's texts, and which of two is larger.
+    # 2. The responses of every edit's texts, and which of two is larger.
     found: dict[str, dict[str, list[Tensor]]] = {name: defaultdict(list) for name in keys}
     for example in prepared.validation:
         roles = {role: getattr(example, role) for role in SCANNED}
@@ -269,9 +263,22 @@ def scan_blocks(
             for role, part in zip(roles, parts, strict=True):
                 found[name][role].append(part)
             found[name]["auc"].append((parts[0][:, None] > parts[1]).flatten().float())
-    rows = []
+    rows: list[dict[str, Any]] = []
     for name, site in inputs.items():
-        values = {role: torch.cat(parts) for role, parts in found[name].items()}
-        row = {role: float(values[role].quantile(0.5)) for role in SCANNED}
-        rows.append({"block": site.block, "auc": float(values["auc"].mean()), **row})
+        rows.append({"block": site.block, "auc": None, **dict.fromkeys(SCANNED)})
+        for column, parts in found[name].items():
+            if len(values := torch.cat(parts)):
+                value = values.mean() if column == "auc" else values.quantile(0.5)
+                rows[-1][column] = float(value)
     return rows
+
+
+def _mlp_inputs(base: BaseModel) -> dict[str, Site]:
+    """A site of each block that has the MLP's input, the narrowest one, lowest block first."""
+    if base.blocks is None:
+        raise ModelError(f"{base.name} is no plain chain of blocks, so none can be compared")
+    found: dict[int, Site] = {}
+    for site in base.with_sites(mlp_names(base.model, everywhere=True)).sites:
+        block = site.block or 0
+        found[block] = min(found.get(block, site), site, key=lambda each: each.d_in)
+    return {site.name: site for _, site in sorted(found.items())}

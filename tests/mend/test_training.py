@@ -260,6 +260,12 @@ def test_a_measured_start_trains_as_the_same_number_given(llama, tmp_path):
     assert third.edit_lr == found.edit_lr
 
 
+def test_a_scan_of_data_without_neighbours_leaves_their_columns_empty(llama):
+    examples = [replace(example, neighbours=()) for example in EXAMPLES]
+    rows = scan_blocks(llama, hparams(whiten=0.05), examples, examples[:3])
+    assert all(row["auc"] is row["neighbours"] is None and row["paraphrases"] for row in rows)
+
+
 def test_a_scan_tells_which_share_of_an_edit_other_texts_get(llama):
     h, block = hparams(whiten=0.05), 1
     rows = scan_blocks(llama, h, EXAMPLES, EXAMPLES[:3])
