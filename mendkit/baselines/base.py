@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..data.examples import EditExample, Probe
+from ..data.examples import EditExample
 from ..errors import DataError, HyperParamError, LimitError, ModelError
 from ..evaluation.inspection import restarted
 from ..evaluation.metrics import Reading, first_token
@@ -170,7 +170,7 @@ def _compared(with_fact: Reading, without: Reading) -> Reading:
 def _told(e: EditExample) -> EditExample:
     """The example with the new fact before each of its prompts."""
 
-    def with_fact(probes: Sequence[Probe]) -> tuple[Probe, ...]:
+    def with_fact(probes: Sequence[Any]) -> tuple[Any, ...]:
         return tuple(replace(probe, prompt=told(e, probe.prompt)) for probe in probes)
 
     return replace(
@@ -181,6 +181,9 @@ def _told(e: EditExample) -> EditExample:
         unrelated=with_fact(e.unrelated),
         relation=None,
         portability=(),
+        consequences=with_fact(e.consequences),
+        negations=tuple(told(e, prompt) for prompt in e.negations),
+        truths=with_fact(e.truths),
         generation_prompts=(),
     )
 

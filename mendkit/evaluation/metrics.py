@@ -24,7 +24,13 @@ from .results import is_said, normalise
 # reworded ones a paraphrase's: only those show an editor that answers for a whole relation.
 STAY = ("neighbours", "unrelated", "reworded")
 
-PART_OF_ROLE = {**SHARE_NAMES, "portability": "portability"}
+PART_OF_ROLE = {
+    **SHARE_NAMES,
+    "portability": "portability",
+    "consequences": "consequence",
+    "negations": "negation",
+    "truths": "truth",
+}
 
 RENAMED = {
     ("question", "free_exact"): "edit_success.free_exact_question",
@@ -47,7 +53,8 @@ class ScoredPrompt:
     "reworded".
     `text`: the prompt with y where it should follow the edit, else with the answer it had.
     `answers`: what may be written, or of a prompt that should stay is known to be right.
-    `rival`: with the other answer, y° after the edit and its paraphrases, y after a neighbour.
+    `rival`: with the other answer, y° after the edit and its paraphrases, y after a neighbour, the
+    wrong one after a true/false question.
     `greedy`: with what f writes, for prompts that should stay and are written out.
     `old`: the answer before the edit, where it should follow.
     """
@@ -59,6 +66,7 @@ class ScoredPrompt:
     rival: Tokens | None = None
     greedy: Tokens | None = None
     old: str | None = None
+    domain: str | None = None  # of a consequence
 
     @property
     def stops(self) -> tuple[str, ...]:
@@ -103,8 +111,18 @@ def prompt_scores(prompt: ScoredPrompt, read: Reading, before: Reading) -> dict[
     if prompt.role in STAY:
         return _staying(prompt, read, before)
     said = read.written or ""
+    if prompt.role == "truths" and read.rival is not None:
+        right = float(fmean(read.text.logp) > fmean(read.rival.logp))
+        return {"score": right, "accuracy": right}
+    if (
+        prompt.role == "negations"
+    ):  # "not Lyon, but Paris" says Lyon; "not Paris, but Lyon" is right
+        leak = float(begins_with(said, prompt.answers[0]))
+        return {"score": 1 - leak, "leak": leak}
     right = float(is_said(said, prompt.answers, prompt.old))
     scores = {"score": right, "free_exact": right}
+    if prompt.domain is not None:
+        scores[f"free_exact_{prompt.domain}"] = right
     if not prompt.text.targets:  # an implied question is only written after
         return scores
     # Teacher forcing counts y's tokens, not the end of text.
@@ -155,6 +173,8 @@ def example_values(roles: Sequence[str], scores: Sequence[Mapping[str, float]]) 
             name = f"{PART_OF_ROLE[role]}.{score}"
         if name is not None:
             values[name] = fmean(each)
+    if "edit_success.free_exact_question" in values:  # its name in published protocols
+        values["context.free_exact"] = values["edit_success.free_exact_question"]
     # MEND, equation 1: exact correctness over the edit and its paraphrases
     exact = collected["edit", "tf_exact"] + collected.get(("paraphrases", "tf_exact"), [])
     return values | {"edit_success.paper": fmean(exact)}

@@ -421,9 +421,26 @@ def _prompts(
         yield staying
     for probe in e.unrelated:
         yield _staying(base, h, "unrelated", probe.prompt, probe.answer)
+    if not brief:
+        yield from _following(base, h, e)
     # Prompts that are only written after are checked now.
     for prompt in (*(told(e, p.prompt) for p in e.portability), *e.generation_prompts):
         probe_tokens(base, h, prompt)
+
+
+def _following(base: BaseModel, h: MENDHyperParams, e: EditExample) -> Iterator[ScoredPrompt]:
+    """What follows from the edit, and what must not."""
+    for implied in e.consequences:
+        text, names = probe_tokens(base, h, implied.prompt), (implied.answer or "",)
+        asked = ScoredPrompt("consequences", implied.prompt, text, (*names, *implied.aliases))
+        yield replace(asked, old=implied.before, domain=implied.domain)
+    for prompt in e.negations:
+        text, answers = probe_tokens(base, h, prompt), (base.said(e.target_new),)
+        yield ScoredPrompt("negations", prompt, text, answers, old=e.ground_truth)
+    for implied in e.truths:
+        text = probe_tokens(base, h, implied.prompt, implied.answer)
+        rival = probe_tokens(base, h, implied.prompt, implied.before)
+        yield ScoredPrompt("truths", implied.prompt, text, (implied.answer or "",), rival=rival)
 
 
 def _as_question(prompt: str) -> str:

@@ -41,8 +41,11 @@ HARMONIC = {
 GROUPS = {"known": True, "unknown": False}
 APART = (*HEADLINE_KEYS, "neighbourhood.retained", "retention.all")
 
-SHARES = ("edit_success", "paraphrase", "neighbourhood", "locality", "retention", "portability")
-LOWER_IS_BETTER = ("kl_nats", "log_p.old", "drawdown.", "norm.", "edit.seconds")
+SHARES = (
+    *("edit_success", "paraphrase", "neighbourhood", "locality", "retention", "portability"),
+    *("consequence", "context", "negation", "truth"),
+)
+LOWER_IS_BETTER = ("negation.", "kl_nats", "log_p.old", "drawdown.", "norm.", "edit.seconds")
 ABOUT = ("id", "subject", "relation", "prompt", "target_new", "ground_truth")
 
 

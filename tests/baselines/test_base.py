@@ -2,6 +2,7 @@
 
 import copy
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -116,6 +117,12 @@ def test_the_fact_in_context_is_read_before_every_prompt(llama):
         assert row.values["neighbourhood.argmax_agreement"] == pytest.approx(sum(same) / len(same))
         before = on.before[row.index].values["log_p.new"]
         assert row.values["before.log_p.new"] == before != row.values["log_p.new"]
+    denied = replace(EXAMPLES[0], negations=("The capital of France is not",))
+    (row,) = fact_in_context(EvaluationSet(llama, hparams(), [denied], max_new_tokens=8)).rows
+    fact = f"{denied.prompt} {denied.target_new}.\n"
+    output = next(each for each in row.outputs if each["role"] == "negations")
+    written = llama.generate(fact + denied.negations[0], max_new_tokens=8)
+    assert output["after"] == written and output["prompt"] == denied.negations[0]
     short = EvaluationSet(llama, hparams(max_length=80), EXAMPLES[:2], max_new_tokens=4)
     with pytest.raises(LimitError, match=r"with the fact before it: .* raise `max_length`"):
         fact_in_context(short)

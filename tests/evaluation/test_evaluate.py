@@ -7,14 +7,15 @@ import torch
 
 from mendkit.baselines.base import down_projections
 from mendkit.baselines.fine_tuning import LocalisedFineTuning
-from mendkit.data.examples import EditExample, Probe
+from mendkit.data.examples import EditExample, Implied, Probe
 from mendkit.data.files import Examples
 from mendkit.errors import DataError, HyperParamError
 from mendkit.evaluation import prepare
-from mendkit.evaluation.evaluate import evaluate
+from mendkit.evaluation.evaluate import _run_of, evaluate
 from mendkit.evaluation.metrics import (
     Reading,
     ScoredPrompt,
+    begins_with,
     example_values,
     ngram_entropy_bits,
     prompt_scores,
@@ -224,8 +225,98 @@ def test_scores_of_hand_made_readings():
     far = {"argmax_agreement": 1.0, "kl_nats": 0.25, "greedy_agreement": 1.0}
     parts = {"edit_success": edit, "paraphrase": para, "neighbourhood": near, "locality": far}
     expected = {f"{part}.{name}": v for part, found in parts.items() for name, v in found.items()}
+    expected["context.free_exact"] = 1.0
     # log P(y) is -2: the end of text is left out.
     assert values == expected | {"log_p.new": -2.0, "log_p.old": -2.5}
+
+
+@pytest.mark.parametrize(
+    ("written", "leak"),
+    [(" Lyon", 1), (" the Lyon, but Paris", 1), (" Paris, but Lyon", 0), (" Lyons", 0), ("", 0)],
+)
+def test_a_denied_fact_leaks_where_the_new_answer_is_said_first(written, leak):
+    prompt = ScoredPrompt("negations", "The capital is not", hand_made(), ("Lyon",), old="Paris")
+    read = Reading(reading(5), written=written)
+    assert prompt_scores(prompt, read, read) == {"score": 1 - leak, "leak": leak}
+
+
+# ---------------------------------------------------------------- what follows, and what must not
+
+FOLLOWED = replace(
+    EXAMPLES[0],
+    consequences=(
+        Implied("The Louvre is in the city of", "Lima", ("Ciudad",), "Paris", "in_domain"),
+        Implied("The river of France's capital is the", "Rimac", domain="out_of_domain"),
+        Implied("The mayor of France's capital speaks", "Spanish"),
+    ),
+    negations=("The main city of France is not", "Nobody says that France is ruled from"),
+    truths=(
+        Implied("Is Lima the capital of France?", "Yes", before="No"),
+        Implied("Is Paris the capital of France?", "No", before="Yes"),
+    ),
+    passages=("France has moved its capital to Lima.",),
+)
+
+
+@pytest.mark.parametrize(("mode", "k"), [("single", None), ("batch", 2), ("sequential", None)])
+def test_what_follows_is_scored_under_the_edits_in_force(llama, mode, k):
+    editor, examples = editor_for(llama), [FOLLOWED, EXAMPLES[1]]
+    edit = editor.edit(examples if mode == "batch" else FOLLOWED)
+    with edit.applied():
+        prompts = [probe.prompt for probe in FOLLOWED.consequences]
+        said = [llama.generate(prompt, max_new_tokens=8) for prompt in prompts]
+        denied = [llama.generate(prompt, max_new_tokens=8) for prompt in FOLLOWED.negations]
+        right = []
+        for probe in FOLLOWED.truths:
+            likely = []
+            for answer in (probe.answer, probe.before):
+                text = llama.tokenize(probe.prompt, answer)
+                logp = log_probabilities(llama, text)
+                likely.append(logp.gather(1, torch.tensor(text.targets)[:, None]).mean())
+            right.append(float(likely[0] > likely[1]))
+    # the first consequence is right by its other name, the second wrong, the third right
+    first, second, third = FOLLOWED.consequences
+    known = replace(
+        FOLLOWED,
+        consequences=(
+            replace(first, answer="nothing", aliases=(said[0].strip(),)),
+            replace(second, answer="something else"),
+            replace(third, answer=said[2].strip()),
+        ),
+    )
+    report = evaluate(editor, [known, EXAMPLES[1]], mode=mode, k=k, max_new_tokens=8)
+    row, other = report.rows
+    assert row.values["consequence.free_exact"] == pytest.approx(2 / 3)
+    assert row.values["consequence.free_exact_in_domain"] == 1.0
+    assert row.values["consequence.free_exact_out_of_domain"] == 0.0
+    leaks = [begins_with(text, FOLLOWED.target_new) for text in denied]
+    assert row.values["negation.leak"] == sum(leaks) / 2
+    assert row.values["truth.accuracy"] == sum(right) / 2
+    outputs = {role: [o for o in row.outputs if o["role"] == role] for role in FOLLOWED.roles()}
+    assert [o["after"] for o in outputs["consequences"]] == said
+    assert [o["after"] for o in outputs["negations"]] == denied
+    assert all(o["before"] is not None and o["after"] is not None for o in outputs["truths"])
+    names = ("consequence.free_exact", "negation.leak", "truth.accuracy")
+    for name in names:
+        assert report.summary[name].n == report.summary[f"before.{name}"].n == 1
+        assert name not in other.values
+    assert report.to_dict()[f"{report.mode}.context.free_exact.n"] == 2
+
+
+def test_examples_that_name_no_consequence_are_scored_as_they_were(llama, prepared):
+    names = {name for row in evaluate(editor_for(llama), prepared).rows for name in row.values}
+    assert not any(name.startswith(("consequence", "negation", "truth")) for name in names)
+    brief = EvaluationSet(llama, hparams(), [FOLLOWED], max_new_tokens=4, brief=True)
+    assert {prompt.role for prompt in brief.prompts[0]}.isdisjoint(("consequences", "negations"))
+
+
+def test_rows_of_other_consequences_are_not_gone_on_from(llama):
+    whole, less = ([replace(FOLLOWED, negations=n)] for n in (FOLLOWED.negations, ()))
+    sets = [
+        EvaluationSet(llama, hparams(), examples, max_new_tokens=4) for examples in (whole, less)
+    ]
+    first, second = (_run_of(editor_for(llama), on, "single", None, 1.0) for on in sets)
+    assert [name for name in first if first[name] != second[name]] == ["examples"]
 
 
 @pytest.mark.parametrize(
