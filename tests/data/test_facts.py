@@ -233,10 +233,10 @@ def plain(answer: str) -> str:
     ("relation", "second", "words"),
     [
         ("city_country", "continent", r"continent"),
-        ("capital_country", "currency", r"vegetables"),
+        ("capital_country", "currency", r"pay with"),
         ("airport_country", "capital", r"capital"),
         ("us_city_state", "state_code", r"abbreviat|state code"),
-        ("us_city_state", "state_capital", r"state capital"),
+        ("us_city_state", "state_capital", r"capital of the US state"),
         ("currency", "currency_code", r"three-letter"),
     ],
 )
