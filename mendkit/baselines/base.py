@@ -141,8 +141,9 @@ def fact_in_context(on: EvaluationSet) -> EvaluationReport:
     agreement is with what it says without the fact. Raises LimitError if a prompt gets too long.
     """
     start = time.perf_counter()
-    examples, limit = [_told(example) for example in on.examples], on.max_new_tokens
-    context = EvaluationSet(on.base, on.hparams, examples, max_new_tokens=limit)
+    examples = [_told(example) for example in on.examples]
+    limit, follow = on.max_new_tokens, on.follow
+    context = EvaluationSet(on.base, on.hparams, examples, max_new_tokens=limit, follow=follow)
     if len(context) != len(on):
         raise LimitError(f"with the fact before it: {context.skipped[0]}")
     read = []

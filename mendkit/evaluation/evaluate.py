@@ -118,7 +118,7 @@ def _run_of(
         "archive": mend and tensors_sha256(mend.state_dict().items()),
         "base model": model_fingerprint(on.base),
         "examples": sha256(repr([(e, e.roles()) for e in on.examples])),
-        "texts": [on.max_new_tokens, on.fluency, on.brief, sha256(repr(windows))],
+        "texts": [on.max_new_tokens, on.fluency, on.brief, on.follow, sha256(repr(windows))],
         "versions": {name: versions[name] for name in ("mendkit", "torch", "transformers")},
     }
 

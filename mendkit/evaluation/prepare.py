@@ -56,7 +56,8 @@ class EvaluationSet:
     On request: drawdown on the first `text_tokens` tokens of a held-out `text`, and `fluency`.
     `brief`: what thousands of edits allow. No rivals, reworded or implied prompts; paraphrases are
     asked as questions, too; the unedited model writes after edit prompts only; writing ends once
-    the text cannot become an answer.
+    the text cannot become an answer. `follow` false leaves out consequences, negated forms and
+    true/false questions, which take as long as everything else.
     Raises DataError if no example is left, MendkitError for text of a model that writes none.
     """
 
@@ -71,11 +72,13 @@ class EvaluationSet:
         text_tokens: int = TEXT_TOKENS,
         fluency: bool = False,
         brief: bool = False,
+        follow: bool = True,
     ) -> None:
         if base.family != CAUSAL and (fluency or text is not None):
             raise MendkitError(f"{base.name}: fluency and held-out text need a causal model")
         self.base, self.hparams = base, hparams
         self.max_new_tokens, self.fluency, self.brief = max_new_tokens, fluency, brief
+        self.follow = follow and not brief
         self._elsewhere: dict[tuple[Site, ...], EvaluationSet] = {}
         self.examples: list[EditExample] = []
         self.prompts: list[list[ScoredPrompt]] = []
@@ -204,7 +207,10 @@ class EvaluationSet:
             self.prompts[i] = self._prompts_of(self.examples[i])
 
     def _prompts_of(self, example: EditExample) -> list[ScoredPrompt]:
-        return list(_prompts(self.base, self.hparams, example, brief=self.brief))
+        prompts = list(_prompts(self.base, self.hparams, example, brief=self.brief))
+        if self.follow:
+            prompts += _following(self.base, self.hparams, example)
+        return prompts
 
     def _is_known(self, i: int) -> bool | None:
         """Whether f writes the listed truth; None where there is none."""
@@ -421,8 +427,6 @@ def _prompts(
         yield staying
     for probe in e.unrelated:
         yield _staying(base, h, "unrelated", probe.prompt, probe.answer)
-    if not brief:
-        yield from _following(base, h, e)
     # Prompts that are only written after are checked now.
     for prompt in (*(told(e, p.prompt) for p in e.portability), *e.generation_prompts):
         probe_tokens(base, h, prompt)

@@ -1,11 +1,12 @@
 """Scores against oracles: models whose answers are known, and decoding done the long way."""
 
 from dataclasses import replace
+from functools import partial
 
 import pytest
 import torch
 
-from mendkit.baselines.base import down_projections
+from mendkit.baselines.base import down_projections, fact_in_context
 from mendkit.baselines.fine_tuning import LocalisedFineTuning
 from mendkit.data.examples import EditExample, Implied, Probe
 from mendkit.data.files import Examples
@@ -256,6 +257,20 @@ FOLLOWED = replace(
     ),
     passages=("France has moved its capital to Lima.",),
 )
+
+
+def test_what_follows_can_be_left_out_and_nothing_else_changes(llama):
+    editor, how = editor_for(llama), {"max_new_tokens": 8}
+    sets = [
+        EvaluationSet(llama, editor.hparams, [FOLLOWED], **how, follow=f) for f in (True, False)
+    ]
+    for score in (partial(evaluate, editor), fact_in_context):
+        (full,), (less,) = (score(on).rows for on in sets)
+        left_out = {name.removeprefix("before.") for name in set(full.values) - set(less.values)}
+        assert {name.partition(".")[0] for name in left_out} == {"consequence", "negation", "truth"}
+        values = {name: value for name, value in less.values.items() if name != "edit.seconds"}
+        expected = {name: full.values[name] for name in values}
+        assert values == pytest.approx(expected, rel=1e-3, abs=1e-6)
 
 
 @pytest.mark.parametrize(("mode", "k"), [("single", None), ("batch", 2), ("sequential", None)])
