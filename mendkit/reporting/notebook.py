@@ -69,7 +69,7 @@ class Parameter:
         """What checks a value. A limit of 0 means no limit; other integers begin with 1."""
         annotation = self.annotation
         if annotation is int:
-            least = 0 if self.name.endswith(("limit", "in_a_row")) else 1
+            least = 0 if self.name.endswith("limit") else 1
             annotation = Annotated[int, Field(ge=least)]
         return TypeAdapter(annotation, config=ConfigDict(allow_inf_nan=False))
 

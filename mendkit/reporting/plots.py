@@ -225,19 +225,22 @@ def _token_label(token: str, fact: Row) -> str:
 
 
 @in_style
-def editors(summaries: Mapping[str, Means], *, name: str = "editors") -> Chart:
-    """The headline shares of several editors, a panel each."""
+def editors(
+    summaries: Mapping[str, Means], *, name: str = "editors", how: str = "each on a fresh model"
+) -> Chart:
+    """The headline shares of several editors, a panel each; `how` says how edits were made."""
     frame = interval_rows(summaries, HEADLINE_LABELS)
     frame = frame.rename(columns={"series": "editor", "row": "metric"})
     metrics = frame["metric"].unique()
-    axes = panels(len(metrics), 0.8 + 0.2 * len(summaries))
+    axes = panels(len(metrics), 0.95 + 0.2 * len(summaries))
     for ax, metric in zip(axes, metrics, strict=True):
         values = frame[frame["metric"] == metric].assign(row=frame["editor"])
         dots(ax, values, {name: name for name in summaries}, "metric")
-        ax.set_title(HEADLINE_LABELS[metric])
-    scores = [f"{name} {headline_score(found):.2f}" for name, found in summaries.items()]
-    title = f"Headline score: {', '.join(scores)}"
-    note = f"n = {frame['n'].max()} edits, each on a fresh model; score: harmonic mean"
+        ax.set_title(HEADLINE_LABELS[metric].replace(" (", "\n("))  # long names leave little room
+    scores = {editor: headline_score(found) for editor, found in summaries.items()}
+    said = ", ".join(f"{editor} {score:.2f}" for editor, score in scores.items())
+    title = f"Headline score: {said if len(scores) <= 8 else span(scores)}"
+    note = f"n = {frame['n'].max()} edits, {how}; score: harmonic mean"
     labels = {"xlabel": "share, with its 95 % interval", "ylabel": "editor"}
     return finish(name, title, axes, frame, note=note, **labels)
 

@@ -25,6 +25,7 @@ from mendkit.baselines.tuning import BUDGET
 from mendkit.errors import MendkitError
 from mendkit.evaluation.results import HEADLINE
 from mendkit.mend.archive import inspect_archive
+from mendkit.methods import METHODS
 from mendkit.places import project_path
 from mendkit.reporting import figures
 from mendkit.reporting.figures import Chart
@@ -38,10 +39,11 @@ FIGURES = {
     "02": {"next_tokens", "headline", "strength"},
     "03": {"ranks", "signs", "normalisers", "spectra"},
     "04": {"decoding", "editors"},
-    "05": {"at_once", "in_a_row"},
+    "05": {"at_once"},
     "06": {"next_tokens"},
     "07": {"costs_of_training", "memory_of_training"},
     "08": {"success_against_locality"},
+    "09": {"editors"},
 }
 SIZES: dict[str, dict[str, Any]] = {  # enough to run each of them
     "01": {"train_limit": 24, "validation_limit": 6},
@@ -49,11 +51,12 @@ SIZES: dict[str, dict[str, Any]] = {  # enough to run each of them
     "03": {"examples": 5, "statistics_limit": 8, "dense": 2, "sizes": [0.001, 0.1]},
     "04": {"test_limit": 3, "validation_limit": 1, "max_new_tokens": 3, "shown": 1,
            "kinds": ["identity", "gauss_newton"]},
-    "05": {"limit": 4, "at_once": [1, 2], "in_a_row": 3, "keys_limit": 4, "kinds": [],
-           "max_new_tokens": 3},
+    "05": {"limit": 4, "at_once": [1, 2], "keys_limit": 4, "kinds": [], "max_new_tokens": 3},
     "06": {"facts": 3, "strengths": [0, 1]},
     "07": {"batch": 2, "rank": 8, "repeats": 1},
     "08": {},
+    "09": {"methods": ["rledit", "ultraedit"], "train_limit": 8, "train_steps": 1,
+           "validation_limit": 2, "edits": 4, "max_new_tokens": 3},
 }  # fmt: skip
 TRAINING = ["max_iters=4", "val_interval=2", "log_interval=1", "batch_size=4", "rank=8"]
 
@@ -291,15 +294,35 @@ def test_honest_evaluation_scores_every_baseline_on_the_same_edits(tiny: Any) ->
 @pytest.mark.slow
 def test_many_edits_draws_what_was_measured_at_every_count(tiny: Any) -> None:
     run = tiny("05")
-    for figure, mode, counts in (("at_once", "batch", "12"), ("in_a_row", "sequential", "13")):
-        rows = drawn(run, figure)
-        assert {row["edits"] for row in rows} == set(counts)
-        editors = {row["editor"] for row in rows}
-        assert editors == {"MEND, sum", "MEND, least squares", "MEND, keys alone"}
-        for row in rows:
-            slug = re.sub(r"[^a-z]+", "_", row["editor"].lower())
-            value = run.results[f"{slug}.{mode}_{row['edits']}.{row['metric']}"]
-            assert value == float(row["mean"])
+    rows = drawn(run, "at_once")
+    assert {row["edits"] for row in rows} == {"1", "2"}
+    editors = {row["editor"] for row in rows}
+    assert editors == {"MEND, sum", "MEND, least squares", "MEND, keys alone"}
+    for row in rows:
+        slug = re.sub(r"[^a-z]+", "_", row["editor"].lower())
+        value = run.results[f"{slug}.batch_{row['edits']}.{row['metric']}"]
+        assert value == float(row["mean"])
+
+
+@pytest.mark.slow
+def test_six_editors_are_scored_on_the_same_edits_and_trained_as_long_as_told(tiny: Any) -> None:
+    run = tiny("09")
+    names = ["mend", "mendkit", "rledit", "ultraedit"]
+    rows = {(row["editor"], row["metric"]): float(row["mean"]) for row in drawn(run, "editors")}
+    for name in names:
+        for how, k in (("in turn", ""), ("at once", "_by_4")):
+            label = f"{name}, {how}"
+            slug = re.sub(r"[^a-z]+", "_", label)
+            assert run.results[f"{slug}.locft_4{k}.edits.scored"] == 4
+            for metric in HEADLINE.values():
+                assert rows[label, metric] == run.results[f"{slug}.locft_4{k}.{metric}"]
+            assert len((run.out / f"rows_{slug}.jsonl").read_text().splitlines()) == 4
+    told = {name: run.results[f"{name}.train.steps"] for name in names[2:]}
+    assert told == {"rledit": 1, "ultraedit": 0}
+    for name, settings in METHODS.items():
+        if name in told:
+            trained = inspect_archive(run.out / name)["hparams"]
+            assert trained["method"] == name and trained["ridge"] == settings["ridge"]
 
 
 @pytest.mark.slow
@@ -352,6 +375,7 @@ def test_comparing_runs_tells_their_scores_and_what_failed(tiny: Any) -> None:
         ("02", {"archive": "no/such.safetensors"}, "no such archive"),
         ("02", {"archive": None}, "archive is null"),
         ("05", {"archive": "null"}, "archive is null"),
+        ("09", {"methods": ["memit"]}, "memit.yaml"),
         ("03", {"archive": "no/such.safetensors"}, "no such archive"),
         ("04", {"text": "no/such.txt"}, "no such file"),
         ("06", {"archive": "no/such.safetensors"}, "no such archive"),
@@ -433,10 +457,10 @@ def test_a_name_that_is_no_parameter_is_refused_with_the_nearest() -> None:
 def test_another_archive_takes_the_place_of_the_one_in_the_box_and_of_no_other(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """As `make lab ARCHIVE=...` has it; notebooks 02 to 06 begin with the one in the box."""
+    """As `make lab ARCHIVE=...` has it; 02 to 06 and 09 begin with the one in the box."""
     archive = tmp_path / "mine.safetensors"
     monkeypatch.setenv("MENDKIT_ARCHIVE", str(archive))
-    for number in range(2, 7):
+    for number in (*range(2, 7), 9):
         default = read_parameters(NAMES[f"{number:02d}"])["archive"].default
         for given, expected in (
             (default, str(archive)),
