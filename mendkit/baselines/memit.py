@@ -45,6 +45,7 @@ class MEMIT(Baseline):
 
     needs_causal = True
     title = "MEMIT"
+    numbers: Mapping[str, float] = {"clamp": 4.0, "weight": 15_000.0}  # that can be chosen
 
     def __init__(
         self,
@@ -53,28 +54,26 @@ class MEMIT(Baseline):
         text: str,
         *,
         sites: Sequence[str],
-        clamp: float = 4.0,
-        weight: float = 15_000.0,
+        **chosen: float,
     ) -> None:
-        self._set_up(base, hparams, text, sites, {"clamp": clamp, "weight": weight})
-        self.prior = {name: weight * c for name, c in self.moments.items()}
-
-    def _set_up(
-        self,
-        base: BaseModel,
-        hparams: MENDHyperParams,
-        text: str,
-        sites: Sequence[str],
-        settings: Mapping[str, float],
-    ) -> None:
-        named: dict[str, float | str] = {"last site": sites[-1], "sites": len(sites), **settings}
+        if unknown := chosen.keys() - self.numbers:
+            raise TypeError(
+                f"{self.title} has no {', '.join(unknown)}, but {', '.join(self.numbers)}"
+            )
+        self.chosen = {**self.numbers, **chosen}
+        named: dict[str, float | str] = {"last site": sites[-1], "sites": len(sites), **self.chosen}
         super().__init__(base.with_sites(sites), hparams, self.title, named)
-        self.rome = ROME(base, hparams, text, site=sites[-1], clamp=settings["clamp"])
+        self.rome = ROME(base, hparams, text, site=sites[-1], clamp=self.chosen["clamp"])
         self.memory: dict[str, Tensor] | None = None  # K_p K_pᵀ of a sequence, if it is kept
-        self.moments: dict[str, Float[Tensor, "i i"]] = self.base.remembered(
+        moments = self.base.remembered(
             ("key moments of", tuple(sites), text),
             lambda: key_moments(self.base, text, ridge=ROME.ridge),
         )
+        self._prepare(moments)
+
+    def _prepare(self, moments: Mapping[str, Float[Tensor, "i i"]]) -> None:
+        """What solving needs of C, by site name."""
+        self.prior = {name: self.chosen["weight"] * c for name, c in moments.items()}
 
     def updates(
         self, texts: Sequence[Tokens], *, trunk: FrozenTrunk | None = None, at_once: bool = False
@@ -153,25 +152,14 @@ class AlphaEdit(MEMIT):
     """
 
     title = "AlphaEdit"
+    numbers: Mapping[str, float] = {"clamp": 4.0, "threshold": 2e-2, "l2": 10.0}
 
-    def __init__(
-        self,
-        base: BaseModel,
-        hparams: MENDHyperParams,
-        text: str,
-        *,
-        sites: Sequence[str],
-        clamp: float = 4.0,
-        threshold: float = 2e-2,
-        l2: float = 10.0,
-    ) -> None:
-        settings = {"clamp": clamp, "threshold": threshold, "l2": l2}
-        self._set_up(base, hparams, text, sites, settings)
+    def _prepare(self, moments: Mapping[str, Float[Tensor, "i i"]]) -> None:
         self.prior, self.null = {}, {}
-        for name, c in self.moments.items():
-            self.prior[name] = l2 * torch.eye(len(c), dtype=c.dtype)
+        for name, c in moments.items():
+            self.prior[name] = self.chosen["l2"] * torch.eye(len(c), dtype=c.dtype)
             values, vectors = torch.linalg.eigh(c)
-            vectors = vectors[:, values < threshold]
+            vectors = vectors[:, values < self.chosen["threshold"]]
             self.null[name] = vectors @ vectors.T
 
     def remembering(self) -> "AlphaEdit":
