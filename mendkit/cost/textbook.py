@@ -14,7 +14,7 @@ from torch import Tensor
 
 from ..errors import MendkitError
 from ..hparams import MENDHyperParams
-from ..mend.hypernetwork import MEND, LowRankResidual, group_name, stats_name
+from ..mend.hypernetwork import MEND, group_name, stats_name
 from ..mend.losses import edit_nll, locality_kl
 from ..mend.normaliser import RunningMoments
 from ..models.base import BaseModel
@@ -109,26 +109,17 @@ def normalised(
     return z if hparams.z_clip is None else z.clamp(-hparams.z_clip, hparams.z_clip)
 
 
-def entering(mend: MEND, site: Site, u: Tensor, delta: Tensor) -> Float[Tensor, "t d"]:
-    """What enters the hypernetwork: the normalised factors of each token of one site."""
-    moments, h = mend.moments[stats_name(site, mend.hparams)], mend.hparams
-    return torch.cat([normalised(u, moments["u"], h), normalised(delta, moments["delta"], h)], 1)
-
-
-def hidden(block: LowRankResidual, layer: int, z: Float[Tensor, "t d"]) -> Float[Tensor, "t d"]:
-    """What a block clamps: s ⊙ (U V z + b) + o (equation 3)."""
-    assert block.scale is not None and block.shift is not None  # they are where layers share
-    return block.scale[layer] * (z @ block.V.T @ block.U.T + block.bias) + block.shift[layer]
-
-
 def change(mend: MEND, site: Site, u: Tensor, delta: Tensor) -> Float[Tensor, "o i"]:
     """The dense ΔW of one site (equation 3, Algorithm 2)."""
-    group = group_name(site, mend.hparams.shared)
-    layer, z = mend.groups[group].index(site.name), entering(mend, site, u, delta)
+    h, moments = mend.hparams, mend.moments[stats_name(site, mend.hparams)]
+    group = group_name(site, h.shared)
+    layer = mend.groups[group].index(site.name)
+    z = torch.cat([normalised(u, moments["u"], h), normalised(delta, moments["delta"], h)], 1)
     for block in mend.blocks[group]:
-        z = z + torch.relu(hidden(block, layer, z))
+        hidden = block.scale[layer] * (z @ block.V.T @ block.U.T + block.bias) + block.shift[layer]
+        z = z + torch.relu(hidden)
     alpha = mend.log_edit_lr[mend.sites.index(site)].exp()
-    return mend.hparams.update_sign * alpha * (z[:, site.d_in :].T @ z[:, : site.d_in])
+    return h.update_sign * alpha * (z[:, site.d_in :].T @ z[:, : site.d_in])
 
 
 def edited_weights(base: BaseModel, mend: MEND, edit: Tokens) -> SiteWeights:
@@ -174,41 +165,24 @@ def put(base: BaseModel, weights: Mapping[str, Tensor]) -> SiteWeights:
 
 
 def trained_looking(base: BaseModel, hparams: MENDHyperParams, rows: Sequence[TextRow]) -> MEND:
-    """A hypernetwork as after some training: U is not zero, so every parameter has a gradient."""
+    """A hypernetwork as after some training: U is not zero, so every parameter has a gradient.
+
+    Half of the ReLUs are open and half are shut (o in equation 3), all far from their hinge. There
+    the gradient jumps, and rounding would decide on which side a value is.
+    """
     mend = MEND(base.sites, hparams).to(base.device)
     generator = torch.Generator(base.device).manual_seed(hparams.seed)
     for name, parameter in mend.named_parameters():
         if name.endswith(".U"):
-            spread = 0.1 / parameter.shape[1] ** 0.5
+            spread = 0.05 / parameter.shape[1] ** 0.5
             torch.nn.init.normal_(parameter, std=spread, generator=generator)
-    found = [factors(base, row[0][1]) for row in rows]
-    seen: dict[str, Pair] = {}
-    for site in base.sites:
-        u, delta = zip(*(pairs[site.name] for pairs in found), strict=True)
-        seen[site.name] = torch.cat(u), torch.cat(delta)
-        moments = mend.moments[stats_name(site, hparams)]
-        moments["u"].add(seen[site.name][0])
-        moments["delta"].add(seen[site.name][1])
-    clear_hinges(mend, seen)
+        elif name.endswith(".shift"):
+            parameter.data[:] = 1.0
+            parameter.data[:, 1::2] = -1.0
+    for row in rows:
+        pairs = factors(base, row[0][1])
+        for site in base.sites:
+            moments = mend.moments[stats_name(site, hparams)]
+            for kind, x in zip(("u", "delta"), pairs[site.name], strict=True):
+                moments[kind].add(x)
     return mend
-
-
-@torch.no_grad()
-def clear_hinges(mend: MEND, seen: Mapping[str, Pair]) -> None:
-    """Move each ReLU's hinge (o in equation 3) into the widest gap between what it sees.
-
-    At a hinge the gradient jumps, and rounding decides on which side a value is: two ways that are
-    both right would differ. Only the middle half of a site's tokens is looked at, so that ReLUs
-    stay in use.
-    """
-    for site in mend.sites:
-        group = group_name(site, mend.hparams.shared)
-        layer = mend.groups[group].index(site.name)
-        z = entering(mend, site, *(x.to(mend.log_edit_lr) for x in seen[site.name]))
-        quarter = len(z) // 4
-        for block in mend.blocks[group] if len(z) > 1 else ():
-            middle = hidden(block, layer, z).sort(0).values[quarter : len(z) - quarter]
-            below = middle.diff(dim=0).argmax(0, keepdim=True)
-            gap = middle.gather(0, below) + middle.gather(0, below + 1)
-            block.shift[layer] -= gap[0] / 2
-            z = z + torch.relu(hidden(block, layer, z))
