@@ -37,12 +37,6 @@ ALIASES = {"alg": "alg_name"}
 # EasyEdit's names of validation scores; the kit's names mean themselves
 EARLY_STOP_KEYS = {"loss/total_edit_val": "loss", "edit/acc_val": "edit_success"}
 
-# keys of EasyEdit's files for image models: such a file is refused
-MULTIMODAL_KEYS = (
-    *("qformer_checkpoint", "qformer_name_or_path", "freeze_qformer", "state_dict_file", "iedit"),
-    *("pretrained_ckpt", "coco_image", "rephrase_image", "exact_match"),
-)
-
 # keys of EasyEdit that change nothing here but may say only this: other values would need code
 ONLY_VALUES = {"dropout": 0.0, "train_base": False, "no_grad_layers": None, "half": False}
 
@@ -399,10 +393,6 @@ def _preset(given: Mapping[str, Any]) -> dict[str, Any]:
 
 def _resolve(given: Mapping[str, Any]) -> dict[str, Any]:
     """Keys as fields of MENDHyperParams: aliases by their name, keys without effect left out."""
-    for key in given:
-        if key in MULTIMODAL_KEYS:
-            told = "belongs to an image model; use a text model's file"
-            raise HyperParamError(f"{key} {told}", key)
     values, without_effect = {}, []
     for key, value in given.items():
         name = ALIASES.get(key, key)

@@ -20,11 +20,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ..errors import DataError
+from ..errors import DataError, reason
 from ..runs import user_path, without_repeats
 from .examples import PROBES, EditExample, Probe
 from .layouts import ANSWERS, LEAST, PAIRS, parse
-from .records import UNFOLD, answers, text
+from .records import UNFOLD, pairs, text
 
 logger = logging.getLogger(__name__)
 
@@ -35,13 +35,6 @@ FACTS = {
 """The kit's own facts."""
 
 READABLE = "JSON, JSON lines, CSV, TSV or parquet, plain or as .gz, .bz2 or .xz"
-UNREADABLE = {
-    b"PK": "a zip or Excel file",
-    b"(\xb5/\xfd": "a .zst file",
-    b"ARROW1": "an Arrow file",
-    b"\xff\xff\xff\xff": "an Arrow file",
-    b"\x80": "a pickle",
-}
 COMPRESSED = {b"\x1f\x8b": gzip, b"BZh": bz2, b"\xfd7zXZ": lzma}
 
 
@@ -155,18 +148,15 @@ def read_questions(path: str | Path) -> tuple[Probe, ...]:
 
     Each has a `question`, and as `answer` a list of the answer's names. Raises DataError.
     """
-    found = []
+    found: list[Probe] = []
     for where, record in _records(path):
         try:
             if not isinstance(_sound(record), dict) or not record.get("question"):
                 raise DataError("expected an object with the field `question`, and `answer`")
-            question = text(record, "question") or ""
-            names = answers(record, "answer")
+            question = f"{text(record, 'question')}".removesuffix("?") + "?"
+            found += pairs(question, record.get("answer"), "answer")
         except DataError as error:
             raise DataError(f"{where}: {error}") from None
-        found.append(
-            Probe(question.removesuffix("?") + "?", next(iter(names), None), tuple(names[1:]))
-        )
     if not found:
         raise DataError(f"{path}: no question in it; expected lines with `question` and `answer`")
     return tuple(found)
@@ -207,13 +197,8 @@ def _decoded(path: Path, content: bytes) -> str:
     try:
         return content.decode(json.detect_encoding(content))
     except UnicodeDecodeError as error:
-        for magic, kind in UNREADABLE.items():
-            if content.startswith(magic):
-                raise DataError(f"{path}: {kind} is not read; give {READABLE}") from None
-        raise DataError(
-            f"{path}: not UTF-8 text ({error.reason} at byte {error.start}); convert it (`iconv -f "
-            f"ENCODING -t UTF-8`), or give {READABLE}"
-        ) from None
+        told = f"not UTF-8 text ({error.reason} at byte {error.start}); give {READABLE}"
+        raise DataError(f"{path}: {told}") from None
 
 
 def _records(source: str | Path) -> Iterator[tuple[str, Any]]:
@@ -263,11 +248,7 @@ def _from_json(path: Path, content: str) -> list[Any] | None:
         first = content.lstrip().partition("\n")[0].strip()
         if first != "{" and (first[:1] != "[" or not isinstance(_value(first), DataError)):
             return None
-        parts = re.split(r"(?<=^\})\s*(?=\{$)", content, flags=re.MULTILINE)
-        whole = [_value(part) for part in parts]  # objects over several lines
-        for part in whole:
-            if isinstance(part, DataError):
-                raise DataError(f"{path}: {part}")
+        raise DataError(f"{path}: {whole}")
     if not isinstance(whole, dict):
         return whole if isinstance(whole, list) else [whole]
     for name in ("records", "data", "examples", "edits"):
@@ -349,13 +330,8 @@ def _from_hub(source: str) -> list[Any]:
     except ImportError:
         raise DataError(f"{source} needs `datasets`: pip install datasets pyarrow") from None
     except Exception as error:  # the hub's client and the readers have many
-        reasons = [
-            str(said).strip().partition("\n")[0] for said in (error, error.__cause__) if said
-        ]
-        said = ": ".join(reasons)
-        raise DataError(
-            f"{source}: {said}; expected hf:owner/name or hf:owner/name:split"
-        ) from None
+        said = f"{reason(error)}; expected hf:owner/name or hf:owner/name:split"
+        raise DataError(f"{source}: {said}") from None
 
 
 def _from_frame(frame: Any) -> list[Any]:

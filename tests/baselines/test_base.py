@@ -65,10 +65,7 @@ def test_fine_tuning_is_gradient_descent_on_the_weights(family, n, cap, tokens, 
 def test_independent_edits_are_each_tuned_alone(llama64, tokens):
     adam = LocalisedFineTuning(llama64, hparams(), site=down_projections(llama64)[2], lr=2e-2)
     adam.epochs, adam.stop = 12, 4.5
-    for editor in (
-        FineTuning(llama64, hparams(), lr=0.05, steps=3, cap=0.02),
-        adam,
-    ):
+    for editor in (FineTuning(llama64, hparams(), lr=0.05, steps=3, cap=0.02), adam):
         several = editor.updates(tokens(llama64, 3), trunk=FrozenTrunk(editor.base))
         for k, example in enumerate(EXAMPLES[:3]):
             for name, change in editor.edit(example).updates.items():

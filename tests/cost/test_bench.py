@@ -66,14 +66,13 @@ def test_a_wrong_way_or_one_without_a_number_is_not_equal(llama, hparams, monkey
 
 def test_ratios_are_medians_of_textbook_over_kit_within_a_turn():
     turns = [{TEXTBOOK: 6.0, KIT: 2.0}, {TEXTBOOK: 40.0, KIT: 10.0}, {TEXTBOOK: 10.0, KIT: 2.0}]
-    assert bench.in_turns(turns)[KIT] == {"seconds": 2.0, "ratio": 4.0}
+    assert bench.in_turns(turns)[KIT] == (2.0, 4.0)
 
 
 def test_random_weights_have_the_shape_and_spread_of_the_model():
     small = bench.open_model(bench.recipe("gpt2-shape"))
     assert small.model.config.n_embd == 768 and len(small.model.transformer.h) == 12
     assert float(small.model.transformer.wte.weight.detach().std()) == pytest.approx(0.02, rel=0.01)
-    assert small.generate("The capital of France is", max_new_tokens=2) is not None
 
 
 def test_mistakes_are_errors(llama, hparams):

@@ -153,7 +153,7 @@ def test_targets_are_other_answers_of_the_relation():
 
 
 @pytest.mark.parametrize("split", SPLITS)
-def test_neighbours_are_true_facts_of_the_split_in_the_same_wording(split: str):
+def test_neighbours_are_true_facts_of_the_split_in_the_same_wording(split):
     known = truth(split)
     for row in rows(split):
         wording = template(row["prompt"], row["subject"])
@@ -185,7 +185,7 @@ def names_subject(row: Row, probe: Row) -> bool:
 
 
 @pytest.mark.parametrize("split", SPLITS)
-def test_an_unrelated_fact_and_a_general_opening_stand_beside_every_edit(split: str):
+def test_an_unrelated_fact_and_a_general_opening_stand_beside_every_edit(split):
     for row in rows(split):
         probes = [probe for probe in row["unrelated"] if not names_subject(row, probe)]
         opening, other = sorted(probes, key=lambda probe: probe["answer"] is not None)
@@ -324,7 +324,7 @@ def test_truths_ask_about_the_new_fact_and_the_old_and_passages_state_the_new():
 
 
 @pytest.fixture
-def make_facts(monkeypatch: pytest.MonkeyPatch) -> Any:
+def make_facts(monkeypatch) -> Any:
     for package in SOURCES:
         pytest.importorskip(package)
     monkeypatch.syspath_prepend(str(ROOT / "scripts"))
@@ -334,9 +334,7 @@ def make_facts(monkeypatch: pytest.MonkeyPatch) -> Any:
     return module
 
 
-def test_check_accepts_the_files_and_notices_a_change(
-    make_facts: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-):
+def test_check_accepts_the_files_and_notices_a_change(make_facts, monkeypatch, tmp_path):
     texts = make_facts.generate()
     for split in SPLITS:
         assert texts[split] == (FACTS / f"{split}.jsonl").read_text(encoding="utf-8")

@@ -40,9 +40,7 @@ from tests.oracles.records import (
     WIKIBIO,
     ZSRE,
 )
-from tests.oracles.records import (
-    LISTS as SEVERAL,
-)
+from tests.oracles.records import LISTS as SEVERAL
 
 
 def write(path, records, *, lines=False):
@@ -276,7 +274,6 @@ LINE = json.dumps(LYON[0]).encode()
 TABLE = "prompt{0}target_new\nThe capital of France is{0}Lyon\n"
 FILES = {
     "one.json": json.dumps(LYON[0], indent=1).encode(),
-    "several.json": json.dumps(LYON[0], indent=1).encode() * 1 + b"\n",
     "columns.json": json.dumps({key: [text] for key, text in LYON[0].items()}).encode(),
     "pandas.json": json.dumps({key: {"0": text} for key, text in LYON[0].items()}).encode(),
     "byid.json": json.dumps({"a": LYON[0]}).encode(),
@@ -302,12 +299,6 @@ FILES = {
 def test_every_kind_of_file_is_read(tmp_path, name):
     (tmp_path / name).write_bytes(FILES[name])
     assert tuple(read_examples(tmp_path / name)) == (EditExample(**LYON[0]),)
-
-
-def test_pretty_printed_objects_one_after_another(tmp_path):
-    path = tmp_path / "x.json"
-    path.write_text("\n".join(json.dumps(vars(e), indent=2, default=vars) for e in EXAMPLES))
-    assert tuple(read_examples(path)) == tuple(EXAMPLES)
 
 
 def test_lists_and_numbers_in_tables_are_lists_and_numbers(tmp_path):
@@ -502,8 +493,8 @@ def test_files_that_cannot_be_read_say_what_they_are(tmp_path):
         "none.json"
     )
     assert "no valid example" in refusal("e.json", b"[]")
-    assert "not UTF-8 text" in refusal("gbk.jsonl", "{'法国'}".encode("gbk"))
-    assert "iconv" in refusal("gbk.jsonl")
+    said = "not UTF-8 text .* at byte 2.*; give JSON"
+    assert re.search(said, refusal("gbk.jsonl", "{'法国'}".encode("gbk")))
     assert "UTF-8" in refusal("b.json", b"\xff\xfe\x00")
     assert "cannot be read" in refusal("a.json.gz", gzip.compress(LINE * 9)[:-12])
     assert "d.json:2: invalid JSON" in refusal("d.json", LINE + b"\n{oops\n" + LINE)

@@ -60,7 +60,7 @@ def test_a_split_shares_no_subject_and_says_what_it_dropped(caplog):
         split_examples([EditExample("p", "a")], {"train": 1})
 
 
-def test_a_typed_edit_has_the_facts_of_its_relation_beside_it() -> None:
+def test_a_typed_edit_has_the_facts_of_its_relation_beside_it():
     facts = [fact for source in FACTS for fact in read_examples(source)]
     capitals = {fact.subject: fact for fact in facts if fact.relation == "capital"}
     known, unknown = [typed_example(f"The capital of {x} is", "Lyon") for x in ("France", "Mu")]
@@ -74,7 +74,7 @@ def test_a_typed_edit_has_the_facts_of_its_relation_beside_it() -> None:
     assert len(unknown.paraphrases) == 2 and wordings.issuperset(unknown.paraphrases)
 
 
-def test_a_typed_edit_of_no_known_wording_has_general_openings_beside_it() -> None:
+def test_a_typed_edit_of_no_known_wording_has_general_openings_beside_it():
     typed = typed_example("Peru is in", "Europe")
     assert not typed.neighbours and not typed.paraphrases and typed.ground_truth is None
     assert len(typed.unrelated) == 2 and not any(p.answer for p in typed.unrelated)

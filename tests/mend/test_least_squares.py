@@ -41,7 +41,7 @@ def parts(other: OtherKeys, keys: Tensor, shared: Tensor, ridge: Tensor) -> tupl
 
 
 @pytest.mark.parametrize("t", [2, 9])  # solved in the tokens, in the width
-def test_the_weight_change_is_the_minimum(t: int) -> None:
+def test_the_weight_change_is_the_minimum(t):
     other, keys, shared, shifts = problem(t, 8)
     ridge = torch.tensor([0.05, 0.4], dtype=torch.float64)
     u, *_ = solve(keys, shared, other, ridge)
@@ -56,7 +56,7 @@ def test_the_weight_change_is_the_minimum(t: int) -> None:
         assert float(slope.norm()) < 1e-9 * float(cost.detach())
 
 
-def test_padding_changes_nothing() -> None:
+def test_padding_changes_nothing():
     other, keys, shared, _ = problem(3, 8)
     ridge = torch.tensor([0.05, 0.4], dtype=torch.float64)
     longer = [torch.nn.functional.pad(x, (0, 0, 0, 2)) for x in (keys, shared)]
@@ -65,7 +65,7 @@ def test_padding_changes_nothing() -> None:
     assert not u[:, [3, 4, 8, 9]].any()
 
 
-def test_one_after_another_with_memory_is_all_at_once() -> None:
+def test_one_after_another_with_memory_is_all_at_once():
     """Recursive least squares: the increments add up to the joint solution."""
     other, keys, shared, shifts = problem(3, 8, b=1)
     later_keys, later_shared, later_shifts = problem(2, 8, b=1, seed=1)[1:]

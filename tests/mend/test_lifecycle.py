@@ -19,14 +19,7 @@ from mendkit.mend.editor import MENDEditor
 from mendkit.mend.training import train
 from mendkit.models.load import load_model
 from tests.oracles.claims import examples_of, hparams, plain_logits
-from tests.oracles.families import (
-    FAMILIES,
-    NO_ADAPTER,
-    NO_CHAIN,
-    REFUSED,
-    other_base,
-    table_row,
-)
+from tests.oracles.families import FAMILIES, NO_ADAPTER, NO_CHAIN, REFUSED, other_base, table_row
 from tests.oracles.tiny import save_tiny
 
 

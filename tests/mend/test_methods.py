@@ -101,10 +101,7 @@ SENSELESS = {
         "train_on": "episode",
         "aggregate": "least_squares",
     },
-    "site_share: 0.5 needs another `aggregate`": {
-        "site_share": 0.5,
-        "aggregate": "least_squares",
-    },
+    "site_share: 0.5 needs another `aggregate`": {"site_share": 0.5, "aggregate": "least_squares"},
     "stats_examples: 0 needs `lifelong_norm: true`": {"stats_examples": 0},
 }
 

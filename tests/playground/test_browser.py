@@ -53,7 +53,7 @@ SERVERS = {
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def folder(tmp_path_factory) -> Path:
     """The notebook, set to a tiny model with an archive."""
     folder, base = tmp_path_factory.mktemp("playground"), tiny_llama()
     archive = save_archive(folder / "runs/tiny/archive.safetensors", base, editor_for(base).mend)
@@ -77,7 +77,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(params=SERVERS)
-def page(request: pytest.FixtureRequest, folder: Path) -> Iterator["playwright.Page"]:
+def page(request, folder) -> Iterator["playwright.Page"]:
     """A page on the running notebook; afterwards its console must hold no error."""
     command, path = SERVERS[request.param]
     with socket.socket() as free:
@@ -147,9 +147,7 @@ def run_all(page: "playwright.Page") -> None:
     page.get_by_text("Run All Cells", exact=True).click()
 
 
-def test_one_can_apply_scale_undo_and_is_told_of_mistakes(
-    page: "playwright.Page", folder: Path
-) -> None:
+def test_one_can_apply_scale_undo_and_is_told_of_mistakes(page, folder):
     """By mouse and keyboard, as a user would."""
     panel, said = page.locator(PANEL).first, page.locator(".mendkit-said[role]").first
     edits = panel.locator("select[multiple] option, select[size] option")

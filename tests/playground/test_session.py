@@ -29,7 +29,7 @@ MARKUP = EditExample("The capital of Chad is", "<b>$x$</b>", neighbours=(NEIGHBO
 
 
 @pytest.fixture(scope="module")
-def hparams(tmp_path_factory: pytest.TempPathFactory) -> MENDHyperParams:
+def hparams(tmp_path_factory) -> MENDHyperParams:
     """Of a tiny model with an archive, both on disk."""
     folder, base = tmp_path_factory.mktemp("playground"), tiny_llama()
     archive = save_archive(folder / "archive.safetensors", base, editor_for(base).mend)
@@ -37,19 +37,19 @@ def hparams(tmp_path_factory: pytest.TempPathFactory) -> MENDHyperParams:
 
 
 @pytest.fixture
-def playground(hparams: MENDHyperParams) -> Playground:
+def playground(hparams) -> Playground:
     return Playground(hparams, EXAMPLES[:4], max_new_tokens=4)
 
 
 @pytest.fixture
-def panel(playground: Playground, tmp_path: Path) -> widgets.Panel:
+def panel(playground, tmp_path) -> widgets.Panel:
     return widgets.Panel(playground, EXAMPLES[:3], folder=str(tmp_path / "adapter"))
 
 
 # ---------------------------------------- plain Python
 
 
-def test_before_is_the_unedited_model_and_after_all_edits_in_force(playground: Playground) -> None:
+def test_before_is_the_unedited_model_and_after_all_edits_in_force(playground):
     base, prompt = playground.editor.base, EXAMPLES[0].prompt
     asked = tables.prompts_of(EXAMPLES[0], most=None)
     prompts = [prompt for _, prompt, _ in asked]
@@ -69,9 +69,7 @@ def test_before_is_the_unedited_model_and_after_all_edits_in_force(playground: P
     assert playground.next_tokens()["after"] == read["before"]
 
 
-def test_a_strength_of_none_is_the_unedited_model_and_can_be_taken_back(
-    playground: Playground,
-) -> None:
+def test_a_strength_of_none_is_the_unedited_model_and_can_be_taken_back(playground):
     base = playground.editor.base
     before = logits(base)
     playground.apply(EXAMPLES[0])
@@ -85,7 +83,7 @@ def test_a_strength_of_none_is_the_unedited_model_and_can_be_taken_back(
     assert torch.equal(logits(base), edited)
 
 
-def test_the_next_tokens_are_those_of_the_edit(playground: Playground) -> None:
+def test_the_next_tokens_are_those_of_the_edit(playground):
     for read in (playground.completions, playground.next_tokens):
         with pytest.raises(MendkitError, match="journal is empty"):
             read()
@@ -95,7 +93,7 @@ def test_the_next_tokens_are_those_of_the_edit(playground: Playground) -> None:
     assert (fact["prompt"], fact["old"]) == (example.prompt, example.ground_truth)
 
 
-def test_without_an_archive_the_control_is_labelled_and_edits(hparams: MENDHyperParams) -> None:
+def test_without_an_archive_the_control_is_labelled_and_edits(hparams):
     h = hparams.replace(archive=None, edit_lr=0.1, whiten=0.1)
     playground = Playground(h, EXAMPLES, max_new_tokens=4)
     assert playground.editor.hparams.whiten == 0.1  # the configuration's normaliser
@@ -110,7 +108,7 @@ def test_without_an_archive_the_control_is_labelled_and_edits(hparams: MENDHyper
 @pytest.mark.parametrize(
     "example", [EditExample(" ", "Lyon"), EditExample("The capital of France is", "\n")]
 )
-def test_a_blank_fact_is_refused(playground: Playground, example: EditExample) -> None:
+def test_a_blank_fact_is_refused(playground, example):
     with pytest.raises(DataError, match="has no token to predict"):
         playground.apply(example)
     assert playground.shown is None
@@ -119,9 +117,7 @@ def test_a_blank_fact_is_refused(playground: Playground, example: EditExample) -
 # ---------------------------------------- the panel
 
 
-def test_the_panel_applies_scales_undoes_drops_and_saves(
-    panel: widgets.Panel, tmp_path: Path
-) -> None:
+def test_the_panel_applies_scales_undoes_drops_and_saves(panel, tmp_path):
     session = panel.playground.session
     panel.apply.click()
     panel.pick.value = 2
@@ -146,7 +142,7 @@ def test_the_panel_applies_scales_undoes_drops_and_saves(
     assert panel.playground.shown is None and "Nothing to show yet" in panel.results.value
 
 
-def test_the_panel_takes_what_is_typed(panel: widgets.Panel) -> None:
+def test_the_panel_takes_what_is_typed(panel):
     panel.pick.value = 0
     panel.prompt.value, panel.answer.value = "  The capital of Chad is ", "Lyon"
     panel.others.value = "The capital of Peru is\n\n  The capital of Fiji is"
@@ -156,7 +152,7 @@ def test_the_panel_takes_what_is_typed(panel: widgets.Panel) -> None:
     assert panel.playground.session.journal[0].examples == (replace(typed, unrelated=others),)
 
 
-def test_a_prompt_that_is_typed_over_a_fact_is_no_more_that_fact(panel: widgets.Panel) -> None:
+def test_a_prompt_that_is_typed_over_a_fact_is_no_more_that_fact(panel):
     assert panel.pick.value == 1 and panel.prompt.value == EXAMPLES[0].prompt
     panel.answer.value = "Oslo"
     assert panel.pick.value == 1  # the same fact with another answer
@@ -172,8 +168,8 @@ def test_a_prompt_that_is_typed_over_a_fact_is_no_more_that_fact(panel: widgets.
 
 
 def test_archives_are_found_and_loaded_and_a_bad_one_is_told_beside_them(
-    playground: Playground, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+    playground, tmp_path, monkeypatch
+):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(places, "ARCHIVES", tmp_path / "box")
     (tmp_path / "box").mkdir()
@@ -209,9 +205,7 @@ def test_archives_are_found_and_loaded_and_a_bad_one_is_told_beside_them(
     assert torch.equal(logits(base), edited)
 
 
-def test_mistakes_are_told_and_change_nothing(
-    panel: widgets.Panel, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_mistakes_are_told_and_change_nothing(panel, monkeypatch):
     panel.save.click()
     assert 'role="alert"' in panel.said.value and "no edit of the journal" in panel.said.value
     panel.toggle.click()
@@ -226,7 +220,7 @@ def test_mistakes_are_told_and_change_nothing(
     assert panel.playground.session.journal == []
 
 
-def test_markup_is_text_in_panel_and_snapshot(panel: widgets.Panel) -> None:
+def test_markup_is_text_in_panel_and_snapshot(panel):
     panel.playground.apply(MARKUP)
     panel.refresh()
     for html in (panel.results.value, panel.snapshot().data):
@@ -236,14 +230,14 @@ def test_markup_is_text_in_panel_and_snapshot(panel: widgets.Panel) -> None:
     assert "&lt;script&gt;" in panel.said.value
 
 
-def test_a_snapshot_has_no_widget_and_shows_journal_table_and_figure(panel: widgets.Panel) -> None:
+def test_a_snapshot_has_no_widget_and_shows_journal_table_and_figure(panel):
     panel.apply.click()
     html = panel.snapshot().data
     assert panel.results.value in html and "in force" in html and "data:image/png;base64," in html
     assert f"{EXAMPLES[0].prompt} → {EXAMPLES[0].target_new}" in html
 
 
-def test_the_package_does_not_import_widgets() -> None:
+def test_the_package_does_not_import_widgets():
     heavy = ("ipywidgets", "matplotlib", "IPython")
     code = f"import sys, mendkit; sys.exit(any(m in sys.modules for m in {heavy}))"
     command = [sys.executable, "-c", code]

@@ -67,16 +67,14 @@ def cells(name: str, kind: str = "code") -> list[NotebookNode]:
 
 
 @pytest.fixture(params=NAMES)
-def name(request: pytest.FixtureRequest) -> str:
+def name(request) -> str:
     return request.param
 
 
 # ---- form
 
 
-def test_the_one_parameters_cell_holds_annotated_literals_with_comments(
-    name: str, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_the_one_parameters_cell_holds_annotated_literals_with_comments(name, caplog):
     notebook = nbformat.read(NAMES[name], as_version=4)
     tags = [cell.metadata.get("tags", []) for cell in notebook.cells]
     by_code = len(tags) - tags.count(["by-code"])  # what Voilà leaves out, at the end
@@ -96,7 +94,7 @@ def test_the_one_parameters_cell_holds_annotated_literals_with_comments(
     assert not caplog.records  # "Unable to parse line"
 
 
-def test_cells_are_few_short_and_plain(name: str) -> None:
+def test_cells_are_few_short_and_plain(name):
     """No output, definition, magic or absolute path, at most ten statements; parameters stay."""
     notebook = nbformat.read(NAMES[name], as_version=4)
     assert set(notebook.metadata) == {"kernelspec", "language_info"}
@@ -120,7 +118,7 @@ def test_cells_are_few_short_and_plain(name: str) -> None:
             assert sum(isinstance(node, ast.stmt) for node in nodes) <= 10
 
 
-def test_the_text_frames_the_code_and_claims_no_result(name: str) -> None:
+def test_the_text_frames_the_code_and_claims_no_result(name):
     """A number with decimals can only be a result, and those are computed by the run."""
     texts = [cell.source for cell in cells(name, "markdown")]
     assert re.match(r"# .+\?\n", texts[0])
@@ -136,7 +134,7 @@ def test_the_text_frames_the_code_and_claims_no_result(name: str) -> None:
     assert "cccc" not in kinds and "mm" not in kinds and kinds.endswith("m")
 
 
-def test_rows_and_texts_of_an_evaluation_are_chosen_in_a_few_lines_of_pandas() -> None:
+def test_rows_and_texts_of_an_evaluation_are_chosen_in_a_few_lines_of_pandas():
     """A reader changes these cells, so they hold one step a line and no helper but the table."""
     by_id = {cell.id: cell.source for cell in cells("02")}
     for name in ("relation-table", "generations", "texts"):
@@ -168,7 +166,7 @@ def run_cells(name: str, parameters: dict[str, Any], *, to: str | None = None) -
 
 
 @pytest.fixture(scope="module")
-def tiny(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[[str], SimpleNamespace]]:
+def tiny(tmp_path_factory) -> Iterator[Callable[[str], SimpleNamespace]]:
     """Runs a notebook on a tiny random model, once; gives its folder and results."""
     folder = tmp_path_factory.mktemp("notebooks")
     model, done = save_tiny(folder / "model"), dict[str, SimpleNamespace]()
@@ -228,7 +226,7 @@ def drawn(run: SimpleNamespace, figure: str) -> list[dict[str, str]]:
 
 
 @pytest.mark.slow
-def test_a_notebook_run_again_has_the_same_results(tiny: Any, tmp_path: Path) -> None:
+def test_a_notebook_run_again_has_the_same_results(tiny, tmp_path):
     """The second time in a kernel of its own, as the report runs it."""
     first, parameters = tiny("01"), {**tiny("01").given, "out": str(tmp_path / "again")}
     papermill.execute_notebook(
@@ -251,7 +249,7 @@ def test_a_notebook_run_again_has_the_same_results(tiny: Any, tmp_path: Path) ->
 
 
 @pytest.mark.slow
-def test_editing_scores_both_editors_on_the_same_edits(tiny: Any) -> None:
+def test_editing_scores_both_editors_on_the_same_edits(tiny):
     run = tiny("02")
     shares = {(row["editor"], row["metric"]): float(row["mean"]) for row in drawn(run, "headline")}
     editors = {"": "trained editor", "identity_": "identity control"}
@@ -267,7 +265,7 @@ def test_editing_scores_both_editors_on_the_same_edits(tiny: Any) -> None:
 
 
 @pytest.mark.slow
-def test_inside_mend_identity_descends_a_gradient_of_rank_one_terms(tiny: Any) -> None:
+def test_inside_mend_identity_descends_a_gradient_of_rank_one_terms(tiny):
     inside = {name.removeprefix("inside."): x for name, x in tiny("03").results.items()}
     assert inside["rank.largest_error"] < 1e-4 and inside["rank.above_tokens"] == 0
     assert inside["gradient_all_tokens.cosine"] == pytest.approx(1, abs=1e-5)
@@ -278,7 +276,7 @@ def test_inside_mend_identity_descends_a_gradient_of_rank_one_terms(tiny: Any) -
 
 
 @pytest.mark.slow
-def test_honest_evaluation_scores_every_baseline_on_the_same_edits(tiny: Any) -> None:
+def test_honest_evaluation_scores_every_baseline_on_the_same_edits(tiny):
     run = tiny("04")
     shares = {(row["editor"], row["metric"]): float(row["mean"]) for row in drawn(run, "editors")}
     names = {"": "trained MEND", "context.": "fact in context", "identity.": "identity"}
@@ -292,7 +290,7 @@ def test_honest_evaluation_scores_every_baseline_on_the_same_edits(tiny: Any) ->
 
 
 @pytest.mark.slow
-def test_many_edits_draws_what_was_measured_at_every_count(tiny: Any) -> None:
+def test_many_edits_draws_what_was_measured_at_every_count(tiny):
     run = tiny("05")
     rows = drawn(run, "at_once")
     assert {row["edits"] for row in rows} == {"1", "2"}
@@ -305,7 +303,7 @@ def test_many_edits_draws_what_was_measured_at_every_count(tiny: Any) -> None:
 
 
 @pytest.mark.slow
-def test_six_editors_are_scored_on_the_same_edits_and_trained_as_long_as_told(tiny: Any) -> None:
+def test_six_editors_are_scored_on_the_same_edits_and_trained_as_long_as_told(tiny):
     run = tiny("09")
     names = ["mend", "mendkit", "rledit", "ultraedit"]
     rows = {(row["editor"], row["metric"]): float(row["mean"]) for row in drawn(run, "editors")}
@@ -326,7 +324,7 @@ def test_six_editors_are_scored_on_the_same_edits_and_trained_as_long_as_told(ti
 
 
 @pytest.mark.slow
-def test_playing_leaves_an_adapter_and_a_snapshot_for_where_no_kernel_runs(tiny: Any) -> None:
+def test_playing_leaves_an_adapter_and_a_snapshot_for_where_no_kernel_runs(tiny):
     run = tiny("06")
     assert (run.out / "adapter/adapter_model.safetensors").is_file()
     assert run.results["playground.restored"] is True
@@ -336,7 +334,7 @@ def test_playing_leaves_an_adapter_and_a_snapshot_for_where_no_kernel_runs(tiny:
 
 
 @pytest.mark.slow
-def test_costs_are_measured_on_equal_numbers(tiny: Any) -> None:
+def test_costs_are_measured_on_equal_numbers(tiny):
     (found,) = tiny("07").results.values()
     assert found["equal"] is True and found["workload"]["edits_per_step"] == 2
     memory = found["memory"]
@@ -346,7 +344,7 @@ def test_costs_are_measured_on_equal_numbers(tiny: Any) -> None:
 
 
 @pytest.mark.slow
-def test_comparing_runs_tells_their_scores_and_what_failed(tiny: Any) -> None:
+def test_comparing_runs_tells_their_scores_and_what_failed(tiny):
     edited, folder = tiny("02"), tiny("02").out.parent
     runs = []
     for number, rank in enumerate((2, 4, 6), 1):
@@ -382,8 +380,8 @@ def test_comparing_runs_tells_their_scores_and_what_failed(tiny: Any) -> None:
     ],
 )
 def test_a_mistake_is_told_before_anything_is_written(
-    tiny: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, changes: Any, said: str
-) -> None:
+    tiny, tmp_path, monkeypatch, name, changes, said
+):
     """Run where JupyterLab runs it: in `notebooks/`, from where the config is found, too."""
     given = {**tiny("02").given, **SIZES[name], "out": str(tmp_path / "out")}
     overrides = given["overrides"][:1] + changes.get("overrides", [])
@@ -394,9 +392,7 @@ def test_a_mistake_is_told_before_anything_is_written(
 
 
 @pytest.mark.slow
-def test_inside_mend_without_an_archive_says_that_nothing_was_trained(
-    tiny: Any, tmp_path: Path
-) -> None:
+def test_inside_mend_without_an_archive_says_that_nothing_was_trained(tiny, tmp_path):
     given = {**tiny("03").given, "archive": "", "out": str(tmp_path / "out")}
     shown = run_cells("03", given, to="turned")
     assert any("never trained" in str(x) for x in shown)
@@ -434,29 +430,27 @@ REFUSED += [
 
 
 @pytest.mark.parametrize(("name", "given", "value"), MEANT)
-def test_a_parameter_from_papermill_means_what_it_means_on_the_command_line(
-    name: str, given: Any, value: Any
-) -> None:
+def test_a_parameter_from_papermill_means_what_it_means_on_the_command_line(name, given, value):
     namespace = {"__annotations__": ANNOTATIONS, **GIVEN, name: given}
     check_parameters(namespace)
     assert namespace == {"__annotations__": ANNOTATIONS, **GIVEN, name: value}
 
 
 @pytest.mark.parametrize(("name", "given"), REFUSED)
-def test_a_parameter_that_means_nothing_is_refused_by_name(name: str, given: Any) -> None:
+def test_a_parameter_that_means_nothing_is_refused_by_name(name, given):
     with pytest.raises(MendkitError, match=f"^{name} must be .*, got "):
         check_parameters({"__annotations__": ANNOTATIONS, **GIVEN, name: given})
 
 
-def test_a_name_that_is_no_parameter_is_refused_with_the_nearest() -> None:
+def test_a_name_that_is_no_parameter_is_refused_with_the_nearest():
     cells = ["import re", "# Parameters\nshown = 4\ntset_limit = 5\n"]
     with pytest.raises(MendkitError, match="'tset_limit'; did you mean test_limit"):
         check_parameters({"__annotations__": ANNOTATIONS, **GIVEN, "In": cells})
 
 
 def test_another_archive_takes_the_place_of_the_one_in_the_box_and_of_no_other(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+    tmp_path, monkeypatch
+):
     """As `make lab ARCHIVE=...` has it; 02 to 06 and 09 begin with the one in the box."""
     archive = tmp_path / "mine.safetensors"
     monkeypatch.setenv("MENDKIT_ARCHIVE", str(archive))
@@ -473,8 +467,8 @@ def test_another_archive_takes_the_place_of_the_one_in_the_box_and_of_no_other(
 
 @pytest.mark.slow
 def test_a_notebook_runs_from_any_folder_and_has_its_run_folder_to_itself(
-    tiny: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+    tiny, tmp_path, monkeypatch
+):
     given = {**tiny("02").given, "out": "out"}
     monkeypatch.chdir(tmp_path)
     Path("out").mkdir()
@@ -491,9 +485,7 @@ def test_a_notebook_runs_from_any_folder_and_has_its_run_folder_to_itself(
     os.close(other)
 
 
-def test_paths_are_the_same_from_the_root_and_from_the_notebooks_folder(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_paths_are_the_same_from_the_root_and_from_the_notebooks_folder(tmp_path, monkeypatch):
     (tmp_path / "notebooks" / "mine").mkdir(parents=True)
     (tmp_path / "config.yaml").write_text("")
     monkeypatch.chdir(tmp_path)

@@ -62,14 +62,14 @@ def whiskers(chart: Chart, panel: int = 0) -> list[list[list[float]]]:
     return found
 
 
-def test_drawing_leaves_the_settings_of_matplotlib_alone() -> None:
+def test_drawing_leaves_the_settings_of_matplotlib_alone():
     before = dict(matplotlib.rcParams)
     plots.ranks(RANKS).png()
     assert dict(matplotlib.rcParams) == before
 
 
 @pytest.mark.parametrize(("good", "said"), [(True, "raised"), (False, "did not raise")])
-def test_validation_tells_whether_training_paid(good: bool, said: str) -> None:
+def test_validation_tells_whether_training_paid(good, said):
     rows = history(good=good)
     rows[1]["val.score"] = 0.75 * good
     chart = plots.validation_curves(rows, rows[-1], n=10)
@@ -81,7 +81,7 @@ def test_validation_tells_whether_training_paid(good: bool, said: str) -> None:
     assert bool(reached) == good and chart.finding.endswith(ends)
 
 
-def test_a_loss_of_zero_is_drawn_at_the_foot_of_its_axis() -> None:
+def test_a_loss_of_zero_is_drawn_at_the_foot_of_its_axis():
     chart = plots.loss_curves(history())
     assert lines(chart)["edit"][1] == pytest.approx([row["edit"] for row in history()])
     assert set(lines(chart, 1)["unrelated"][1]) == {plots.TINY}
@@ -91,7 +91,7 @@ def test_a_loss_of_zero_is_drawn_at_the_foot_of_its_axis() -> None:
     assert plots.loss_curves(rows).finding.endswith(said)
 
 
-def test_strengths_that_noise_cannot_tell_apart_are_named_together() -> None:
+def test_strengths_that_noise_cannot_tell_apart_are_named_together():
     scores = {0.0: 0.0, 0.5: 0.6, 1.0: 0.844, 1.5: 0.855, 2.0: 0.79}
     rows = [{"strength": strength, "score": score} for strength, score in scores.items()]
     finding = plots.strengths(rows, n=100).finding
@@ -99,7 +99,7 @@ def test_strengths_that_noise_cannot_tell_apart_are_named_together() -> None:
     assert finding.endswith("strength 1, 1.5; as trained: 0.84")
 
 
-def test_the_control_wins_a_tie_and_the_end_of_its_range_is_told() -> None:
+def test_the_control_wins_a_tie_and_the_end_of_its_range_is_told():
     rows = [{"edit_lr": a, "score": s} for a, s in ((1e-5, 0.1), (1e-4, 0.4), (1e-3, 0.3))]
     won, tied = (plots.control_curve(rows, {"val.score": s}, n=1).finding for s in (0.9, 0.4))
     assert "editor beats" in won and won.endswith("0.90 against 0.40 at α = 1.0e-04")
@@ -107,7 +107,7 @@ def test_the_control_wins_a_tie_and_the_end_of_its_range_is_told() -> None:
     assert "end of the range" in plots.control_curve(rows[:2], {"val.score": 0.9}, n=1).finding
 
 
-def test_editors_have_the_shares_and_intervals_they_were_given() -> None:
+def test_editors_have_the_shares_and_intervals_they_were_given():
     summaries = {"trained": summary(0.9, 0.8, 0.9, 1.0), "control": summary(0.5, 0.2, 0.6, 0.9)}
     chart = plots.editors(summaries | {"unedited": summary(0.0)})
     rows = {(row.editor, row.metric): row.mean for row in chart.data.itertuples()}
@@ -118,7 +118,7 @@ def test_editors_have_the_shares_and_intervals_they_were_given() -> None:
     assert chart.finding == "Headline score: trained 0.89, control 0.41, unedited 0.00"
 
 
-def test_bands_are_the_intervals_over_edits_and_a_share_without_one_is_a_line() -> None:
+def test_bands_are_the_intervals_over_edits_and_a_share_without_one_is_a_line():
     where = {"mean": 0.5, "low": 0.4, "high": 0.6, "n": 40, "metric": "retention.all"}
     rows = [{"editor": name, "edits": k, **where} for name in ("sum", "other") for k in (1, 25)]
     lone = {"editor": "sum", "edits": 25, "metric": "drawdown.perplexity", "mean": -0.2}
@@ -128,7 +128,7 @@ def test_bands_are_the_intervals_over_edits_and_a_share_without_one_is_a_line() 
     assert lines(chart, 1) == {"sum": ([25], [-0.2])}
 
 
-def test_the_unedited_model_of_a_sweep_is_a_line_and_no_point() -> None:
+def test_the_unedited_model_of_a_sweep_is_a_line_and_no_point():
     minus = [{"size": s, "loss.edit": 5 - 40 * s, "loss.neighbours": s} for s in (0, 0.01, 0.1)]
     plus = [{**row, "size": -row["size"], "loss.edit": 5 + 90 * row["size"]} for row in minus]
     chart = plots.size_curves("signs", {"minus": minus, "plus": plus}, n=5)
@@ -138,14 +138,14 @@ def test_the_unedited_model_of_a_sweep_is_a_line_and_no_point() -> None:
     assert chart.finding.endswith("5.00 nats; at its lowest 1.00 by minus, 5.90 by plus")
 
 
-def test_ranks_above_the_number_of_tokens_are_told() -> None:
+def test_ranks_above_the_number_of_tokens_are_told():
     assert "19 gradients are sums" in plots.ranks(RANKS).finding
     wrong = [{"tokens": 3, "rank": 4, "full_rank": 9, "error": error} for error in (0.2, math.nan)]
     assert "2 gradients are not sums" in plots.ranks(wrong).finding
     assert plots.ranks(wrong).finding.endswith("2 exceed that rank")
 
 
-def test_runs_are_points_with_whiskers_both_ways_and_keep_their_numbers() -> None:
+def test_runs_are_points_with_whiskers_both_ways_and_keep_their_numbers():
     runs = {"Run 1": summary(0.9, 0.8, 0.9, 1.0), "Run 2": {}, "Run 3": summary(1, 0.5, 0.2, 0.6)}
     chart = plots.success_against_locality(runs, {"Run 1": 0.7, "Run 3": 0.9})
     for panel, (x, y) in enumerate(((1.0, 0.9), (0.9, 0.8))):
@@ -157,7 +157,7 @@ def test_runs_are_points_with_whiskers_both_ways_and_keep_their_numbers() -> Non
     assert plots.success_against_locality({}, {}).png()
 
 
-def test_a_bar_of_costs_is_what_was_measured() -> None:
+def test_a_bar_of_costs_is_what_was_measured():
     ways = {"textbook": {"seconds_per_edit": 2.0}, "kit": {"seconds_per_edit": 0.5}}
     found = {"train": ways, "train_ratio": 4.0, "equal": False}
     memory = {"memory": {"kit": {"above_gb": 1.0}}, "memory_ratio": 3.0}
@@ -167,7 +167,7 @@ def test_a_bar_of_costs_is_what_was_measured() -> None:
 
 
 @pytest.mark.filterwarnings("error")  # a glyph that is missing
-def test_the_next_tokens_shown_are_both_answers_and_the_most_probable() -> None:
+def test_the_next_tokens_shown_are_both_answers_and_the_most_probable():
     chart = plots.next_token_bars([FACT])
     rows = {row["token"]: row for row in chart.data.to_dict("records")}
     assert len(rows) == 7 and list(rows)[:2] == [" Lyon", " Paris"]
@@ -176,7 +176,7 @@ def test_the_next_tokens_shown_are_both_answers_and_the_most_probable() -> None:
     assert chart.png()
 
 
-def test_only_the_drawing_modules_import_matplotlib_and_none_pyplot() -> None:
+def test_only_the_drawing_modules_import_matplotlib_and_none_pyplot():
     for path in PACKAGE.rglob("*.py"):
         text, names = path.read_text(encoding="utf-8"), []
         for node in ast.walk(ast.parse(text)):

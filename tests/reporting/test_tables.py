@@ -40,20 +40,20 @@ def report(*successes: float, mode: str = "single") -> EvaluationReport:
         ("lm_head.weight", "lm_head"),
     ],
 )
-def test_short_site(name: str, short: str) -> None:
+def test_short_site(name, short):
     assert tables.short_site(name) == short
 
 
 # ---- tables
 
 
-def test_texts_of_the_data_cannot_break_a_table() -> None:
+def test_texts_of_the_data_cannot_break_a_table():
     html = tables.table([{"a <b>": "<script>x</script> $5 and $6\nnew"}]).to_html()
     assert "<script>" not in html and "a &lt;b&gt;" in html
     assert "$5" not in html and "<span>$</span>5" in html  # no mathematics between two dollar signs
 
 
-def test_cells_show_intervals_and_truths() -> None:
+def test_cells_show_intervals_and_truths():
     rows = [
         {"text": "x", "n": 1920, "share": Interval(0.5, 0.4, 0.6, 9), "good": True},
         {"text": "y", "n": None, "share": 0.25, "good": False},
@@ -63,7 +63,7 @@ def test_cells_show_intervals_and_truths() -> None:
         assert shown in html
 
 
-def test_before_after_ticks_the_new_answer_and_what_stayed() -> None:
+def test_before_after_ticks_the_new_answer_and_what_stayed():
     asked = tables.prompts_of(EXAMPLES[0])
     roles = ["edit", "paraphrases", "paraphrases", "neighbours", "neighbours", "unrelated"]
     assert [role for role, _, _ in asked][:6] == roles
@@ -77,7 +77,7 @@ def test_before_after_ticks_the_new_answer_and_what_stayed() -> None:
     assert [f"row{i}_" in marked for i in range(6)] == [True, True, False, False, True, False]
 
 
-def test_spread_takes_each_relation_once_before_any_twice() -> None:
+def test_spread_takes_each_relation_once_before_any_twice():
     examples = [
         EditExample(prompt=str(i), target_new="x", relation=r) for i, r in enumerate("aaabbc")
     ]
@@ -85,7 +85,7 @@ def test_spread_takes_each_relation_once_before_any_twice() -> None:
     assert len(tables.spread(examples, 99)) == 6 and tables.spread([], 3) == []
 
 
-def test_an_example_is_shown_with_all_its_prompts() -> None:
+def test_an_example_is_shown_with_all_its_prompts():
     frame = tables.example(EXAMPLES[1]).data
     probes = (*EXAMPLES[1].neighbours, *EXAMPLES[1].unrelated)
     prompts = {EXAMPLES[1].prompt, *EXAMPLES[1].paraphrases, *(probe.prompt for probe in probes)}
@@ -94,7 +94,7 @@ def test_an_example_is_shown_with_all_its_prompts() -> None:
     assert list(bare.data["answer"]) == [None, "x", None]
 
 
-def test_editors_stand_side_by_side() -> None:
+def test_editors_stand_side_by_side():
     ours, theirs = report(1), report(0)
     del theirs.summary["edit.seconds"]
     frame = tables.scores({"ours": ours, "theirs": theirs}).data
@@ -104,7 +104,7 @@ def test_editors_stand_side_by_side() -> None:
     assert frame.loc["score.headline", "theirs"] == pytest.approx(score)
 
 
-def test_all_known_and_unknown_facts_stand_side_by_side() -> None:
+def test_all_known_and_unknown_facts_stand_side_by_side():
     made = report(1)
     made.summary[f"known.{FREE}"] = Interval(0.7, 0.6, 0.8, 5)
     frame = tables.apart(made).data.set_index("score")
@@ -113,7 +113,7 @@ def test_all_known_and_unknown_facts_stand_side_by_side() -> None:
     assert not frame.index.str.startswith("known.").any()
 
 
-def test_what_was_won_or_lost_most_is_told_by_the_paired_edits() -> None:
+def test_what_was_won_or_lost_most_is_told_by_the_paired_edits():
     free, near = HEADLINE["edit"], HEADLINE["neighbours"]
     results = {"single.score.headline": 0.846, "identity.single.score.headline": 0.63}
     results |= {
@@ -133,7 +133,7 @@ def test_what_was_won_or_lost_most_is_told_by_the_paired_edits() -> None:
     assert tables.won({}, "m") == "Editing m with MEND"
 
 
-def test_many_has_a_row_for_every_count_and_metric() -> None:
+def test_many_has_a_row_for_every_count_and_metric():
     early, last = (replace(report(1, mode=f"sequential_{k}"), values={"norm": k}) for k in (1, 3))
     frame = tables.many({"sum": [replace(last, earlier=(early,))]})
     wide = frame.pivot(index=["editor", "edits"], columns="metric", values="value")
