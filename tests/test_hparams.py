@@ -375,8 +375,3 @@ def test_the_page_lists_every_key_its_default_and_every_key_without_effect():
     assert set(others) <= {key for key, row in rows.items() if row[-1].startswith("EasyEdit")}
     assert all(len(row) == 3 and all(row) for row in others.values())
     assert set(EARLY_STOP_KEYS.values()) <= {"score", "loss", "edit_success"}
-
-
-def test_an_unknown_argument_is_told_as_an_unknown_key_of_a_file():
-    with pytest.raises(HyperParamError, match=r"unknown key 'learning_rate'.* nearest key is 'lr'"):
-        MENDHyperParams(model_name="x", learning_rate=3)

@@ -15,7 +15,6 @@ import torch
 from mendkit.__main__ import main
 from mendkit.errors import ArchiveError
 from mendkit.hparams import MENDHyperParams
-from mendkit.interop.conformance import Recording
 from mendkit.interop.foreign import (
     export_archive,
     from_foreign,
@@ -30,10 +29,10 @@ from mendkit.mend.factors import capture_factors
 from mendkit.mend.hypernetwork import MEND
 from mendkit.models.sites import Site
 from mendkit.models.trunk import FrozenTrunk
-from tests.oracles.claims import EXAMPLES, scrambled, with_statistics
+from tests.oracles.attacks import Canary
+from tests.oracles.claims import EXAMPLES
 from tests.oracles.textbook import (
     NAMES,
-    REFERENCE,
     SHAPES,
     Editor,
     Textbook,
@@ -75,40 +74,6 @@ def published(gpt2, tmp_path):
 # ---------------------------------------------------------------------------------- nothing is run
 
 
-class Payload:
-    """What a hostile archive holds: unpickling it makes a folder."""
-
-    def __init__(self, call, *arguments) -> None:
-        self.call, self.arguments = call, arguments
-
-    def __reduce__(self):
-        return self.call, self.arguments
-
-
-PAYLOADS = {  # by the name in the pickle
-    "posix.mkdir": lambda mark: Payload(os.mkdir, mark),
-    "posix.system": lambda mark: Payload(os.system, f"mkdir {mark}"),
-    "builtins.eval": lambda mark: Payload(eval, f"__import__('os').mkdir({mark!r})"),
-}
-
-
-@pytest.mark.parametrize(
-    ("name", "place"), [*zip(PAYLOADS, ("model", "model_config", "opt"), strict=True)]
-)
-def test_a_payload_is_refused_by_name_and_does_not_run(gpt2, published, tmp_path, name, place):
-    mark, path = tmp_path / "ran", tmp_path / "hostile.pt"
-    model = OrderedDict(published[1].state, model_config=gpt2.model.config)
-    content = {"model": model, "opt": {}, "lr_opt": {}, "val_stats": {}, "step": 1}
-    (model if place.startswith("model") else content)[place] = PAYLOADS[name](str(mark))
-    torch.save(content, path)
-    with pytest.raises(ArchiveError, match=name.rpartition(".")[2]) as error:
-        import_archive(path, hparams(), out=tmp_path / "out" / "a.safetensors", base=gpt2)
-    assert "nothing of it was run" in str(error.value)
-    assert not mark.exists() and not (tmp_path / "out").exists()
-    torch.load(path, weights_only=False)  # the control: it would run
-    assert mark.is_dir()
-
-
 @pytest.mark.parametrize("name", ["transformers.Trainer", "os.XConfig", "transformers.XConfig.y"])
 def test_a_name_that_only_resembles_a_configuration_is_refused(tmp_path, name):
     module, _, attribute = name.rpartition(".")
@@ -122,7 +87,7 @@ def test_a_name_that_only_resembles_a_configuration_is_refused(tmp_path, name):
 
 def test_a_plain_pickle_and_other_files_are_refused(tmp_path):
     mark, path = tmp_path / "ran", tmp_path / "a.pt"
-    for content in (pickle.dumps(Payload(os.mkdir, str(mark))), b"", b"text", b"PK\x03\x04 cut"):
+    for content in (pickle.dumps(Canary(os.mkdir, str(mark))), b"", b"text", b"PK\x03\x04 cut"):
         path.write_bytes(content)
         with pytest.raises(ArchiveError, match=r"a\.pt: not a readable archive"):
             read_foreign(path)
@@ -206,35 +171,6 @@ def test_there_and_back_keeps_every_bit(options):
         assert back[name].dtype == value.dtype and torch.equal(back[name], value), name
 
 
-@pytest.mark.parametrize("name", ["gpt2", "llama", "gpt2_one_sided", "t5", "bert"])
-def test_the_reference_archives_come_back_as_they_were(name):
-    if not REFERENCE.is_dir():
-        pytest.skip(f"no reference vectors at {REFERENCE}")
-    record = Recording(REFERENCE / name)
-    state = read_foreign(REFERENCE / name / "archive.pt").state
-    back = to_foreign(from_foreign(state, record.base.sites, record.hparams))
-    assert list(back) == list(state)
-    assert all(torch.equal(back[n], value) for n, value in state.items())
-
-
-def test_a_native_archive_goes_out_and_comes_back_with_the_same_updates_bit_for_bit(gpt2, tmp_path):
-    base = gpt2.with_sites(LAYERS)
-    h = hparams(init="id_xavier", norm_stats="shape", z_clip=None, edit_lr=3e-3)
-    mend = scrambled(with_statistics(base, MEND(base.sites, h)))
-    native = save_archive(tmp_path / "native.safetensors", base, mend)
-    pickled = export_archive(native, tmp_path / "archive.pt", base=gpt2)
-    back = import_archive(pickled, h, out=tmp_path / "again.safetensors", base=gpt2)
-    texts = [edit_tokens(base, h, example) for example in EXAMPLES]
-    ours = MENDEditor(base, mend).updates(texts)
-    again = MENDEditor(base, load_archive(back, base=gpt2).mend).updates(texts)
-    for name, update in ours.items():
-        assert torch.equal(again[name].u, update.u) and torch.equal(again[name].delta, update.delta)
-        assert float(again[name].coefficient) == float(update.coefficient) < 0
-    model = torch.load(pickled, weights_only=False)["model"]  # as EasyEdit reads it
-    assert type(model["model_config"]).__name__ == "GPT2Config"
-    assert (model["edit_lrs"] < 0).all()  # published code adds
-
-
 CANNOT = {"z_clip": 10.0, "whiten": 0.1, "norm_stats": "layer", "edit_tokens": "scored"}
 
 
@@ -298,8 +234,10 @@ def test_the_commands_import_and_export_write_over_nothing_and_say_what_is_wrong
     assert capsys.readouterr().out == "run/archive.pt\n"
     first, again = (read_foreign(name).state for name in ("archive.pt", "run/archive.pt"))
     assert all(torch.equal(again[name], value) for name, value in first.items())
+    model = torch.load("run/archive.pt", weights_only=False)["model"]  # as EasyEdit reads it
+    assert type(model["model_config"]).__name__ == "GPT2Config"
 
-    torch.save({"model": Payload(os.mkdir, "ran")}, "hostile.pt")
+    torch.save({"model": Canary(os.mkdir, "ran")}, "hostile.pt")
     before = {file: file.read_bytes() for file in Path("run").iterdir()}
     wrong = {
         "import archive.pt gpt2.yaml --out run": "run holds archive.safetensors",

@@ -28,6 +28,7 @@ from mendkit.mend.editor import EditSession, MENDEditor
 from mendkit.mend.hypernetwork import MEND
 from tests.oracles.attacks import (
     ODD_VALUES,
+    Canary,
     Layout,
     Variant,
     damage,
@@ -296,16 +297,6 @@ def test_a_foreign_archive_that_grows_or_declares_much_is_refused(gpt, published
         torch.save({"model": OrderedDict(content)}, path)
         assert result(path, load, about) is None, about
         assert not path.with_name("out.safetensors").exists(), about
-
-
-class Canary:
-    """What unpickling runs if it runs anything: `call` with `arguments`."""
-
-    def __init__(self, call, *arguments) -> None:
-        self.call, self.arguments = call, arguments
-
-    def __reduce__(self):
-        return self.call, self.arguments
 
 
 class Inner(Canary):

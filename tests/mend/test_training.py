@@ -7,7 +7,6 @@ from statistics import fmean
 import pytest
 import torch
 
-from mendkit.cost.textbook import textbook_losses
 from mendkit.data.examples import EditExample
 from mendkit.errors import HyperParamError
 from mendkit.evaluation.evaluate import EvaluationSet, evaluate
@@ -44,27 +43,6 @@ def scores(monkeypatch, values) -> None:
 
 
 # ---------------------------------------- losses
-
-
-@pytest.mark.parametrize(("family", "cached"), [("llama64", True), ("gpt264", False)])
-def test_losses_and_gradients_are_the_textbooks(family, cached, request):
-    base, h = request.getfixturevalue(family), hparams(edit_lr=1e-3)
-    examples, mend = prepare_texts(base, h, EXAMPLES), scrambled_mend(base, h)
-    trunk = FrozenTrunk(base)
-    if cached:
-        trunk.fill([text for example in examples for text in example.all()])
-    roles = ("paraphrases", "neighbours", "unrelated")
-    rows = [[("edit", e.edit), *((role, getattr(e, role)[0]) for role in roles)] for e in examples]
-    factors = FactorCache(trunk, h).get([e.edit for e in examples])
-    losses = batch_losses(trunk, mend, factors, rows)
-    plain = [textbook_losses(base, mend, drawn) for drawn in rows]
-    expected = {role: torch.stack([p[role] for p in plain]).mean() for role in losses}
-    for role, value in expected.items():
-        torch.testing.assert_close(losses[role], value, rtol=1e-9, atol=1e-11)
-    parameters = list(mend.parameters())
-    found = torch.autograd.grad(total_loss(losses, h), parameters)
-    for a, b in zip(found, torch.autograd.grad(total_loss(expected, h), parameters), strict=True):
-        torch.testing.assert_close(a, b, rtol=1e-7, atol=1e-10)
 
 
 def test_every_role_weighs_as_told_and_a_missing_one_nothing(llama):

@@ -1,37 +1,39 @@
-"""The trunk gives the whole model's numbers in every causal family, and leaves no trace."""
+"""The trunk gives the whole model's numbers in every family, and leaves no trace."""
 
 import pytest
 import torch
 
-from mendkit.mend.batches import edit_tokens
-from mendkit.mend.factors import capture_factors
-from mendkit.mend.losses import edit_nll
+from mendkit.mend.batches import edit_tokens, prepare_texts
 from mendkit.models import trunk as trunk_module
 from mendkit.models.base import BaseModel
 from mendkit.models.tokens import Tokens, collate, pack
 from mendkit.models.trunk import FrozenTrunk
-from tests.oracles.claims import EXAMPLES, every_text, hparams
-from tests.oracles.families import CAUSAL
+from tests.oracles.claims import (
+    EXAMPLES,
+    assert_factors_rebuild_the_gradient,
+    every_text,
+    examples_of,
+    hparams,
+    plain_logits,
+)
+from tests.oracles.families import CAUSAL, NO_CHAIN, other_base
 from tests.oracles.tiny import tiny_llama
 
 
+@torch.no_grad()
 def alone(base: BaseModel, texts) -> torch.Tensor:
     """Oracle: each text by itself through the whole model."""
-    rows = []
-    for text in texts:
-        ids = torch.tensor([text.ids])
-        with torch.no_grad():
-            rows.append(base.model(input_ids=ids, use_cache=False).logits[0, list(text.scored)])
-    return torch.cat(rows)
+    return torch.cat([plain_logits(base, text) for text in texts])
 
 
-@pytest.mark.parametrize("family", CAUSAL)
+@pytest.mark.parametrize("family", [*CAUSAL, "t5", "bart", "bert", "bert, 3 classes"])
 def test_the_trunk_gives_the_whole_models_logits(family):
-    base = CAUSAL[family].base()
-    texts = every_text(base)[:12]
+    base = other_base(family)
+    examples = prepare_texts(base, hparams(), examples_of(base)[:2])
+    texts = [text for example in examples for text in example.all()]
     trunk, batch, expected = FrozenTrunk(base), collate(texts, base.pad_id), alone(base, texts)
-    assert trunk.split and base.blocks.first == 1
-    assert trunk.fill(texts) == len({text.key for text in texts})
+    assert trunk.split == (family not in NO_CHAIN)
+    assert trunk.fill(texts) == trunk.split * len({text.key for text in texts})
     close = {"rtol": 1e-4, "atol": 1e-4 * float(expected.abs().max())}
     with torch.no_grad():
         torch.testing.assert_close(trunk.suffix(texts, batch), expected, **close)
@@ -107,17 +109,7 @@ def test_a_beginning_in_common_is_read_once(llama):
 def test_factors_rebuild_the_gradient_of_the_weights(family):
     base = CAUSAL[family].base()
     texts = [edit_tokens(base, hparams(), example) for example in EXAMPLES[:3]]
-    factors = capture_factors(FrozenTrunk(base), texts)
-    weights = [base.site_module(site).weight.requires_grad_() for site in base.sites]
-    batch = collate(texts, base.pad_id)
-    logits = base.forward(batch.input_ids, batch.attention_mask)[batch.scored]
-    loss = edit_nll(logits, batch.targets, batch.rows, len(texts)).sum()
-    for site, gradient in zip(base.sites, torch.autograd.grad(loss, weights), strict=True):
-        expected = gradient.T if site.transposed else gradient
-        scale = float(expected.abs().max())
-        assert scale > 0
-        found = factors[site.name].weight_gradient()
-        torch.testing.assert_close(found, expected, rtol=1e-3, atol=1e-4 * scale)
+    assert_factors_rebuild_the_gradient(base, texts, 1e-3, 1e-4)
 
 
 def test_a_model_that_is_no_chain_gives_the_same_numbers_without_a_cache():

@@ -21,6 +21,16 @@ DTYPES = ["F64", "F32", "F16", "BF16", "I64", "I32", "U8", "BOOL", "F8_E4M3", "F
 HUGE = (2**63 - 1, 2**64 - 1, 2**40, 2**31, 10**30, -1)
 
 
+class Canary:
+    """What unpickling runs if it runs anything: `call` with `arguments`."""
+
+    def __init__(self, call: Callable, *arguments: object) -> None:
+        self.call, self.arguments = call, arguments
+
+    def __reduce__(self) -> tuple:
+        return self.call, self.arguments
+
+
 def signed(metadata: dict, tensors: dict[str, torch.Tensor]) -> dict:
     """The metadata with a checksum that is right for them, as an attacker would write."""
     told = {key: value for key, value in metadata.items() if key != CHECKSUM}

@@ -1,6 +1,6 @@
 """What several test files share: examples for the tiny models, and a plain textbook MEND."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
 import torch
@@ -53,6 +53,25 @@ def plain_logits(
     if logits.dim() == 3:
         return logits[0, list(text.scored)]
     return torch.cat([torch.zeros_like(logits), logits], 1) if logits.shape[1] == 1 else logits
+
+
+def assert_factors_rebuild_the_gradient(
+    base: BaseModel, texts: Sequence[Tokens], rtol: float, atol: float
+) -> None:
+    """Factors against autograd on the weights; `atol` in units of the largest gradient."""
+    factors, weights = capture_factors(FrozenTrunk(base), texts), {}
+    for site in base.sites:
+        weights[site.name] = base.site_module(site).weight.detach().requires_grad_()
+    targets = [torch.tensor(text.targets) for text in texts]
+    read = [plain_logits(base, text, weights) for text in texts]
+    loss = sum(map(torch.nn.functional.cross_entropy, read, targets))
+    gradients = torch.autograd.grad(loss, list(weights.values()))
+    for site, gradient in zip(base.sites, gradients, strict=True):
+        gradient, f = gradient.T if site.transposed else gradient, factors[site.name]
+        largest = float(gradient.abs().max())
+        assert largest > 0
+        torch.testing.assert_close(f.weight_gradient(), gradient, rtol=rtol, atol=atol * largest)
+        assert (f.delta != 0).any(1).all()  # and no token is there for nothing
 
 
 EXAMPLES = tuple(

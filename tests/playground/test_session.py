@@ -1,8 +1,6 @@
 """The playground without a browser: what it reads, and its panel by pressing buttons."""
 
 import os
-import subprocess
-import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -235,10 +233,3 @@ def test_a_snapshot_has_no_widget_and_shows_journal_table_and_figure(panel):
     html = panel.snapshot().data
     assert panel.results.value in html and "in force" in html and "data:image/png;base64," in html
     assert f"{EXAMPLES[0].prompt} → {EXAMPLES[0].target_new}" in html
-
-
-def test_the_package_does_not_import_widgets():
-    heavy = ("ipywidgets", "matplotlib", "IPython")
-    code = f"import sys, mendkit; sys.exit(any(m in sys.modules for m in {heavy}))"
-    command = [sys.executable, "-c", code]
-    assert subprocess.run(command, cwd=Path(__file__).parents[2]).returncode == 0

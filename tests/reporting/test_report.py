@@ -231,11 +231,6 @@ def test_a_mistake_is_found_before_anything_is_written(here, settings):
     assert sorted(here.rglob("*")) == before
 
 
-def test_an_archive_that_is_none_is_found_before_anything_is_written(here, capsys):
-    assert main(["report", "tiny.yaml", "archive=tiny.yaml", "--out", "out"]) == 2
-    assert "not a readable archive" in capsys.readouterr().err and not Path("out").exists()
-
-
 def test_memory_is_checked_for_a_model_that_stays_whole(here, monkeypatch, capsys):
     def check(hparams, train, validation, *, keep_trunk):
         assert (hparams.rank, len(train), len(validation), keep_trunk) == (4, 6, 2, True)
