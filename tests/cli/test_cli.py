@@ -69,15 +69,6 @@ def test_help_shows_the_exit_status_and_an_example_of_each_command(capsys):
         assert "Example:" in text and f"python -m mendkit {command} " in text
 
 
-def test_archives_that_are_here_are_named_and_none_is_null(here, capsys):
-    Path("runs/first").mkdir(parents=True)
-    Path("archive.safetensors").rename("runs/first/archive.safetensors")
-    for archive in ("archive=None", "archive=null", "archive=nowhere"):
-        assert main(["evaluate", "tiny.yaml", archive]) == 2
-        assert "; here are runs/first/archive.safetensors" in capsys.readouterr().err
-    assert main(["edit", "tiny.yaml", "archive=runs/first", *FACT, "--max-new-tokens", "2"]) == 0
-
-
 def test_a_mistake_ends_with_status_2_and_one_clear_line(here):
     """As a process: the other mistakes are made in this one."""
     before = files(here)
@@ -267,23 +258,6 @@ def test_a_tilde_a_run_folder_and_columns_are_understood_by_every_command(here, 
     }
     assert Path("home/merged/config.json").is_file() and not Path("~").exists()
     assert main(["inspect", "~/run"]) == 0
-
-
-def test_settings_beside_an_archive_are_honoured_or_refused_by_name(here, capsys):
-    long = replace(EXAMPLES[0], target_new="Rome Rome " * 20)
-    write_examples([long], "long.jsonl")
-    data = ["--data", "long.jsonl"]
-    for command in (EDIT, SCORE):
-        assert main([*command, *data]) == 2
-        assert "raise `max_target_tokens`" in capsys.readouterr().err
-        assert main([*command, *data, "max_target_tokens=64"]) == 0
-        assert main([*command, *data, "max_target_tokens=64", "max_length=9"]) == 2
-        assert "raise `max_length`" in capsys.readouterr().err
-        for setting in ("update_sign=1", "edit_lr=5", "add_eos=false", "rank=5", "lr=1"):
-            assert main([*command, setting, *data]) == 2
-            last = capsys.readouterr().err.splitlines()[-1]
-            assert setting.partition("=")[0] in last and "belongs to the archive" in last
-        assert main([*command, *data, "max_target_tokens=64", "rank=4", "lr_scale=2"]) == 0
 
 
 def test_a_bad_record_costs_only_itself_if_told_and_is_named(here, capsys, caplog):

@@ -511,14 +511,6 @@ def test_files_that_cannot_be_read_say_what_they_are(tmp_path):
         read_examples("facts:tset")
 
 
-def test_a_tilde_is_the_home_folder(tmp_path, monkeypatch):
-    monkeypatch.setenv("HOME", str(tmp_path))
-    write(tmp_path / "x.json", LYON)
-    assert len(read_examples("~/x.json")) == 1
-    write_examples(EXAMPLES, "~/y.jsonl")
-    assert tuple(read_examples(tmp_path / "y.jsonl")) == tuple(EXAMPLES)
-
-
 def test_limit_keeps_the_first(tmp_path):
     path = write(tmp_path / "d.json", [{**OWN, "id": str(i)} for i in range(5)])
     assert [e.id for e in read_examples(path, limit=2)] == ["0", "1"]

@@ -26,7 +26,7 @@ from mendkit.evaluation.results import normalise
 from mendkit.mend.validation import Forced, forced
 from mendkit.models.text import cut
 from mendkit.models.tokens import Tokens
-from tests.oracles.claims import EXAMPLES, editor_for, hparams
+from tests.oracles.claims import EXAMPLES, editor_for, hparams, plain_logits
 
 STAY = {"neighbours": "neighbourhood", "unrelated": "locality"}
 
@@ -48,11 +48,10 @@ def test_no_edit_changes_nothing(llama, prepared):
         assert all(output["before"] == output["after"] for output in row.outputs)
 
 
+@torch.no_grad()
 def log_probabilities(base, text: Tokens) -> torch.Tensor:
     """(scored, vocabulary) of one text, read by the whole model."""
-    with torch.no_grad():
-        found = base.model(input_ids=torch.tensor([text.ids])).logits[0, list(text.scored)]
-    return found.log_softmax(-1)
+    return plain_logits(base, text).log_softmax(-1)
 
 
 def test_forced_values_are_the_plain_models_under_the_edit(llama, prepared):

@@ -21,7 +21,7 @@ from mendkit.models.fingerprint import model_fingerprint
 from mendkit.models.load import load_model, site_rows, skeleton
 from tests.oracles.claims import EXAMPLES
 from tests.oracles.families import linear_names
-from tests.oracles.tiny import END, save_tiny, tiny_llama, tiny_tokenizer
+from tests.oracles.tiny import save_tiny, tiny_llama, tiny_tokenizer
 
 UP = "model.layers.3.mlp.up_proj.weight"
 
@@ -42,14 +42,6 @@ def test_a_folder_loads_as_it_was_saved_frozen_and_silently(folder, llama, capfd
     assert capfd.readouterr().err == ""  # no bars, no advice
     shown = "BaseModel('my-model', LlamaForCausalLM, 9 sites, cpu, torch.float32)"
     assert repr(base) == shown
-
-
-def test_a_missing_pad_token_becomes_eos_without_resizing():
-    model, tokenizer = tiny_llama().model, tiny_tokenizer(pad=False)
-    rows = model.get_input_embeddings().weight.shape[0]
-    base = BaseModel(model, tokenizer, name="x")
-    assert base.pad_id == base.eos_id == tokenizer.convert_tokens_to_ids(END)
-    assert base.vocabulary == rows
 
 
 def test_a_tokenizer_that_does_not_fit_is_refused(llama, monkeypatch):

@@ -1,4 +1,4 @@
-"""On the bundled model: the whole report with reduced sizes, and the trunk."""
+"""On the bundled model: the whole report with reduced sizes."""
 
 import json
 import subprocess
@@ -6,13 +6,9 @@ import sys
 from pathlib import Path
 
 import pytest
-import torch
 
-from mendkit import EditExample, MENDHyperParams, load_archive, next_tokens, read_examples
-from mendkit.mend.batches import prepare_texts
+from mendkit import EditExample, load_archive, next_tokens
 from mendkit.mend.editor import MENDEditor
-from mendkit.models.tokens import collate
-from mendkit.models.trunk import FrozenTrunk
 
 ROOT = Path(__file__).parents[2]
 SETTINGS = (
@@ -45,17 +41,3 @@ def test_fifteen_steps_already_edit_a_real_model(smollm2, tmp_path):
         edited = next_tokens(smollm2, "The capital of France is", among=[" Lyon"])
     assert next(iter(unedited)) == " Paris" and edited[" Lyon"] > 10 * unedited[" Lyon"]
     assert next_tokens(smollm2, "The capital of France is", among=[" Lyon"]) == unedited
-
-
-def test_the_cached_suffix_is_the_whole_model(smollm2):
-    hparams = MENDHyperParams(model_name="smollm2-135m")
-    texts = []
-    for example in prepare_texts(smollm2, hparams, read_examples("facts:validation", limit=8)):
-        texts += example.all()
-    trunk, batch = FrozenTrunk(smollm2), collate(texts, smollm2.pad_id)
-    trunk.fill(texts)
-    close = {"rtol": 1e-3, "atol": 1e-3}
-    with torch.no_grad():
-        expected = FrozenTrunk(smollm2).suffix(texts, batch)
-        torch.testing.assert_close(trunk.suffix(texts, batch), expected, **close)
-        torch.testing.assert_close(trunk.before(texts, batch), expected, **close)

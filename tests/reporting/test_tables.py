@@ -32,18 +32,6 @@ def report(*successes: float, mode: str = "single") -> EvaluationReport:
     return EvaluationReport("editor", mode, rows, means, counts, 1.0)
 
 
-@pytest.mark.parametrize(
-    ("name", "short"),
-    [
-        ("model.layers.27.mlp.up_proj.weight", "27.mlp.up_proj"),
-        ("transformer.h.9.mlp.c_fc.weight", "9.mlp.c_fc"),
-        ("lm_head.weight", "lm_head"),
-    ],
-)
-def test_short_site(name, short):
-    assert tables.short_site(name) == short
-
-
 # ---- tables
 
 
