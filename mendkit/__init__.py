@@ -35,7 +35,9 @@ _NAMES = {
 }
 """The public names of each module."""
 
-_MODULE_OF = {name: module for module in _NAMES for name in _NAMES[module].split()}
+_MODULE_OF: dict[str, str] = {}
+for _module, _names in _NAMES.items():
+    _MODULE_OF |= dict.fromkeys(_names.split(), _module)
 
 __all__ = list(_MODULE_OF)
 

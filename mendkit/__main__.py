@@ -1,6 +1,5 @@
 """The command line: `mendkit COMMAND ...`, or `python -m mendkit COMMAND ...`."""
 
-import errno
 import logging
 import shlex
 import sys
@@ -14,20 +13,6 @@ from .errors import MendkitError
 from .hparams import MENDHyperParams
 
 __all__ = ["archives", "doctor", "edit", "main", "train"]  # each registers its commands
-
-# Errors of the system that a user can mend: no room, no right, a wrong place.
-OF_THE_PLACE = (
-    errno.ENOSPC,
-    errno.EDQUOT,
-    errno.EFBIG,
-    errno.EIO,
-    errno.EROFS,
-    errno.EACCES,
-    errno.EPERM,
-    errno.ENOTDIR,
-    errno.EEXIST,
-    errno.EISDIR,
-)
 
 
 def main(words: Sequence[str] | None = None) -> int:
@@ -49,7 +34,7 @@ def main(words: Sequence[str] | None = None) -> int:
         if key in MENDHyperParams.model_fields:
             message = f"{key} is a setting: write {key}=..., without --"
     except OSError as error:
-        if error.errno not in OF_THE_PLACE:
+        if error.errno is None:  # not of the system: a library's
             raise
         message = f"cannot read or write there: {error}; make room, or give another place"
     else:

@@ -14,7 +14,7 @@ import lzma
 import re
 import zlib
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,7 +23,7 @@ from typing import Any
 from ..errors import DataError, reason
 from ..runs import user_path, without_repeats
 from .examples import PROBES, EditExample, Probe
-from .layouts import ANSWERS, LEAST, PAIRS, parse
+from .layouts import ANSWERS, LEAST, PAIRS, Columns, parse
 from .records import UNFOLD, pairs, text
 
 logger = logging.getLogger(__name__)
@@ -77,8 +77,11 @@ def read_examples(
     counted (`.skipped`) and logged. Fields that are not read are counted (`.left_out`).
     `limit` keeps the first n valid examples.
     """
-    records = list(_records(source))
-    names = {} if str(source) in FACTS else _columns(columns, source, records)
+    records: Iterable[tuple[str, Any]] = _records(source)
+    names: Columns = {}
+    if columns and str(source) not in FACTS:
+        records = list(records)
+        names = _columns(columns, source, records)
     examples: list[EditExample] = []
     skipped: list[Skipped] = []
     left_out: Counter[str] = Counter()
@@ -106,11 +109,9 @@ def read_examples(
     return read
 
 
-def _columns(columns: Any, source: object, records: Sequence[Any]) -> dict[str, tuple[str, ...]]:
+def _columns(columns: Any, source: object, records: Sequence[Any]) -> Columns:
     """The names of a table by field, checked against the fields of an example and the records."""
     names: dict[str, tuple[str, ...]] = {}
-    if not columns:
-        return names
     for field, listed in dict(columns).items():
         names[field] = (listed,) if isinstance(listed, str) else tuple(listed)
         if field not in (legal := [*EditExample.__dataclass_fields__, *PAIRS, *ANSWERS]):

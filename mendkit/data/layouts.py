@@ -148,9 +148,11 @@ def _example(record: Record, columns: Columns, left: list[str]) -> EditExample:
         if not values[field]:
             found = ", ".join(record)
             raise DataError(f"field `{field}` is missing in {found}; expected at least {LEAST}")
-    for subject in values["subject"]:  # ROME's template
-        if not re.search(rf"(?<!\w){re.escape(subject)}(?!\w)", values["prompt"][0]):
-            values["prompt"][0] = values["prompt"][0].replace("{}", subject)
+    prompt = values["prompt"][0]
+    if values["subject"] and "{}" in prompt:  # ROME's template
+        subject = values["subject"][0]
+        if not re.search(rf"(?<!\w){re.escape(subject)}(?!\w)", prompt):
+            values["prompt"][0] = prompt.replace("{}", subject)
     left += [f"{field} after the first" for field in SINGLE if len(values[field]) > 1]
     # 3. what the model says, not what is true, decides whether there is something to edit
     new, told = values["target_new"][0], values.pop("told")
