@@ -158,11 +158,10 @@ def test_rows_written_together_are_those_written_alone(family, request, monkeypa
     base = other_base("t5") if family == "t5" else request.getfixturevalue(family)
     prompts = [base.prompt_of(base.tokenize(prompt)) for prompt in PROMPTS]
     monkeypatch.setattr("mendkit.models.text.ROWS_PER_BATCH", 3)
-    for index, prompt in enumerate(prompts):
-        (free,) = base.write([prompt], max_new_tokens=9)
-        text = base.new_text(prompt, free, stop=False)
-        assert base.new_text(prompt, base.write_all(prompts, max_new_tokens=9)[index]) == cut(text)
     written = base.write_all(prompts, max_new_tokens=9)
+    for prompt, together in zip(prompts, written, strict=True):
+        (free,) = base.write([prompt], max_new_tokens=9)
+        assert base.new_text(prompt, together) == cut(base.new_text(prompt, free, stop=False))
     begun = [ids[: index % 4] for index, ids in enumerate(written)]
     assert base.write_all(prompts, max_new_tokens=9, begun=begun) == written
     answers = [[f"{base.generate(p, max_new_tokens=30, stop=False)} end"] for p in PROMPTS]
