@@ -71,7 +71,7 @@ def folder(tmp_path_factory) -> Path:
         file.write_text(json.dumps(value))
     notebook = nbformat.read(ROOT / "notebooks" / NOTEBOOK, as_version=4)
     given = "\n".join(f"{name} = {value!r}" for name, value in parameters.items())
-    notebook.cells.insert(3, nbformat.v4.new_code_cell(given))  # after the parameters
+    notebook.cells.insert(4, nbformat.v4.new_code_cell(given))  # after the parameters
     nbformat.write(notebook, folder / NOTEBOOK)
     return folder
 

@@ -7,6 +7,7 @@ import json
 import os
 import re
 import shutil
+import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import SimpleNamespace
@@ -26,6 +27,7 @@ from mendkit.errors import MendkitError
 from mendkit.evaluation.results import HEADLINE
 from mendkit.mend.archive import inspect_archive
 from mendkit.methods import METHODS
+from mendkit.models.checkpoints import INSTALL
 from mendkit.places import project_path
 from mendkit.reporting import figures
 from mendkit.reporting.figures import Chart
@@ -61,9 +63,15 @@ SIZES: dict[str, dict[str, Any]] = {  # enough to run each of them
 TRAINING = ["max_iters=4", "val_interval=2", "log_interval=1", "batch_size=4", "rank=8"]
 
 
-def cells(name: str, kind: str = "code") -> list[NotebookNode]:
+def read(name: str) -> NotebookNode:
+    """A notebook without the cell that installs the kit."""
     notebook = nbformat.read(NAMES[name], as_version=4)
-    return [cell for cell in notebook.cells if cell.cell_type == kind]
+    assert notebook.cells.pop(1).id == "install"
+    return notebook
+
+
+def cells(name: str, kind: str = "code") -> list[NotebookNode]:
+    return [cell for cell in read(name).cells if cell.cell_type == kind]
 
 
 @pytest.fixture(params=NAMES)
@@ -75,7 +83,7 @@ def name(request) -> str:
 
 
 def test_the_one_parameters_cell_holds_annotated_literals_with_comments(name, caplog):
-    notebook = nbformat.read(NAMES[name], as_version=4)
+    notebook = read(name)
     tags = [cell.metadata.get("tags", []) for cell in notebook.cells]
     by_code = len(tags) - tags.count(["by-code"])  # what Voilà leaves out, at the end
     assert tags[2] == ["parameters"] and not any(tags[:2] + tags[3:by_code])
@@ -96,7 +104,7 @@ def test_the_one_parameters_cell_holds_annotated_literals_with_comments(name, ca
 
 def test_cells_are_few_short_and_plain(name):
     """No output, definition, magic or absolute path, at most ten statements; parameters stay."""
-    notebook = nbformat.read(NAMES[name], as_version=4)
+    notebook = read(name)
     assert set(notebook.metadata) == {"kernelspec", "language_info"}
     assert notebook.metadata.kernelspec.name == "python3" and 15 <= len(notebook.cells) <= 34
     assert len({cell.id for cell in notebook.cells}) == len(notebook.cells)
@@ -130,8 +138,29 @@ def test_the_text_frames_the_code_and_claims_no_result(name):
     assert links and all((ROOT / "notebooks" / link).is_file() for link in links)
     assert 'write_json(folder / "results.json", ' in cells(name)[-1].source
     assert not any(re.search(r"\d\.\d", text) for text in texts)
-    kinds = "".join(c.cell_type[0] for c in nbformat.read(NAMES[name], as_version=4).cells[3:])
+    kinds = "".join(c.cell_type[0] for c in read(name).cells[3:])
     assert "cccc" not in kinds and "mm" not in kinds and kinds.endswith("m")
+
+
+def test_the_first_code_cell_installs_the_kit_where_it_is_missing(tmp_path, monkeypatch):
+    """The same cell everywhere; its commands go to a Python that writes them down."""
+    sources = {nbformat.read(path, as_version=4).cells[1].source for path in NAMES.values()}
+    (source,) = sources
+    assert len([line for line in source.splitlines() if line]) <= 4
+    asked, python = tmp_path / "asked", tmp_path / "python"
+    python.write_text(f'#!/bin/sh\necho "$@" >> "{asked}"\n')
+    python.chmod(0o755)
+    monkeypatch.setattr(sys, "executable", str(python))
+    InteractiveShell.clear_instance()
+    shell = InteractiveShell.instance()
+    shell.run_cell(source).raise_error()
+    assert not asked.exists()
+    monkeypatch.setattr("importlib.util.find_spec", {"ipykernel": "there"}.get)
+    with capture_output():
+        shell.run_cell(source).raise_error()
+    kit, model = asked.read_text().splitlines()
+    assert kit == "-m pip install -q mendkit[notebooks]"
+    assert model == INSTALL.replace("python ", "").replace("install", "install -q")
 
 
 # ---- execution
