@@ -210,6 +210,7 @@ class MENDHyperParams(BaseModel, frozen=True, extra="forbid", strict=True):
     std_floor: NonNegative = 0.1
     std_eps: NonNegative = 0.0
     z_clip: Positive | None = 10.0
+    edit_on: Literal["answer", "text"] = "answer"
     edit_tokens: Literal["all", "scored"] = "all"
     loss_reduction: Literal["edit", "sum", "batch"] = "edit"
     whiten: Positive | None = None
@@ -234,6 +235,8 @@ class MENDHyperParams(BaseModel, frozen=True, extra="forbid", strict=True):
     cpara: NonNegative | None = None
     cloc: NonNegative = 1.0
     cneigh: NonNegative | None = None
+    cconsequence: NonNegative = 0.0
+    cnegation: NonNegative = 0.0
     cmargin: NonNegative = 0.0
     cnorm: NonNegative = 0.0
     margin: NonNegative = 1.0
@@ -382,6 +385,8 @@ def _check_together(h: MENDHyperParams) -> None:
             raise HyperParamError(f"site_share: {h.site_share:g} {told}", "site_share")
         if h.train_on == "episode":
             raise HyperParamError(f"train_on: episode {told}", "train_on")
+    if h.edit_on == "text" and h.train_on == "sequence":
+        raise HyperParamError("edit_on: text needs another `train_on` than sequence", "edit_on")
     if h.whiten_pairs and h.edit_tokens != "scored":
         raise HyperParamError("whiten_pairs: true needs `edit_tokens: scored`", "whiten_pairs")
 

@@ -51,6 +51,15 @@ _ULTRAEDIT = {
 # StableEdit (Ma et al., 2026): statistics before the first edit, and deltas whitened in full.
 _STABLEEDIT = _ULTRAEDIT | {"stats_examples": 500, "whiten_values": 0.01}
 
+# PropMEND (Liu et al., 2025): the gradient of all tokens of a passage, and an outer loss on what
+# follows from it, not on the edit.
+_PROPMEND = {
+    "edit_on": "text",
+    "cedit": 0.0,
+    "paraphrases_per_edit": 0,
+    "cconsequence": 1.0,
+}
+
 METHODS: dict[str, dict[str, Any]] = {
     # MEND (Mitchell et al., 2022) is what the kit's defaults are, but for the weight of the edit.
     "mend": {"cedit": 0.1},
@@ -58,6 +67,7 @@ METHODS: dict[str, dict[str, Any]] = {
     "rledit": _RLEDIT,
     "ultraedit": _ULTRAEDIT,
     "stableedit": _STABLEEDIT,
+    "propmend": _PROPMEND,
     # The kit's recipe for single edits (configs/smollm2-135m.yaml), with least squares for several.
     "mendkit": {
         "aggregate": "least_squares",

@@ -65,7 +65,8 @@ class Baseline:
         if self.needs_causal and base.family != CAUSAL:
             raise ModelError(f"{name} edits causal models; {base.name} needs another baseline")
         self.base, self.name, self.settings = base, name, settings
-        self.hparams = hparams.replace(lr_scale=1.0)  # which is for MEND's updates
+        # What is for MEND alone.
+        self.hparams = hparams.replace(lr_scale=1.0, edit_on="answer")
 
     def __repr__(self) -> str:
         return f"<{self.name} of {self.base.name}, {self.settings}>"

@@ -22,6 +22,7 @@ from ..data.examples import HEADLINE_ROLES, EditExample, Probe
 from ..errors import MendkitError
 from ..hparams import MENDHyperParams
 from ..mend.archive import STRUCTURE, inspect_archive
+from ..mend.batches import read_beside
 from ..mend.factors import FACTOR_BATCH
 from ..mend.hypernetwork import MEND
 from ..mend.validation import POSITIONS_PER_PASS
@@ -146,11 +147,16 @@ class _Texts:
             roles = example.roles()
             for role, limit in zip(HEADLINE_ROLES, (1, *most), strict=True):
                 probes += roles[role][:limit]
+            for role in read_beside(h):
+                probes += roles[role]
         self.lengths = {}
         for probe in probes:
             scored = _tokens(probe.answer or "") + h.add_eos
             self.lengths[probe.prompt, probe.answer] = _tokens(probe.prompt) + scored, scored
         self.edits = [self.lengths[e.prompt, e.target_new] for e in train]
+        if h.edit_on == "text":  # all tokens are scored
+            texts = [(*e.passages, f"{e.prompt} {e.target_new}")[0] for e in train]
+            self.edits = [(_tokens(text), _tokens(text)) for text in texts]
         self.tokens = sum(tokens for tokens, _ in self.lengths.values())
         self.positions = sum(scored for _, scored in self.lengths.values())
         self.longest = max(tokens for tokens, _ in self.lengths.values())
@@ -237,7 +243,7 @@ def _phases(
     learned = sum(value.nbytes for value in mend.parameters())
     held |= {"gradients": learned, "moments": 2 * learned}
     counts = (1, h.paraphrases_per_edit, h.neighbours_per_edit, h.unrelated_per_edit)
-    step = reading(h.batch_size * sum(counts))
+    step = reading(h.batch_size * (sum(counts) + len(read_beside(h))))
     step += h.batch_size * factors / len(texts.edits) * (h.n_hidden + 1) * TRANSFORMED
     validating = h.val_batch_size * texts.per_example * texts.answer
     validating = min(POSITIONS_PER_PASS, validating) * vocabulary * 4 * READ

@@ -65,7 +65,8 @@ class EditExample:
     edit (y° in the metrics). For a classifier a prompt is a claim, and an answer names a class.
     `consequences` follow from the new fact and another one; `negations` are negated forms of the
     prompt, after which `target_new` is wrong; `truths` ask whether a fact is true (`before` is the
-    other answer); `passages` state the new fact in running text. Training reads none of the four.
+    other answer); `passages` state the new fact in running text. Training reads `truths` never, the
+    others on request (`cconsequence`, `cnegation`, `edit_on: text`).
     `metadata` is kept beside the edit and changes nothing.
     `target_prefix` stands between a prompt and `target_new`; None: as `join` says.
     """

@@ -24,8 +24,10 @@ import torch
 
 from ..data.examples import EditExample
 from ..errors import DataError, HyperParamError
+from ..mend.batches import inner_tokens
 from ..mend.updates import Updates, relative_norms, scaled, side_branches
 from ..models.fingerprint import model_fingerprint, tensors_sha256
+from ..models.tokens import Tokens
 from ..runs import provenance, sha256
 from .prepare import EvaluationSet
 from .results import EditRow, EvaluationReport, summarise
@@ -185,7 +187,7 @@ class _Run:
         for begin, end in pairwise(stops):
             for block in _chunks(index[begin:end], SEQUENCE_BLOCK):
                 start = time.perf_counter()
-                texts = [self.on.prompts[i][0].text for i in block]
+                texts = self._texts(block)
                 with side_branches(self.on.base, total):
                     steps = one_after_another(
                         editor, texts, trunk=self.on.trunk, strength=self.strength
@@ -225,7 +227,7 @@ class _Run:
     def locft(self, k: int) -> EvaluationReport:
         """All edits, `k` at once, on one model; then all scores."""
         index, on = self.on.to_edit, self.on
-        texts = [on.prompts[i][0].text for i in index]
+        texts = self._texts(index)
         model = Growing(self.editor, texts, on.trunk, k, self.strength, self.kept.state)
         # 1. All edits; on the way, how many of a fixed sample hold.
         drawn = random.Random(self.editor.hparams.seed).sample(range(len(index)), len(index))
@@ -248,10 +250,15 @@ class _Run:
     def _holding(self, index: Sequence[int], total: Updates) -> Part:
         return [], {"held": fmean(self.on.holds(total, index))}
 
+    def _texts(self, index: Sequence[int]) -> list[Tokens]:
+        """What this editor edits with: answers, or passages."""
+        h = self.on.hparams.model_copy(update={"edit_on": self.editor.hparams.edit_on})
+        return [inner_tokens(self.on.base, h, self.on.examples[i]) for i in index]
+
     def _edit(self, index: Sequence[int], *, at_once: bool) -> tuple[Updates, float]:
         """Updates of these examples at the run's strength, and the seconds that an edit took."""
         start = time.perf_counter()
-        texts = [self.on.prompts[i][0].text for i in index]
+        texts = self._texts(index)
         made = self.editor.updates(texts, trunk=self.on.trunk, at_once=at_once)
         return scaled(made, self.strength), (time.perf_counter() - start) / len(index)
 

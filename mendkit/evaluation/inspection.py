@@ -225,7 +225,7 @@ def sweep(
 
     The norms are over all sites. A negative size turns the sign round; 0 is the unedited model.
     """
-    updates = updates_of(trunk, mend, [example.edit for example in examples])
+    updates = updates_of(trunk, mend, [example.inner for example in examples])
     weights = [trunk.base.site_weight(site).double().norm() for site in mend.sites]
     norms = torch.stack([update.norms() for update in updates.values()])
     unit = float(norms.norm(dim=0).mean() / torch.stack(weights).norm())

@@ -27,8 +27,6 @@ STAY = ("neighbours", "unrelated", "reworded")
 PART_OF_ROLE = {
     **SHARE_NAMES,
     "portability": "portability",
-    "consequences": "consequence",
-    "negations": "negation",
     "truths": "truth",
 }
 

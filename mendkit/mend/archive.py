@@ -26,6 +26,7 @@ from ..models.base import BaseModel
 from ..models.fingerprint import model_fingerprint
 from ..places import ARCHIVE_FILE, archive_file
 from ..runs import provenance, sha256
+from .batches import read_beside
 from .files import Kind, damage_named, matching_base, read_tensors, save_tensors
 from .hypernetwork import MEND
 from .packing import packed, unpacked
@@ -95,9 +96,18 @@ FREE = {
 }
 # What an archive decides, besides its sites, step sizes and ridges.
 STRUCTURE = (
-    *("add_eos", "aggregate", "combine", "delta_only", "edit_tokens", "init", "loss_reduction"),
-    *("n_hidden", "norm", "norm_stats", "one_sided", "rank", "shared", "site_share", "std_eps"),
-    *("std_floor", "target_prefix", "unit_response", "update_sign", "value_coefficient", "whiten"),
+    *("add_eos", "aggregate", "combine", "delta_only", "edit_on", "edit_tokens", "init"),
+    *("loss_reduction", "n_hidden", "norm", "norm_stats", "one_sided", "rank", "shared"),
+    *(
+        "site_share",
+        "std_eps",
+        "std_floor",
+        "target_prefix",
+        "unit_response",
+        "update_sign",
+        "value_coefficient",
+        "whiten",
+    ),
     *("whiten_pairs", "whiten_values", "x_only", "z_clip"),
 )
 # What an archive decides unless whoever edits does.
@@ -254,10 +264,14 @@ class Checkpoint:
     ) -> None:
         self.path, self.archive = run_dir / CHECKPOINT_FILE, run_dir / ARCHIVE_FILE
         settings = {key: value for key, value in hparams.to_dict().items() if key not in FREE}
+        examples = tuple(train), tuple(validation[: hparams.val_steps])
+        read = repr(examples)
+        for role in read_beside(hparams):
+            read += repr([getattr(example, role) for part in examples for example in part])
         versions = provenance()["versions"]
         self.run_of: dict[str, Any] = {
             "hparams": settings,
-            "examples_sha256": sha256(repr((tuple(train), tuple(validation[: hparams.val_steps])))),
+            "examples_sha256": sha256(read),
             "versions": {name: versions[name] for name in VERSIONS},
         }
 

@@ -1,7 +1,7 @@
 """The texts of edit examples as tokens, and the batches that training draws of them."""
 
 import logging
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 import torch
@@ -9,9 +9,10 @@ import torch
 from ..data.examples import UNSPACED, EditExample, Probe, join
 from ..data.files import Examples, Skipped
 from ..data.sampling import hard_negatives
-from ..errors import DataError, LimitError
+from ..errors import DataError, LimitError, ModelError
 from ..hparams import MENDHyperParams
 from ..models.base import BaseModel
+from ..models.families import CAUSAL
 from ..models.tokens import Tokens
 
 logger = logging.getLogger(__name__)
@@ -22,6 +23,9 @@ RIVALS = "rivals"
 # The name of ‖ΔW‖² among the losses.
 NORM = "norm"
 
+# The role of a passage that is edited with (`edit_on: text`).
+PASSAGES = "passages"
+
 
 def role_weights(h: MENDHyperParams) -> dict[str, float]:
     """The weight of each role's loss: `cpara` defaults to `cedit`, `cneigh` to `cloc`."""
@@ -30,9 +34,18 @@ def role_weights(h: MENDHyperParams) -> dict[str, float]:
         "paraphrases": h.cedit if h.cpara is None else h.cpara,
         "neighbours": h.cloc if h.cneigh is None else h.cneigh,
         "unrelated": h.cloc,
+        "consequences": h.cconsequence,
+        "negations": h.cnegation,
         RIVALS: h.cmargin,
         NORM: h.cnorm,
     }
+
+
+def read_beside(h: MENDHyperParams) -> list[str]:
+    """The fields of examples that training reads on request only."""
+    asked = {"consequences": h.cconsequence, "negations": h.cnegation}
+    asked[PASSAGES] = h.edit_on == "text"
+    return [name for name, is_read in asked.items() if is_read]
 
 
 # ---------------------------------------- texts
@@ -50,9 +63,22 @@ class ExampleTexts:
     hard: tuple[Tokens, ...] = ()  # hard negatives, of training examples only
     # With `cmargin`: neighbours and hard negatives, each with its rival.
     rivals: Mapping[Tokens, Tokens] = field(default_factory=dict)
+    # Where `read_beside` asks for them: consequences that may be trained on, negated forms with the
+    # edit's answer, and the passage that is edited with.
+    consequences: tuple[Tokens, ...] = ()
+    negations: tuple[Tokens, ...] = ()
+    passages: tuple[Tokens, ...] = ()
+
+    @property
+    def inner(self) -> Tokens:
+        """The text of the inner loss, which makes the edit."""
+        return (*self.passages, self.edit)[0]
 
     def first(self, most: int | tuple[int, ...] | None) -> "ExampleTexts":
-        """At most so many paraphrases, neighbours and unrelated texts; None keeps all."""
+        """At most so many paraphrases, neighbours and unrelated texts; None keeps all.
+
+        Consequences count as paraphrases do, negated forms as neighbours.
+        """
         p, n, u = most if isinstance(most, tuple) else (most,) * 3
         kept = self.neighbours[:n]
         return replace(
@@ -60,14 +86,25 @@ class ExampleTexts:
             paraphrases=self.paraphrases[:p],
             neighbours=kept,
             unrelated=self.unrelated[:u],
+            consequences=self.consequences[:p],
+            negations=self.negations[:n],
             hard=(),
             rivals={text: rival for text, rival in self.rivals.items() if text in kept},
         )
 
+    def of(self, *roles: str) -> list[tuple[str, Tokens]]:
+        """The texts of some roles, with them."""
+        found = [("edit", self.edit)] if "edit" in roles else []
+        for role in roles:
+            if role != "edit":
+                found += [(role, text) for text in getattr(self, role)]
+        return found
+
     def all(self) -> tuple[Tokens, ...]:
         """Every text."""
         kept = (*self.neighbours, *self.unrelated, *self.hard)
-        return (self.edit, *self.paraphrases, *kept, *self.rivals.values())
+        beside = (*self.consequences, *self.negations, *self.passages)
+        return (self.edit, *self.paraphrases, *kept, *self.rivals.values(), *beside)
 
 
 def with_prefix(h: MENDHyperParams, example: EditExample) -> EditExample:
@@ -97,6 +134,26 @@ def edit_tokens(
     return tokens
 
 
+def inner_tokens(base: BaseModel, hparams: MENDHyperParams, example: EditExample) -> Tokens:
+    """The text whose loss makes the edit: `edit_tokens`, or with `edit_on: text` a passage.
+
+    That is the first one, or else the prompt with its new answer, and all its tokens count. Raises
+    as `edit_tokens`, DataError for a passage of one token, ModelError if `base` is not causal.
+    """
+    if hparams.edit_on == "answer":
+        return edit_tokens(base, hparams, example)
+    if base.family != CAUSAL:
+        raise ModelError(f"edit_on: text needs a causal model; {base.name} needs `answer`")
+    prefix = with_prefix(hparams, example).target_prefix
+    fact = join(example.prompt, example.target_new, prefix)
+    passage = (*example.passages, fact)[0]
+    text = base.tokenize(passage, max_length=hparams.max_length)
+    (last,) = text.scored
+    if last == 0:
+        raise DataError(f"the passage {passage!r} has one token; give a sentence")
+    return replace(text, scored=tuple(range(last)), targets=text.ids[1 : last + 1])
+
+
 def probe_tokens(
     base: BaseModel, h: MENDHyperParams, prompt: str, answer: str | None = None
 ) -> Tokens:
@@ -124,6 +181,13 @@ def prepare_texts(
             unrelated=_read_probes(base, h, example.unrelated),
             rivals=_rivals(base, h, example, example.neighbours),
         )
+        if h.cconsequence:
+            texts = replace(texts, consequences=tuple(_consequences(base, h, example)))
+        if h.cnegation:
+            read = _read_probes(base, h, map(Probe, example.negations), example.target_new)
+            texts = replace(texts, negations=read)
+        if h.edit_on == "text":
+            texts = replace(texts, passages=(inner_tokens(base, h, example),))
         prepared.append(texts)
     return prepared
 
@@ -174,6 +238,14 @@ def _read_probes(
     return tuple(read)
 
 
+def _consequences(base: BaseModel, h: MENDHyperParams, example: EditExample) -> Iterator[Tokens]:
+    """Those that may be trained on. Their answers end as the edit's does."""
+    for implied in example.consequences:
+        if implied.domain != "out_of_domain" and implied.answer is not None:
+            followed = replace(example, target_new=implied.answer, target_prefix=None)
+            yield edit_tokens(base, h, followed, implied.prompt)
+
+
 def _rivals(
     base: BaseModel, h: MENDHyperParams, example: EditExample, probes: Sequence[Probe]
 ) -> dict[Tokens, Tokens]:
@@ -190,7 +262,7 @@ def _rivals(
 # Draws after which no text is borrowed for want of a fitting one.
 MOST_TRIES = 10
 
-# For each edit its (role, text), the edit first.
+# For each edit its (role, text), first the text that makes it.
 DrawnRows = Sequence[list[tuple[str, Tokens]]]
 
 # A text that may be borrowed: its prompt, its relation (None: an unrelated prompt), its tokens.
@@ -254,7 +326,8 @@ class Sampler:
         wordings, number = [example.edit, *example.paraphrases], 0
         if h.swap and self._chance() < h.swap:
             number = int(self._chance() * len(wordings))
-        drawn = [("edit", wordings.pop(number))]
+        drawn = [(PASSAGES, text) for text in example.passages]
+        drawn.append(("edit", wordings.pop(number)))
         for text in self._some(wordings, h.paraphrases_per_edit):
             drawn.append(("paraphrases", text))
         for text in self._neighbours(example):
@@ -263,6 +336,9 @@ class Sampler:
                 drawn.append((RIVALS, example.rivals[text]))
         for text in self._preserved(example, "unrelated", h.unrelated_per_edit):
             drawn.append(("unrelated", text))
+        for role in ("consequences", "negations"):
+            if texts := getattr(example, role):
+                drawn += [(role, text) for text in self._some(texts, 1)]
         return drawn
 
     def _neighbours(self, example: ExampleTexts) -> list[Tokens]:

@@ -17,7 +17,7 @@ from ..models.trunk import FrozenTrunk
 from ..places import archives_here
 from ..runs import file_sha256
 from .archive import OF_EDITING, OF_EITHER, load_archive, look_at_archive
-from .batches import edit_tokens, prepare_texts
+from .batches import inner_tokens, prepare_texts
 from .edit import Edit, load_edits, save_edits
 from .factors import as_one_loss, capture_inputs, edit_factors
 from .hypernetwork import MEND
@@ -78,8 +78,8 @@ class MENDEditor:
         return cls(archive.base, archive.mend, archive=file_sha256(archive.path))
 
     def tokens(self, example: EditExample) -> Tokens:
-        """The edit prompt with its new answer."""
-        return edit_tokens(self.base, self.hparams, example)
+        """The text whose loss makes the edit."""
+        return inner_tokens(self.base, self.hparams, example)
 
     @torch.no_grad()
     def updates(
@@ -112,13 +112,17 @@ class MENDEditor:
     def edit(self, examples: Examples, target_new: str | None = None) -> Edit:
         """One edit, of an example, of `edit("prompt", "new answer")`, or of several examples.
 
+        An archive that was trained with `edit_on: text` also takes a sentence: `edit("sentence")`.
         Raises MendkitError if an answer is missing, or the change is not finite or zero everywhere.
         """
         # 1. Examples.
         if isinstance(examples, str):
-            if target_new is None:
+            passages: tuple[str, ...] = ()
+            if target_new is None and self.hparams.edit_on == "text":
+                target_new, passages = "", (examples,)
+            elif target_new is None:
                 raise MendkitError(f"no new answer for {examples!r}; give edit(prompt, answer)")
-            examples = EditExample(prompt=examples, target_new=target_new)
+            examples = EditExample(prompt=examples, target_new=target_new, passages=passages)
         elif target_new is not None:
             raise MendkitError("an EditExample has a new answer; give edit(example), or replace it")
         if isinstance(examples, EditExample):

@@ -99,7 +99,7 @@ class Preparation:
         self._fill_trunk(self.team.share(self.statistics))
         filled = time.perf_counter()
         # 2. Factors of the edits.
-        self.factors.fill([texts.edit for texts in self.train], self.progress.phase("factors"))
+        self.factors.fill([texts.inner for texts in self.train], self.progress.phase("factors"))
         return_memory()
         captured = time.perf_counter()
         # 3. The hypernetwork.
@@ -155,7 +155,7 @@ class Preparation:
             return []
         generator = torch.Generator().manual_seed(h.seed)
         order = torch.randperm(len(texts), generator=generator)[: h.stats_examples].tolist()
-        return sorted((texts[i] for i in order), key=lambda example: len(example.edit.ids))
+        return sorted((texts[i] for i in order), key=lambda example: len(example.inner.ids))
 
     def _with_statistics(self, h: MENDHyperParams) -> MEND:
         """A new hypernetwork, or the archive's with least squares."""
@@ -174,7 +174,7 @@ class Preparation:
 
     def _edit_factors(self, examples: Sequence[ExampleTexts]) -> Iterator[Factors]:
         for batch in self._batches(examples, "statistics"):
-            edits = [example.edit for example in batch]
+            edits = [example.inner for example in batch]
             yield edit_factors(self.trunk, self.hparams, edits)
 
     def wordings(self, example: ExampleTexts) -> tuple[list[Tokens], list[Tokens]]:

@@ -4,8 +4,9 @@ The loss is, with a mean over the batch's texts in each term (equations 4 and 5,
 
     c_edit NLL(edit) + c_para NLL(paraphrases) + c_neigh KL(neighbours) + c_loc KL(unrelated)
 
-and c_margin times what neighbours' answers lack of being `margin` nats a token more likely than the
-edit's, and c_norm ‖ΔW‖². Adam descends it, with `lr` for the transforms and `lr_lr` for the log
+with c_consequence NLL(consequences) (PropMEND), c_negation KL(the edit's answer after its negated
+forms), c_margin times what neighbours' answers lack of being `margin` nats a token more likely than
+the edit's, and c_norm ‖ΔW‖². Adam descends it, with `lr` for the transforms and `lr_lr` for the log
 step sizes (CORRECTNESS row 2).
 """
 
@@ -23,7 +24,7 @@ from ..errors import MendkitError
 from ..hparams import MENDHyperParams
 from ..models.tokens import Tokens, collate
 from ..models.trunk import FrozenTrunk
-from .batches import NORM, RIVALS, DrawnBatch, DrawnRows, Sampler, role_weights
+from .batches import NORM, PASSAGES, RIVALS, DrawnBatch, DrawnRows, Sampler, role_weights
 from .distributed import Team
 from .factors import FactorCache, Factors, edit_factors
 from .hypernetwork import MEND
@@ -40,7 +41,9 @@ from .updates import (
 )
 
 # The order in which the logits of a batch come: what has an answer before what is to be kept.
-ROLES = ("edit", "paraphrases", RIVALS, "neighbours", "unrelated")
+ANSWERED = ("edit", "paraphrases", "consequences", RIVALS)
+KEPT = ("neighbours", "unrelated", "negations")
+ROLES = ANSWERED + KEPT
 
 
 def batch_losses(
@@ -77,6 +80,7 @@ def read_losses(
     """The mean loss of each role under updates of the rows, and under what the model holds."""
     # 1. One suffix pass reads every text with its edit's update as a side branch. Its logits come
     #    role after role; of neighbours those first that a rival stands behind.
+    rows = [[each for each in row if each[0] != PASSAGES] for row in rows]
     drawn = list(chain.from_iterable(rows))
     compared = [role == RIVALS for role, _ in drawn[1:]] + [False]
     order = sorted(range(len(drawn)), key=lambda k: (ROLES.index(drawn[k][0]), not compared[k]))
@@ -86,15 +90,15 @@ def read_losses(
     counts = [sum(role == each for role, _ in drawn) for each in ROLES]
     texts = [drawn[k][1] for k in order]
     parts = logits.split([len(text.scored) for text in texts])
-    answered, rivals = sum(counts[:3]), counts[2]
+    answered, rivals = sum(counts[: len(ANSWERED)]), counts[len(ANSWERED) - 1]
 
     # 2. NLL of the answers (equation 4), and what neighbours' answers lack of the margin.
     some = texts[: answered + rivals]
     batch = collate(some, trunk.base.pad_id, trunk.base.device)
     nll = edit_nll(torch.cat(parts[: len(some)]), batch.targets, batch.rows, len(some))
-    edit, paraphrases, rival, right = nll.split([*counts[:3], rivals])
-    shortfall = margin_shortfall(right, rival, margin=h.margin)
-    losses = dict(zip(ROLES, (edit, paraphrases, shortfall), strict=False))
+    *of_role, right = nll.split([*counts[: len(ANSWERED)], rivals])
+    losses = dict(zip(ANSWERED, of_role, strict=True))
+    losses[RIVALS] = margin_shortfall(right, losses[RIVALS], margin=h.margin)
 
     # 3. KL from the unedited model, of what is to be kept.
     if some := texts[answered:]:
@@ -102,7 +106,7 @@ def read_losses(
         with unedited(trunk.base):
             reference = trunk.before(some, batch)
         kl = locality_kl(reference, torch.cat(parts[answered:]), batch.rows, len(some))
-        losses |= zip(ROLES[3:], kl.split(counts[3:]), strict=True)
+        losses |= zip(KEPT, kl.split(counts[len(ANSWERED) :]), strict=True)
     return {role: loss.mean() for role, loss in losses.items() if len(loss)}
 
 
@@ -223,7 +227,8 @@ class Learner:
         losses = {role: loss * (here[role] / whole[role]) for role, loss in losses.items()}
         total = total_loss(losses, self.h)
         (total / self.h.accumulate_bs).backward()
-        told = {role: 0.0 for role in (*HEADLINE_ROLES, RIVALS) if whole[role]}
+        roles = (*HEADLINE_ROLES, RIVALS, "consequences", "negations")
+        told = {role: 0.0 for role in roles if whole[role]}
         told |= {role: float(loss.detach()) for role, loss in losses.items()}
         return {"loss": float(total.detach()), **told}
 

@@ -35,6 +35,8 @@ SHARE_NAMES = {
     "neighbours": "neighbourhood",
     "unrelated": "locality",
     RIVALS: "ns",
+    "consequences": "consequence",
+    "negations": "negation",
 }
 
 # ---------------------------------------- reading
@@ -143,8 +145,9 @@ def validate(
 
     `edit_success`, `paraphrase`: all target tokens right, the end of the answer included.
     `neighbourhood`, `locality`: share of answer positions whose argmax is as before. With `cmargin`
-    also `ns`: neighbours whose own answer is more likely than the new one. `score`: the harmonic
-    mean of those that the data have.
+    also `ns`: neighbours whose own answer is more likely than the new one. With `cconsequence` also
+    `consequence`: all tokens right; with `cnegation` `negation`: negated forms after which not all
+    tokens of the new answer are written. `score`: the harmonic mean of those that the data have.
     """
     return _read_edits(trunk, _make_edits(trunk, mend, examples, h, at_once), h, strength)
 
@@ -160,7 +163,7 @@ def _make_edits(
     size = h.val_batch_size if at_once == 1 else at_once
     for at in range(0, len(examples), size):
         group = examples[at : at + size]
-        edits = [texts.edit for texts in group]
+        edits = [texts.inner for texts in group]
         factors = edit_factors(trunk, h, edits)
         updates = mend(factors, len(group), at_once=min(at_once, len(group)))
         yield group, at_some_sites(updates, edits, h)
@@ -189,26 +192,40 @@ def _read_edits(
     }
 
 
+def _forced(
+    trunk: FrozenTrunk,
+    drawn: Sequence[Sequence[tuple[str, Tokens]]],
+    updates: Updates,
+    *,
+    compare: bool = False,
+) -> Iterator[tuple[str, Tokens, Forced]]:
+    """`forced` of texts with their roles."""
+    texts = [[text for _, text in each] for each in drawn]
+    found = forced(trunk, texts, updates, compare=compare)
+    for (role, text), read in zip(chain(*drawn), chain(*found), strict=True):
+        yield role, text, read
+
+
 def _read_group(
     trunk: FrozenTrunk, group: Sequence[ExampleTexts], updates: Updates, margin: float
 ) -> Iterator[tuple[str, float, float]]:
     """Role, share and loss of every text of some edits, read under its edit's update."""
     # 1. What is to change: is every target token the most likely one?
-    to_change = [(texts.edit, *texts.paraphrases) for texts in group]
-    for wordings, read in zip(to_change, forced(trunk, to_change, updates), strict=True):
-        for k, (text, value) in enumerate(zip(wordings, read, strict=True)):
-            share = float(value.argmax == text.targets)
-            yield "paraphrases" if k else "edit", share, -fmean(value.logp)
-    # 2. What is to stay: is the most likely token the one from before?
-    to_keep = [(*texts.neighbours, *texts.unrelated) for texts in group]
-    for texts, read in zip(group, forced(trunk, to_keep, updates, compare=True), strict=True):
-        for k, value in enumerate(read):
-            role = "neighbours" if k < len(texts.neighbours) else "unrelated"
-            yield role, fmean(value.same), fmean(value.kl)
+    to_change = [texts.of("edit", "paraphrases", "consequences") for texts in group]
+    for role, text, read in _forced(trunk, to_change, updates):
+        yield role, float(read.argmax == text.targets), -fmean(read.logp)
+    # 2. What is to stay: is the most likely token the one from before? After a negated form it need
+    #    not be, if the new answer is not written.
+    to_keep = [texts.of("neighbours", "unrelated", "negations") for texts in group]
+    for role, text, read in _forced(trunk, to_keep, updates, compare=True):
+        share = fmean(read.same)
+        if role == "negations":
+            share = float(read.argmax != text.targets)
+        yield role, share, fmean(read.kl)
     # 3. With `cmargin`: is a neighbour's answer more likely than the edit's?
     pairs = [[*chain.from_iterable(texts.rivals.items())] for texts in group]
-    for read in forced(trunk, pairs, updates):
-        nll = torch.tensor([-fmean(value.logp) for value in read])
+    for values in forced(trunk, pairs, updates):
+        nll = torch.tensor([-fmean(value.logp) for value in values])
         right, rival = nll[::2], nll[1::2]
         shortfall = margin_shortfall(right, rival, margin=margin)
         for share, loss in zip((right < rival).tolist(), shortfall.tolist(), strict=True):

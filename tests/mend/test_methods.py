@@ -39,6 +39,7 @@ SETTINGS = {
     "rledit": TRAINED | dict(most_edits=4),
     "ultraedit": dict(edit_lr=1e-2),
     "stableedit": dict(edit_lr=1e-2),
+    "propmend": TRAINED | dict(cedit=0.1),
 }
 
 
