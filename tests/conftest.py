@@ -51,6 +51,18 @@ def gpt264() -> BaseModel:
     return tiny_gpt2(dtype=torch.float64)
 
 
+@pytest.fixture(params=["llama", "gpt2"])
+def base32(request) -> BaseModel:
+    """Linear layers of both orientations, in float32."""
+    return request.getfixturevalue(request.param)
+
+
+@pytest.fixture(params=["llama64", "gpt264"])
+def base64(request) -> BaseModel:
+    """The same in float64."""
+    return request.getfixturevalue(request.param)
+
+
 @pytest.fixture(scope="session")
 def llama_bf16() -> BaseModel:
     return tiny_llama(dtype=torch.bfloat16)

@@ -255,16 +255,9 @@ def _from_json(path: Path, content: str) -> list[Any] | None:
     for name in ("records", "data", "examples", "edits"):
         if isinstance(whole.get(name), list):
             return whole[name]
-    if UNFOLD.keys() & whole.keys() - {"locality_inputs"}:
-        return [whole]  # one record, though its values are objects or lists
-    if whole and all(isinstance(value, dict) for value in whole.values()):
-        # pandas writes columns of rows; others write records by their id
-        if not {"prompt", "src", "question"} & whole.keys():
-            return list(whole.values())
-        whole = {name: list(column.values()) for name, column in whole.items()}
     prompts = whole.get("prompts", whole.get("prompt"))
-    if not isinstance(prompts, list):
-        return [whole]
+    if UNFOLD.keys() & whole.keys() - {"locality_inputs"} or not isinstance(prompts, list):
+        return [whole]  # one record, though its values may be objects or lists
     return [_at(whole, i, f"{path}: {len(prompts)} prompts") for i in range(len(prompts))]
 
 
@@ -303,10 +296,9 @@ def _cell(value: Any) -> Any:
     if not isinstance(value, str) or not value.strip():
         return value or None
     if value.strip()[0] + value.strip()[-1] in ("[]", "{}"):
-        parted = re.sub(r"""(['"])\s+(['"])""", r"\1, \2", value)  # numpy writes no commas
-        for read, written in ((json.loads, value), (ast.literal_eval, parted)):
+        for read in (json.loads, ast.literal_eval):
             with suppress(ValueError, SyntaxError, RecursionError, MemoryError):
-                return read(written)
+                return read(value)
     return value
 
 

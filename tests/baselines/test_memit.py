@@ -102,10 +102,9 @@ def by_the_paper(editor, text, examples, earlier=None) -> dict[str, torch.Tensor
     return made
 
 
-@pytest.mark.parametrize("family", ["llama64", "gpt264"])
 @pytest.mark.parametrize("kind", MADE)
-def test_edits_at_once_are_the_papers_equations(kind, family, editor, text, request):
-    made = editor(kind, request.getfixturevalue(family))
+def test_edits_at_once_are_the_papers_equations(kind, base64, editor, text):
+    made = editor(kind, base64)
     examples = EXAMPLES[:3]
     edit, expected = made.edit(examples), by_the_paper(made, text, examples)
     assert set(edit.updates) == set(expected) and len(expected) == 2

@@ -275,8 +275,6 @@ TABLE = "prompt{0}target_new\nThe capital of France is{0}Lyon\n"
 FILES = {
     "one.json": json.dumps(LYON[0], indent=1).encode(),
     "columns.json": json.dumps({key: [text] for key, text in LYON[0].items()}).encode(),
-    "pandas.json": json.dumps({key: {"0": text} for key, text in LYON[0].items()}).encode(),
-    "byid.json": json.dumps({"a": LYON[0]}).encode(),
     "bom.jsonl": b"\xef\xbb\xbf" + LINE,
     "utf16.jsonl": LINE.decode().encode("utf-16"),
     "unmarked.jsonl": LINE.decode().encode("utf-16-le"),
@@ -306,7 +304,7 @@ def test_lists_and_numbers_in_tables_are_lists_and_numbers(tmp_path):
     path.write_text(
         "prompt,target_new,paraphrases,neighbours\n"
         'The treaty is of,1969,"[\'It is of\', \'Signed in\']","[{""prompt"": ""p""}]"\n'
-        "[MASK] is [MASK],1970,\"['a' 'b']\",\n"
+        "[MASK] is [MASK],1970,\"['a', 'b']\",\n"
     )
     first, second = read_examples(path)
     assert first.target_new == "1969" and first.paraphrases == ("It is of", "Signed in")

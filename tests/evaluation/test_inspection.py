@@ -31,25 +31,23 @@ def dense(update: LowRankUpdate) -> Tensor:
     return update.coefficient * torch.einsum("bto,bti->boi", update.delta, update.u)
 
 
-@pytest.mark.parametrize("family", ["llama64", "gpt264"])
-def test_the_dense_gradient_is_the_models_and_the_sum_of_rank_one_terms(family, request):
+def test_the_dense_gradient_is_the_models_and_the_sum_of_rank_one_terms(base64):
     """The scored tokens alone are not enough below the last block."""
-    base = request.getfixturevalue(family)
-    text = texts_of(base)[2]
-    found = inspection.weight_gradients(base, text)
-    assert not any(p.requires_grad or p.grad is not None for p in base.model.parameters())
-    for site in base.sites:
-        weight = base.site_module(site).weight.requires_grad_()
-        logp = base.model(input_ids=torch.tensor([text.ids])).logits[0].log_softmax(-1)
+    text = texts_of(base64)[2]
+    found = inspection.weight_gradients(base64, text)
+    assert not any(p.requires_grad or p.grad is not None for p in base64.model.parameters())
+    for site in base64.sites:
+        weight = base64.site_module(site).weight.requires_grad_()
+        logp = base64.model(input_ids=torch.tensor([text.ids])).logits[0].log_softmax(-1)
         losses = -logp[list(text.scored), list(text.targets)]
         (gradient,) = torch.autograd.grad(losses.mean(), [weight])
         weight.requires_grad_(False)
         expected = gradient.T if site.transposed else gradient
         # Llama's norms compute in float32.
         torch.testing.assert_close(found[site.name], expected, rtol=1e-4, atol=1e-7)
-    below = {site.name for site in base.sites if not site.scored_only}
-    rows = inspection.rank_rows(base, texts_of(base))
-    assert len(rows) == len(EXAMPLES) * len(base.sites)
+    below = {site.name for site in base64.sites if not site.scored_only}
+    rows = inspection.rank_rows(base64, texts_of(base64))
+    assert len(rows) == len(EXAMPLES) * len(base64.sites)
     for row in rows:
         assert row["error"] < 1e-6 and 1 <= row["rank"] <= min(row["tokens"], row["full_rank"])
         assert (row["scored_error"] > 0.01) == (row["site"] in below)

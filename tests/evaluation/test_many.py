@@ -43,25 +43,25 @@ def test_edits_held_together_are_the_sum_of_their_weight_changes_and_do_not_grow
     assert together() == {}
 
 
-@pytest.mark.parametrize("family", ["llama64", "gpt264"])
-def test_a_block_of_a_sequence_is_the_models_edited_one_after_another(family, request):
-    base = request.getfixturevalue(family)
-    editor, trunk = editor_for(base), FrozenTrunk(base)
+def test_a_block_of_a_sequence_is_the_models_edited_one_after_another(base64):
+    editor, trunk = editor_for(base64), FrozenTrunk(base64)
     texts = [editor.tokens(example) for example in EXAMPLES]
     before = together(*one_after_another(editor, texts[:2], trunk=trunk))
-    ids = torch.tensor([base.tokenizer("The capital of France is")["input_ids"]])
-    with side_branches(base, before):
+    ids = torch.tensor([base64.tokenizer("The capital of France is")["input_ids"]])
+    with side_branches(base64, before):
         steps = one_after_another(editor, texts[2:], trunk=trunk)
-        with side_branches(base, so_far(steps)), torch.no_grad():
-            block = base.model(input_ids=ids.repeat(3, 1), use_cache=False).logits
+        with side_branches(base64, so_far(steps)), torch.no_grad():
+            block = base64.model(input_ids=ids.repeat(3, 1), use_cache=False).logits
     with editor.session() as session:
         for n, example in enumerate(EXAMPLES):
             session.edit(example)
             if n >= 2:
-                torch.testing.assert_close(block[n - 2 : n - 1], logits(base), rtol=1e-8, atol=1e-9)
+                torch.testing.assert_close(
+                    block[n - 2 : n - 1], logits(base64), rtol=1e-8, atol=1e-9
+                )
     assert float((block[0] - block[1]).abs().max()) > 1e-3
     # Negative control: an edit of the unedited model is another.
-    alone = editor.updates(texts[4:], trunk=FrozenTrunk(base))
+    alone = editor.updates(texts[4:], trunk=FrozenTrunk(base64))
     assert not any(torch.allclose(alone[name].delta, steps[2][name].delta) for name in alone)
 
 

@@ -19,39 +19,35 @@ from tests.oracles.tiny import save_tiny, tiny_gpt2, tiny_llama
 PROMPT = "The capital of France is"
 
 
-@pytest.mark.parametrize("family", ["llama64", "gpt264"])
-def test_a_side_branch_is_the_dense_weight_change(family, request):
-    base = request.getfixturevalue(family)
-    edit = editor_for(base).edit(list(EXAMPLES[:2]))
+def test_a_side_branch_is_the_dense_weight_change(base64):
+    edit = editor_for(base64).edit(list(EXAMPLES[:2]))
     with edit.applied():
-        branch = logits(base)
-    weights = {site.name: base.site_module(site).weight for site in base.sites}
+        branch = logits(base64)
+    weights = {site.name: base64.site_module(site).weight for site in base64.sites}
     kept = {name: weight.clone() for name, weight in weights.items()}
     for name, change in edit.dense().items():
         weights[name].add_(change)
-    dense = logits(base)
+    dense = logits(base64)
     for name, weight in kept.items():
         weights[name].copy_(weight)
     torch.testing.assert_close(branch, dense, rtol=1e-9, atol=1e-11)
-    assert float((branch - logits(base)).abs().max()) > 1e-3
+    assert float((branch - logits(base64)).abs().max()) > 1e-3
 
 
-@pytest.mark.parametrize("family", ["llama", "gpt2"])
-def test_undo_restores_the_bits(family, request):
-    base = request.getfixturevalue(family)
-    weights = {name: p.clone() for name, p in base.model.named_parameters()}
-    before = logits(base)
-    edit = editor_for(base).edit(EXAMPLES[0])
+def test_undo_restores_the_bits(base32):
+    weights = {name: p.clone() for name, p in base32.model.named_parameters()}
+    before = logits(base32)
+    edit = editor_for(base32).edit(EXAMPLES[0])
     for _ in range(50):
         with edit.applied():
-            assert not torch.equal(logits(base), before)
+            assert not torch.equal(logits(base32), before)
     edit.apply()
     edit.undo()
     with pytest.raises(ZeroDivisionError), edit.applied():
         raise ZeroDivisionError
-    assert torch.equal(logits(base), before)
-    assert all(torch.equal(p, weights[name]) for name, p in base.model.named_parameters())
-    assert not any(m._forward_hooks for m in base.model.modules())
+    assert torch.equal(logits(base32), before)
+    assert all(torch.equal(p, weights[name]) for name, p in base32.model.named_parameters())
+    assert not any(m._forward_hooks for m in base32.model.modules())
 
 
 def test_strength_scales_the_weight_change(llama):
@@ -134,26 +130,27 @@ def test_a_half_precision_merge_reports_what_rounding_left(value, kept, error, c
     assert ("keeps 0 % of the edit" in caplog.text) == (kept == 0)
 
 
-@pytest.mark.parametrize("family", ["llama", "gpt2"])
-def test_a_merged_model_is_the_edited_one_and_the_base_stays(family, request):
-    base = request.getfixturevalue(family)
-    before, weights = logits(base), {name: p.clone() for name, p in base.model.named_parameters()}
-    edit = editor_for(base).edit(list(EXAMPLES[:2]))
-    other = editor_for(base).edit(EXAMPLES[2])
+def test_a_merged_model_is_the_edited_one_and_the_base_stays(base32):
+    before, weights = (
+        logits(base32),
+        {name: p.clone() for name, p in base32.model.named_parameters()},
+    )
+    edit = editor_for(base32).edit(list(EXAMPLES[:2]))
+    other = editor_for(base32).edit(EXAMPLES[2])
     with edit.applied():
-        wanted = logits(base)
+        wanted = logits(base32)
         with other.applied():
             merged = edit.merged()  # what is in force is not taken along
     torch.testing.assert_close(logits(merged.base), wanted, rtol=1e-4, atol=5e-6)
-    assert torch.equal(logits(base), before)
-    edited = {site.name for site in base.sites}
-    for name, p in base.model.named_parameters():
+    assert torch.equal(logits(base32), before)
+    edited = {site.name for site in base32.sites}
+    for name, p in base32.model.named_parameters():
         theirs = merged.base.model.get_parameter(name)
         assert torch.equal(p, weights[name])
         assert (theirs.data_ptr() == p.data_ptr()) == (name not in edited)
     assert {site.name for site in merged.sites} == edited
     assert all(0.999 < site.kept < 1.001 for site in merged.sites)
-    with edit.applied():  # hooks are the base's own
+    with edit.applied():  # hooks are the base32's own
         torch.testing.assert_close(logits(merged.base), wanted, rtol=1e-4, atol=5e-6)
 
 

@@ -227,18 +227,16 @@ def loss_after(base, texts, updates) -> float:
     return float(edit_nll(logits, batch.targets, batch.rows, len(texts)).mean())
 
 
-@pytest.mark.parametrize("family", ["llama", "gpt2"])
-def test_the_sign_descends_and_the_published_plus_ascends(family, request):
-    base = request.getfixturevalue(family)
+def test_the_sign_descends_and_the_published_plus_ascends(base32):
     losses = {}
     for sign in (-1, 1):
         h = hparams(update_sign=sign, edit_lr=1e-3)
-        mend = with_statistics(base, MEND(base.sites, h))
-        texts = [edit_tokens(base, h, e) for e in EXAMPLES]
+        mend = with_statistics(base32, MEND(base32.sites, h))
+        texts = [edit_tokens(base32, h, e) for e in EXAMPLES]
         with torch.no_grad():
-            updates = mend(capture_factors(FrozenTrunk(base), texts), len(texts))
-        losses[sign] = loss_after(base, texts, updates)
-    before = loss_after(base, texts, {})
+            updates = mend(capture_factors(FrozenTrunk(base32), texts), len(texts))
+        losses[sign] = loss_after(base32, texts, updates)
+    before = loss_after(base32, texts, {})
     assert losses[-1] < before - 0.01 and losses[1] > before + 0.01
 
 
