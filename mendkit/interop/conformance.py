@@ -46,7 +46,7 @@ from ..runs import user_path
 from .foreign import from_foreign, read_foreign
 
 NUMBER_TOLERANCE, LOSS_TOLERANCE = 1e-5, 1e-4
-MISS, ROUNDING = "MISS", "rounding"
+OK, ROUNDING, MISS = "ok", "rounding", "MISS"
 FILES = ("config.json", "base_model.safetensors", "meta.json", "vectors.safetensors", "archive.pt")
 
 # A record in float32 is itself off by rounding. Where a tiny model amplifies that beyond the
@@ -73,11 +73,10 @@ class Check:
 
     @property
     def verdict(self) -> str:
-        """Empty if within the tolerance, else a word; NaN is a miss."""
+        """`OK` within the tolerance, else `ROUNDING` or `MISS`; NaN is a miss."""
         if self.error <= self.tolerance:
-            return ""
-        allowed = min(ROUNDING_ALLOWED * self.rounding, ROUNDING_LIMIT)
-        if self.error <= allowed:
+            return OK
+        if self.error <= min(ROUNDING_ALLOWED * self.rounding, ROUNDING_LIMIT):
             return ROUNDING
         return MISS
 
@@ -85,14 +84,14 @@ class Check:
 def compare_folders(paths: Sequence[Path]) -> list[dict[str, Any]]:
     """A row for each comparison of each folder, or of the folders inside; raises DataError.
 
-    `verdict` is "ok", "rounding" or "MISS". An error that is no number is None.
+    An error that is no number is None.
     """
     rows = []
     for path in paths:
         inside = sorted(file.parent for file in path.glob("*/meta.json"))
-        for folder in [path] if (path / "meta.json").is_file() or not inside else inside:
+        for folder in inside or [path]:
             for check in check_folder(folder):
-                row = asdict(check) | {"folder": str(folder), "verdict": check.verdict or "ok"}
+                row = asdict(check) | {"folder": str(folder), "verdict": check.verdict}
                 if not math.isfinite(check.error):
                     row["error"] = None
                 rows.append(row)
@@ -103,10 +102,9 @@ def conformance_table(rows: Sequence[Mapping[str, Any]]) -> str:
     """The rows of `compare_folders` as text."""
     table = pd.DataFrame(rows).to_string(index=False, float_format="{:.1e}".format)
     count = Counter(row["verdict"] for row in rows)
-    total = f"{len(rows)} comparisons: {count['ok']} within the tolerance, {count[MISS]} missed"
-    if count[ROUNDING]:
-        total += f", {count[ROUNDING]} beyond it by rounding alone"
-    return f"{table}\n{total}"
+    found = f"{count[OK]} within the tolerance, {count[MISS]} missed"
+    rounded = f"{count[ROUNDING]} beyond it by rounding alone"
+    return f"{table}\n{len(rows)} comparisons: {found}, {rounded}"
 
 
 def check_folder(folder: str | Path) -> tuple[Check, ...]:
