@@ -14,11 +14,9 @@ from .baselines.tuning import tune as tune
 from .data.examples import EditExample as EditExample
 from .data.examples import Probe as Probe
 from .data.files import read_examples as read_examples
-from .data.files import read_questions as read_questions
 from .data.files import read_text as read_text
 from .data.files import write_examples as write_examples
 from .data.sampling import split_examples as split_examples
-from .data.sampling import with_unrelated as with_unrelated
 from .errors import ArchiveError as ArchiveError
 from .errors import DataError as DataError
 from .errors import HyperParamError as HyperParamError

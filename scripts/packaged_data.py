@@ -12,11 +12,11 @@ a general opening of the own facts as its unrelated prompt.
 import random
 import sys
 from collections.abc import Sequence
+from dataclasses import replace
 from itertools import chain
 from pathlib import Path
 
 from mendkit import EditExample, Probe, read_examples, split_examples, write_examples
-from mendkit.data.sampling import with_unrelated
 
 # Answers of the four relations that training does not see.
 UNSEEN = """piano guitar violin trumpet organ cello saxophone bass clarinet flute harp midfielder
@@ -41,6 +41,20 @@ def openings(examples: Sequence[EditExample]) -> list[Probe]:
     return list(found.values())
 
 
+def with_opening(
+    examples: Sequence[EditExample], general: Sequence[Probe], *, seed: int
+) -> list[EditExample]:
+    """The examples with an opening each, which does not name its subject and comes in its turn."""
+    rng, queue, found = random.Random(seed), list[Probe](), []
+    for example in examples:
+        opening, subject = None, (example.subject or "\0").casefold()
+        while opening is None or subject in opening.prompt.casefold():
+            queue = queue or rng.sample(general, len(general))
+            opening = queue.pop()
+        found.append(replace(example, unrelated=(*example.unrelated, opening)))
+    return found
+
+
 def main(out: str, counterfact: str, *evaluated: str) -> None:
     """Write the three files."""
     own, held_out = read_examples("facts:train"), list(read_examples("facts:validation"))
@@ -51,12 +65,12 @@ def main(out: str, counterfact: str, *evaluated: str) -> None:
     parts = split_examples(seen, {"validation": 200, "train": len(seen)}, apart_from=apart)
     unseen = split_examples(list(filter(is_unseen, records)), {"all": 1000}, apart_from=apart)
     general, rng = openings(own), random.Random(0)
-    train = [*own, *with_unrelated(parts["train"], general, each=1, seed=0)]
+    train = [*own, *with_opening(parts["train"], general, seed=0)]
     rng.shuffle(train)
     # 120 facts and 80 records, so that validation weighs both.
     rng = random.Random(0)
     rng.shuffle(held_out)
-    records = with_unrelated(parts["validation"], general, each=1, seed=1)
+    records = with_opening(parts["validation"], general, seed=1)
     pairs = zip(held_out[:80], records[:80], strict=True)
     validation = [*chain.from_iterable(pairs), *held_out[80:120]]
     Path(out).mkdir(parents=True, exist_ok=True)

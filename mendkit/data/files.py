@@ -1,4 +1,4 @@
-"""Files of examples, of questions to ask beside them, and of held-out text.
+"""Files of examples, and of held-out text.
 
 `layouts.py` says what one record means.
 """
@@ -24,7 +24,7 @@ from ..errors import DataError, reason
 from ..runs import user_path, without_repeats
 from .examples import PROBES, EditExample, Probe
 from .layouts import ANSWERS, LEAST, PAIRS, Columns, parse
-from .records import UNFOLD, pairs, text
+from .records import UNFOLD
 
 logger = logging.getLogger(__name__)
 
@@ -142,25 +142,6 @@ def write_examples(examples: Sequence[EditExample], path: str | Path) -> None:
 def _filled(value: EditExample | Probe) -> dict[str, Any]:
     """The fields that hold something."""
     return {name: held for name, held in vars(value).items() if held not in (None, (), {})}
-
-
-def read_questions(path: str | Path) -> tuple[Probe, ...]:
-    """Questions with their answers from NQ-open's JSON lines.
-
-    Each has a `question`, and as `answer` a list of the answer's names. Raises DataError.
-    """
-    found: list[Probe] = []
-    for where, record in _records(path):
-        try:
-            if not isinstance(_sound(record), dict) or not record.get("question"):
-                raise DataError("expected an object with the field `question`, and `answer`")
-            question = f"{text(record, 'question')}".removesuffix("?") + "?"
-            found += pairs(question, record.get("answer"), "answer")
-        except DataError as error:
-            raise DataError(f"{where}: {error}") from None
-    if not found:
-        raise DataError(f"{path}: no question in it; expected lines with `question` and `answer`")
-    return tuple(found)
 
 
 def read_text(path: str | Path) -> str:

@@ -1,17 +1,16 @@
-"""Lists of examples: more unrelated prompts, hard negatives, parts that share no subject."""
+"""Lists of examples: what stands beside a typed edit, hard negatives, splits by subject."""
 
 import logging
 import random
 import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
 from functools import cache
 from itertools import chain
 
 from ..errors import DataError
 from .examples import EditExample, Probe
-from .files import FACTS, Examples, read_examples
+from .files import FACTS, read_examples
 
 logger = logging.getLogger(__name__)
 
@@ -20,34 +19,6 @@ OPENINGS = (
     Probe("The brain uses so much energy because"),
 )
 CANDIDATES = 4  # test examples from which each one is drawn (`evaluation.prepare.half_known`)
-
-
-def with_unrelated(
-    examples: Sequence[EditExample], questions: Sequence[Probe], *, each: int = 2, seed: int = 0
-) -> Examples:
-    """The examples with `each` more unrelated prompts, drawn without repetition while they last.
-
-    A question that names the example's subject is not drawn for it. Raises DataError if no question
-    is left for one.
-    """
-    rng, queue, out = random.Random(seed), list[Probe](), []
-    for example in examples:
-        subject = (example.subject or "\0").casefold()
-        drawn: list[Probe] = []
-        seen = 0
-        while len(drawn) < each:
-            if seen > 2 * len(questions):  # every question has come by
-                raise DataError(
-                    f"fewer than {each} questions do not name {example.subject!r}; "
-                    "give more questions"
-                )
-            queue = queue or rng.sample(questions, len(questions))
-            question = queue.pop()
-            seen += 1
-            if subject not in question.prompt.casefold() and question not in drawn:
-                drawn.append(question)
-        out.append(replace(example, unrelated=(*example.unrelated, *drawn)))
-    return Examples.of(out, getattr(examples, "skipped", ()))
 
 
 def typed_example(

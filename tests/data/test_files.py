@@ -15,7 +15,7 @@ import pandas as pd
 import pytest
 
 from mendkit.data.examples import EditExample, Implied, Probe
-from mendkit.data.files import read_examples, read_questions, read_text, write_examples
+from mendkit.data.files import read_examples, read_text, write_examples
 from mendkit.data.layouts import NAMES, PAIRS, READ
 from mendkit.errors import DataError
 from tests.oracles.claims import EXAMPLES
@@ -514,14 +514,6 @@ def test_limit_keeps_the_first(tmp_path):
     assert [e.id for e in read_examples(path, limit=2)] == ["0", "1"]
     several = write(tmp_path / "a.json", [AKEW, AKEW])
     assert [e.id for e in read_examples(several, limit=1)] == ["1.1"]
-
-
-def test_questions_are_read_or_refused(tmp_path):
-    asked = [{"question": "who is y", "answer": ["Z", "Z Z"]}, {"question": "Why?", "answer": []}]
-    questions = read_questions(write(tmp_path / "nq.jsonl", asked, lines=True))
-    assert questions == (Probe("who is y?", "Z", ("Z Z",)), Probe("Why?"))
-    with pytest.raises(DataError, match=r"nq\.jsonl: record 0: .*field `question`"):
-        read_questions(write(tmp_path / "nq.jsonl", [{"answer": "a"}], lines=True))
 
 
 def test_held_out_text_is_read_or_refused(tmp_path):

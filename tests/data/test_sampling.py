@@ -1,28 +1,12 @@
-"""Lists of examples: unrelated prompts, hard negatives, and splits by subject."""
+"""Lists of examples: hard negatives, splits by subject, what stands beside a typed edit."""
 
 import pytest
 
 from mendkit.data.examples import EditExample, Probe
-from mendkit.data.files import FACTS, Examples, read_examples
-from mendkit.data.sampling import hard_negatives, split_examples, typed_example, with_unrelated
+from mendkit.data.files import FACTS, read_examples
+from mendkit.data.sampling import hard_negatives, split_examples, typed_example
 from mendkit.errors import DataError
 from tests.oracles.claims import EXAMPLES
-
-
-def test_unrelated_questions_do_not_name_the_subject():
-    questions = [Probe("who is y?", "Z"), Probe("Who is X?", "W")]
-    questions += [Probe(f"what is {n}?") for n in range(4)]
-    examples = Examples.of([EditExample("X is", "a", "x", unrelated=(Probe("own"),))] * 5)
-    drawn = with_unrelated(examples, questions, each=2)
-    for example in drawn:
-        assert example.unrelated[0] == Probe("own") and len(set(example.unrelated)) == 3
-        assert Probe("Who is X?", "W") not in example.unrelated
-    used = [probe for example in drawn[:2] for probe in example.unrelated[1:]]
-    assert len(set(used)) == 4  # nothing twice while there are others
-    assert with_unrelated(examples, questions) == drawn
-    assert with_unrelated(examples, questions, seed=1) != drawn
-    with pytest.raises(DataError, match="fewer than 6 questions"):
-        with_unrelated(examples, questions, each=6)
 
 
 def test_hard_negatives_are_the_own_prompt_about_another_subject_and_its_beginning():
