@@ -3,18 +3,13 @@
 Oracles: the tokens' spelling, single texts through the whole model, a loop with dense weights.
 """
 
-import re
-from pathlib import Path
-
 import pytest
 import torch
 import transformers
 from torch import nn
 from transformers import AlbertConfig, AutoConfig, DistilBertConfig, GPT2Config, LlamaConfig
 
-from mendkit.__main__ import main
 from mendkit.cost.textbook import check_recipe
-from mendkit.data.files import read_examples, write_examples
 from mendkit.errors import DataError, HyperParamError, MendkitError, ModelError
 from mendkit.evaluation.prepare import EvaluationSet
 from mendkit.mend.batches import edit_tokens, prepare_texts
@@ -37,7 +32,7 @@ from tests.oracles.claims import (
 )
 from tests.oracles.families import other_base
 from tests.oracles.kinds import ANSWERS, BOS, EOS, KINDS, PROMPTS, UNK, spelling, tokenizer_of
-from tests.oracles.tiny import save_tiny, tiny_tokenizer
+from tests.oracles.tiny import tiny_tokenizer
 
 CASE = pytest.mark.parametrize("case", ["t5", "t5-v1.1", "bart", "bert", "bert, 3 classes"])
 
@@ -380,24 +375,3 @@ def test_the_config_decides_how_a_model_is_loaded(kind, architectures, more, loa
             loader_of(config, "x")
     else:
         assert loader_of(config, "x").__name__ == loader
-
-
-# ---------------------------------------- command line
-
-
-def test_the_command_line_edits_and_evaluates_a_classifier(tmp_path, monkeypatch, capsys):
-    monkeypatch.chdir(tmp_path)
-    base = other_base("bert")
-    save_tiny("model", base)
-    examples = examples_of(base)
-    write_examples(examples, "data.jsonl")
-    assert tuple(read_examples("data.jsonl")) == examples  # claims are the kit's own form
-    Path("c.yaml").write_text("model_name: model\nrank: 4\nmax_iters: 1\nval_interval: 1\n")
-    data = ["--train-data", "data.jsonl", "--validation-data", "data.jsonl"]
-    assert main(["train", "c.yaml", "--out", "run", *data]) == 0
-    archive = "archive=run/archive.safetensors"
-    assert main(["evaluate", "c.yaml", archive, "--data", "data.jsonl"]) == 0
-    assert re.search(r"edit_success\.free_exact +\d", capsys.readouterr().out)
-    edit = ["edit", "c.yaml", archive, "--prompt", "Gold is a metal", "--target"]
-    assert main([*edit, "false"]) == 0 and main([*edit, "perhaps"]) == 2
-    assert "legal labels" in capsys.readouterr().err
