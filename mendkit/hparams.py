@@ -25,7 +25,6 @@ from pydantic import (
 from .errors import HyperParamError, shown
 from .methods import METHODS
 from .places import archive_file
-from .runs import user_path
 from .strict_yaml import read_value, read_yaml
 
 logger = logging.getLogger(__name__)
@@ -81,7 +80,7 @@ def _text(value: Any) -> str:
 
 
 def _path(value: Any) -> str:
-    return str(user_path(value)) if _text(value).startswith("~") else _text(value)
+    return os.path.expanduser(_text(value))
 
 
 def _archive(path: str) -> str:
@@ -367,28 +366,32 @@ def _check_together(h: MENDHyperParams) -> None:
     if len(one_way) > 1 or (one_way and h.combine):
         told = "at most one of one_sided, x_only, delta_only may be, with `combine: false`"
         raise HyperParamError(f"{' and '.join(one_way)}: true, but {told}", one_way[-1])
-    for key in ("whiten_pairs", "unit_response"):
-        if getattr(h, key) and h.whiten is None:
-            raise HyperParamError(f"{key}: true needs `whiten`, such as 0.02", key)
-    fitted = h.whiten is not None or h.aggregate == "least_squares"
-    if h.stats_examples == 0 and (fitted or not h.lifelong_norm):
-        told = "needs `lifelong_norm: true`, no `whiten` and no `aggregate: least_squares`"
-        raise HyperParamError(f"stats_examples: 0 {told}", "stats_examples")
-    if h.aggregate == "sum" and h.value_coefficient != "update":
-        told = "needs `aggregate: normal_equation` or `least_squares`"
-        raise HyperParamError(
-            f"value_coefficient: {h.value_coefficient} {told}", "value_coefficient"
-        )
-    if h.aggregate == "least_squares":
-        told = "needs another `aggregate`: least squares make a row of edits as if at once"
-        if h.site_share < 1:
-            raise HyperParamError(f"site_share: {h.site_share:g} {told}", "site_share")
-        if h.train_on == "episode":
-            raise HyperParamError(f"train_on: episode {told}", "train_on")
-    if h.edit_on == "text" and h.train_on == "sequence":
-        raise HyperParamError("edit_on: text needs another `train_on` than sequence", "edit_on")
-    if h.whiten_pairs and h.edit_tokens != "scored":
-        raise HyperParamError("whiten_pairs: true needs `edit_tokens: scored`", "whiten_pairs")
+    solved, fitted = h.aggregate == "least_squares", h.whiten is not None
+    at_once = "another `aggregate`: least squares make a row of edits as if at once"
+    for key, is_wrong, needed in (
+        ("whiten_pairs", h.whiten_pairs and not fitted, "`whiten`, such as 0.02"),
+        ("whiten_pairs", h.whiten_pairs and h.edit_tokens != "scored", "`edit_tokens: scored`"),
+        ("unit_response", h.unit_response and not fitted, "`whiten`, such as 0.02"),
+        (
+            "stats_examples",
+            h.stats_examples == 0 and (fitted or solved or not h.lifelong_norm),
+            "`lifelong_norm: true`, no `whiten` and no `aggregate: least_squares`",
+        ),
+        (
+            "value_coefficient",
+            h.value_coefficient != "update" and h.aggregate == "sum",
+            "`aggregate: normal_equation` or `least_squares`",
+        ),
+        ("site_share", solved and h.site_share < 1, at_once),
+        ("train_on", solved and h.train_on == "episode", at_once),
+        (
+            "edit_on",
+            h.edit_on == "text" and h.train_on == "sequence",
+            "another `train_on` than sequence",
+        ),
+    ):
+        if is_wrong:
+            raise HyperParamError(f"{key}: {shown(getattr(h, key))} needs {needed}", key)
 
 
 def _preset(given: Mapping[str, Any]) -> dict[str, Any]:

@@ -97,8 +97,8 @@ def test_an_archive_does_not_depend_on_later_presets(llama, tmp_path, monkeypatc
 
 
 SENSELESS = {
-    "value_coefficient: key needs `aggregate: normal_equation`": {"value_coefficient": "key"},
-    "train_on: episode needs another `aggregate`": {
+    "value_coefficient: 'key' needs `aggregate: normal_equation`": {"value_coefficient": "key"},
+    "train_on: 'episode' needs another `aggregate`": {
         "train_on": "episode",
         "aggregate": "least_squares",
     },
