@@ -184,7 +184,7 @@ def test_edits_that_make_no_sense_are_refused(llama):
         editor_for(llama).edit("Lima is far")
     with pytest.raises(DataError, match="'a' has one token; give a sentence"):
         inner_tokens(llama, hparams(edit_on="text"), EditExample("a", "b", passages=("a",)))
-    with pytest.raises(ModelError, match="edit_on: 'text' needs a causal model"):
+    with pytest.raises(ModelError, match="edit_on: text needs a causal model"):
         inner_tokens(other_base("bart"), hparams(edit_on="text"), EXAMPLES[0])
     with pytest.raises(HyperParamError, match="edit_on: 'text' needs another `train_on`"):
         hparams(edit_on="text", train_on="sequence")
