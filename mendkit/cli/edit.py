@@ -135,13 +135,10 @@ def _check_places(kept: dict[str, Path | None], *, overwrite: bool) -> None:
     if len(set(given)) < len(given):
         raise MendkitError(f"{', '.join(kept)}: give each a place of its own")
     for option, path in kept.items():
-        if path is None or not path.exists():
-            continue
-        if path.is_dir() == (option == "--save-edit"):
-            expected = "file" if path.is_dir() else "folder"
-            raise MendkitError(f"{path} is there; give {option} a {expected}")
-        if not overwrite and (path.is_file() or any(path.iterdir())):
-            raise MendkitError(f"{path} is there; give another {option}, or --overwrite")
+        if path is not None and path.exists():
+            fits = path.is_file() == (option == "--save-edit")
+            if not fits or not overwrite and (path.is_file() or any(path.iterdir())):
+                raise MendkitError(f"{path} is there; give another {option}, or --overwrite")
 
 
 def _row(
