@@ -137,7 +137,7 @@ def _check_places(kept: dict[str, Path | None], *, overwrite: bool) -> None:
     for option, path in kept.items():
         if path is not None and path.exists():
             fits = path.is_file() == (option == "--save-edit")
-            if not fits or not overwrite and (path.is_file() or any(path.iterdir())):
+            if not fits or (not overwrite and (path.is_file() or any(path.iterdir()))):
                 raise MendkitError(f"{path} is there; give another {option}, or --overwrite")
 
 
