@@ -243,6 +243,15 @@ def drawn(run: SimpleNamespace, figure: str) -> list[dict[str, str]]:
         return list(csv.DictReader(file))
 
 
+def assert_drawn(run: SimpleNamespace, figure: str, editors: dict[str, str], edits: int) -> None:
+    """A figure has the headline results of so many edits; `editors` by the results' prefix."""
+    shares = {(row["editor"], row["metric"]): float(row["mean"]) for row in drawn(run, figure)}
+    for prefix, editor in editors.items():
+        assert run.results[f"{prefix}.edits.scored"] == edits
+        for metric in HEADLINE.values():
+            assert shares[editor, metric] == run.results[f"{prefix}.{metric}"]
+
+
 @pytest.mark.slow
 def test_a_notebook_run_again_has_the_same_results(tiny, tmp_path):
     """The second time in a kernel of its own, as the report runs it."""
@@ -269,16 +278,13 @@ def test_a_notebook_run_again_has_the_same_results(tiny, tmp_path):
 @pytest.mark.slow
 def test_editing_scores_both_editors_on_the_same_edits(tiny):
     run = tiny("02")
-    shares = {(row["editor"], row["metric"]): float(row["mean"]) for row in drawn(run, "headline")}
-    editors = {"": "trained editor", "identity_": "identity control"}
-    for prefix, editor in editors.items():
-        lines = (run.out / f"{prefix}rows.jsonl").read_text(encoding="utf-8").splitlines()
-        rows, prefix = [json.loads(line) for line in lines], prefix.replace("_", ".")
-        assert len(rows) == run.results[f"{prefix}single.edits.scored"] == 6
+    editors = {"single": "trained editor", "identity.single": "identity control"}
+    assert_drawn(run, "headline", editors, 6)
+    for prefix, file in zip(editors, ("rows.jsonl", "identity_rows.jsonl"), strict=True):
+        rows = list(map(json.loads, (run.out / file).read_text(encoding="utf-8").splitlines()))
         for metric in HEADLINE.values():
             mean = sum(row["values"][metric] for row in rows) / len(rows)
-            assert run.results[f"{prefix}single.{metric}"] == pytest.approx(mean)
-            assert shares[editor, metric] == run.results[f"{prefix}single.{metric}"]
+            assert run.results[f"{prefix}.{metric}"] == pytest.approx(mean)
     assert {"single.score.headline", "identity.edit_lr", "peak_memory_gb"} <= set(run.results)
 
 
@@ -296,13 +302,9 @@ def test_inside_mend_identity_descends_a_gradient_of_rank_one_terms(tiny):
 @pytest.mark.slow
 def test_honest_evaluation_scores_every_baseline_on_the_same_edits(tiny):
     run = tiny("04")
-    shares = {(row["editor"], row["metric"]): float(row["mean"]) for row in drawn(run, "editors")}
-    names = {"": "trained MEND", "context.": "fact in context", "identity.": "identity"}
-    names["gauss_newton."] = "Gauss-Newton"
-    for prefix, editor in names.items():
-        assert run.results[f"{prefix}single.edits.scored"] == 3
-        for metric in HEADLINE.values():
-            assert shares[editor, metric] == run.results[f"{prefix}single.{metric}"]
+    names = {"single": "trained MEND", "context.single": "fact in context"}
+    names |= {"identity.single": "identity", "gauss_newton.single": "Gauss-Newton"}
+    assert_drawn(run, "editors", names, 3)
     assert run.results["gauss_newton.tuning.tried"] == BUDGET and run.results["tuning.edits"] == 1
     assert len(list(run.out.glob("rows_*.jsonl"))) == len(names)
 
@@ -324,14 +326,11 @@ def test_many_edits_draws_what_was_measured_at_every_count(tiny):
 def test_six_editors_are_scored_on_the_same_edits_and_trained_as_long_as_told(tiny):
     run = tiny("09")
     names = ["mend", "mendkit", "rledit", "ultraedit"]
-    rows = {(row["editor"], row["metric"]): float(row["mean"]) for row in drawn(run, "editors")}
     for name in names:
         for how, k in (("in turn", ""), ("at once", "_by_4")):
             label = f"{name}, {how}"
             slug = re.sub(r"[^a-z]+", "_", label)
-            assert run.results[f"{slug}.locft_4{k}.edits.scored"] == 4
-            for metric in HEADLINE.values():
-                assert rows[label, metric] == run.results[f"{slug}.locft_4{k}.{metric}"]
+            assert_drawn(run, "editors", {f"{slug}.locft_4{k}": label}, 4)
             assert len((run.out / f"rows_{slug}.jsonl").read_text().splitlines()) == 4
     told = {name: run.results[f"{name}.train.steps"] for name in names[2:]}
     assert told == {"rledit": 1, "ultraedit": 0}
