@@ -117,7 +117,9 @@ def _place(name: str) -> tuple[str | None, int]:
 
 
 def _example(record: Record, columns: Columns, left: list[str]) -> EditExample:
-    mapped = {name: field for field, names in columns.items() for name in names}
+    mapped: dict[str, str] = {}
+    for key, names in columns.items():
+        mapped |= dict.fromkeys(names, key)
     halves = {name: field for name, field in mapped.items() if field in PAIRS or field in ANSWERS}
     record = {halves.get(name, name): value for name, value in record.items()}
     values: dict[str, list[Any]] = {field: [] for field in READ}
