@@ -62,31 +62,6 @@ def test_no_test_module_imports_another():
                 assert ".test_" not in node.module, f"{path.name} imports {node.module}"
 
 
-@pytest.mark.parametrize("name", ["mend", "archive"])
-def test_a_drawing_is_small_is_described_and_has_contrast_in_light_and_dark(name):
-    text = (ROOT / f"docs/{name}.svg").read_text(encoding="utf-8")
-    tags = {element.tag.rpartition("}")[2] for element in ElementTree.fromstring(text)}
-    assert len(text.encode()) <= 12_000 and {"title", "desc"} <= tags
-    for style in text.partition("prefers-color-scheme: dark")[::2]:
-        colours = dict(re.findall(r"(?:^|\s)([.\w]+) \{[^}]*?fill: (#\w{6})", style))
-        back = [luminance(colours.pop(ground)) for ground in (".page", ".box")]
-        written = {part: colours[part] for part in colours if part not in (".tip", ".matrix")}
-        assert len(written) == 3
-        for part, colour in written.items():
-            for ground in back:
-                low, high = sorted([luminance(colour), ground])
-                assert (high + 0.05) / (low + 0.05) >= 4.5, f"{name}.svg: {part} is {colour}"
-
-
-def luminance(colour: str) -> float:
-    """Relative luminance of #rrggbb (WCAG 2)."""
-    total = 0.0
-    for start, weight in ((1, 0.2126), (3, 0.7152), (5, 0.0722)):
-        value = int(colour[start : start + 2], 16) / 255
-        total += weight * (value / 12.92 if value <= 0.04045 else ((value + 0.055) / 1.055) ** 2.4)
-    return total
-
-
 def test_the_drawing_of_mend_has_the_equations_of_the_code():
     drawn = ElementTree.parse(ROOT / "docs/mend.svg").getroot()
     texts = [element for element in drawn.iter() if element.get("class") == "eq"]

@@ -3,9 +3,7 @@
 That they are labelled and whole is tested where notebooks draw them (test_notebooks.py).
 """
 
-import ast
 import math
-from pathlib import Path
 
 import matplotlib
 import pytest
@@ -14,7 +12,6 @@ from mendkit.evaluation.results import Interval
 from mendkit.reporting import plots
 from mendkit.reporting.figures import Chart
 
-PACKAGE = Path(plots.__file__).parents[1]
 METRICS = list(plots.HEADLINE_LABELS)
 SHARES = list(plots.SHARE_LABELS)
 
@@ -174,16 +171,3 @@ def test_the_next_tokens_shown_are_both_answers_and_the_most_probable():
     assert (rows[" Lyon"]["before"], rows[" Lyon"]["after"]) == (0, 0.9)
     assert "0 of 1 facts before the edit, of 1 after" in chart.finding
     assert chart.png()
-
-
-def test_only_the_drawing_modules_import_matplotlib_and_none_pyplot():
-    for path in PACKAGE.rglob("*.py"):
-        text, names = path.read_text(encoding="utf-8"), []
-        for node in ast.walk(ast.parse(text)):
-            if isinstance(node, ast.Import):
-                names += [alias.name for alias in node.names]
-            elif isinstance(node, ast.ImportFrom) and node.module:
-                names.append(node.module)
-        used = any(name.startswith("matplotlib") for name in names)
-        assert not used or path.name in ("figures.py", "plots.py")
-        assert "pyplot" not in text.replace("no pyplot", "")
