@@ -11,7 +11,7 @@ from safetensors.torch import load_file
 from mendkit import places
 from mendkit.data.examples import EditExample, Probe
 from mendkit.data.sampling import typed_example
-from mendkit.errors import DataError, MendkitError
+from mendkit.errors import MendkitError
 from mendkit.evaluation.inspection import about
 from mendkit.hparams import MENDHyperParams
 from mendkit.mend.archive import save_archive
@@ -101,15 +101,6 @@ def test_without_an_archive_the_control_is_labelled_and_edits(hparams):
     read = playground.next_tokens()
     token = read["new_token"]
     assert read["after"][token] > read["before"][token]  # it descends the gradient
-
-
-@pytest.mark.parametrize(
-    "example", [EditExample(" ", "Lyon"), EditExample("The capital of France is", "\n")]
-)
-def test_a_blank_fact_is_refused(playground, example):
-    with pytest.raises(DataError, match="has no token to predict"):
-        playground.apply(example)
-    assert playground.shown is None
 
 
 # ---------------------------------------- the panel
@@ -226,10 +217,3 @@ def test_markup_is_text_in_panel_and_snapshot(panel):
         assert "<b>" not in html and "<i>" not in html
     panel._say("<script>")
     assert "&lt;script&gt;" in panel.said.value
-
-
-def test_a_snapshot_has_no_widget_and_shows_journal_table_and_figure(panel):
-    panel.apply.click()
-    html = panel.snapshot().data
-    assert panel.results.value in html and "in force" in html and "data:image/png;base64," in html
-    assert f"{EXAMPLES[0].prompt} → {EXAMPLES[0].target_new}" in html
