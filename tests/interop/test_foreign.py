@@ -145,6 +145,16 @@ def test_an_imported_archive_edits_as_the_textbook_alone_and_several_at_once(
             torch.testing.assert_close(dense[name].double(), value.T, **near)
 
 
+def test_an_update_is_subtracted_and_a_step_size_keeps_its_sign(gpt2, published, tmp_path):
+    path, book = published
+    native = import_archive(path, hparams(), out=tmp_path / "a", base=gpt2)
+    archive = load_archive(native, base=gpt2)
+    assert archive.metadata["update_sign"] == -1
+    assert archive.metadata["loss_reduction"] == "batch"
+    lrs = dict(zip(LAYERS, (-book.state["edit_lrs"]).tolist(), strict=True))
+    assert archive.mend.edit_lrs == lrs and {lr > 0 for lr in lrs.values()} == {True, False}
+
+
 @pytest.mark.parametrize("options", list(every_option()), ids=label)
 def test_there_and_back_keeps_every_bit(options):
     book = Textbook(SHAPES, options)
