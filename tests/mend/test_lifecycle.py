@@ -114,8 +114,8 @@ def test_an_archive_goes_out_and_comes_back_with_every_bit(trained):
 def test_evaluation_reads_and_writes_under_each_edit(trained):
     """Oracle: each edit applied by itself, the prompt read and answered by the plain model."""
     h, base, _ = trained
-    editor, examples = MENDEditor.from_hparams(h, base=base), examples_of(base)
-    prepared = EvaluationSet(base, h, examples, max_new_tokens=4)
+    editor, examples = MENDEditor.from_hparams(h, base=base), examples_of(base)[:2]
+    prepared = EvaluationSet(base, h, examples, max_new_tokens=6)
     assert not prepared.skipped
     edits = [prompts[0].text for prompts in prepared.prompts]
     updates = editor.updates(edits, trunk=prepared.trunk)
@@ -124,7 +124,7 @@ def test_evaluation_reads_and_writes_under_each_edit(trained):
         text, asked = prompts[0].text, [p.prompt for p in prompts if p.role != "reworded"]
         with editor.edit(example).applied(), torch.no_grad():
             log_p = plain_logits(base, text).log_softmax(-1)
-            alone = base.generate_batch(asked, max_new_tokens=4)
+            alone = base.generate_batch(asked, max_new_tokens=6)
         length = len(text.targets) - text.ends
         nll = nn.functional.nll_loss(log_p[:length], torch.tensor(text.targets[:length]))
         assert found.values["log_p.new"] == pytest.approx(-float(nll), rel=1e-3, abs=1e-4)
@@ -137,6 +137,6 @@ def test_evaluation_reads_and_writes_under_each_edit(trained):
         greedy = next(p.greedy for p in prepared.prompts[0] if p.greedy is not None)
         prompt = base.prompt_of(greedy)
         assert plain_logits(base, greedy).argmax(-1).tolist() == list(greedy.targets)
-        assert base.write_all([prompt], max_new_tokens=4)[0] == list(greedy.targets)
+        assert base.write_all([prompt], max_new_tokens=6)[0] == list(greedy.targets)
     report = evaluate(editor, prepared, strength=0.0)
     assert report.summary["neighbourhood.argmax_agreement"].mean == 1.0
