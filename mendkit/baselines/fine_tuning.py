@@ -15,8 +15,8 @@ from ..evaluation.sequences import together
 from ..hparams import MENDHyperParams
 from ..mend.losses import edit_nll
 from ..mend.updates import (
-    LowRankUpdate,
     Updates,
+    of_matrices,
     relative_norms,
     scaled,
     side_branches,
@@ -104,7 +104,8 @@ class LocalisedFineTuning(Baseline):
         """Updates of edits, one per text, or one of all."""
         trunk = trunk or FrozenTrunk(self.base)
         groups = [texts] if at_once else [[text] for text in texts]
-        return self._update(torch.cat([self._breadth_first(trunk, edits) for edits in groups]))
+        changes = torch.cat([self._breadth_first(trunk, edits) for edits in groups])
+        return {self.site.name: of_matrices(changes)}
 
     def _breadth_first(self, trunk: FrozenTrunk, texts: Sequence[Tokens]) -> Float[Tensor, "1 o i"]:
         dtype = torch.promote_types(self.base.dtype, torch.float32)
@@ -117,7 +118,8 @@ class LocalisedFineTuning(Baseline):
             for index in torch.randperm(len(texts), generator=generator).split(self.batch_size):
                 edits = [texts[k] for k in index.tolist()]
                 batch = collate(edits, self.base.pad_id, self.base.device)
-                with torch.enable_grad(), side_branches(self.base, self._update(change)):
+                held = {self.site.name: of_matrices(change)}
+                with torch.enable_grad(), side_branches(self.base, held):
                     logits = trunk.suffix(edits, batch)
                     loss = edit_nll(logits, batch.targets, batch.rows, len(batch)).mean()
                     if loss.item() >= self.stop:
@@ -127,8 +129,3 @@ class LocalisedFineTuning(Baseline):
             if total / len(texts) < self.stop:
                 break
         return change.detach()
-
-    def _update(self, change: Float[Tensor, "b o i"]) -> Updates:
-        """ΔW as a sum over the rows of a unit matrix."""
-        one = torch.eye(self.site.d_out, dtype=change.dtype, device=change.device)
-        return {self.site.name: LowRankUpdate(change, one.expand(len(change), -1, -1), 1.0)}

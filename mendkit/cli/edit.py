@@ -3,6 +3,7 @@
 import textwrap
 import time
 from collections.abc import Sequence
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
@@ -28,6 +29,10 @@ if TYPE_CHECKING:
 
 Prompts = Annotated[list[str] | None, Option(metavar="P", help="the prompt to edit; repeatable")]
 Targets = Annotated[list[str] | None, Option(metavar="T", help="how that prompt should go on")]
+Sentences = Annotated[
+    list[str] | None,
+    Option("--text", metavar="S", help="a sentence to edit with instead (`edit_on: text`)"),
+]
 Together = Annotated[bool, Option("--together", help="make one edit of all examples")]
 Adapter = Annotated[
     Path | None, Option(metavar="DIR", parser=user_path, help="write a PEFT LoRA adapter")
@@ -50,6 +55,9 @@ TuneData = Annotated[
     Option(metavar="FILE", help="edits (12) that choose these settings [facts:validation]"),
 ]
 TextFile = Annotated[str, Option(metavar="FILE", help="held-out text, for drawdown (slow)")]
+Survival = Annotated[
+    int, Option(metavar="N", min=0, help="edits (0) also rounded and fine-tuned on --text (slow)")
+]
 Fluency = Annotated[bool, Option("--fluency", help="entropy of 100 free tokens, too (slow)")]
 
 TUNED_ON = 12
@@ -62,6 +70,7 @@ def edit(
     *,
     prompt: Prompts = None,
     target: Targets = None,
+    sentences: Sentences = None,
     data: Annotated[str, Option(metavar="FILE", help="examples instead, or facts:SPLIT")] = "",
     limit: Limit = None,
     skip_invalid: SkipInvalid = False,
@@ -84,6 +93,10 @@ def edit(
 
     # 1. What can be wrong is looked at before the model is loaded.
     typed = _typed(prompt or [], target or [], data=data, of_data=limit or skip_invalid)
+    if sentences and len(sentences) != len(typed):
+        raise MendkitError("give as many --text as --prompt and --target, which say what to check")
+    for k, sentence in enumerate(sentences or ()):
+        typed[k] = replace(typed[k], passages=(sentence,))
     hparams = cli.hyperparameters(words)
     place = cli.RunFolder(out, "results.json", "rows.jsonl", overwrite=overwrite)
     kept = {"--save-merged": save_merged, "--save-adapter": save_adapter, "--save-edit": save_edit}
@@ -95,6 +108,8 @@ def edit(
 
     # 2. Each edit on the model as it was.
     editor = mendkit.MENDEditor.from_hparams(hparams)
+    if sentences and editor.hparams.edit_on == "answer":
+        raise MendkitError("--text needs an archive that was trained with `edit_on: text`")
     if skip_invalid:
         examples = usable(editor.base, editor.hparams, examples)
     for example in examples:
@@ -249,6 +264,7 @@ def evaluate(
     tune_data: TuneData = None,
     text: TextFile = "",
     fluency: Fluency = False,
+    survival: Survival = 0,
     max_new_tokens: MaxNewTokens = 50,
     out: Out = None,
     as_json: Json = False,
@@ -265,6 +281,8 @@ def evaluate(
     _check_editor(editor, protocol or mode, k, tune_data)
     if protocol and mode != "single":
         raise MendkitError("--protocol says how edits are made; leave out --mode")
+    if survival and (protocol or mode != "single" or editor == "context" or not text):
+        raise MendkitError("--survival goes with --text, an editor and --mode single")
     hparams = cli.hyperparameters(words)
     place = cli.RunFolder(out, "results.json", "rows.jsonl", overwrite=overwrite)
     read = partial(mendkit.read_examples, columns=hparams.columns)
@@ -289,7 +307,8 @@ def evaluate(
             at_once = k or 25
         logger.info("scoring %d edits, mode %s", len(examples), how)
         started = time.perf_counter()
-        test = score_on(examples, text=held_out, fluency=fluency, brief=bool(protocol))
+        extras: dict[str, Any] = {"text": held_out, "fluency": fluency, "survival": survival}
+        test = score_on(examples, **extras, brief=bool(protocol))
         if chosen is None:
             report = mendkit.fact_in_context(test)
         else:

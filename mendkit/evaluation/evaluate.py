@@ -25,7 +25,7 @@ import torch
 from ..data.examples import EditExample
 from ..errors import DataError, HyperParamError
 from ..mend.batches import inner_tokens
-from ..mend.updates import Updates, relative_norms, scaled, side_branches
+from ..mend.updates import Updates, relative_norms, scaled, select, side_branches
 from ..models.fingerprint import model_fingerprint, tensors_sha256
 from ..models.tokens import Tokens
 from ..runs import provenance, sha256
@@ -33,6 +33,7 @@ from .prepare import EvaluationSet
 from .results import EditRow, EvaluationReport, summarise
 from .rows import Kept, Part, keeping
 from .sequences import Editor, Growing, in_sequence, one_after_another, so_far, together
+from .survival import survival
 
 logger = logging.getLogger(__name__)
 
@@ -111,6 +112,9 @@ def _run_of(
     """What an evaluation is of: it goes on only from rows of the same."""
     mend, versions = getattr(editor, "mend", None), provenance()["versions"]
     windows = on.text and [part.ids for part in on.text.windows]
+    texts = [on.max_new_tokens, on.fluency, on.brief, on.follow, sha256(repr(windows))]
+    if on.survival:
+        texts.append(on.survival)
     return {
         "mode": mode if k is None else f"{mode} of {k}",
         "strength": strength,
@@ -120,7 +124,7 @@ def _run_of(
         "archive": mend and tensors_sha256(mend.state_dict().items()),
         "base model": model_fingerprint(on.base),
         "examples": sha256(repr([(e, e.roles()) for e in on.examples])),
-        "texts": [on.max_new_tokens, on.fluency, on.brief, on.follow, sha256(repr(windows))],
+        "texts": texts,
         "versions": {name: versions[name] for name in ("mendkit", "torch", "transformers")},
     }
 
@@ -148,6 +152,9 @@ class _Run:
         rows, lost = self._rows(index, updates, seconds), self._drawdown(updates, len(index))
         for k, norm in enumerate(norms.amax(0).tolist()):
             values = {**rows[k].values, **lost[k], "norm.relative_max": norm}
+            i, held = index[k], values["edit_success.free_exact"]
+            if held and i in self.on.to_edit[: self.on.survival]:
+                values |= survival(self.on, select(updates, [k]), i)
             rows[k] = replace(rows[k], values=values)
         return rows, {}
 

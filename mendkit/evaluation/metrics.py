@@ -206,7 +206,7 @@ class HeldOutText:
         tokens: int = TEXT_TOKENS,
         window: int = TEXT_WINDOW,
     ) -> None:
-        ids = trunk.base.encode(text)[:tokens]
+        self.ids = ids = trunk.base.encode(text)[:tokens]
         self.windows = windows(ids, first_token(trunk.base), window=window)
         self.count = sum(len(part.scored) for part in self.windows)
         if not self.count:

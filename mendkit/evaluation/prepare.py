@@ -54,6 +54,8 @@ class EvaluationSet:
 
     Examples whose texts cannot be tokenised are counted in `skipped` and `reasons`, not scored.
     On request: drawdown on the first `text_tokens` tokens of a held-out `text`, and `fluency`.
+    `survival`: so many edits, each alone, also in a model whose weights are rounded, or fine-tuned
+    on that text (survival.py).
     `brief`: what thousands of edits allow. No rivals, reworded or implied prompts; paraphrases are
     asked as questions, too; the unedited model writes after edit prompts only; writing ends once
     the text cannot become an answer. `follow` false leaves out consequences, negated forms and
@@ -71,11 +73,15 @@ class EvaluationSet:
         text: str | None = None,
         text_tokens: int = TEXT_TOKENS,
         fluency: bool = False,
+        survival: int = 0,
         brief: bool = False,
         follow: bool = True,
     ) -> None:
         if base.family != CAUSAL and (fluency or text is not None):
             raise MendkitError(f"{base.name}: fluency and held-out text need a causal model")
+        if survival and text is None:
+            raise MendkitError("survival needs a held-out text to fine-tune on")
+        self.survival = survival
         self.base, self.hparams = base, hparams
         self.max_new_tokens, self.fluency, self.brief = max_new_tokens, fluency, brief
         self.follow = follow and not brief

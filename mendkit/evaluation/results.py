@@ -43,7 +43,7 @@ APART = (*HEADLINE_KEYS, "neighbourhood.retained", "retention.all")
 
 SHARES = (
     *("edit_success", "paraphrase", "neighbourhood", "locality", "retention", "portability"),
-    *("consequence", "context", "negation", "truth"),
+    *("consequence", "context", "negation", "truth", "survival"),
 )
 LOWER_IS_BETTER = ("negation.", "kl_nats", "log_p.old", "drawdown.", "norm.", "edit.seconds")
 ABOUT = ("id", "subject", "relation", "prompt", "target_new", "ground_truth")

@@ -79,6 +79,12 @@ class LowRankUpdate:
 Updates = dict[str, LowRankUpdate]
 
 
+def of_matrices(changes: Float[Tensor, "b o i"]) -> LowRankUpdate:
+    """ΔW of b edits as it is: a sum over the rows of a unit matrix."""
+    one = torch.eye(changes.shape[1], dtype=changes.dtype, device=changes.device)
+    return LowRankUpdate(changes, one.expand(len(changes), -1, -1), 1.0)
+
+
 def padded(
     values: Float[Tensor, "n d"], rows: Int[Tensor, " n"], n_edits: int
 ) -> Float[Tensor, "{n_edits} t d"]:
