@@ -34,6 +34,7 @@ Rows = Sequence[Row] | pd.DataFrame
 Means = Mapping[str, Interval]
 
 TINY = 1e-5  # KL may be 0, which a logarithmic axis cannot show
+EDITOR_AXES = {"xlabel": "share, with its 95 % interval", "ylabel": "editor"}
 NATS, KL = "NLL of the new answer (nats per token)", "KL(unedited ‖ edited) (nats)"
 ALONE = "each on a fresh model; teacher-forced"
 
@@ -50,6 +51,12 @@ HEADLINE_LABELS = {
     HEADLINE["paraphrases"]: "paraphrase (writes the new answer)",
     HEADLINE["neighbours"]: "neighbourhood (argmax as before)",
     HEADLINE["unrelated"]: "locality (argmax as before)",
+}
+FOLLOW_LABELS = {
+    "consequence.free_exact_in_domain": "consequence, in domain (written)",
+    "consequence.free_exact_out_of_domain": "consequence, out of domain (written)",
+    "negation.leak": "negated form (still the new answer: lower is better)",
+    "truth.accuracy": "true/false question (the right answer is likelier)",
 }
 # Ways to score one and the same answer, roughly from the easiest to the hardest.
 SCORES = {
@@ -229,20 +236,37 @@ def editors(
     summaries: Mapping[str, Means], *, name: str = "editors", how: str = "each on a fresh model"
 ) -> Chart:
     """The headline shares of several editors, a panel each; `how` says how edits were made."""
-    frame = interval_rows(summaries, HEADLINE_LABELS)
+    frame, axes = _by_editor(summaries, HEADLINE_LABELS)
+    scores = {editor: headline_score(found) for editor, found in summaries.items()}
+    said = ", ".join(f"{editor} {score:.2f}" for editor, score in scores.items())
+    title = f"Headline score: {said if len(scores) <= 8 else span(scores)}"
+    note = f"n = {frame['n'].max()} edits, {how}; score: harmonic mean"
+    return finish(name, title, axes, frame, note=note, **EDITOR_AXES)
+
+
+@in_style
+def what_follows(summaries: Mapping[str, Means]) -> Chart:
+    """What follows from the edits of several editors, and what must not, a panel each."""
+    frame, axes = _by_editor(summaries, FOLLOW_LABELS)
+    first = frame[frame["metric"] == frame["metric"].iloc[0]].set_index("editor")["mean"]
+    title = f"{FOLLOW_LABELS[frame['metric'].iloc[0]]}: {span(first)}"
+    note = f"n = {frame['n'].max()} edits or fewer, each on a fresh model"
+    return finish("what_follows", title, axes, frame, note=note, **EDITOR_AXES)
+
+
+def _by_editor(
+    summaries: Mapping[str, Means], labels: Mapping[str, str]
+) -> tuple[pd.DataFrame, list[Any]]:
+    """The scores of `labels` that there are, drawn a panel each, with a dot an editor."""
+    frame = interval_rows(summaries, labels)
     frame = frame.rename(columns={"series": "editor", "row": "metric"})
     metrics = frame["metric"].unique()
     axes = panels(len(metrics), 0.95 + 0.2 * len(summaries))
     for ax, metric in zip(axes, metrics, strict=True):
         values = frame[frame["metric"] == metric].assign(row=frame["editor"])
         dots(ax, values, {name: name for name in summaries}, "metric")
-        ax.set_title(HEADLINE_LABELS[metric].replace(" (", "\n("))  # long names leave little room
-    scores = {editor: headline_score(found) for editor, found in summaries.items()}
-    said = ", ".join(f"{editor} {score:.2f}" for editor, score in scores.items())
-    title = f"Headline score: {said if len(scores) <= 8 else span(scores)}"
-    note = f"n = {frame['n'].max()} edits, {how}; score: harmonic mean"
-    labels = {"xlabel": "share, with its 95 % interval", "ylabel": "editor"}
-    return finish(name, title, axes, frame, note=note, **labels)
+        ax.set_title(labels[metric].replace(" (", "\n("))  # long names leave little room
+    return frame, axes
 
 
 @in_style

@@ -216,6 +216,21 @@ def test_edits_are_each_made_alone_and_printed_as_rows_or_text(here, capsys):
     assert told == ["Lima", "Rome"]
 
 
+def test_a_sentence_edits_with_an_archive_that_was_trained_for_it(here, capsys):
+    sizes = ["--train-limit", "6", "--validation-limit", "2", "--ignore-memory"]
+    words = ["train", "tiny.yaml", "edit_on=text", "max_iters=0", *sizes, "--out", "run"]
+    assert main(words) == 0
+    sentence = "Lima has been the capital of France since May."
+    words = ["edit", "tiny.yaml", "archive=run", *FACT, "--text", sentence, "--save-edit", "edit"]
+    assert main(words) == 0
+    editor = mendkit.MENDEditor.from_hparams(
+        mendkit.MENDHyperParams.from_hparams("tiny.yaml", archive="run")
+    )
+    saved = mendkit.Edit.load("edit", editor.base)
+    assert saved.relative_norm() == editor.edit(sentence).relative_norm()
+    assert saved.relative_norm() != editor.edit(FACT[1], FACT[3]).relative_norm()
+
+
 def test_an_edit_by_hand_tells_what_else_it_changes(here, capsys, monkeypatch):
     base = mendkit.load_model(mendkit.MENDHyperParams.from_hparams("tiny.yaml"))
     spain, peru, oslo = [f"The capital of {name} is" for name in ("Spain", "Peru", "Norway")]

@@ -46,6 +46,7 @@ FIGURES = {
     "07": {"costs_of_training", "memory_of_training"},
     "08": {"success_against_locality"},
     "09": {"editors"},
+    "10": {"what_follows", "editors"},
 }
 SIZES: dict[str, dict[str, Any]] = {  # enough to run each of them
     "01": {"train_limit": 24, "validation_limit": 6},
@@ -59,6 +60,8 @@ SIZES: dict[str, dict[str, Any]] = {  # enough to run each of them
     "08": {},
     "09": {"methods": ["rledit", "ultraedit"], "train_limit": 8, "train_steps": 1,
            "validation_limit": 2, "edits": 4, "max_new_tokens": 3},
+    "10": {"train_limit": 8, "train_steps": 1, "validation_limit": 2, "kinds": ["finetune"],
+           "tune_limit": 1, "test_limit": 3, "max_new_tokens": 3},
 }  # fmt: skip
 TRAINING = ["max_iters=4", "val_interval=2", "log_interval=1", "batch_size=4", "rank=8"]
 
@@ -338,6 +341,27 @@ def test_six_editors_are_scored_on_the_same_edits_and_trained_as_long_as_told(ti
         if name in told:
             trained = inspect_archive(run.out / name)["hparams"]
             assert trained["method"] == name and trained["ridge"] == settings["ridge"]
+
+
+@pytest.mark.slow
+def test_what_follows_is_scored_for_every_editor_and_archives_replace_training(tiny, tmp_path):
+    run = tiny("10")
+    names = ["archive", "recipe", "consequences", "negated forms", "passage"]
+    names += ["middle blocks", "finetune", "fact in context"]
+    rows = {(x["editor"], x["metric"]): float(x["mean"]) for x in drawn(run, "what_follows")}
+    assert {editor for editor, _ in rows} == {*names, "unedited"}
+    for name in names:
+        slug = re.sub(r"[^a-z]+", "_", name)
+        for metric in ("negation.leak", "consequence.free_exact_in_domain"):
+            assert rows[name, metric] == run.results[f"{slug}.single.{metric}"]
+        if name in names[2:6]:
+            trained = inspect_archive(run.out / slug)["hparams"]
+            assert trained["cconsequence"] == 0.6 and run.results[f"{slug}.train.steps"] == 1
+            assert (trained["edit_on"] == "text") == (name in ("passage", "middle blocks"))
+    archives = [f"mine={run.out / 'passage'}"]
+    again = {**run.given, "archives": archives, "kinds": [], "out": str(tmp_path)}
+    shown = run_cells("10", again, to="table")
+    assert any("mine" in str(x) for x in shown) and not list(tmp_path.glob("*/archive*"))
 
 
 @pytest.mark.slow
