@@ -113,8 +113,7 @@ def _run_of(
     mend, versions = getattr(editor, "mend", None), provenance()["versions"]
     windows = on.text and [part.ids for part in on.text.windows]
     texts = [on.max_new_tokens, on.fluency, on.brief, on.follow, sha256(repr(windows))]
-    if on.survival:
-        texts.append(on.survival)
+    texts += [on.survival] * (on.survival > 0)
     return {
         "mode": mode if k is None else f"{mode} of {k}",
         "strength": strength,

@@ -13,8 +13,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from ..errors import ModelError
-from ..mend.export import copy_of
+from ..mend.edit import Edit
 from ..mend.losses import edit_nll, wide
 from ..mend.updates import LowRankUpdate, Updates, of_matrices, side_branches
 from ..models.base import BaseModel
@@ -50,24 +49,18 @@ def nearest(weight: Float[Tensor, "o i"], *, bits: int, group: int = GROUP) -> F
 
 
 def rounded(base: BaseModel, update: Updates, *, bits: int) -> BaseModel:
-    """A new model with one edit in its weights, rounded. Raises ModelError if weights are away."""
-    if base.is_spread or base.released:
-        raise ModelError(f"{base.name} is not all in memory, so it cannot be rounded")
-    changes = {site.module: update[site.name] for site in base.sites if site.name in update}
-    replaced, output = {}, base.model.get_output_embeddings()
-    for name, module in base.model.named_modules():
+    """A new model with one edit in its weights, rounded."""
+    edited = Edit(base, update, ()).merged().base
+    output = edited.model.get_output_embeddings()
+    for module in edited.model.modules():
         if isinstance(module, nn.Linear | Conv1D) and module is not output:
             weight = wide(module.weight)
-            turned = isinstance(module, Conv1D)
-            weight = weight.T if turned else weight
-            if name in changes:
-                weight = weight + changes[name].dense()
-            weight = nearest(weight, bits=bits)
-            weight = (weight.T if turned else weight).to(module.weight.dtype).contiguous()
-            replaced[id(module.weight)] = nn.Parameter(weight, requires_grad=False)
-    names = tuple(site.name for site in base.sites)
-    model = copy_of(base, replaced)
-    return BaseModel(model, base.tokenizer, name=f"{base.name}, int{bits}", inner_params=names)
+            if isinstance(module, Conv1D):
+                weight = nearest(weight.T, bits=bits).T.contiguous()
+            else:
+                weight = nearest(weight, bits=bits)
+            module.weight = nn.Parameter(weight.to(module.weight.dtype), requires_grad=False)
+    return edited
 
 
 def fine_tuned(trunk: FrozenTrunk, update: Updates, ids: list[int]) -> Updates:

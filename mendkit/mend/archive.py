@@ -98,17 +98,8 @@ FREE = {
 STRUCTURE = (
     *("add_eos", "aggregate", "combine", "delta_only", "edit_on", "edit_tokens", "init"),
     *("loss_reduction", "n_hidden", "norm", "norm_stats", "one_sided", "rank", "shared"),
-    *(
-        "site_share",
-        "std_eps",
-        "std_floor",
-        "target_prefix",
-        "unit_response",
-        "update_sign",
-        "value_coefficient",
-        "whiten",
-    ),
-    *("whiten_pairs", "whiten_values", "x_only", "z_clip"),
+    *("site_share", "std_eps", "std_floor", "target_prefix", "unit_response", "update_sign"),
+    *("value_coefficient", "whiten", "whiten_pairs", "whiten_values", "x_only", "z_clip"),
 )
 # What an archive decides unless whoever edits does.
 OF_EITHER = ("max_relative_norm", "lifelong_norm", "max_length", "max_target_tokens", "seed")

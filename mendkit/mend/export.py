@@ -119,7 +119,7 @@ def _misread(folder: Path, base: BaseModel, loras: Mapping[str, LoRA]) -> list[s
     with unedited(base), warnings.catch_warnings(), silence_transformers():
         warnings.simplefilter("ignore")
         try:
-            read = peft.PeftModel.from_pretrained(copy_of(base), str(folder))
+            read = peft.PeftModel.from_pretrained(_copy_of(base), str(folder))
         except (ValueError, KeyError, RuntimeError, TypeError, AttributeError) as error:
             logger.warning("PEFT cannot load the adapter: %s", str(error).partition("\n")[0])
             return list(loras)
@@ -140,8 +140,7 @@ def _misread(folder: Path, base: BaseModel, loras: Mapping[str, LoRA]) -> list[s
     return [*lost, *(module for module in adapted if module not in loras)]
 
 
-def copy_of(base: BaseModel, replaced: Mapping[int, nn.Parameter] | None = None) -> Any:
-    """The model with other weights for some, by their `id`; it shares all others."""
+def _copy_of(base: BaseModel, replaced: Mapping[int, nn.Parameter] | None = None) -> Any:
     shared = {id(parameter): parameter for parameter in base.model.parameters()}
     return copy.deepcopy(base.model, shared | dict(replaced or {}))
 
@@ -246,7 +245,7 @@ def merge(base: BaseModel, changes: Mapping[str, Float[Tensor, "m n"]]) -> Merge
         )
     names = tuple(site.name for site in base.sites)
     with unedited(base):
-        model = copy_of(base, replaced)
+        model = _copy_of(base, replaced)
     edited = BaseModel(model, base.tokenizer, name=f"{base.name} (edited)", inner_params=names)
     return Merged(edited, tuple(report))
 
