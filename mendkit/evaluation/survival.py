@@ -6,7 +6,6 @@ Axes: i layer input, o layer output.
 """
 
 from copy import copy
-from typing import TYPE_CHECKING
 
 import torch
 from jaxtyping import Float
@@ -20,15 +19,13 @@ from ..models.base import BaseModel
 from ..models.tokens import collate
 from ..models.trunk import FrozenTrunk
 from .metrics import first_token, windows
-
-if TYPE_CHECKING:
-    from .prepare import EvaluationSet
+from .prepare import EvaluationSet
 
 BITS, GROUP = (8, 4), 32
 STEPS, WINDOW, RATE = 100, 64, 2e-5  # Adam steps, tokens of one, learning rate
 
 
-def survival(on: "EvaluationSet", update: Updates, i: int) -> dict[str, float]:
+def survival(on: EvaluationSet, update: Updates, i: int) -> dict[str, float]:
     """Whether the model still writes the new answer of example `i` under its edit, by score."""
     held = {}
     for bits in BITS:
@@ -40,10 +37,10 @@ def survival(on: "EvaluationSet", update: Updates, i: int) -> dict[str, float]:
     return held | {"survival.finetuned": float(on.holds(tuned, [i])[0])}
 
 
-def nearest(weight: Float[Tensor, "o i"], *, bits: int, group: int = GROUP) -> Float[Tensor, "o i"]:
-    """A weight rounded to `bits`; one whose inputs `group` does not divide, by whole rows."""
+def nearest(weight: Float[Tensor, "o i"], bits: int) -> Float[Tensor, "o i"]:
+    """A weight rounded to `bits`; one whose inputs `GROUP` does not divide, by whole rows."""
     width = weight.shape[1]
-    groups = weight.reshape(-1, width if width % group else group)
+    groups = weight.reshape(-1, width if width % GROUP else GROUP)
     step = groups.abs().amax(1, keepdim=True) / (2 ** (bits - 1) - 1)
     return ((groups / step.clamp(min=1e-30)).round() * step).reshape(weight.shape)
 
@@ -55,10 +52,10 @@ def rounded(base: BaseModel, update: Updates, *, bits: int) -> BaseModel:
     for module in edited.model.modules():
         if isinstance(module, nn.Linear | Conv1D) and module is not output:
             weight = wide(module.weight)
-            if isinstance(module, Conv1D):
-                weight = nearest(weight.T, bits=bits).T.contiguous()
+            if isinstance(module, Conv1D):  # (i, o)
+                weight = nearest(weight.T, bits).T.contiguous()
             else:
-                weight = nearest(weight, bits=bits)
+                weight = nearest(weight, bits)
             module.weight = nn.Parameter(weight.to(module.weight.dtype), requires_grad=False)
     return edited
 

@@ -21,7 +21,7 @@ TEXT = "the king of France was in Spain with the queen and the sun is far away "
 @pytest.mark.parametrize("width", [64, 40])
 def test_rounding_is_to_the_nearest_level_of_each_group(bits, width):
     weight = torch.randn(3, width, generator=torch.Generator().manual_seed(0)).double()
-    found = s.nearest(weight, bits=bits)
+    found = s.nearest(weight, bits)
     group = 32 if width == 64 else width
     for row, got in zip(weight.tolist(), found.tolist(), strict=True):
         for at in range(0, width, group):
@@ -42,7 +42,7 @@ def test_all_layers_are_rounded_with_the_edit_in_them(family, request):
         kind = type(merged.get_submodule(name.rpartition(".")[0])).__name__
         if kind in ("Linear", "Conv1D") and name.endswith("weight") and "lm_head" not in name:
             turned = kind == "Conv1D"
-            value = s.nearest(value.T if turned else value, bits=4)
+            value = s.nearest(value.T if turned else value, 4)
             value = value.T if turned else value
             layers += 1
         torch.testing.assert_close(made.get_parameter(name), value, rtol=1e-5, atol=1e-7)
