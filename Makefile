@@ -5,6 +5,8 @@
 # make soak     10,000 edits applied and taken back, 2,000 in a row: memory stays flat, the model its bits; 8 minutes
 # make test-browser   the playground in Chromium, on JupyterLab and Voilà; as root on Debian it installs Chromium
 # make bench    what training and editing cost against a textbook MEND, under runs/bench (OUT=, ARGS=)
+# make gallery  run the notebooks that changed and write docs/gallery (ARGS="02 06": those; "--again 02")
+# make site     the pages, the gallery and the API as a site, under build/site
 # make lab      JupyterLab                make playground   the panel of notebook 06 alone, by Voilà
 #               ARCHIVE=runs/report: the notebooks' archive instead of the one in the box
 # make clean  remove .venv and caches, never runs/
@@ -25,7 +27,7 @@ PINS := pyproject.toml constraints.txt
 lab playground: export MENDKIT_ARCHIVE := $(ARCHIVE)
 
 .DELETE_ON_ERROR:
-.PHONY: help install report bench test soak test-browser lint lab playground clean
+.PHONY: help install report bench test soak test-browser lint lab playground gallery site clean
 
 help:
 	@sed -n '/^#/!q; s/^# \{0,1\}//p' Makefile
@@ -62,6 +64,12 @@ playground: .venv/.installed-voila
 	$(BIN)/python -m voila --VoilaExecutor.skip_cells_with_tag=by-code \
 	  --TagRemovePreprocessor.remove_cell_tags=by-code notebooks/06_playground.ipynb
 
+gallery: .venv/.installed-notebooks
+	$(BIN)/python -W ignore scripts/gallery.py $(ARGS)
+
+site: .venv/.installed-site
+	$(BIN)/python -m sphinx -q -W --keep-going -E -c site . build/site
+
 clean:
 	rm -rf .venv build dist mendkit.egg-info .pytest_cache .ruff_cache
 	find . -path ./runs -prune -o -type d \( -name __pycache__ -o -name .ipynb_checkpoints \) -exec rm -rf {} +
@@ -85,7 +93,11 @@ clean:
 	@touch $@
 
 .venv/.installed-test: .venv/.installed-torch $(PINS)
-	$(PIP) install -c constraints.txt -e ".[notebooks,test]"
+	$(PIP) install -c constraints.txt -e ".[notebooks,test,site]"
+	@touch $@
+
+.venv/.installed-site: .venv/.installed-torch $(PINS)
+	$(PIP) install -c constraints.txt -e ".[notebooks,site]"
 	@touch $@
 
 .venv/.installed-voila: .venv/.installed-torch $(PINS)

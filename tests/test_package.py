@@ -51,7 +51,7 @@ def test_wheel_and_sdist_hold_what_they_need_and_an_installed_kit_finds_it(tmp_p
     (wheel,), (sdist,) = (copy / "dist").glob("*.whl"), (copy / "dist").glob("*.tar.gz")
     with tarfile.open(sdist) as archive:
         held = {name.partition("/")[2] for name in archive.getnames()}
-    for folder in ("configs", "docs", "mendkit", "notebooks", "scripts", "tests"):
+    for folder in ("configs", "docs", "mendkit", "notebooks", "scripts", "site", "tests"):
         for path in (copy / folder).rglob("*.*"):
             if path.is_file() and "__pycache__" not in path.parts:
                 assert str(path.relative_to(copy)) in held

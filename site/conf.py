@@ -1,0 +1,102 @@
+"""The site: README, docs and the gallery as they stand in the checkout, and the API.
+
+`make site` builds it under build/site. Links to pages, notebooks and modules lead to their pages
+here; other files can be downloaded, or are read in the repository where its address is known.
+"""
+
+import os
+import re
+import shutil
+import tomllib
+from pathlib import Path
+from urllib.parse import urlsplit
+
+from mendkit.runs import CHECKOUT
+
+PAGES = ["README", "AGENTS", "CONTRIBUTING", "CHANGELOG", "docs/*", "docs/gallery/*", "site/*"]
+PAGES += ["mendkit/archives/README", "mendkit/data/facts/README"]
+TREE = """
+```{{toctree}}
+:hidden:
+:caption: {caption}
+:glob:
+
+{pages}
+```
+"""
+TREES = {
+    "Notebooks": "docs/gallery/README\ndocs/gallery/0*",
+    "Guide": "docs/QUESTIONS\ndocs/[!Q]*\nmendkit/archives/README\nmendkit/data/facts/README",
+    "Code": "site/api\nsite/modules",
+    "Project": "CONTRIBUTING\nAGENTS\nCHANGELOG",
+}
+
+project, author, root_doc = "mendkit", "mendkit authors", "README"
+extensions = ["myst_parser", "sphinx.ext.autodoc", "sphinx.ext.viewcode"]
+include_patterns = [f"{page}.md" for page in PAGES]
+myst_enable_extensions = ["html_image"]
+myst_heading_anchors = 3
+default_role = "code"
+autodoc_member_order = "bysource"
+python_maximum_signature_line_length = 80
+html_theme = "sphinx_book_theme"
+html_title = "mendkit"
+html_static_path = ["style.css"]
+html_css_files = ["style.css"]
+html_copy_source = False
+html_context = {"default_mode": "auto"}
+html_theme_options = {"show_toc_level": 2, "use_download_button": False, "navbar_persistent": []}
+
+
+LINK = re.compile(r"\[((?:[^\[\]]|\[[^\]]*\]\([^)]*\))+)\]\(([^)#: ]+)(#[^)]*)?\)")
+DOCUMENTED = set(re.findall(r"automodule:: (\S+)", (CHECKOUT / "site/modules.md").read_text()))
+
+
+def repository() -> str:
+    """The address of the repository on GitHub; "" where nothing tells it."""
+    project = tomllib.loads((CHECKOUT / "pyproject.toml").read_text())["project"]
+    named = os.environ.get("GITHUB_REPOSITORY")  # in a workflow
+    told = f"https://github.com/{named}" if named else project.get("urls", {}).get("Repository", "")
+    return told.rstrip("/").removesuffix(".git")
+
+
+def setup(app):
+    app.connect("source-read", adapt)
+    app.connect("build-finished", add_index)
+
+
+def adapt(app, docname, source):
+    """Make a page of the checkout one of the site."""
+    folder = Path(app.srcdir, docname).parent
+    lead = LINK.sub(lambda found: link(app, folder, *found.groups()), source[0])
+    launched = docname.partition("docs/gallery/")[2]
+    if repository() and launched[:1].isdigit():
+        name, path = urlsplit(repository()).path, f"notebooks/{launched}.ipynb"
+        colab = f"[Colab](https://colab.research.google.com/github{name}/blob/main/{path})"
+        binder = f"[Binder](https://mybinder.org/v2/gh{name}/main?labpath={path})"
+        lead = lead.replace("Notebook: ", f"Run it on {colab} or {binder}. Notebook: ", 1)
+    if docname == root_doc:
+        lead += "".join(TREE.format(caption=name, pages=TREES[name]) for name in TREES)
+    source[0] = lead
+
+
+def link(app, folder, text, target, anchor):
+    """A link of a page in `folder` as one of the site."""
+    path = Path(os.path.normpath(folder / target))
+    place = path.relative_to(app.srcdir)
+    page = Path(app.srcdir, "docs/gallery", f"{path.stem}.md")
+    name = ".".join(place.with_suffix("").parts)
+    if path.suffix == ".ipynb" and page.is_file() and folder != page.parent:
+        target = os.path.relpath(page, folder)
+    elif path.suffix == ".py" and name in DOCUMENTED:
+        source = os.path.relpath(Path(app.srcdir, "_modules", place.with_suffix(".html")), folder)
+        return f'<a href="{source}">{text}</a>'
+    elif path.is_dir() or path.suffix in (".py", ".ipynb", ".yaml", ""):
+        return f"[{text}]({repository()}/blob/main/{place})" if repository() else text
+    return f"[{text}]({target}{anchor or ''})"
+
+
+def add_index(app, failure):
+    """The README is the first page."""
+    if not failure and app.builder.format == "html":
+        shutil.copy(Path(app.outdir, "README.html"), Path(app.outdir, "index.html"))
