@@ -25,7 +25,7 @@ TREE = """
 ```
 """
 TREES = {
-    "Notebooks": "docs/gallery/README\ndocs/gallery/0*",
+    "Notebooks": "docs/gallery/README\ndocs/gallery/[0-9]*",
     "Guide": "docs/QUESTIONS\ndocs/[!Q]*\nmendkit/archives/README\nmendkit/data/facts/README",
     "Code": "site/api\nsite/modules",
     "Project": "CONTRIBUTING\nAGENTS\nCHANGELOG",
