@@ -4,6 +4,7 @@
 here; other files can be downloaded, or are read in the repository where its address is known.
 """
 
+import inspect
 import os
 import re
 import shutil
@@ -11,6 +12,7 @@ import tomllib
 from pathlib import Path
 from urllib.parse import urlsplit
 
+import mendkit
 from mendkit.runs import CHECKOUT
 
 PAGES = ["README", "AGENTS", "CONTRIBUTING", "CHANGELOG", "docs/*", "docs/gallery/*", "site/*"]
@@ -37,6 +39,7 @@ include_patterns = [f"{page}.md" for page in PAGES]
 myst_enable_extensions = ["html_image"]
 myst_heading_anchors = 3
 default_role = "code"
+add_module_names = False
 autodoc_member_order = "bysource"
 python_maximum_signature_line_length = 80
 html_theme = "sphinx_book_theme"
@@ -75,6 +78,10 @@ def adapt(app, docname, source):
         colab = f"[Colab](https://colab.research.google.com/github{name}/blob/main/{path})"
         binder = f"[Binder](https://mybinder.org/v2/gh{name}/main?labpath={path})"
         lead = lead.replace("Notebook: ", f"Run it on {colab} or {binder}. Notebook: ", 1)
+    if docname == "site/api":
+        lead += api()
+    if docname == "site/modules":
+        lead = re.sub(r"(automodule:: mendkit\.(\S+)\n   :members:)", without_public, lead)
     if docname == root_doc:
         lead += "".join(TREE.format(caption=name, pages=TREES[name]) for name in TREES)
     source[0] = lead
@@ -94,6 +101,24 @@ def link(app, folder, text, target, anchor):
     elif path.is_dir() or path.suffix in (".py", ".ipynb", ".yaml", ""):
         return f"[{text}]({repository()}/blob/main/{place})" if repository() else text
     return f"[{text}]({target}{anchor or ''})"
+
+
+def api():
+    """Directives for the public names, each as in the module that defines it."""
+    lines = ["```{eval-rst}"]
+    for module, names in mendkit._NAMES.items():
+        for name in names.split():
+            value = getattr(mendkit, name)
+            kind = "class" if inspect.isclass(value) else "function" if callable(value) else "data"
+            members = ["   :members:"] * (kind == "class")
+            lines += ["", f".. auto{kind}:: mendkit.{module}.{name}", *members]
+    return "\n".join([*lines, "```\n"])
+
+
+def without_public(found):
+    """A module's directive that leaves out what the page of the public names has."""
+    names = mendkit._NAMES.get(found[2], "").split()
+    return found[1] + f"\n   :exclude-members: {', '.join(names)}" * bool(names)
 
 
 def add_index(app, failure):
