@@ -32,6 +32,7 @@ TREES = {
     "Code": "site/api\nsite/modules",
     "Project": "CONTRIBUTING\nAGENTS\nCHANGELOG",
 }
+FOLDERS = ["hparams", "data", "models", "mend", "evaluation", "baselines", "interop", "errors"]
 
 project, author, root_doc = "mendkit", "mendkit authors", "README"
 extensions = ["myst_parser", "sphinx.ext.autodoc", "sphinx.ext.viewcode"]
@@ -65,6 +66,7 @@ def repository() -> str:
 
 def setup(app):
     app.connect("source-read", adapt)
+    app.connect("autodoc-process-signature", parsed)
     app.connect("build-finished", add_index)
 
 
@@ -105,20 +107,32 @@ def link(app, folder, text, target, anchor):
 
 def api():
     """Directives for the public names, each as in the module that defines it."""
-    lines = ["```{eval-rst}"]
-    for module, names in mendkit._NAMES.items():
-        for name in names.split():
-            value = getattr(mendkit, name)
-            kind = "class" if inspect.isclass(value) else "function" if callable(value) else "data"
-            members = ["   :members:"] * (kind == "class")
-            lines += ["", f".. auto{kind}:: mendkit.{module}.{name}", *members]
-    return "\n".join([*lines, "```\n"])
+    lines = []
+    for folder in FOLDERS:
+        lines += ["", f"## {folder}", "", "```{eval-rst}"]
+        for module, names in mendkit._NAMES.items():
+            for name in names.split() if module.partition(".")[0] == folder else ():
+                value, place = getattr(mendkit, name), f"mendkit.{module}.{name}"
+                if inspect.isclass(value):
+                    lines += ["", f".. autoclass:: {place}", "   :members:"]
+                    lines += ["   :exclude-members: model_config"]
+                else:
+                    lines += ["", f".. auto{'function' if callable(value) else 'data'}:: {place}"]
+        lines.append("```")
+    return "\n".join(lines)
 
 
 def without_public(found):
     """A module's directive that leaves out what the page of the public names has."""
     names = mendkit._NAMES.get(found[2], "").split()
     return found[1] + f"\n   :exclude-members: {', '.join(names)}" * bool(names)
+
+
+def parsed(app, what, name, value, options, signature, returns):
+    """Signatures that Sphinx can read; fields of pydantic have a page, docs/HYPERPARAMETERS.md."""
+    if "Annotated[" in (signature or ""):
+        signature = "(**keys)"
+    return signature and signature.replace("<factory>", "..."), returns
 
 
 def add_index(app, failure):
