@@ -77,6 +77,7 @@ def write_page(root: Path, stem: str, executed: NotebookNode, pages: Sequence[st
         old.unlink()
     executed.cells = [cell for cell in executed.cells if cell.id != "install"]
     for cell in executed.cells:
+        cell.source = cell.source.strip()
         if cell.cell_type == "markdown":
             cell.source = relative_links(cell.source, pages)
             continue
