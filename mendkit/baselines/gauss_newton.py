@@ -13,9 +13,12 @@ metric of K-FAC (Martens & Grosse, 2015, arXiv 1503.05671) with an isotropic out
 MEND's form of update, Σ δ̃ ũᵀ, with ũ = C⁻¹ u and δ̃ = δ / s in place of what a hypernetwork makes.
 All blocks share the shift, as in MEMIT (Meng et al., 2023, arXiv 2210.07229).
 
-Texts that should stay as they are take part as rows of the same system, which ask for what their
-loss has changed. They are other texts and an edit's prompt about another subject; their answer is
-the unedited model's argmax. Axes: n texts, t tokens, i layer input, o layer output.
+Other rows of the same system make an edit hold in other words, and other texts stay as they are.
+The first are the edit in wordings that examples have for its template (`reworded`): a change that
+is solved for one prompt alone matches that prompt alone. The second ask for what their loss has
+changed; their answer is the unedited model's argmax. They are texts of those examples, an edit's
+prompt about another subject, and unrelated prompts.
+Axes: n texts, t tokens, i layer input, o layer output.
 """
 
 import copy
@@ -30,9 +33,10 @@ from torch.nn.functional import one_hot
 from torch.nn.utils.rnn import pad_sequence
 
 from ..data.examples import EditExample
+from ..data.sampling import template_of
 from ..evaluation.sequences import together
 from ..hparams import MENDHyperParams
-from ..mend.batches import prepare_texts
+from ..mend.batches import edit_tokens, prepare_texts, probe_tokens
 from ..mend.factors import Factors, factors_and_losses
 from ..mend.losses import wide
 from ..mend.updates import LowRankUpdate, Updates, side_branches, side_by_side, unedited
@@ -43,6 +47,8 @@ from ..models.trunk import FrozenTrunk
 from .base import Baseline, down_projections, key_moments
 
 LATEST = 4  # of the latest edits of a sequence are read again with every new one, at least
+HELD = 1000  # of the examples to keep, whose subjects and unrelated prompts are drawn
+RELATED = 0.75  # of the texts held, of examples with an edit's template
 KEPT_ALONE = 2  # texts that an independent edit keeps: its update holds their tokens
 SMALLEST = torch.finfo(torch.float32).tiny
 
@@ -57,6 +63,8 @@ class GaussNewton(Baseline):
     holds least are learned again with it. Every step holds `kept` texts besides: half of them
     neighbours and unrelated prompts of the examples `keep`, which must not be edited, half prompts
     of the step's edits about the subject of such an example. Independent edits hold two each.
+    `reworded` times each edit is read in other words, too: paraphrases of examples in `keep` whose
+    prompt differs from the edit's in its subject only. Then most texts held are of these examples.
     """
 
     needs_causal = True
@@ -73,16 +81,23 @@ class GaussNewton(Baseline):
         keep: Sequence[EditExample] = (),
         ridge: float = 0.05,
         kept: int = 16,
+        reworded: int = 0,
     ) -> None:
-        super().__init__(base, hparams, "Gauss-Newton", {"ridge": ridge, "kept": kept})
+        settings = {"ridge": ridge, "kept": kept, "reworded": reworded}
+        super().__init__(base, hparams, "Gauss-Newton", settings)
         self.base = base.with_sites(sites or down_projections(base))
-        self.ridge, self.kept = ridge, kept
+        self.ridge, self.kept, self.reworded = ridge, kept, reworded
         self.memory: list[Tokens] | None = None  # edits of a sequence so far
         # Editors of other settings share C⁻¹.
         self.inverse: dict[str, Tensor] = base.remembered(
             ("inverse key moments", self.base.sites, self.floor, text), lambda: self._inverses(text)
         )
-        texts = prepare_texts(base, hparams, keep) if kept else []
+        # What the examples say of each template, where edits are to be read in other words.
+        self.alike: dict[str, list[EditExample]] = {}
+        for example in keep if reworded else ():
+            if (template := template_of(example.prompt, example.subject)) is not None:
+                self.alike.setdefault(template, []).append(example)
+        texts = prepare_texts(base, hparams, keep[:HELD]) if kept else []
         self.held = [text for example in texts for text in example.neighbours + example.unrelated]
         # Names by where they stand: the tokens of one differ where a text begins.
         self.subjects: dict[int, list[tuple[int, ...]]] = {}
@@ -153,7 +168,8 @@ class GaussNewton(Baseline):
             for at in range(0, len(order), self.batch_size):
                 edits = order[at : at + self.batch_size]
                 kept = self._others(edits, self.kept, draw) if others is None else others
-                losses, step = self._step(trunk, edits, kept, made=made, most=most)
+                told = [wording for text in edits for wording in self._reworded(text, draw)]
+                losses, step = self._step(trunk, [*edits, *told], kept, made=made, most=most)
                 epoch.append(losses)
                 made = together(made, step)
             losses = torch.cat(epoch)
@@ -207,15 +223,48 @@ class GaussNewton(Baseline):
             total = total + (member.T @ by_token @ member).double()
         return (total + total.T) / 2, step
 
-    # ----------------------------------------------------------------------- what should stay
+    # ------------------------------------------------------- what should follow, what should stay
+
+    def _alike(self, text: Tokens) -> tuple[EditExample, list[EditExample]]:
+        """An edit as an example, and the examples that have its template."""
+        start, read = self.base.prompt_of(text), self.base.tokenizer.decode
+        subject = read([text.ids[place] for place in text.subject]).strip()
+        answer = read(text.targets, skip_special_tokens=True).strip()
+        edit = EditExample(read(start.ids, skip_special_tokens=True), answer, subject or None)
+        return edit, self.alike.get(template_of(edit.prompt, edit.subject) or "", [])
+
+    def _reworded(self, text: Tokens, draw: random.Random) -> list[Tokens]:
+        """An edit in at most `reworded` other wordings."""
+        edit, alike = self._alike(text)
+        templates = {template_of(p, like.subject) for like in alike for p in like.paraphrases}
+        known = sorted(filter(None, templates))
+        chosen = draw.sample(known, min(self.reworded, len(known)))
+        prompts = [template.replace("{}", edit.subject or "") for template in chosen]
+        return [edit_tokens(self.base, self.hparams, edit, prompt) for prompt in prompts]
+
+    def _related(self, text: Tokens, draw: random.Random) -> Tokens | None:
+        """A text of an example that has an edit's template."""
+        alike = self._alike(text)[1]
+        if not alike:
+            return None
+        like = draw.choice(alike)
+        texts = [(like.prompt,), like.paraphrases, [probe.prompt for probe in like.neighbours]]
+        prompt = draw.choice(draw.choice(list(filter(None, texts))))
+        return probe_tokens(self.base, self.hparams, prompt)
 
     def _others(self, edits: Sequence[Tokens], count: int, draw: random.Random) -> list[Tokens]:
-        """`count` texts to keep, if any are known: half the edits' prompts about other subjects."""
+        """`count` texts to keep, if any are known.
+
+        `RELATED` of them are about an edit's relation, where examples tell any. Of the others half
+        are the edits' prompts about other subjects.
+        """
         if not self.held:
             return []
         taken = {self.base.prompt_of(text).ids for text in edits}
-        out = []
-        for _ in range((count + 1) // 2):
+        drawn = int(RELATED * count) if self.alike else 0
+        related = [self._related(draw.choice(edits), draw) for _ in range(drawn)]
+        out = [text for text in related if text is not None and text.ids not in taken]
+        for _ in range((count - len(out) + 1) // 2):
             text = self._about_another(draw.choice(edits), draw)
             if text is not None and text.ids not in taken:
                 out.append(text)

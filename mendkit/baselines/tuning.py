@@ -8,6 +8,7 @@ has nothing to choose.
 import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from itertools import product
 from typing import Any
 
@@ -57,16 +58,23 @@ class Tuned:
         return {f"{prefix}tuning.{name}": value for name, value in found.items()}
 
 
-def tune(kind: str, on: EvaluationSet, *, text: str, mend: MENDEditor | None = None) -> Tuned:
+def tune(
+    kind: str,
+    on: EvaluationSet,
+    *,
+    text: str,
+    mend: MENDEditor | None = None,
+    keep: Sequence[EditExample] = (),
+) -> Tuned:
     """The best of a kind's `BUDGET` settings on the validation set `on`.
 
-    `kind` is one of `KINDS`; `text` gives the covariance of keys; Gauss-Newton keeps texts of `on`;
-    "identity" needs the statistics of `mend`. Raises MendkitError for another kind,
-    or if the model does not allow it.
+    `kind` is one of `KINDS`; `text` gives the covariance of keys; Gauss-Newton takes wordings and
+    texts to keep from the examples `keep`, or else from `on`; "identity" needs the statistics of
+    `mend`. Raises MendkitError for another kind, or if the model does not allow it.
     """
     if kind not in KINDS:
         raise MendkitError(f"no such kind of editor: {kind!r}; expected one of {', '.join(KINDS)}")
-    editors = candidates(kind, on, text, mend)
+    editors = candidates(kind, on, text, mend, keep)
     name, count = editors[0].name, len(on.to_edit)
     logger.info("tuning %s: %d settings on %d edits", name, len(editors), count)
     best, reports = best_of(editors, on)
@@ -91,7 +99,11 @@ def best_of(
 
 
 def candidates(
-    kind: str, on: EvaluationSet, text: str, mend: MENDEditor | None = None
+    kind: str,
+    on: EvaluationSet,
+    text: str,
+    mend: MENDEditor | None = None,
+    keep: Sequence[EditExample] = (),
 ) -> Sequence[Editor]:
     """A kind's editors at the settings to try."""
     base, h = on.base, on.hparams
@@ -106,8 +118,8 @@ def candidates(
         pairs = product((0.001, 0.002), (0.01, 0.03))
         return [FineTuning(base, h, cap=cap, lr=lr, steps=25) for cap, lr in pairs]
     if kind == "gauss_newton":
-        options = product((0.05, 0.2), (0, 16))
-        return [GaussNewton(base, h, text, ridge=r, kept=n, keep=on.examples) for r, n in options]
+        of = partial(GaussNewton, base, h, text, keep=keep or on.examples)
+        return [of(kept=n, reworded=r) for n, r in ((0, 0), (16, 0), (16, 3), (64, 3))]
     names = down_projections(base)
     if kind in ("memit", "alphaedit"):
         spans = [names[: round(d * len(names)) + 1][-MEMIT_LAYERS:] for d in MEMIT_DEPTHS]

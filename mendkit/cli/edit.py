@@ -52,7 +52,10 @@ BatchSize = Annotated[int | None, Option(min=1, help="edits at once in mode batc
 EditorKind = Annotated[str, Option(help="mend, context, or a baseline at the best of its settings")]
 TuneData = Annotated[
     str | None,
-    Option(metavar="FILE", help="edits (12) that choose these settings [facts:validation]"),
+    Option(
+        metavar="FILE",
+        help="12 edits that choose these settings, then other wordings [facts:validation]",
+    ),
 ]
 TextFile = Annotated[str, Option(metavar="FILE", help="held-out text, for drawdown (slow)")]
 Survival = Annotated[
@@ -298,8 +301,10 @@ def evaluate(
     tuning: dict[str, Any] = {}
     with place.locked():
         if editor not in ("mend", "context"):
-            tuned_on = read(tune_data or "facts:validation", limit=TUNED_ON)
-            chosen, tuning = _tuned(editor, score_on(tuned_on), mend)
+            tuned_on = read(tune_data or "facts:validation")
+            edited = {example.subject for example in examples}
+            others = [example for example in tuned_on[TUNED_ON:] if example.subject not in edited]
+            chosen, tuning = _tuned(editor, score_on(tuned_on[:TUNED_ON]), mend, others)
 
         # 3. The scores. Rows are kept as they are made.
         how, at_once = protocol or mode, k
@@ -346,11 +351,17 @@ def _opened(kind: str, hparams: "MENDHyperParams") -> tuple["BaseModel", "MENDEd
 
 
 def _tuned(
-    kind: str, validation: "EvaluationSet", mend: "MENDEditor | None"
+    kind: str,
+    validation: "EvaluationSet",
+    mend: "MENDEditor | None",
+    others: "Sequence[EditExample]",
 ) -> tuple["Editor", dict[str, Any]]:
-    """A baseline at the settings that are best on `validation`, and results about the choice."""
+    """A baseline at the settings that are best on `validation`, and results about the choice.
+
+    Gauss-Newton learns from `others` how facts are put in other words.
+    """
     running = mendkit.running_text(mendkit.read_examples("facts:train"))
-    tuned = mendkit.tune(kind, validation, text=running, mend=mend)
+    tuned = mendkit.tune(kind, validation, text=running, mend=mend, keep=others)
     results = tuned.to_dict() | {"tuning.edits": len(validation.to_edit)}
     logger.info("%s: %s", tuned.editor.name, results["tuning.kept"])
     return tuned.editor, results

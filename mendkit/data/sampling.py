@@ -91,11 +91,18 @@ def hard_negatives(examples: Sequence[EditExample], *, seed: int = 0) -> list[tu
     return out
 
 
+def template_of(prompt: str, subject: str | None) -> str | None:
+    """The prompt with {} for the last mention of its subject; None if it names none."""
+    before, named, after = prompt.rpartition(subject or "\0")
+    return before + "{}" + after if named else None
+
+
 def _kinship(example: EditExample) -> list[tuple[str, str]]:
     """What an example whose prompt names its subject may share with others."""
-    if not example.subject or example.subject not in example.prompt:
+    template = template_of(example.prompt, example.subject)
+    if template is None:
         return []
-    shared = [("wording", example.prompt.replace(example.subject, "\0"))]
+    shared = [("wording", template)]
     if example.relation:
         shared.append(("relation", example.relation))
     return shared

@@ -1,5 +1,6 @@
 """Gauss–Newton editing against dense gradients and a dense solution; what it keeps, rehearses."""
 
+import random
 import sys
 from statistics import fmean
 
@@ -10,13 +11,14 @@ from mendkit.baselines.base import down_projections, key_moments
 from mendkit.baselines.gauss_newton import GaussNewton
 from mendkit.evaluation.evaluate import evaluate, in_sequence, together
 from mendkit.evaluation.prepare import EvaluationSet
+from mendkit.mend.batches import edit_tokens
 from mendkit.mend.updates import side_branches
 from mendkit.mend.validation import forced
 from mendkit.models.trunk import FrozenTrunk
 from tests.oracles.claims import EXAMPLES, hparams
 
 # For tiny models: an edit is much of all they know, and two tokens cost them 3.3 nats at least.
-GIVEN = ("sites", "keep", "ridge", "kept")
+GIVEN = ("sites", "keep", "ridge", "kept", "reworded")
 GENTLE = {"most": 2.0, "epochs": 60, "stop": 4.7}
 
 
@@ -136,6 +138,25 @@ def test_kept_texts_change_less(llama, editor, tokens):
         read = forced(FrozenTrunk(made.base), [held], updates, compare=True)[0]
         drift[kept] = fmean(fmean(value.kl) for value in read)
     assert drift[16] < drift[0]
+
+
+def test_edits_are_learned_in_the_wordings_that_examples_have(llama, editor, tokens):
+    """Paraphrases of examples that differ from the edit in their subject only."""
+    edit, *others = EXAMPLES
+    made, draw = editor(llama, keep=others, reworded=2, kept=8, **GENTLE), random.Random(0)
+    text, told = edit_tokens(llama, made.hparams, edit), []
+    for prompt in edit.paraphrases:  # the others' with this subject
+        told.append(edit_tokens(llama, made.hparams, edit, prompt))
+    assert set(made._reworded(text, draw)) == set(told)
+    # What is kept is about other subjects.
+    for kept in made._others([text], 8, draw):
+        assert not kept.targets and edit.subject not in llama.tokenizer.decode(kept.ids)
+    # Without them, other wordings are worse off.
+    left = {}
+    for reworded in (0, 2):
+        made.reworded = reworded
+        left[reworded] = losses_of(made.base, told, made.updates([text], at_once=True))
+    assert max(left[2]) < max(left[0])
 
 
 def test_a_sequence_rehearses(llama, editor, tokens):
