@@ -227,11 +227,14 @@ class GaussNewton(Baseline):
 
     def _alike(self, text: Tokens) -> tuple[EditExample, list[EditExample]]:
         """An edit as an example, and the examples that have its template."""
-        start, read = self.base.prompt_of(text), self.base.tokenizer.decode
-        subject = read([text.ids[place] for place in text.subject]).strip()
-        answer = read(text.targets, skip_special_tokens=True).strip()
-        edit = EditExample(read(start.ids, skip_special_tokens=True), answer, subject or None)
+        subject = [text.ids[place] for place in text.subject]
+        parts = self.base.prompt_of(text).ids, text.targets, subject
+        prompt, answer, name = map(self._read, parts)
+        edit = EditExample(prompt, answer.strip(), name.strip() or None)
         return edit, self.alike.get(template_of(edit.prompt, edit.subject) or "", [])
+
+    def _read(self, ids: Sequence[int]) -> str:
+        return str(self.base.tokenizer.decode(list(ids), skip_special_tokens=True))
 
     def _reworded(self, text: Tokens, draw: random.Random) -> list[Tokens]:
         """An edit in at most `reworded` other wordings."""
