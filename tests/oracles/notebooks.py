@@ -1,5 +1,7 @@
 """Stub notebooks with the parameters of the real ones, which compute nothing."""
 
+import re
+from copy import deepcopy
 from pathlib import Path
 
 import nbformat
@@ -26,6 +28,8 @@ shown: int = 4
 out: str = "runs/2" """,
 }
 IMPORTS = """import json, os, sys, time
+import re
+from copy import deepcopy
 from pathlib import Path
 folder = Path(out)
 secret_code = 1"""
@@ -66,3 +70,24 @@ def write_notebooks(folder: Path, *, last: str | None = None, **cells: str) -> P
                 notebook.cells.append(new_code_cell(text))
         nbformat.write(notebook, folder / f"{stem}.ipynb")
     return folder
+
+
+def solved(path: Path) -> nbformat.NotebookNode:
+    """A lesson of the course with every solution, and its check, behind the exercise's own check.
+
+    The first check of an exercise may raise; the cell behind it has the solution of the `<details>`.
+    """
+    lesson = nbformat.read(path, as_version=4)
+    cells, check = [], None
+    for cell in lesson.cells:
+        cells.append(cell)
+        if "check" in cell.metadata.get("tags", ()):
+            check = deepcopy(cell)
+            cell.metadata["tags"].append("raises-exception")
+        elif cell.id.endswith("-solution"):
+            (code,) = re.findall(r"```python\n(.*?)```", cell.source, re.DOTALL)
+            cells.append(new_code_cell(code))
+            check.id += "-again"
+            cells.append(check)
+    lesson.cells = cells
+    return lesson
