@@ -5,7 +5,6 @@ from typing import Any
 
 import torch
 from IPython.display import Markdown, display
-from torch import Tensor
 
 from ..errors import MendkitError
 

@@ -75,7 +75,7 @@ def write_notebooks(folder: Path, *, last: str | None = None, **cells: str) -> P
 def solved(path: Path) -> nbformat.NotebookNode:
     """A lesson of the course with every solution, and its check, behind the exercise's own check.
 
-    The first check of an exercise may raise; the cell behind it has the solution of the `<details>`.
+    The first check may raise; the cell behind it has the code of the `<details>`.
     """
     lesson = nbformat.read(path, as_version=4)
     cells, check = [], None
