@@ -3,6 +3,7 @@
 import base64
 import importlib.util
 import io
+import json
 import os
 import re
 import shutil
@@ -46,20 +47,19 @@ def test_a_page_tells_its_run_and_shows_figures_and_tables_as_github_can(gallery
     cells = [
         new_markdown_cell("# Why?\n\nSee [03](03_c.ipynb), [pages](../docs/x.md)."),
         new_code_cell("print('installed')", id="install"),
-        new_code_cell("import json, os, sys\nn = 1\nout = ''", metadata={"tags": ["parameters"]}),
-        new_code_cell(
-            "about = {'commit': 'abcdef0123-dirty', 'versions': {'torch': '2'}}\n"
-            "about['machine'] = {'processor': 'A chip', 'cores': 2, 'threads': 1}\n"
-            "os.makedirs(out, exist_ok=True)\n"
-            "json.dump(about, open(out + '/run.json', 'w'))\n"
-            "print('stdout', file=sys.stdout)\nprint('stderr', file=sys.stderr)"
-        ),
+        new_code_cell("import sys\nn = 1\nout = ''", metadata={"tags": ["parameters"]}),
         new_code_cell(
             "from IPython.display import HTML, display\ndisplay(HTML(open('a.html').read()))\n"
+            "print('stdout')\nprint('stderr', file=sys.stderr)\n"
             "display({'image/png': open('a.txt').read(), 'text/plain': 'The finding'}, raw=True)"
         ),
     ]
-    (tmp_path / "notebooks").mkdir()
+    done = tmp_path / "runs/gallery/02_a.ipynb"
+    for folder in (tmp_path / "notebooks", done.with_suffix("")):
+        folder.mkdir(parents=True)
+    about = {"commit": "abcdef0123-dirty", "versions": {"torch": "2"}}
+    about["machine"] = {"processor": "A chip", "cores": 2, "threads": 1}
+    (folder / "run.json").write_text(json.dumps(about))
     (tmp_path / "a.html").write_text(html)
     (tmp_path / "a.txt").write_text(png())
     about = {"kernelspec": {"name": "python3", "display_name": "Python 3", "language": "python"}}
@@ -77,7 +77,6 @@ def test_a_page_tells_its_run_and_shows_figures_and_tables_as_github_can(gallery
         assert Image.open(tmp_path / f"docs/gallery/02_a/{name}.png").mode == "P"
     every = (tmp_path / "docs/gallery/README.md").read_text(encoding="utf-8")
     assert "[![02_a](02_a/small.png)](02_a.md) | 02 [Why?](02_a.md)<br>" in every
-    done = tmp_path / "runs/gallery/02_a.ipynb"
     first = done.read_bytes()
     gallery.main(tmp_path, {"02_a": {"n": 2}}, [])
     assert done.read_bytes() == first
