@@ -8,7 +8,7 @@ import torch
 from mendkit.errors import HyperParamError
 from mendkit.hparams import MENDHyperParams
 from mendkit.mend.archive import load_archive, save_archive
-from mendkit.mend.batches import Sampler, prepare_texts, role_weights
+from mendkit.mend.batches import Sampler, prepare_texts
 from mendkit.mend.distributed import Team
 from mendkit.mend.editor import MENDEditor
 from mendkit.mend.factors import FactorCache, edit_factors
@@ -23,7 +23,7 @@ from tests.oracles.claims import (
     EXAMPLES,
     editor_for,
     hparams,
-    plain_logits,
+    losses_of,
     scrambled,
     with_statistics,
 )
@@ -111,22 +111,6 @@ SENSELESS = {
 def test_settings_of_methods_that_make_no_sense_are_refused(words):
     with pytest.raises(HyperParamError, match=words):
         hparams(**SENSELESS[words])
-
-
-def losses_of(base, rows, weights, h):
-    """The weighted losses of some edits' texts under dense weights, from the definition."""
-    by_role = {}
-    for row in rows:
-        for role, text in row:
-            logp = plain_logits(base, text, weights).log_softmax(-1)
-            if role in ("edit", "paraphrases"):
-                loss = -logp[range(len(text.targets)), list(text.targets)].mean()
-            else:
-                before = plain_logits(base, text).log_softmax(-1)
-                loss = (before.exp() * (before - logp)).sum(-1).mean()
-            by_role.setdefault(role, []).append(loss)
-    weight_of = role_weights(h)
-    return sum(weight_of[role] * sum(losses) / len(losses) for role, losses in by_role.items())
 
 
 @pytest.mark.parametrize("aggregate", ["sum", "normal_equation"])

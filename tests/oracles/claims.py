@@ -7,7 +7,7 @@ import torch
 
 from mendkit.data.examples import EditExample, Probe
 from mendkit.hparams import MENDHyperParams
-from mendkit.mend.batches import edit_tokens, prepare_texts
+from mendkit.mend.batches import edit_tokens, prepare_texts, role_weights
 from mendkit.mend.editor import MENDEditor
 from mendkit.mend.factors import capture_factors
 from mendkit.mend.hypernetwork import MEND
@@ -72,6 +72,24 @@ def assert_factors_rebuild_the_gradient(
         assert largest > 0
         torch.testing.assert_close(f.weight_gradient(), gradient, rtol=rtol, atol=atol * largest)
         assert (f.delta != 0).any(1).all()  # and no token is there for nothing
+
+
+def losses_of(base, rows, weights, h):
+    """The weighted losses of some edits' texts under dense weights, from the definition."""
+    by_role = {}
+    for row in rows:
+        for role, text in row:
+            if role == "passages":  # it makes the edit
+                continue
+            logp = plain_logits(base, text, weights).log_softmax(-1)
+            if role in ("edit", "paraphrases", "consequences"):
+                loss = -logp[range(len(text.targets)), list(text.targets)].mean()
+            else:
+                before = plain_logits(base, text).log_softmax(-1)
+                loss = (before.exp() * (before - logp)).sum(-1).mean()
+            by_role.setdefault(role, []).append(loss)
+    weight_of = role_weights(h)
+    return sum(weight_of[role] * sum(losses) / len(losses) for role, losses in by_role.items())
 
 
 EXAMPLES = tuple(
