@@ -278,6 +278,7 @@ def evaluate(
     Each edit is made on a fresh model (single), k at once (batch), or all in a row (sequential).
     """
     from ..evaluation.evaluate import MODES
+    from ..evaluation.survival import SURVIVAL
     from ..runs import peak_memory_gb
 
     # 1. What can be wrong is looked at before the model is loaded.
@@ -322,6 +323,8 @@ def evaluate(
         costs = {"seconds": time.perf_counter() - started, "peak_memory_gb": peak_memory_gb()}
         results = report.to_dict() | tuning | costs
         results["protocol"] = f"{test.protocol}; {MODES[how].format(k=at_once or 1)}"
+        if survival:
+            results["protocol"] += f"; {SURVIVAL}"
         place.write(results, [vars(row) for row in report.rows])
     cli.show(results, _table(report), as_json=as_json)
     return 0

@@ -23,6 +23,10 @@ from .prepare import EvaluationSet
 
 BITS, GROUP = (8, 4), 32
 STEPS, WINDOW, RATE = 100, 64, 2e-5  # Adam steps, tokens of one, learning rate
+SURVIVAL = (
+    f"survival: edits that hold, with weights rounded in groups of {GROUP}, or after {STEPS} Adam "
+    f"steps at {RATE:g} on the edited weights, each on {WINDOW} tokens of the text"
+)
 
 
 def survival(on: EvaluationSet, update: Updates, i: int) -> dict[str, float]:

@@ -287,6 +287,7 @@ def _check_expressible(mend: MEND) -> None:
         "whiten_values": h.norm and h.whiten_values is not None,
         "z_clip": h.norm and h.z_clip is not None,
         "norm_stats: layer": h.norm and h.shared and several and h.norm_stats == "layer",
+        "edit_on: text": h.edit_on == "text",
         "edit_tokens: scored": h.edit_tokens == "scored",
         "loss_reduction: sum": h.loss_reduction == "sum",
         f"aggregate: {h.aggregate}": h.aggregate != "sum",

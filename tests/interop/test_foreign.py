@@ -172,6 +172,7 @@ def test_there_and_back_keeps_every_bit(options):
 
 
 CANNOT = {"z_clip": 10.0, "whiten": 0.1, "norm_stats": "layer", "edit_tokens": "scored"}
+CANNOT |= {"edit_on": "text"}
 
 
 @pytest.mark.parametrize("change", [{key: value} for key, value in CANNOT.items()], ids=str)
