@@ -61,8 +61,7 @@ def read_yaml(path: str | Path) -> tuple[dict[str, Any], dict[str, int]]:
         problem = getattr(error, "problem", None) or error
         raise HyperParamError(f"{place}: not valid YAML: {problem}") from None
     if not pairs:
-        found = "the file is empty" if root is None else "no keys found"
-        raise HyperParamError(f"{path}: {found}; expected lines `key: value`")
+        raise HyperParamError(f"{path}: no keys found; expected lines `key: value`")
     values: dict[str, Any] = {}
     lines: dict[str, int] = {}
     for node, value in pairs:

@@ -238,7 +238,7 @@ def test_missing_model_name(write):
 @pytest.mark.parametrize(
     ("content", "words"),
     [
-        ("", ": the file is empty; expected lines `key: value`"),
+        ("", ": no keys found; expected lines `key: value`"),
         ("smollm2\n", ": no keys found"),
         ("model_name: m\n1: x\n", ":2: a key must be text, got '1'"),
         ("model_name: m\nlr: [1\nrank: 3\n", ":3: not valid YAML: expected ',' or ']'"),
