@@ -75,14 +75,9 @@ class Plan:
         """The most memory above an idle process."""
         return sum(self.phases[self.largest].values())
 
-    @property
-    def needed(self) -> int:
-        """The most memory, this process included."""
-        return self.idle + self.peak
-
     def to_dict(self) -> dict[str, Any]:
-        """The plan as values of JSON."""
-        return asdict(self) | {"needed": self.needed, "largest": self.largest}
+        """The plan as values of JSON; what is `needed` includes this process."""
+        return asdict(self) | {"needed": self.idle + self.peak, "largest": self.largest}
 
 
 def published(
@@ -108,12 +103,7 @@ def published(
 def plan(
     h: MENDHyperParams, train: Sequence[EditExample], validation: Sequence[EditExample]
 ) -> Plan:
-    """The plan of `train(h, train, validation)`.
-
-    Raises MendkitError if there are no examples, and ModelError as loading the model does.
-    """
-    if not train or not validation:
-        raise MendkitError("a plan needs at least one training and one validation example")
+    """The plan of `train(h, train, validation)`. Raises ModelError as loading the model does."""
     if h.archive is not None:  # which training goes on from: it decides sites and shape
         archive = inspect_archive(h.archive)
         kept = {key: archive["hparams"][key] for key in STRUCTURE if key in archive["hparams"]}
@@ -286,6 +276,6 @@ def plan_table(found: Plan) -> str:
         f"{found.model}: {found.parameters / 1e6:,.0f} M parameters; trunk {found.trunk}\n"
         f"{found.texts:,} texts, {found.tokens:,} tokens; memory in GB:\n"
         f"{table.to_string(float_format='%.2f')}\n"
-        f"at most {found.needed / 1e9:.2f} GB, ± {PLAN_TOLERANCE:.0%}, with {found.idle / 1e9:.2f} "
-        "GB of the process itself"
+        f"at most {(found.idle + found.peak) / 1e9:.2f} GB, ± {PLAN_TOLERANCE:.0%}, with "
+        f"{found.idle / 1e9:.2f} GB of the process itself"
     )

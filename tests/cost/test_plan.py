@@ -68,13 +68,8 @@ def test_what_is_held_is_the_shapes_bytes(folder):
 def test_models_of_the_configurations_are_planned_without_a_network(name):
     h = MENDHyperParams.from_hparams(CONFIGS / f"{name}.yaml")
     found = plan(h, EXAMPLES, EXAMPLES[:2])
-    assert found.needed - found.idle >= 2 * found.parameters
+    assert found.peak >= 2 * found.parameters
     assert name[:2] in plan_table(found).lower()
-
-
-def test_nothing_to_plan_is_an_error():
-    with pytest.raises(MendkitError, match="at least one training"):
-        plan(hparams(), [], EXAMPLES)
 
 
 def test_training_is_refused_where_it_is_planned_to_need_more_than_is_free(folder, monkeypatch):
