@@ -3,7 +3,6 @@
 import textwrap
 import time
 from collections.abc import Sequence
-from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
@@ -95,11 +94,8 @@ def edit(
     from ..mend.batches import usable
 
     # 1. What can be wrong is looked at before the model is loaded.
-    typed = _typed(prompt or [], target or [], data=data, of_data=limit or skip_invalid)
-    if sentences and len(sentences) != len(typed):
-        raise MendkitError("give as many --text as --prompt and --target, which say what to check")
-    for k, sentence in enumerate(sentences or ()):
-        typed[k] = replace(typed[k], passages=(sentence,))
+    by_hand = prompt or [], target or [], sentences or []
+    typed = _typed(*by_hand, data=data, of_data=limit or skip_invalid)
     hparams = cli.hyperparameters(words)
     place = cli.RunFolder(out, "results.json", "rows.jsonl", overwrite=overwrite)
     kept = {"--save-merged": save_merged, "--save-adapter": save_adapter, "--save-edit": save_edit}
@@ -137,14 +133,18 @@ def edit(
 
 
 def _typed(
-    prompts: list[str], targets: list[str], *, data: str, of_data: int | None
+    prompts: list[str], targets: list[str], texts: list[str], *, data: str, of_data: int | None
 ) -> list["EditExample"]:
     """The edits given by hand. Raises MendkitError unless they or `data`, with its options, are."""
     if bool(data) == bool(prompts) or len(prompts) != len(targets):
         raise MendkitError("give as many --target as --prompt, or --data")
     if prompts and of_data:
         raise MendkitError("--limit and --skip-invalid go with --data")
-    return list(map(mendkit.EditExample, prompts, targets))
+    if texts and len(texts) != len(prompts):
+        raise MendkitError("give as many --text as --prompt and --target, which say what to check")
+    passages: list[tuple[str, ...]] = [(text,) for text in texts] or [()] * len(prompts)
+    given = zip(prompts, targets, passages, strict=True)
+    return [mendkit.EditExample(p, t, passages=stated) for p, t, stated in given]
 
 
 def _check_places(kept: dict[str, Path | None], *, overwrite: bool) -> None:
