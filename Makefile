@@ -7,7 +7,8 @@
 # make bench    what training and editing cost against a textbook MEND, under runs/bench (OUT=, ARGS=)
 # make gallery  run the notebooks that changed and write docs/gallery (ARGS="02 06": those; "--again 02")
 # make site     the pages, the gallery and the API as a site, under build/site
-# make lab      JupyterLab                make playground   the panel of notebook 06 alone, by Voilà
+# make lab      JupyterLab; in notebooks/ it saves no outputs, in other folders it does
+# make playground   the panel of notebook 06 alone, by Voilà
 #               ARCHIVE=runs/report: the notebooks' archive instead of the one in the box
 # make clean  remove .venv and caches, never runs/
 #
@@ -58,7 +59,7 @@ lint: .venv/.installed-test
 	$(BIN)/mypy
 
 lab: .venv/.installed-notebooks
-	$(BIN)/python -m jupyter lab --LabApp.default_url=/lab/tree/README.md
+	$(BIN)/python -m jupyter lab --config=scripts/lab.py
 
 playground: .venv/.installed-voila
 	$(BIN)/python -m voila --VoilaExecutor.skip_cells_with_tag=by-code \

@@ -31,6 +31,8 @@ PANEL_STYLE = """<style>
 .mendkit-said {padding: 4px 10px; border-left: 4px solid #8888; line-height: 1.45}
 .mendkit-said.bad {border-left-color: #d55e00; background: #d55e0018}
 </style>"""
+# Within the panel: exported HTML has none, so it shows the snapshot.
+HIDE_SNAPSHOT = "<style>.mendkit-snapshot {display: none}</style>"
 
 
 class Panel:
@@ -84,7 +86,14 @@ class Panel:
         archive_row = w.HBox([self.archive, self.load])
         fact_row = w.HBox([self.prompt, self.answer, self.apply])
         journal_row = w.HBox([self.strength, self.toggle, self.drop, self.folder, self.save])
-        rows = [w.HTML(PANEL_STYLE), self.about, archive_row, self.said, self.pick, fact_row]
+        rows = [
+            w.HTML(PANEL_STYLE + HIDE_SNAPSHOT),
+            self.about,
+            archive_row,
+            self.said,
+            self.pick,
+            fact_row,
+        ]
         self.ui = w.VBox([*rows, self.others, self.journal, journal_row, self.results])
         self.ui.add_class("mendkit")
         self._on_pick()
@@ -107,10 +116,10 @@ class Panel:
         self.results.value = "".join(parts)
 
     def snapshot(self) -> HTML:
-        """What the panel shows, without widgets."""
+        """What the panel shows, without widgets; hidden where the panel is alive."""
         journal = tables.table(self.playground.journal()).to_html()
         shown = f"{self.about.value}<h4>Journal of edits</h4>{journal}{self.results.value}"
-        return HTML(f'{PANEL_STYLE}<div class="mendkit">{shown}</div>')
+        return HTML(f'{PANEL_STYLE}<div class="mendkit mendkit-snapshot">{shown}</div>')
 
     def _button(self, label: str, action: Callable[[], object]) -> w.Button:
         button = w.Button(description=label, layout=w.Layout(width="110px", flex="none"))
