@@ -5,6 +5,7 @@ Figures are plain `Figure` objects: no pyplot, no global state. `figures.mplstyl
 
 import base64
 import io
+import itertools
 import textwrap
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -12,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import pandas as pd
-from matplotlib import rc_context
+from matplotlib import rc_context, rcParams
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.font_manager import findfont, get_font
@@ -21,7 +22,10 @@ from matplotlib.ticker import LogFormatter
 from ..runs import user_path
 
 WIDTH = 7.2  # inches
-BLACK, GREY = "#222222", "#8A8A8A"
+BLACK, GREY = "#222222", "#6B6B6B"
+# An editor has the same colour and marker in all figures: its place in the style's cycle.
+EDITORS = {"trained": 0, "untrained": 1, "whitened keys": 1, "normalised per feature": 2}
+EDITORS |= {"gradient, all tokens": 3, "gradient, scored tokens": 4}
 STYLE = Path(__file__).with_name("figures.mplstyle")
 in_style = rc_context(fname=STYLE)
 """Decorates what draws; matplotlib's settings are the user's again after it."""
@@ -126,10 +130,19 @@ def shares(ax: Axes, *names: str) -> None:
         ax.set(**{f"{name}lim": (-0.03, 1.03), f"{name}ticks": (0, 0.2, 0.4, 0.6, 0.8, 1)})
 
 
+def looks(names: Sequence[str]) -> dict[str, dict[str, Any]]:
+    """Colour and marker by name: an editor's own, others those that are left, in their order."""
+    style = list(rcParams["axes.prop_cycle"])
+    taken = {EDITORS[name] for name in names if name in EDITORS}
+    left = itertools.cycle([k for k in range(len(style)) if k not in taken])
+    return {name: style[EDITORS[name] if name in EDITORS else next(left)] for name in names}
+
+
 def lines(ax: Axes, frame: pd.DataFrame, x: str, y: str, series: str) -> None:
     """A line for each value of the column `series`, with a band if rows have `low` and `high`."""
+    look = looks(list(frame[series].unique()))
     for name, part in frame.groupby(series, sort=False):
-        (line,) = ax.plot(part[x], part[y], label=name)
+        (line,) = ax.plot(part[x], part[y], label=name, **look[name])
         if "low" in part:
             band = (part[x], part["low"], part["high"])
             ax.fill_between(*band, color=line.get_color(), alpha=0.12, lw=0)
@@ -156,7 +169,7 @@ def dots(ax: Axes, frame: pd.DataFrame, rows: Mapping[str, str], series: str) ->
             part["mean"], y, xerr=whiskers(part), ls="", label=name if len(names) > 1 else ""
         )
         for mean, at in zip(part["mean"], y, strict=True):
-            ax.text(1.05, at, f"{mean:.2f}", color=f"C{k}", va="center")
+            ax.text(1.05, at, f"{mean:.2f}", va="center")
     categories(ax, list(rows.values()))
     shares(ax, "x")
     ax.set_xlim(-0.03, 1.17)

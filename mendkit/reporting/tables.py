@@ -18,7 +18,8 @@ from ..evaluation.results import APART, GROUPS, HEADLINE, EvaluationReport, Inte
 from ..hparams import MENDHyperParams
 
 CELL = "text-align: left; vertical-align: top; padding: .3em .8em; border-bottom: 1px solid #8884"
-CHANGED = "background-color: #ffb30055"  # see-through: it suits light and dark pages
+# See-through, so they suit light and dark pages: what changed as wanted, and what should not have.
+WANTED, UNWANTED = "background-color: #0072b240", "background-color: #ffb30055"
 
 PAIRED = {
     "edit": "new answers written",
@@ -121,7 +122,7 @@ def prompts_of(e: EditExample, *, most: int | None = 2) -> list[Asked]:
 
 
 def before_after(asked: Sequence[Asked], before: Sequence[str], after: Sequence[str]) -> Styler:
-    """Completions before and after one edit; what changed is marked, what is as wanted ticked.
+    """Completions before and after one edit; what changed is marked, in blue if that is as wanted.
 
     A new answer may differ in case, punctuation and articles, what should stay may not.
     """
@@ -133,9 +134,8 @@ def before_after(asked: Sequence[Asked], before: Sequence[str], after: Sequence[
     frame["good"] = new.where(frame["wanted"].notna(), ~changed).astype(object)  # a tick
     frame["wanted"] = frame["wanted"].fillna("as before")
     order = ["role", "prompt", "before", "after", "wanted", "good"]
-    return table(frame[order]).apply(
-        lambda _: changed.map({True: CHANGED, False: ""}), subset=["after"]
-    )
+    marks = frame["good"].map({True: WANTED, False: UNWANTED}).where(changed, "")
+    return table(frame[order]).apply(lambda _: marks, subset=["after"])
 
 
 def scores(reports: Mapping[str, EvaluationReport]) -> Styler:

@@ -60,9 +60,10 @@ def test_before_after_ticks_the_new_answer_and_what_stayed():
     shown = tables.before_after(asked, before, after)
     good = [True, False, False, True, False, *[True] * (len(asked) - 6), False]
     assert list(shown.data["good"]) == good
-    assert shown.to_html().count(tables.CHANGED) == 1  # one rule for all marked cells
-    marked = shown.to_html().split(tables.CHANGED)[0].rpartition("}")[2]
-    assert [f"row{i}_" in marked for i in range(6)] == [True, True, False, False, True, False]
+    for colour, rows in {tables.WANTED: [0], tables.UNWANTED: [1, 4, len(asked) - 1]}.items():
+        assert shown.to_html().count(colour) == 1  # one rule for all cells of a colour
+        marked = shown.to_html().split(colour)[0].rpartition("}")[2]
+        assert [i for i in range(len(asked)) if f"row{i}_" in marked] == rows
 
 
 def test_spread_takes_each_relation_once_before_any_twice():
