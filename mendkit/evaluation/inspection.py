@@ -12,6 +12,7 @@ All in float64. Axes: b edits, t tokens, i layer input, o layer output, k singul
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import pandas as pd
 import torch
 from torch import Tensor
 from torch.nn.functional import normalize, pad
@@ -20,6 +21,7 @@ from ..data.examples import EditExample
 from ..hparams import MENDHyperParams
 from ..mend.batches import ExampleTexts
 from ..mend.distributed import Team
+from ..mend.edit import Edit
 from ..mend.editor import MENDEditor
 from ..mend.factors import capture_factors, edit_factors
 from ..mend.hypernetwork import MEND
@@ -207,15 +209,22 @@ def energy_spectra(updates: Mapping[str, Updates], *, most: int = 8) -> list[dic
     for series, by_site in updates.items():
         shares = []
         for update in by_site.values():
-            small_u, small_delta = (
-                torch.linalg.qr(x.double().mT).R for x in (update.u, update.delta)
-            )
-            values = torch.linalg.svdvals(small_delta @ small_u.mT)
-            share = normalize(values, dim=1) ** 2
+            share = normalize(update.singular_values(), dim=1) ** 2
             shares.append(pad(share, (0, most))[:, :most])
         for k, mean in enumerate(torch.cat(shares).cumsum(1).mean(0).tolist()):
             rows.append({"series": series, "directions": k + 1, "share": mean})
     return rows
+
+
+def weight_change(edit: Edit) -> pd.DataFrame:
+    """A row a site: ΔW's tokens, ‖ΔW‖, ‖ΔW‖ / ‖W‖, and the `share` of its first direction."""
+    relative, rows = edit.relative_norm(), []
+    for name, update in edit.updates.items():
+        values = update.singular_values()[0]
+        row = {"site": name, "tokens": update.u.shape[1], "norm": float(update.norms())}
+        share = float(values[0] ** 2 / values.square().sum())
+        rows.append(row | {"relative_norm": relative[name], "share": share})
+    return pd.DataFrame(rows).set_index("site")
 
 
 def sweep(

@@ -18,7 +18,7 @@ import pandas as pd
 
 from ..data.examples import headline_mean
 from ..errors import MendkitError
-from ..runs import write_text
+from ..runs import user_path, write_text
 
 RESAMPLES, FEWEST, Z = 2000, 3, 1.96  # of a bootstrap; edits of an interval; normal quantile
 
@@ -160,6 +160,11 @@ class EditRow:
     subject: str | None = None
     known: bool | None = None
 
+    @classmethod
+    def from_dict(cls, saved: Mapping[str, Any]) -> "EditRow":
+        """A row as JSON holds it."""
+        return cls(**{**saved, "outputs": tuple(saved["outputs"])})
+
 
 @dataclass(frozen=True, repr=False)
 class EvaluationReport:
@@ -176,6 +181,23 @@ class EvaluationReport:
     seconds: float
     values: Mapping[str, float] = field(default_factory=dict)
     earlier: tuple["EvaluationReport", ...] = ()
+
+    @classmethod
+    def load(cls, path: str | Path) -> "EvaluationReport":
+        """The report of rows that `save_rows` wrote: of a file, or of the folder of one run.
+
+        It has no `values`. Raises MendkitError if there is not one such file.
+        """
+        given = user_path(path)
+        found = [given] if given.is_file() else sorted(given.glob("**/rows.jsonl"))
+        if len(found) != 1:
+            raise MendkitError(
+                f"{path} holds {len(found)} files rows.jsonl, expected one; give the file itself, "
+                "or the run folder of notebook 02 or of a report"
+            )
+        lines = found[0].read_text(encoding="utf-8").splitlines()
+        rows = tuple(EditRow.from_dict(json.loads(line)) for line in lines)
+        return cls(str(path), "saved", rows, summarise(rows), {"scored": len(rows)}, 0.0)
 
     def __repr__(self) -> str:
         score = headline_score(self.summary)

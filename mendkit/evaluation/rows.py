@@ -90,5 +90,5 @@ def _check(path: Path, theirs: dict[str, Any], ours: dict[str, Any]) -> None:
 
 def _part_of(line: str) -> Part:
     part = json.loads(line)
-    rows = [EditRow(**{**row, "outputs": tuple(row["outputs"])}) for row in part["rows"]]
+    rows = [EditRow.from_dict(row) for row in part["rows"]]
     return rows, part["values"]

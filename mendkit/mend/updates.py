@@ -61,6 +61,12 @@ class LowRankUpdate:
         """‖ΔW_b‖_F of every edit."""
         return self.inner(self).clamp(min=0).sqrt()
 
+    def singular_values(self) -> Float[Tensor, "b k"]:
+        """Those of every ΔW_b that may be other than 0, largest first, in float64."""
+        # Of uᵀ = Q_u R_u and δᵀ = Q_δ R_δ the Q keep lengths: R_δ R_uᵀ has the same values.
+        small_u, small_delta = (torch.linalg.qr(x.double().mT).R for x in (self.u, self.delta))
+        return torch.linalg.svdvals(small_delta @ small_u.mT) * abs(float(self.coefficient))
+
     def branch(self, x: Float[Tensor, "*n i"]) -> Float[Tensor, "*n o"]:
         """What is added to the layer's output for inputs x, (n, l, i) or (n · l, i).
 

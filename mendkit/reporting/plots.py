@@ -399,6 +399,16 @@ def success_against_locality(runs: Mapping[str, Means], scores: Mapping[str, flo
     return finish("success_against_locality", title, axes, frame, note=note)
 
 
+@in_style
+def scatter(frame: pd.DataFrame, x: str, y: str, *, name: str = "own") -> Chart:
+    """Two columns of a frame, a point a row; the title tells how their ranks go together."""
+    points = frame[[x, y]].dropna().astype(float)
+    (ax,) = axes = panels(1, 3)
+    ax.scatter(points[x], points[y], alpha=0.6)
+    title = f"Rank correlation of {y} with {x}: {points.rank().corr().iloc[0, 1]:.2f}"
+    return finish(name, title, axes, points, note=f"n = {len(points)}", xlabel=x, ylabel=y)
+
+
 # ---- costs
 
 

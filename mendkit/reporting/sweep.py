@@ -26,7 +26,7 @@ from pandas.io.formats.style import Styler
 from pydantic import BaseModel, Field, ValidationError
 
 from ..errors import MendkitError
-from ..evaluation.results import HEADLINE, Summary
+from ..evaluation.results import HEADLINE, EvaluationReport, Summary
 from ..hparams import Bytes, CountFrom1
 from ..runs import locked, provenance, sha256, user_path, write_json
 from ..strict_yaml import read_yaml
@@ -76,6 +76,11 @@ class SweepRun:
     def summary(self) -> Summary:
         """Means of the trained editor with their intervals."""
         return Summary.from_dict(self.results, "single.")
+
+    @property
+    def report(self) -> EvaluationReport:
+        """The rows of its edits. Raises MendkitError if it has none."""
+        return EvaluationReport.load(self.folder)
 
     @property
     def score(self) -> float | None:

@@ -7,6 +7,7 @@ from torch import Tensor
 from mendkit.evaluation import inspection
 from mendkit.mend.archive import load_archive, save_archive
 from mendkit.mend.batches import edit_tokens, prepare_texts
+from mendkit.mend.edit import Edit
 from mendkit.mend.hypernetwork import MEND
 from mendkit.mend.training import train
 from mendkit.mend.updates import LowRankUpdate
@@ -98,6 +99,19 @@ def test_spectra_are_shares_of_the_dense_matrices_energy(llama64):
     expected = (torch.cat(energy).cumsum(1) / whole[:, None]).mean(0).tolist()
     assert [row["share"] for row in rows] == pytest.approx(expected)
     assert [row["directions"] for row in rows] == [*range(1, 6)]
+
+
+def test_a_weight_change_is_told_as_its_dense_matrices_are(llama64):
+    mend, text = trained(llama64), texts_of(llama64)[0]
+    edit = Edit(llama64, inspection.updates_of(FrozenTrunk(llama64), mend, [text]), EXAMPLES[:1])
+    frame, relative = inspection.weight_change(edit.scale(-2)), edit.relative_norm()
+    for site, matrix in edit.dense().items():
+        values = torch.linalg.svdvals(matrix)
+        row = frame.loc[site]
+        assert row["norm"] == pytest.approx(2 * float(values.norm()))
+        assert row["relative_norm"] == pytest.approx(2 * relative[site])
+        assert row["share"] == pytest.approx(float(values[0] ** 2 / values.square().sum()))
+        assert 1 <= row["tokens"] <= len(text.ids)
 
 
 def test_a_sweep_reaches_the_sizes_asked_for_and_its_sign_decides(llama):

@@ -151,6 +151,19 @@ def test_frames_have_a_row_an_edit_and_a_row_a_text():
     assert repr(made) == "<EvaluationReport of MEND, single: 2 edits, headline score 0.500>"
 
 
+def test_saved_rows_are_a_report_again(tmp_path):
+    made = report("MEND", {"a": (1.0, 0.5), "b": (0.0, 0.1)})
+    made.save_rows(tmp_path / "02/rows.jsonl")
+    for place in (tmp_path, tmp_path / "02/rows.jsonl"):
+        read = EvaluationReport.load(place)
+        assert read.frame().equals(made.frame()) and read.texts().equals(made.texts())
+        assert read.summary == made.summary
+        assert list(compare(made, read)["equal"]) == [2]
+    made.save_rows(tmp_path / "03/rows.jsonl")
+    with pytest.raises(MendkitError, match=r"holds 2 files rows\.jsonl"):
+        EvaluationReport.load(tmp_path)
+
+
 def test_two_reports_are_compared_over_the_edits_that_both_hold():
     first = report("a", {"1": (1.0, 0.5), "2": (1.0, 0.1), "3": (0.0, 0.3), "4": (1.0, 9.0)})
     second = report("b", {"3": (0.0, 0.2), "2": (0.0, 0.4), "1": (1.0, 0.6), "5": (0.0, 9.0)})

@@ -6,6 +6,7 @@ import fcntl
 import json
 import os
 import re
+import runpy
 import shutil
 import sys
 from collections.abc import Callable, Iterator
@@ -19,8 +20,11 @@ import papermill
 import pytest
 from IPython.core.interactiveshell import InteractiveShell
 from IPython.utils.capture import capture_output
+from jupyter_server.services.contents.filemanager import FileContentsManager
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from nbformat import NotebookNode
+from nbformat.v4 import new_output
+from traitlets.config import Config
 
 from mendkit.baselines.tuning import BUDGET
 from mendkit.errors import MendkitError
@@ -38,13 +42,13 @@ ROOT = Path(__file__).parents[2]
 NAMES = {path.name[:2]: path for path in sorted((ROOT / "notebooks").glob("*.ipynb"))}
 FIGURES = {
     "01": {"loss_curves", "validation", "control"},
-    "02": {"next_tokens", "headline", "strength"},
+    "02": {"next_tokens", "headline", "strength", "own"},
     "03": {"ranks", "signs", "normalisers", "spectra"},
     "04": {"decoding", "editors"},
     "05": {"at_once"},
     "06": {"next_tokens"},
     "07": {"costs_of_training", "memory_of_training"},
-    "08": {"success_against_locality"},
+    "08": {"success_against_locality", "own"},
     "09": {"editors"},
     "10": {"what_follows", "editors"},
 }
@@ -165,6 +169,47 @@ def test_the_first_code_cell_installs_the_kit_where_it_is_missing(tmp_path, monk
     kit, model = asked.read_text().splitlines()
     assert kit == "-m pip install -q mendkit[notebooks]"
     assert model == INSTALL.replace("python ", "").replace("install", "install -q")
+
+
+def test_a_notebook_that_lab_saves_is_what_git_has_unless_it_is_saved_elsewhere(tmp_path):
+    settings = Config()
+    runpy.run_path(str(ROOT / "scripts/lab.py"), {"get_config": lambda: settings})
+    manager = FileContentsManager(root_dir=str(tmp_path), config=settings)
+    notebook = nbformat.read(NAMES["03"], as_version=4)
+    notebook.metadata.language_info.version = "3.11"
+    for cell in notebook.cells:
+        cell.metadata.trusted = True
+        if cell.cell_type == "code":
+            cell.update(outputs=[new_output("stream", text="said")], execution_count=1)
+    for folder in ("runs", "notebooks"):  # the second time without outputs
+        (tmp_path / folder).mkdir()
+        manager.save({"type": "notebook", "content": notebook}, f"{folder}/03.ipynb")
+    assert (tmp_path / "notebooks/03.ipynb").read_bytes() == NAMES["03"].read_bytes()
+    assert "said" in (tmp_path / "runs/03.ipynb").read_text(encoding="utf-8")
+
+
+def test_a_run_time_is_the_same_in_the_readme_and_in_the_notebook(name):
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    (row,) = [line for line in readme.splitlines() if f"]({NAMES[name].relative_to(ROOT)})" in line]
+    (time,) = re.findall(r"(\d+) minutes?|seconds", row)
+    told = cells(name, "markdown")[0].source.partition("**Run time:**")[2]
+    assert f" {time or 'seconds'}" in told.partition(".")[0]
+
+
+EXPLORED = {
+    "02": ("relation-table", "generations", "texts", "shift", "weights"),
+    "08": ("pair", "failures", "own"),
+}
+
+
+@pytest.mark.parametrize("name", EXPLORED)
+def test_the_cells_to_be_changed_are_the_last_before_the_results_and_short(name):
+    """A reader changes them, so each is at most five lines."""
+    code = cells(name)
+    end = [cell.id for cell in code].index("results")
+    last = code[end - len(EXPLORED[name]) : end]
+    assert tuple(cell.id for cell in last) == EXPLORED[name]
+    assert all(len(cell.source.splitlines()) <= 5 for cell in last)
 
 
 # ---- execution
@@ -403,6 +448,7 @@ def test_comparing_runs_tells_their_scores_and_what_failed(tiny):
     for metric in HEADLINE.values():
         assert run.results[f"sweep.run_1.{metric}"] == edited.results[f"single.{metric}"]
     shown = str([x for x in run.shown if isinstance(x, dict)])
+    assert "run 1 and run 2" in shown and "edit_success.free_exact" in shown
     assert "&lt;b&gt;no memory" in shown and "<b>no" not in shown
 
 

@@ -6,10 +6,12 @@ That they are labelled and whole is tested where notebooks draw them (test_noteb
 import math
 
 import matplotlib
+import pandas as pd
 import pytest
 
+from mendkit.evaluation.inspection import ALL, PER_FEATURE, SCORED, WHITENED
 from mendkit.evaluation.results import Interval
-from mendkit.reporting import plots
+from mendkit.reporting import figures, plots
 from mendkit.reporting.figures import Chart
 
 METRICS = list(plots.HEADLINE_LABELS)
@@ -140,6 +142,28 @@ def test_ranks_above_the_number_of_tokens_are_told():
     wrong = [{"tokens": 3, "rank": 4, "full_rank": 9, "error": error} for error in (0.2, math.nan)]
     assert "2 gradients are not sums" in plots.ranks(wrong).finding
     assert plots.ranks(wrong).finding.endswith("2 exceed that rank")
+
+
+def test_an_editor_has_the_same_colour_and_marker_in_all_figures():
+    """03 draws these together; names that it does not know take the colours that are left."""
+    assert {PER_FEATURE, WHITENED, ALL, SCORED, "trained", "untrained"} == set(figures.EDITORS)
+    found = {}
+    for names in ([ALL, WHITENED, "trained"], [PER_FEATURE, "trained", "other"], ["other", SCORED]):
+        rows = [{"series": name, "directions": 1, "share": 0.5} for name in names]
+        drawn = plots.spectra(rows, n=1).figure.axes[0].get_lines()
+        looks = {line.get_label(): (line.get_color(), line.get_marker()) for line in drawn}
+        assert len(set(looks.values())) == len(names)
+        for name in names:
+            if name != "other":
+                assert found.setdefault(name, looks[name]) == looks[name]
+
+
+def test_a_scatter_has_the_points_of_a_frame_and_their_rank_correlation():
+    frame = pd.DataFrame({"x": [1.0, 2.0, 9.0, None], "y": [0.1, 0.3, 0.2, 5.0]})
+    chart = plots.scatter(frame, "x", "y")
+    (points,) = chart.figure.axes[0].collections
+    assert points.get_offsets().tolist() == [[1.0, 0.1], [2.0, 0.3], [9.0, 0.2]]
+    assert chart.finding == "Rank correlation of y with x: 0.50" and len(chart.data) == 3
 
 
 def test_runs_are_points_with_whiskers_both_ways_and_keep_their_numbers():
