@@ -234,13 +234,23 @@ def _client(path: Path, parameters: Mapping[str, Any], show: Callable[[str], Non
 
 
 def _export(executed: Path, page: Path) -> str:
-    """Write an executed notebook as HTML, text and outputs without code; why that failed."""
+    """Write an executed notebook as HTML, text and outputs without code; why that failed.
+
+    Links to notebooks lead to their pages, and one on top to the report's.
+    """
+    import nbformat
     from nbconvert import HTMLExporter
 
     hidden = dict.fromkeys(["exclude_input", "exclude_input_prompt", "exclude_output_prompt"], True)
     template = Path(__file__).parent / "templates" / "notebook.html.j2"
     try:
-        text, _ = HTMLExporter(template_file=str(template), **hidden).from_filename(str(executed))
+        notebook = nbformat.read(executed, as_version=4)
+        notebook.metadata["title"] = notebook.cells[0].source.partition("\n")[0].lstrip("# ")
+        exporter = HTMLExporter(template_file=str(template), **hidden)
+        text, _ = exporter.from_notebook_node(notebook)
+        text = re.sub(r'href="(\w+)\.ipynb"', r'href="\1.html"', text)
+        if page.name != "index.html":
+            text = text.replace("<main>", '<main><p><a href="index.html">← the report</a></p>', 1)
         page.write_text(text, encoding="utf-8")
     except Exception as error:  # the rest of the report is still worth having
         return f"export to HTML: {type(error).__name__}: {error}"

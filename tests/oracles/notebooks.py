@@ -62,7 +62,10 @@ def write_notebooks(folder: Path, *, last: str | None = None, **cells: str) -> P
     for stem, extra in ((TRAINING, cells.get("train")), (EDITING, cells.get("edit"))):
         kernel = {"name": "python3", "display_name": "Python 3", "language": "python"}
         notebook = new_notebook(metadata={"kernelspec": kernel})
-        notebook.cells = [new_markdown_cell(f"# {stem}"), new_code_cell(PARAMETERS[stem])]
+        notebook.cells = [
+            new_markdown_cell(f"# {stem}\n\n[Back]({TRAINING}.ipynb)"),
+            new_code_cell(PARAMETERS[stem]),
+        ]
         notebook.cells[1].metadata["tags"] = ["parameters"]
         end = last if last and stem == EDITING else WRITE[stem]
         for text in (IMPORTS, SAID, extra, end):

@@ -77,6 +77,8 @@ def test_both_notebooks_run_and_the_page_links_what_they_leave(here):
     assert run["kind"] == "report" and run["status"] == "done" and run["failure"] is None
     shown = (out / f"{EDITING}.html").read_text(encoding="utf-8")
     assert "said before the end" in shown and "secret_code" not in shown
+    assert f"<title>{EDITING}</title>" in shown and 'href="index.html"' in shown
+    assert f'href="{TRAINING}.html"' in shown and ".ipynb" not in shown
     assert 'alt="It works"' in shown and "No description" not in shown
     assert "secret_code" in (out / f"{EDITING}.ipynb").read_text(encoding="utf-8")
 
