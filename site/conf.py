@@ -110,8 +110,8 @@ def api():
     lines = []
     for folder in FOLDERS:
         lines += ["", f"## {folder}", "", "```{eval-rst}"]
-        for module, names in mendkit._NAMES.items():
-            for name in names.split() if module.partition(".")[0] == folder else ():
+        for name, module in mendkit._MODULE_OF.items():
+            if module.partition(".")[0] == folder:
                 value, place = getattr(mendkit, name), f"mendkit.{module}.{name}"
                 if inspect.isclass(value):
                     lines += ["", f".. autoclass:: {place}", "   :members:"]
@@ -124,7 +124,7 @@ def api():
 
 def without_public(found):
     """A module's directive that leaves out what the page of the public names has."""
-    names = mendkit._NAMES.get(found[2], "").split()
+    names = [name for name, module in mendkit._MODULE_OF.items() if module == found[2]]
     return found[1] + f"\n   :exclude-members: {', '.join(names)}" * bool(names)
 
 
