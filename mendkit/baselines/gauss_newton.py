@@ -37,7 +37,7 @@ from ..data.sampling import template_of
 from ..evaluation.sequences import together
 from ..hparams import MENDHyperParams
 from ..mend.batches import edit_tokens, prepare_texts, probe_tokens
-from ..mend.factors import Factors, factors_and_losses
+from ..mend.factors import FACTOR_BATCH, Factors, GradientFactors, factors_and_losses
 from ..mend.losses import wide
 from ..mend.updates import LowRankUpdate, Updates, side_branches, side_by_side, unedited
 from ..mend.validation import forced
@@ -194,7 +194,7 @@ class GaussNewton(Baseline):
         # 1. Losses and gradients of all texts on the model as it is.
         before, kept = self._before(trunk, others)
         with side_branches(self.base, made):
-            factors, losses = factors_and_losses(trunk, [*edits, *kept], reduction="sum")
+            factors, losses = _in_passes(trunk, [*edits, *kept])
         learned = losses[: len(edits)]
         if bool((learned < self.stop).all()):
             return learned, {}
@@ -299,6 +299,23 @@ class GaussNewton(Baseline):
         answers = token.split([len(text.scored) for text in texts])
         pairs = zip(texts, answers, strict=True)
         return losses, [replace(text, targets=tuple(ids.tolist())) for text, ids in pairs]
+
+
+def _in_passes(trunk: FrozenTrunk, texts: Sequence[Tokens]) -> tuple[Factors, Float[Tensor, " n"]]:
+    """Factors and losses of all texts; the activations of `FACTOR_BATCH` take memory at a time."""
+    parts: dict[str, list[GradientFactors]] = {}
+    losses = []
+    for at in range(0, len(texts), FACTOR_BATCH):
+        some = texts[at : at + FACTOR_BATCH]
+        factors, loss = factors_and_losses(trunk, some, reduction="sum")
+        losses.append(loss)
+        for name, f in factors.items():
+            parts.setdefault(name, []).append(replace(f, rows=f.rows + at))
+    joined: Factors = {}
+    for name, several in parts.items():
+        columns = ([getattr(f, field) for f in several] for field in ("u", "delta", "rows"))
+        joined[name] = GradientFactors(*map(torch.cat, columns))
+    return joined, torch.cat(losses)
 
 
 def _one_below_another(parts: Sequence[LowRankUpdate]) -> LowRankUpdate:
