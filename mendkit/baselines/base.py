@@ -6,7 +6,7 @@ every prompt, which changes no weight.
 
 import math
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -24,7 +24,7 @@ from ..hparams import MENDHyperParams
 from ..mend.batches import edit_tokens, prepare_texts, told
 from ..mend.edit import Edit
 from ..mend.editor import MENDEditor
-from ..mend.factors import capture_inputs
+from ..mend.factors import capture_factors, capture_inputs
 from ..mend.hypernetwork import MEND
 from ..mend.losses import wide
 from ..mend.updates import Updates
@@ -32,11 +32,13 @@ from ..mend.validation import best_edit_lr, strength_curve
 from ..models.base import BaseModel
 from ..models.families import CAUSAL
 from ..models.sites import mlp_names
-from ..models.tokens import Tokens
+from ..models.tokens import Tokens, collate
 from ..models.trunk import FrozenTrunk, trunk_cache
 
 # Tokens of text in a pass and in all, for second moments of keys.
 KEY_WINDOW, KEY_TOKENS = 256, 16_384
+# And for those of gradients, which take a backward pass.
+GRADIENT_TOKENS = 4096
 # Of SmolLM2; other models have them as many times as large as their best step is.
 IDENTITY_EDIT_LRS = (2e-4, 4e-4, 8e-4, 1.6e-3, 3.2e-3, 6.4e-3)
 # Edits on which other models' power of 2 is measured.
@@ -205,24 +207,51 @@ def down_projections(base: BaseModel) -> list[str]:
     return [site.name for site in found]
 
 
+def gradient_moments(base: BaseModel, text: str, *, seed: int = 0) -> dict[str, Tensor]:
+    """S = E[δ δᵀ] (o, o) of δ = ∂L/∂y at every site's outputs y, over the first tokens of `text`.
+
+    L is the NLL of tokens drawn from the model, which makes S the output factor of K-FAC's Fisher
+    (Martens & Grosse, 2015, arXiv 1503.05671). In float64. Raises DataError as `key_moments`.
+    """
+    trunk, drawing = FrozenTrunk(base), torch.Generator(base.device).manual_seed(seed)
+    sums: dict[str, Any] = {}
+    count = 0
+    for window in _windows(base, text, GRADIENT_TOKENS):
+        logits = trunk.suffix([window], collate([window], base.pad_id, base.device))
+        drawn = torch.multinomial(wide(logits).softmax(-1), 1, generator=drawing)[:, 0]
+        told = replace(window, targets=tuple(drawn.tolist()))
+        for name, f in capture_factors(trunk, [told], reduction="sum").items():
+            delta = f.delta.double()
+            sums[name] = sums.get(name, 0.0) + (delta.T @ delta).cpu()
+        count += len(told.targets)
+    return {name: total / count for name, total in sums.items()}
+
+
+def _windows(base: BaseModel, text: str, most: int) -> Iterator[Tokens]:
+    """The first `most` tokens of a text in windows, every position scored."""
+    ids = base.encode(text)[:most]
+    if not ids:
+        raise DataError("the text for the keys' covariance has no token; give a longer one")
+    begin = first_token(base)
+    for at in range(0, len(ids), KEY_WINDOW):
+        window = (*begin, *ids[at : at + KEY_WINDOW])
+        yield Tokens(window, tuple(range(len(begin), len(window))))
+
+
 def key_moments(base: BaseModel, text: str, *, ridge: float = 0.0) -> dict[str, Tensor]:
     """C = E[k kᵀ] (i, i) of the inputs k of every site over the first tokens of `text`.
 
     In float64, plus `ridge` times the mean of C's diagonal on it. Raises DataError for a text
     without tokens.
     """
-    ids = base.encode(text)[:KEY_TOKENS]
-    if not ids:
-        raise DataError("the text for the keys' covariance has no token; give a longer one")
-    begin, trunk = first_token(base), FrozenTrunk(base)
+    trunk, count = FrozenTrunk(base), 0
     sums: dict[str, Any] = {}
-    for at in range(0, len(ids), KEY_WINDOW):
-        window = (*begin, *ids[at : at + KEY_WINDOW])
-        every = Tokens(window, tuple(range(len(begin), len(window))))
-        for name, inputs in capture_inputs(trunk, [every]).items():
+    for window in _windows(base, text, KEY_TOKENS):
+        for name, inputs in capture_inputs(trunk, [window]).items():
             k = wide(inputs)
             sums[name] = sums.get(name, 0.0) + (k.T @ k).cpu().double()
+        count += len(window.scored)
     for name, total in sums.items():
-        c = total / len(ids)
+        c = total / count
         sums[name] = c + ridge * c.diagonal().mean() * torch.eye(len(c), dtype=c.dtype)
     return sums

@@ -25,6 +25,7 @@ import copy
 import random
 from collections.abc import Sequence
 from dataclasses import replace
+from typing import Any
 
 import torch
 from jaxtyping import Float
@@ -34,6 +35,7 @@ from torch.nn.utils.rnn import pad_sequence
 
 from ..data.examples import EditExample
 from ..data.sampling import template_of
+from ..errors import HyperParamError
 from ..evaluation.sequences import together
 from ..hparams import MENDHyperParams
 from ..mend.batches import edit_tokens, prepare_texts, probe_tokens
@@ -44,7 +46,7 @@ from ..mend.validation import forced
 from ..models.base import BaseModel
 from ..models.tokens import Tokens, collate
 from ..models.trunk import FrozenTrunk
-from .base import Baseline, down_projections, key_moments
+from .base import Baseline, down_projections, gradient_moments, key_moments
 
 LATEST = 4  # of the latest edits of a sequence are read again with every new one, at least
 HELD = 1000  # of the examples to keep, whose subjects and unrelated prompts are drawn
@@ -89,9 +91,8 @@ class GaussNewton(Baseline):
         self.ridge, self.kept, self.reworded = ridge, kept, reworded
         self.memory: list[Tokens] | None = None  # edits of a sequence so far
         # Editors of other settings share C⁻¹.
-        self.inverse: dict[str, Tensor] = base.remembered(
-            ("inverse key moments", self.base.sites, self.floor, text), lambda: self._inverses(text)
-        )
+        of = type(self).__name__, self.base.sites, self.floor, text
+        self.metric: dict[str, Any] = base.remembered(of, lambda: self._metric(text))
         # What the examples say of each template, where edits are to be read in other words.
         self.alike: dict[str, list[EditExample]] = {}
         for example in keep if reworded else ():
@@ -106,8 +107,8 @@ class GaussNewton(Baseline):
                 name = tuple(edit.ids[place] for place in edit.subject)
                 self.subjects.setdefault(min(edit.subject[0], 2), []).append(name)
 
-    def _inverses(self, text: str) -> dict[str, Float[Tensor, "i i"]]:
-        """C⁻¹ by site, with a floor on C's eigenvalues."""
+    def _metric(self, text: str) -> dict[str, Any]:
+        """C⁻¹ (i, i) by site, with a floor on C's eigenvalues."""
         inverses, dtype = {}, torch.promote_types(self.base.dtype, torch.float32)
         for name, c in key_moments(self.base, text, ridge=self.floor).items():
             inverses[name] = torch.linalg.inv(c).to(self.base.device, dtype)
@@ -130,7 +131,7 @@ class GaussNewton(Baseline):
             for text in texts:
                 others = self._others([text], min(self.kept, KEPT_ALONE), draw)
                 made.append(self._learn(trunk, [text], draw, others=others))
-            return {name: _one_below_another([u[name] for u in made]) for name in self.inverse}
+            return {name: _one_below_another([u[name] for u in made]) for name in self.metric}
         draw = random.Random(f"{seed} {len(self.memory or ())}")
         rehearsed = self._weakest(trunk, draw) if self.memory else []
         if self.memory is not None:
@@ -201,27 +202,28 @@ class GaussNewton(Baseline):
         # 2. What the step asks for: the edits' losses, and what the others' have changed.
         asked = torch.cat([learned.clamp(max=most), losses[len(edits) :] - before])
         # 3. Solve for the share a of each text's gradient.
-        responses, step = self._responses(factors, len(asked))
+        responses = self._responses(factors, len(asked))
         ridge = self.ridge * responses.diagonal().mean() * torch.eye(len(asked)).to(responses)
         share = torch.linalg.solve(responses + ridge, asked.double())
-        for name, update in step.items():
-            scale = share[factors[name].rows][None, :, None].to(update.delta)
-            step[name] = replace(update, delta=update.delta * scale)
-        return learned, step
-
-    def _responses(self, factors: Factors, count: int) -> tuple[Float[Tensor, "n n"], Updates]:
-        """G in float64, and −∇L C⁻¹ / s as updates whose tokens are still to be weighed by a."""
-        total = torch.zeros(count, count, dtype=torch.float64, device=self.base.device)
         step: Updates = {}
         for name, f in factors.items():
-            s = f.delta.square().mean().clamp(min=SMALLEST)
-            u, delta = f.u @ self.inverse[name], f.delta / s
-            step[name] = LowRankUpdate(u[None], delta[None], -1.0)
-            by_token = (f.u @ u.T) * (f.delta @ delta.T)
+            step[name] = self._change(name, f, share[f.rows][:, None].to(f.delta))
+        return learned, step
+
+    def _responses(self, factors: Factors, count: int) -> Float[Tensor, "n n"]:
+        """G in float64."""
+        total = torch.zeros(count, count, dtype=torch.float64, device=self.base.device)
+        for name, f in factors.items():
+            by_token = (f.u @ self.metric[name] @ f.u.T) * (f.delta @ f.delta.T) / _scale(f)
             # Which text each token belongs to.
             member = one_hot(f.rows, count).to(by_token)
             total = total + (member.T @ by_token @ member).double()
-        return (total + total.T) / 2, step
+        return (total + total.T) / 2
+
+    def _change(self, name: str, f: GradientFactors, share: Float[Tensor, "t 1"]) -> LowRankUpdate:
+        """−Σ_e a_e ∇L_e C⁻¹ / s of a site; `share` is a of each token's text."""
+        u, delta = f.u @ self.metric[name], f.delta * share / _scale(f)
+        return LowRankUpdate(u[None], delta[None], -1.0)
 
     # ------------------------------------------------------- what should follow, what should stay
 
@@ -299,6 +301,68 @@ class GaussNewton(Baseline):
         answers = token.split([len(text.scored) for text in texts])
         pairs = zip(texts, answers, strict=True)
         return losses, [replace(text, targets=tuple(ids.tolist())) for text, ids in pairs]
+
+
+class CrispEdit(GaussNewton):
+    """Gauss–Newton steps in directions of low curvature (Ikram et al., 2026, arXiv 2602.15823).
+
+    The curvature of a text's loss is K-FAC's, A ⊗ S, with A = C and S of `gradient_moments`. Turned
+    into their eigenvectors, a weight change Qᵀ_S ΔW Q_A has curvature σ_o λ_i at (o, i). The places
+    of most curvature, which hold the share `spared` of it, stay as they are. Of all changes at the
+    others, a step is the least. The paper descends with Adam in this space; here steps are solved.
+    Raises HyperParamError unless 0 < spared < 1.
+    """
+
+    spared = 0.9
+
+    def __init__(
+        self, base: BaseModel, hparams: MENDHyperParams, text: str, **options: Any
+    ) -> None:
+        self.spared = options.pop("spared", self.spared)
+        if not 0 < self.spared < 1:
+            raise HyperParamError(f"spared must be between 0 and 1, got {self.spared}", "spared")
+        super().__init__(base, hparams, text, **options)
+        self.name, self.settings = "CrispEdit", {**self.settings, "spared": self.spared}
+
+    def _metric(self, text: str) -> dict[str, Any]:
+        """Q_S, Q_A, and where curvature is low (o, i), by site."""
+        metric, dtype = {}, torch.promote_types(self.base.dtype, torch.float32)
+        outputs = gradient_moments(self.base, text, seed=self.hparams.seed)
+        for name, a in key_moments(self.base, text).items():
+            (values_a, q_a), (values_s, q_s) = map(torch.linalg.eigh, (a, outputs[name]))
+            curvature = torch.outer(values_s.clamp(min=0), values_a.clamp(min=0))
+            most = curvature.flatten().sort(descending=True).values
+            share = most.cumsum(0) / most.sum()
+            least_spared = most[int((share < self.spared).sum())]
+            turned = [q.to(self.base.device, dtype) for q in (q_s, q_a)]
+            metric[name] = (*turned, (curvature < least_spared).to(self.base.device))
+        return metric
+
+    def _turned(self, name: str, f: GradientFactors) -> GradientFactors:
+        q_s, q_a, _ = self.metric[name]
+        return replace(f, u=f.u @ q_a, delta=f.delta @ q_s)
+
+    def _responses(self, factors: Factors, count: int) -> Float[Tensor, "n n"]:
+        """G in float64: inner products of gradients at the places of low curvature."""
+        total = torch.zeros(count, count, dtype=torch.float64, device=self.base.device)
+        for name, f in factors.items():
+            turned, low = self._turned(name, f), self.metric[name][2]
+            counts = torch.bincount(f.rows, minlength=count).tolist()
+            parts = zip(turned.delta.split(counts), turned.u.split(counts), strict=True)
+            at_low = torch.stack([(delta.T @ u)[low] for delta, u in parts])
+            total = total + (at_low @ at_low.T).double()
+        return total
+
+    def _change(self, name: str, f: GradientFactors, share: Float[Tensor, "t 1"]) -> LowRankUpdate:
+        """−Σ_e a_e ∇L_e at the places of low curvature, as a matrix times a unit matrix."""
+        (q_s, q_a, low), turned = self.metric[name], self._turned(name, f)
+        change = q_s @ ((turned.delta * share).T @ turned.u * low) @ q_a.T
+        return LowRankUpdate(change[None], torch.eye(len(change)).to(change)[None], -1.0)
+
+
+def _scale(f: GradientFactors) -> Float[Tensor, ""]:
+    """s of a site."""
+    return f.delta.square().mean().clamp(min=SMALLEST)
 
 
 def _in_passes(trunk: FrozenTrunk, texts: Sequence[Tokens]) -> tuple[Factors, Float[Tensor, " n"]]:

@@ -20,7 +20,7 @@ from ..evaluation.results import HEADLINE_KEYS, EvaluationReport, headline_score
 from ..mend.editor import MENDEditor
 from .base import Baseline, down_projections, identity_edit_lrs, identity_editor
 from .fine_tuning import FineTuning, LocalisedFineTuning
-from .gauss_newton import GaussNewton
+from .gauss_newton import CrispEdit, GaussNewton
 from .memit import MEMIT, AlphaEdit
 from .rome import ROME
 
@@ -28,7 +28,7 @@ logger = logging.getLogger(__name__)
 
 KINDS = (
     *("identity", "finetune", "finetune_capped", "localised"),
-    *("rome", "memit", "alphaedit", "gauss_newton"),
+    *("rome", "memit", "alphaedit", "gauss_newton", "crispedit"),
 )
 """Kinds of editors that are not trained."""
 
@@ -121,6 +121,10 @@ def candidates(
         of = partial(GaussNewton, base, h, text, keep=keep or on.examples)
         return [of(kept=n, reworded=r) for n, r in ((0, 0), (16, 0), (16, 3), (64, 3))]
     names = down_projections(base)
+    if kind == "crispedit":
+        crisp = partial(CrispEdit, base, h, text, sites=names[len(names) // 2 :])
+        crisp = partial(crisp, keep=keep or on.examples)
+        return [crisp(spared=share, kept=n) for share, n in product((0.8, 0.95), (0, 16))]
     if kind in ("memit", "alphaedit"):
         spans = [names[: round(d * len(names)) + 1][-MEMIT_LAYERS:] for d in MEMIT_DEPTHS]
         if kind == "memit":

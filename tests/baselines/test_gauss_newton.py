@@ -2,16 +2,19 @@
 
 import random
 import sys
+from dataclasses import replace
 from statistics import fmean
 
 import pytest
 import torch
 
-from mendkit.baselines.base import down_projections, key_moments
-from mendkit.baselines.gauss_newton import GaussNewton
+from mendkit.baselines.base import _windows, down_projections, gradient_moments, key_moments
+from mendkit.baselines.gauss_newton import CrispEdit, GaussNewton
+from mendkit.errors import HyperParamError
 from mendkit.evaluation.evaluate import evaluate, in_sequence, together
 from mendkit.evaluation.prepare import EvaluationSet
 from mendkit.mend.batches import edit_tokens
+from mendkit.mend.factors import capture_factors
 from mendkit.mend.updates import side_branches
 from mendkit.mend.validation import forced
 from mendkit.models.trunk import FrozenTrunk
@@ -195,3 +198,64 @@ def test_an_edit_is_computed_on_the_model_as_it_is(llama, editor, tokens):
     assert all(float(part.dense().abs().max()) == 0 for part in nothing.values())
     with side_branches(made.base, update), side_branches(made.base, more):
         assert learned(made, [second], None) == [True]
+
+
+def test_crispedit_steps_are_the_least_at_places_of_low_curvature(llama64, text, tokens):
+    """Against dense gradients, turned and masked by hand; most of the curvature is left alone."""
+    sites, texts = down_projections(llama64)[-2:], tokens(llama64, 3)
+    editor = CrispEdit(llama64, hparams(), text, sites=sites, kept=0, ridge=0.1, spared=0.7)
+    editor.epochs = 1
+    made = editor.updates(texts, at_once=True)
+    # 1. Gradients at the places that are not spared.
+    base, inputs = editor.base, key_moments(llama64.with_sites(sites), text)
+    outputs, places = gradient_moments(editor.base, text, seed=hparams().seed), []
+    for name in sites:
+        (values_a, q_a), (values_s, q_s) = map(torch.linalg.eigh, (inputs[name], outputs[name]))
+        curvature, total = torch.outer(values_s, values_a), values_s.sum() * values_a.sum()
+        order = curvature.flatten().argsort(descending=True)
+        spared, held = torch.zeros_like(curvature).flatten(), 0.0
+        for at in order.tolist():  # until they hold the share
+            spared[at] = 1.0
+            held += float(curvature.flatten()[at] / total)
+            if held >= 0.7:
+                break
+        places.append((q_a, q_s, spared.view_as(curvature)))
+        assert 0 < spared.mean() < 0.7
+        turned = q_s.T @ made[name].dense().double() @ q_a
+        assert turned[places[-1][2] == 1].abs().max() < 1e-9 * turned.abs().max()
+    found = []
+    for one in texts:
+        alone = capture_factors(FrozenTrunk(base), [one], reduction="sum")
+        gradients = []
+        for name, (q_a, q_s, spared) in zip(sites, places, strict=True):
+            gradient = alone[name].weight_gradient().double()
+            gradients.append(q_s @ ((q_s.T @ gradient @ q_a) * (1 - spared)) @ q_a.T)
+        found.append(gradients)
+    # 2. The step: least squares with a ridge over the texts.
+    flat = torch.stack([torch.cat([g.flatten() for g in gradients]) for gradients in found])
+    g = flat @ flat.T
+    losses = torch.tensor(losses_of(base, texts), dtype=torch.float64).clamp(max=editor.most)
+    a = torch.linalg.solve(g + 0.1 * g.diagonal().mean() * torch.eye(3), losses)
+    for k, name in enumerate(sites):
+        change = -sum(a[e] * found[e][k] for e in range(3))
+        torch.testing.assert_close(made[name].dense().double(), change, rtol=1e-5, atol=1e-9)
+
+
+def test_moments_of_gradients_are_those_of_tokens_drawn_from_the_model(llama64):
+    base, words = llama64.with_sites(down_projections(llama64)[-1:]), "One two three four five."
+    made = gradient_moments(base, words, seed=3)[base.sites[0].name]
+    (window,) = _windows(base, words, 100)
+    ids = torch.tensor([window.ids])
+    logits = base.model(input_ids=ids).logits[0, list(window.scored)]
+    drawing = torch.Generator().manual_seed(3)
+    drawn = torch.multinomial(logits.float().softmax(-1), 1, generator=drawing)[:, 0]
+    told = replace(window, targets=tuple(drawn.tolist()))
+    factors = capture_factors(FrozenTrunk(base), [told], reduction="sum")[base.sites[0].name]
+    expected = factors.delta.double().T @ factors.delta.double() / len(drawn)
+    torch.testing.assert_close(made, expected, rtol=1e-6, atol=1e-12)
+
+
+@pytest.mark.parametrize("spared", [0.0, 1.0, -0.5])
+def test_a_share_that_spares_all_or_nothing_is_refused(llama, text, spared):
+    with pytest.raises(HyperParamError, match="spared must be between 0 and 1"):
+        CrispEdit(llama, hparams(), text, spared=spared)
