@@ -15,7 +15,7 @@ from urllib.parse import urlsplit
 import mendkit
 from mendkit.runs import CHECKOUT
 
-PAGES = ["README", "AGENTS", "CONTRIBUTING", "CHANGELOG", "docs/*", "docs/gallery/*", "site/*"]
+PAGES = ["README*", "AGENTS", "CONTRIBUTING", "CHANGELOG", "docs/*", "docs/gallery/*", "site/*"]
 PAGES += ["mendkit/archives/README", "mendkit/data/facts/README"]
 TREE = """
 ```{{toctree}}
@@ -28,9 +28,11 @@ TREE = """
 """
 TREES = {
     "Notebooks": "docs/gallery/README\ndocs/gallery/[0-9]*",
-    "Guide": "docs/QUESTIONS\ndocs/[!Q]*\nmendkit/archives/README\nmendkit/data/facts/README",
+    "Guide": "docs/ARCHIVE\ndocs/QUESTIONS\ndocs/[!AQ]*\n"
+    "mendkit/archives/README\nmendkit/data/facts/README",
     "Code": "site/api\nsite/modules",
     "Project": "CONTRIBUTING\nAGENTS\nCHANGELOG",
+    "中文": "README.zh-CN\ndocs/ARCHIVE.zh-CN",
 }
 FOLDERS = ["hparams", "data", "models", "mend", "evaluation", "baselines", "interop", "errors"]
 

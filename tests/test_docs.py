@@ -82,3 +82,38 @@ def test_the_page_for_assistants_names_commands_errors_and_names_that_there_are(
     listed = text.partition("among it ")[2].partition(". Other modules")[0]
     names = set(re.findall(r"`(\w+)`", listed)) | set(re.findall(r"`(\w+Error)`", text))
     assert len(names) >= 19 and names <= set(mendkit.__all__) | {"LimitError"}
+
+
+def kept(text: str) -> list[str]:
+    """What a translation does not change: code spans, links, images, numbers; in any order."""
+    spans, text = re.findall(r"`[^`]+`", text), re.sub(r"`[^`]+`", "", text)
+    links, text = re.findall(r"!\[|\]\([^)]+\)", text), re.sub(r"\]\([^)]+\)", "", text)
+    return sorted(spans + links + re.findall(r"\.?\d+(?:[.,]\d+)*", text))
+
+
+def sections(page: Path) -> list[tuple[list[str], ...]]:
+    """Of each section what its code (without comments), its tables' cells and its prose keep."""
+    parts = []
+    for section in re.split("^## ", page.read_text(encoding="utf-8"), flags=re.MULTILINE):
+        blocks = re.findall("^```.*?^```$", section, re.MULTILINE | re.DOTALL)
+        code = re.sub(r"(?m) *#.*$", "", "\n".join(blocks)).splitlines()
+        lines = re.sub("(?ms)^```.*?^```$", "", section).replace(".zh-CN", "").splitlines()
+        cells = [c for line in lines if line[:1] == "|" for c in line.split("|")[1:-1]]
+        prose = "\n".join(line for line in lines if line[:1] != "|")
+        parts.append((code, [" ".join(kept(cell)) for cell in cells], kept(prose)))
+    return parts
+
+
+@pytest.mark.parametrize("name", ["README", "docs/ARCHIVE"])
+def test_a_page_says_the_same_in_chinese(name):
+    english, chinese = ROOT / f"{name}.md", ROOT / f"{name}.zh-CN.md"
+    for page, other in ((english, chinese), (chinese, english)):
+        first = page.read_text(encoding="utf-8").splitlines()[:5]
+        assert any(f"]({other.name})" in line for line in first), f"{page.name}: link {other.name}"
+    translated = chinese.read_text(encoding="utf-8").split("\n## ")
+    assert all(len(re.findall("[\u4e00-\u9fff]", part)) > 30 for part in translated)
+    pairs = zip(sections(english), sections(chinese), strict=True)
+    for section, (ours, theirs) in zip(translated, pairs, strict=True):
+        heading = section.splitlines()[0]
+        for what, there, here in zip(("code", "table", "prose"), ours, theirs, strict=True):
+            assert here == there, f"{chinese.name}, {heading}, {what}: keep it as in {english.name}"
