@@ -20,7 +20,6 @@ from ..mend.updates import (
     scaled,
     side_branches,
     side_by_side,
-    summed,
 )
 from ..models.base import BaseModel
 from ..models.tokens import Tokens
@@ -86,7 +85,7 @@ def together(*updates: Updates) -> Updates:
     out: Updates = {}
     held = [update for update in updates if update]
     for name in held[0] if held else ():
-        out[name] = whole = side_by_side([summed(update[name]) for update in held])
+        out[name] = whole = side_by_side([update[name].merged() for update in held])
         width = min(whole.u.shape[2], whole.delta.shape[2])
         if whole.u.shape[1] > 2 * width:
             change = whole.dense()[None]

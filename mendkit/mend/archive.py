@@ -3,10 +3,10 @@
 The archive is a trained hypernetwork: transforms, statistics of the normaliser, log step sizes. It
 is refused on another base model than its own (CORRECTNESS rows 3, 23, 24).
 
-The checkpoint holds what the next steps depend on: hypernetwork, optimiser, generator, what is left
-of the epoch; as metadata how far the run has come and what it is a run of. A run that goes on ends
-with the archive, bit for bit, of a run that was never stopped. Other settings, examples or versions
-would change the result, so they are refused. When a run has ended only the metadata stay.
+The checkpoint holds what the next steps depend on; as metadata how far the run has come and what it
+is a run of. A run that goes on ends with the archive, bit for bit, of a run that was never stopped.
+Other settings, examples or versions would change the result, so they are refused. When a run has
+ended only the metadata stay.
 """
 
 import logging

@@ -107,6 +107,11 @@ class ExampleTexts:
         return (self.edit, *self.paraphrases, *kept, *self.rivals.values(), *beside)
 
 
+def all_texts(examples: Iterable[ExampleTexts]) -> list[Tokens]:
+    """Every text of several examples."""
+    return [text for example in examples for text in example.all()]
+
+
 def with_prefix(h: MENDHyperParams, example: EditExample) -> EditExample:
     """The example with the separator of the hyperparameters, if it has none itself."""
     if h.target_prefix is None or example.target_prefix is not None:

@@ -23,14 +23,7 @@ from ..models.fingerprint import model_fingerprint
 from ..models.sites import Site
 from .export import LoRA, Merged, MergedSite, merge, write_adapter, write_model
 from .files import Kind, damage_named, matching_base, read_tensors, save_tensors
-from .updates import (
-    LowRankUpdate,
-    Updates,
-    attach,
-    relative_norms,
-    side_by_side,
-    summed,
-)
+from .updates import LowRankUpdate, Updates, attach, relative_norms, side_by_side
 
 EDIT = Kind(
     format="mendkit-edit-2",
@@ -70,7 +63,7 @@ class Edit:
     @property
     def updates(self) -> Updates:
         """The updates at the edit's strength, all examples as one (b = 1)."""
-        return {name: summed(u).scaled(self.strength) for name, u in self.unit_updates.items()}
+        return {name: u.merged().scaled(self.strength) for name, u in self.unit_updates.items()}
 
     # ---------------------------------------- apply and undo
 
@@ -105,7 +98,7 @@ class Edit:
                 self.undo()
 
     def scale(self, factor: float) -> "Edit":
-        """A new edit, `factor` times as strong (0: none, 1: the same, 2: twice)."""
+        """A new edit, `factor` times as strong."""
         return self.at(self.strength * factor)
 
     def at(self, strength: float) -> "Edit":
@@ -130,11 +123,7 @@ class Edit:
         return {name: float(norm) for name, norm in relative_norms(self.base, self.updates).items()}
 
     def save_adapter(self, folder: str | Path, rank: int | None = None) -> tuple[LoRA, ...]:
-        """Write the edit as a PEFT LoRA adapter, of `rank` at most (default: the edit's rank).
-
-        `peft.PeftModel.from_pretrained(model, folder)` gives the edited logits within rounding.
-        Returns each site's `rank`, and the `relative_error` by truncation.
-        """
+        """Write the edit as a PEFT LoRA adapter, of `rank` at most (default: the edit's rank)."""
         if rank is not None and rank < 1:
             raise MendkitError(
                 f"an adapter's rank must be at least 1, got {rank}; leave it out for the edit's"
@@ -147,10 +136,7 @@ class Edit:
         return tuple(loras)
 
     def merged(self) -> Merged:
-        """A new model with the edit added to its weights in float32, then rounded to their dtype.
-
-        Both models share the other weights. Other edits in force stay out.
-        """
+        """A new model with the edit in its weights; other edits in force stay out."""
         return merge(self.base, self.dense())
 
     def save_merged(self, folder: str | Path) -> tuple[MergedSite, ...]:

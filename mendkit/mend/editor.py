@@ -57,8 +57,7 @@ class MENDEditor:
     ) -> "MENDEditor":
         """Load the base model (unless given) and the archive that `hparams` name.
 
-        Raises ArchiveError if `archive` is null or belongs to another model, HyperParamError for
-        a setting that belongs to the archive (`look_at_archive`).
+        Raises ArchiveError if `archive` is null, and as `look_at_archive` and `load_archive`.
         """
         if hparams.archive is None:
             raise ArchiveError(
@@ -156,10 +155,8 @@ class MENDEditor:
         return EditSession(self)
 
     def remembering(self) -> "MENDEditor":
-        """The same editor at the start of a sequence.
-
-        With `aggregate: least_squares`, a sequence gives the weights of all its edits at once.
-        With `lifelong_norm`, its statistics run on, apart from this one's.
+        """The same editor at the start of a sequence, with a memory of its edits or, with
+        `lifelong_norm`, statistics that run on, apart from this one's.
         """
         editor = copy(self)
         editor.memory = Memory() if self.hparams.aggregate == "least_squares" else None
@@ -191,9 +188,8 @@ class EditSession:
     """A journal of edits made in sequence, each on the model as edited so far.
 
     With `aggregate: least_squares` they are made as if at once with those in force.
-    Edits can be undone, reapplied, scaled or dropped, in any order; later ones stay as they are.
+    Edits are undone, reapplied, scaled or dropped in any order; later ones stay as they are.
     What the model computes depends on the journal alone, to the bit.
-    Negative indices count from the end.
     """
 
     def __init__(self, editor: MENDEditor) -> None:
@@ -245,7 +241,7 @@ class EditSession:
         return edit
 
     def scale(self, index: int, factor: float) -> Edit:
-        """Make an edit of the journal `factor` times as strong; one that is undone stays so."""
+        """Make an edit of the journal `factor` times as strong."""
         return self.set_strength(index, self.journal[self._place(index)].strength * factor)
 
     def set_strength(self, index: int, strength: float) -> Edit:

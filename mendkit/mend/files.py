@@ -1,8 +1,8 @@
 """The kit's own files: safetensors with JSON metadata, tied to a base model.
 
-A file is whole or not there. Its metadata hold one SHA-256 over themselves and all tensors, and
-name the base model: another one is refused (CORRECTNESS rows 23, 24). Whatever is wrong becomes
-one ArchiveError, before anything is built. Files of the first format are still read.
+A file is whole or not there. Its metadata name the base model: another one is refused (CORRECTNESS
+rows 23, 24). Whatever is wrong becomes one ArchiveError, before anything is built. Files of the
+first format are still read.
 """
 
 import json

@@ -257,7 +257,7 @@ class MEND(nn.Module):
         *,
         total: Callable[[Tensor], Tensor] | None = None,
     ) -> None:
-        """Gather the statistics from training factors; they stay frozen afterwards.
+        """Gather the statistics from training factors.
 
         `wordings` give those of u with `whiten_pairs`, and the keys to keep with least squares.
         Where several processes gather, `total` sums a tensor over them.

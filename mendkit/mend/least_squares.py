@@ -153,8 +153,8 @@ def put_together(
     """One update for each `at_once` edits in a row, from each one's `update` at a site.
 
     `asked` has the keys and the shifts asked for, of all edits that are made at once.
-    With `memory` a single one makes what earlier edits leave of its shifts, and joins them.
-    This is recursive least squares: edits in sequence give the solution for all at once.
+    With `memory` a single one makes what earlier edits leave of its shifts, and joins them
+    (recursive least squares).
     """
     # 1. The least squares. λ_y grows with the number of edits, for what other wordings have
     #    besides ŷ adds to the last term once an edit.

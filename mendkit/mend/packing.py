@@ -26,7 +26,7 @@ Forms = Mapping[str, tuple[torch.dtype, torch.Size]]
 
 
 def packed(
-    tensors: Mapping[str, Tensor], *, compact: bool = False
+    tensors: Mapping[str, Tensor], *, compact: bool
 ) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """The tensors to store, and what `unpacked` must know of them, for JSON."""
     stored: dict[str, Tensor] = {}

@@ -23,7 +23,7 @@ from ..models.tokens import Tokens
 from ..models.trunk import FrozenTrunk, trunk_cache
 from ..runs import Progress, file_sha256, return_memory
 from .archive import STRUCTURE, load_archive
-from .batches import ExampleTexts, prepare_texts, training_texts
+from .batches import ExampleTexts, all_texts, prepare_texts, training_texts
 from .distributed import Team
 from .factors import FACTOR_BATCH, FactorCache, Factors, capture_inputs, edit_factors
 from .hypernetwork import MEND, Wordings
@@ -123,8 +123,7 @@ class Preparation:
         }
 
     def _fill_trunk(self, chosen: Sequence[ExampleTexts]) -> None:
-        training = [text for texts in self.train for text in texts.all()]
-        validation = [text for texts in self.validation for text in texts.all()]
+        training, validation = all_texts(self.train), all_texts(self.validation)
         statistics: list[Tokens] = []
         for alike, others in map(self.wordings, chosen):
             statistics += [*alike, *others]
@@ -234,10 +233,9 @@ def scan_blocks(
 
     A text's response to an edit is xᵀ M x_e / x_eᵀ M x_e, the share of the edit's shift that it
     gets. x and x_e are the MLP's inputs where the answer's first token is predicted; M is that of
-    `whiten_pairs`, from `train`. A row for each block: `auc`, the share of a paraphrase and a
-    neighbour of one edit of `validation` where the paraphrase responds more, and the medians of
-    `paraphrases`, `neighbours`, `unrelated`; None where the data have no such texts. Raises
-    ModelError without a chain of blocks.
+    `whiten_pairs`, from `train`. A row for each block: the median of each role's texts, and `auc`,
+    the share of pairs in which a paraphrase responds more than a neighbour; None where the data
+    have no such texts. Raises ModelError without a chain of blocks.
     """
     inputs = _mlp_inputs(base)
     h = hparams.replace(archive=None, inner_params=[*inputs], aggregate="sum")

@@ -136,7 +136,7 @@ def learning_rate_factor(step: int, h: MENDHyperParams, steps: int) -> float:
 
 
 def make_optimiser(mend: MEND, h: MENDHyperParams) -> torch.optim.Optimizer:
-    """One optimiser, two groups: transforms (`lr`) and logarithms, as of step sizes (`lr_lr`)."""
+    """One optimiser of two groups: transforms and logarithms."""
     transforms: list[Tensor] = []
     logarithms: list[Tensor] = []
     for name, parameter in mend.named_parameters():
@@ -233,10 +233,10 @@ class Learner:
         return {"loss": float(total.detach()), **told}
 
     def _play(self, batches: Sequence[DrawnBatch]) -> dict[str, float]:
-        """Add the gradient of an episode's loss (RLEdit): batches are made one after another.
+        """Add the gradient of an episode's loss (RLEdit); the mean losses.
 
-        After each the losses of the last `back_depth` count, under all edits so far, `time_decay` a
-        step back. Factors are the edited model's, and count as constants. The mean losses.
+        Batches are made one after another. After each the losses of the last `back_depth` count,
+        under all edits so far, `time_decay` a step back. Factors are constants.
         """
         h, base = self.h, self.trunk.base
         made: list[LowRankUpdate] = []  # site by site, and as leaves, which losses are read under
@@ -275,7 +275,7 @@ class Learner:
         return told
 
     def losses(self, rows: DrawnRows, at_once: int, earlier: Sequence[Tokens]) -> dict[str, Tensor]:
-        """Losses of a batch. After `earlier` edits each edit has one of these to keep."""
+        """Losses of a batch; each edit has one of the `earlier` edits to keep."""
         edits = [drawn[0][1] for drawn in rows]
         if not earlier:
             factors = self.factors.get(edits)

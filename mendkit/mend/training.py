@@ -22,7 +22,7 @@ from ..models.base import BaseModel
 from ..models.load import load_for_training
 from ..runs import append_line, make_folder, open_run, provenance, sha256, write_text
 from .archive import Checkpoint, TrainingResult, inspect_archive, look_at_archive, save_archive
-from .batches import Sampler
+from .batches import Sampler, all_texts
 from .distributed import Team
 from .preparation import Preparation
 from .steps import Learner, batches_of
@@ -65,7 +65,7 @@ class Trainer:
         self.course = course or TrainingResult(checkpoint.archive, steps)
 
     def run(self) -> TrainingResult:
-        """Train until steps, time or patience are used up; the best archive is kept.
+        """Train until steps, time or patience are used up.
 
         Raises MendkitError if a site has no effect, or if too many steps in a row or all
         validations were not finite.
@@ -183,7 +183,7 @@ class Trainer:
     def save_archive(self) -> None:
         """Write the archive with a summary of its training, the same for the same training."""
         prepared = self.prepared
-        keys = [t.key for e in (*prepared.train, *prepared.held_out) for t in e.all()]
+        keys = [text.key for text in all_texts((*prepared.train, *prepared.held_out))]
         told = {key: value for key, value in provenance().items() if key != "started"}
         told |= {
             "best": {key: value for key, value in self.course.best.items() if key != "seconds"},
@@ -237,10 +237,10 @@ def train(
 ) -> TrainingResult:
     """Train a hypernetwork on `train_examples`; the archive kept is the best on `val_examples`.
 
-    `hparams.archive` null starts anew; a path goes on from it. Writes `archive.safetensors`,
-    `history.jsonl` and a checkpoint into `run_dir`. If that holds this very run, stopped before its
-    end, training goes on, to the same archive bit for bit. `done_with_base`: `base` serves this
-    training alone, so `release_trunk: auto` may free what lies below the edits.
+    `hparams.archive` null starts anew; a path goes on from it. Writes into `run_dir`. If that holds
+    this very run, stopped before its end, training goes on, to the same archive bit for bit.
+    `done_with_base`: `base` serves this training alone, so `release_trunk: auto` may free what lies
+    below the edits.
 
     Raises MendkitError without examples, without the `logger`, if `run_dir` holds another stopped
     run, is in use or cannot be written to, or as `Trainer.run`.

@@ -40,9 +40,9 @@ class LowRankUpdate:
         """The updates of some of the edits."""
         return replace(self, u=self.u[index], delta=self.delta[index])
 
-    def merged(self, at_once: int) -> "LowRankUpdate":
-        """One update for each `at_once` edits in a row: their sum. `at_once` divides b."""
-        n = len(self.u) // at_once
+    def merged(self, at_once: int | None = None) -> "LowRankUpdate":
+        """One update for each `at_once` edits in a row, or for all: their sum."""
+        n = len(self.u) // (at_once or len(self.u))
         u = self.u.reshape(n, -1, self.u.shape[2])
         return replace(self, u=u, delta=self.delta.reshape(n, -1, self.delta.shape[2]))
 
@@ -107,11 +107,6 @@ def side_by_side(parts: Sequence[LowRankUpdate]) -> LowRankUpdate:
     u = torch.cat([part.u for part in parts], 1)
     delta = torch.cat([part.delta * part.coefficient for part in parts], 1)
     return LowRankUpdate(u, delta, 1.0)
-
-
-def summed(update: LowRankUpdate) -> LowRankUpdate:
-    """The sum of an update's b edits as one edit (b = 1)."""
-    return update.merged(len(update))
 
 
 def scaled(updates: Updates, strength: float) -> Updates:

@@ -9,10 +9,8 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import chain, islice
 from statistics import fmean
-from typing import Protocol, runtime_checkable
 
 import torch
-from torch import Tensor
 
 from ..data.examples import EditExample, headline_mean
 from ..errors import HyperParamError
@@ -20,7 +18,8 @@ from ..hparams import MENDHyperParams
 from ..models.base import BaseModel
 from ..models.tokens import Tokens, collate
 from ..models.trunk import FrozenTrunk
-from .batches import RIVALS, ExampleTexts, prepare_texts, role_weights
+from .batches import RIVALS, ExampleTexts, all_texts, prepare_texts, role_weights
+from .editor import MENDEditor
 from .factors import edit_factors
 from .hypernetwork import MEND
 from .losses import margin_shortfall, wide
@@ -48,8 +47,8 @@ class Forced:
 
     argmax: tuple[int, ...]
     logp: tuple[float, ...]  # log P(target), nats; empty if the text has no answer
-    kl: tuple[float, ...]  # KL(before ‖ after), nats; empty unless asked for
-    same: tuple[bool, ...]  # argmax as before the edit; empty unless asked for
+    kl: tuple[float, ...] = ()  # KL(before ‖ after), nats; empty unless asked for
+    same: tuple[bool, ...] = ()  # argmax as before the edit; empty unless asked for
 
 
 @torch.no_grad()
@@ -78,7 +77,6 @@ def forced(
 def _read(
     trunk: FrozenTrunk, edits: Sequence[Sequence[Tokens]], updates: Updates, compare: bool
 ) -> list[Forced]:
-    """Each text under its edit's update."""
     texts = [*chain.from_iterable(edits)]
     batch = collate(texts, trunk.base.pad_id, trunk.base.device)
     with side_branches(trunk.base, updates):
@@ -92,18 +90,11 @@ def _read(
         columns.append((reference.exp() * (reference - logp)).sum(-1).clamp(min=0))
         columns.append(before.argmax(-1) == argmax)
     lengths = [len(text.scored) for text in texts]
-    values = [_by_text(column, lengths) for column in columns]
-    if not compare:
-        values += [[()] * len(texts)] * 2
     found = []
-    for text, guess, likelihood, kl, same in zip(texts, *values, strict=True):
-        found.append(Forced(guess, likelihood if text.targets else (), kl, same))
+    for text, *parts in zip(texts, *(column.split(lengths) for column in columns), strict=True):
+        guess, likelihood, *compared = (tuple(part.tolist()) for part in parts)
+        found.append(Forced(guess, likelihood if text.targets else (), *compared))
     return found
-
-
-def _by_text(column: Tensor, lengths: list[int]) -> list[tuple]:
-    """Packed values as one tuple a text."""
-    return [tuple(part.tolist()) for part in column.split(lengths)]
 
 
 @torch.no_grad()
@@ -143,11 +134,10 @@ def validate(
 ) -> dict[str, float]:
     """Teacher-forced shares over single edits, or `at_once` made as one, and the loss.
 
-    `edit_success`, `paraphrase`: all target tokens right, the end of the answer included.
-    `neighbourhood`, `locality`: share of answer positions whose argmax is as before. With `cmargin`
-    also `ns`: neighbours whose own answer is more likely than the new one. With `cconsequence` also
-    `consequence`: all tokens right; with `cnegation` `negation`: negated forms after which not all
-    tokens of the new answer are written. `score`: the harmonic mean of those that the data have.
+    `edit_success`, `paraphrase`, `consequence`: all target tokens right, the end of the answer
+    included. `neighbourhood`, `locality`: share of answer positions whose argmax is as before.
+    `ns`: neighbours whose own answer is more likely than the new one. `negation`: negated forms
+    after which not all of the new answer is written. `score`: the harmonic mean of those there are.
     """
     return _read_edits(trunk, _make_edits(trunk, mend, examples, h, at_once), h, strength)
 
@@ -159,7 +149,6 @@ def _make_edits(
     h: MENDHyperParams,
     at_once: int,
 ) -> Iterator[tuple[Sequence[ExampleTexts], Updates]]:
-    """Groups of examples with their updates."""
     size = h.val_batch_size if at_once == 1 else at_once
     for at in range(0, len(examples), size):
         group = examples[at : at + size]
@@ -232,17 +221,9 @@ def _read_group(
             yield RIVALS, float(share), loss
 
 
-@runtime_checkable
-class HasMEND(Protocol):
-    """A MENDEditor, as far as its strength is measured."""
-
-    base: BaseModel
-    mend: MEND
-
-
 @torch.no_grad()
 def strength_curve(
-    editor: HasMEND,
+    editor: MENDEditor,
     examples: Sequence[EditExample],
     *,
     strengths: Sequence[float],
@@ -251,7 +232,7 @@ def strength_curve(
     """`validate` at several strengths of the same edits (1: as trained); one row per strength."""
     mend, h = editor.mend, editor.mend.hparams
     prepared, trunk = prepare_texts(editor.base, h, examples), trunk or FrozenTrunk(editor.base)
-    trunk.fill([text for texts in prepared for text in texts.all()])
+    trunk.fill(all_texts(prepared))
     edits = list(_make_edits(trunk, mend, prepared, h, at_once=1))
     return [{"strength": s, **_read_edits(trunk, edits, h, s)} for s in strengths]
 
@@ -273,11 +254,11 @@ def best_edit_lr(
 ) -> float:
     """The step size at which an untrained hypernetwork, whose α is 1, has the least loss.
 
-    It is that of the first `AUTO_EDITS`, with one text of each role. The search goes up a geometric
-    grid, from steps that change nothing. Raises HyperParamError if no step lowers the loss.
+    It is that of the first `AUTO_EDITS`, with one text of each role. Raises HyperParamError if no
+    step lowers the loss.
     """
     some = [texts.first(1) for texts in examples[:AUTO_EDITS]]
-    trunk.fill([text for texts in some for text in texts.all()])
+    trunk.fill(all_texts(some))
     edits = list(_make_edits(trunk, untrained, some, h, at_once))
     losses: dict[int, float] = {}
 

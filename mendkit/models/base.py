@@ -27,10 +27,7 @@ logger = logging.getLogger(__name__)
 
 
 class BaseModel(TextModel):
-    """A frozen model with its tokenizer and its edit sites.
-
-    Takes the given model over as `TextModel` does, and raises as it does and as `resolve_sites`.
-    """
+    """A `TextModel` with its edit sites; raises as it does and as `resolve_sites`."""
 
     def __init__(
         self,
@@ -91,10 +88,7 @@ class BaseModel(TextModel):
 
     @torch.no_grad()
     def _probe(self, path: str, blocks: nn.ModuleList, first: int) -> Any:
-        """The form of what the blocks return, if those from `first` on need hidden states alone.
-
-        None for no plain chain (`watch_chain`), and where more is handed from block to block.
-        """
+        """The form of what the blocks return; None if those from `first` on need more than that."""
         above = range(first, len(blocks))
         try:
             form, entering, whole = watch_chain(blocks, self._read)
@@ -198,7 +192,7 @@ class BaseModel(TextModel):
         return [i for i in range(self.vocabulary) if i not in special][:4]
 
     def _read(self, n: int = 2, padding: int = 0) -> Tensor:
-        """Logits of `n` texts of three tokens, two of a decoder: what the model is probed with."""
+        """Logits of `n` texts of three tokens, two of a decoder."""
         plain = self._plain_ids()
         end = plain[0] if self.eos_id is None else self.eos_id  # some heads look for it
         ids = torch.tensor([[*plain[:2], end], [*plain[2:], end]], device=self.device)[:n]

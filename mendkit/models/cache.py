@@ -34,7 +34,7 @@ def cache_root() -> Path:
 
 
 def default_folder() -> Path:
-    """Where shards go if `cache_dir` does not say."""
+    """Where texts' values go if `cache_dir` does not say."""
     return cache_root() / "trunk"
 
 

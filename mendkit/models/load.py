@@ -1,7 +1,6 @@
 """Loading a base model: its name → where it is → tokenizer and weights → edit sites.
 
-A model is loaded whole; the blocks below the edits may be released once they have run, or run one
-at a time (`streaming.py`).
+The blocks below the edits may be released once they have run, or run one at a time.
 """
 
 import logging
@@ -35,7 +34,7 @@ logger = logging.getLogger(__name__)
 
 
 def load_model(source: str | Path | MENDHyperParams) -> BaseModel:
-    """Load a causal language model, a sequence-to-sequence model or a classifier to edit.
+    """Load a model to edit, of any of the three families.
 
     `source` is hyperparameters with all options, or a `model_name` alone: a local folder, a GGUF
     file, "smollm2-135m" (the bundled model) or a hub id. Raises ModelError.
@@ -93,10 +92,9 @@ def load_streamed(hparams: MENDHyperParams) -> BaseModel:
 
 
 def release_trunk(base: BaseModel) -> None:
-    """Free the weights of the blocks below the lowest edited one.
+    """Free the weights of the blocks below the lowest edited one, for all who share the model.
 
-    The model is changed for all who share it: what needs it whole raises ModelError from then on,
-    as does a model without blocks below the edits.
+    Raises ModelError where there are none; so does from then on what needs the model whole.
     """
     if base.blocks is None or base.blocks.first == 0 or base.is_spread:
         raise ModelError(

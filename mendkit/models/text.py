@@ -66,7 +66,7 @@ class TextModel:
 
     The given model and tokenizer are changed: parameters no longer require gradients, and a
     missing padding token becomes the end-of-text token. Raises ModelError for a tokenizer without
-    offsets or end of text, a decoder without a start token, and classes without names.
+    offsets or end of text, and as `family_of`, `start_id` and `probe_head`.
     """
 
     def __init__(
@@ -108,7 +108,7 @@ class TextModel:
         return self.tokenizer.pad_token_id
 
     def remembered(self, key: Hashable, compute: Callable[[], Any]) -> Any:
-        """`compute()`, run once per key for this model and tokenizer, whatever the sites."""
+        """`compute()`, run once per key, whatever the sites."""
         if key not in self._memo:
             self._memo[key] = compute()
         return self._memo[key]
@@ -127,8 +127,7 @@ class TextModel:
     ) -> Tokens:
         """A prompt and its answer (of a classifier a class's name) as this family reads them.
 
-        `prefix` matters to causal models only. Raises DataError as `tokens.tokenize` and
-        `Labels.id`, and ModelError for a token that the model lacks.
+        Raises DataError as `tokens.tokenize` and `Labels.id`, ModelError for an unknown token.
         """
         options: dict[str, Any] = {"add_eos": add_eos, "max_length": max_length}
         if self.head is not None:
@@ -254,10 +253,10 @@ class TextModel:
     ) -> list[list[int]]:
         """The new ids after each prompt, with the end of text if it was written.
 
-        With `stop` a row ends after a stop mark that none of its `answers` holds there. Rows of one
-        batch are written within `under(rows)`, and leave it as they end. What is known of them is
-        in `begun`; a row that ends there is not run. A row with an answer of more than
-        `max_new_tokens` has room for it, unless less than the default was asked for.
+        A row ends as in `generate_batch`, but after the stop mark. Rows of one batch are written
+        within `under(rows)`, and leave it as they end. What is known of them is in `begun`; a row
+        that ends there is not run. A row with an answer of more than `max_new_tokens` has room for
+        it, unless less than the default was asked for.
         """
         if max_new_tokens < 1:
             raise HyperParamError(f"max_new_tokens must be at least 1, got {max_new_tokens}")
@@ -328,7 +327,7 @@ class TextModel:
             left = self.family == CAUSAL
             past.ids, past.mask = self.left_pad([prompt.ids for prompt in prompts], left=left)
         ids, mask, begun = past.ids, past.mask, {"past_key_values": past.cache}
-        self.check_lengths(mask, max_new_tokens)
+        self._check_lengths(mask, max_new_tokens)
         if self.family == CLASSIFIER:
             return self.forward(ids, mask).argmax(-1, keepdim=True).tolist()
         width, ends = ids.shape[1], self.end_ids()
@@ -372,10 +371,11 @@ class TextModel:
         a decoder reads them.
         """
         sizes = [(len(prompt.decoder), len(prompt.ids)) for prompt in prompts]
+        pads = self.family != CAUSAL or self.remembered("pads", self._probe_padding)
         batch: list[int] = []
         for index in sorted(range(len(prompts)), key=sizes.__getitem__):
             decoder, ids = sizes[batch[0] if batch else index]
-            most = ids * MOST_PADDING if self._pads() else ids
+            most = ids * MOST_PADDING if pads else ids
             alike = decoder == sizes[index][0] and sizes[index][1] <= most
             if len(batch) == ROWS_PER_BATCH or not alike:
                 yield batch
@@ -384,12 +384,9 @@ class TextModel:
         if batch:
             yield batch
 
-    def _pads(self) -> bool:
-        """Whether padding on the left changes nothing."""
-        return self.family != CAUSAL or self.remembered("pads", self._probe_padding)
-
     @torch.no_grad()
     def _probe_padding(self) -> bool:
+        """Whether padding on the left changes nothing."""
         plain = [i for i in range(self.vocabulary) if i not in (self.pad_id, self.eos_id)]
         first = []
         for rows in ([plain[:2]], [plain[:2], plain[:5]]):
@@ -440,8 +437,7 @@ class TextModel:
         assert isinstance(text, str)  # a list only for several rows
         return text
 
-    def check_lengths(self, attention_mask: Int[Tensor, "b t"], max_new_tokens: int) -> None:
-        """Raises DataError for a prompt that is too long for the model's positions."""
+    def _check_lengths(self, attention_mask: Int[Tensor, "b t"], max_new_tokens: int) -> None:
         longest = int(attention_mask.sum(1).max())
         limit = getattr(self.model.config.get_text_config(), "max_position_embeddings", None)
         needed = max(longest, max_new_tokens)

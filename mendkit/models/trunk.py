@@ -12,7 +12,7 @@ v vocabulary.
 import logging
 import random
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, ExitStack, nullcontext
 from itertools import chain, takewhile
 from operator import eq
 from pathlib import Path
@@ -39,20 +39,6 @@ NODES_PER_ROW, MOST_NODES = 256, 1024
 """Attention costs nodes² of a row, sharing of beginnings ends with it; at most so many fit."""
 
 
-@contextmanager
-def only_scored(base: BaseModel, scored: Bool[Tensor, "n l"]) -> Iterator[None]:
-    """Within the context the output layer sees only scored positions."""
-    if base.family == CLASSIFIER:  # its head reads one position anyway
-        yield
-        return
-
-    def select(_: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-        return (args[0][scored.to(args[0].device)], *args[1:])
-
-    with base.model.get_output_embeddings().register_forward_pre_hook(select):
-        yield
-
-
 class FrozenTrunk:
     """Trunk states and references of texts, for one base model and its edit sites.
 
@@ -70,7 +56,7 @@ class FrozenTrunk:
         return self.blocks is not None and self.blocks.first > 0
 
     def at(self, base: BaseModel) -> "FrozenTrunk":
-        """A trunk for other sites of the same model; it shares the values where the sites allow."""
+        """A trunk for other sites of the same model; values are shared where the sites allow."""
         other = FrozenTrunk(base)
         if base.blocks and self.blocks and self.blocks.first <= base.blocks.first:
             other.blocks, other._values = self.blocks, self._values
@@ -86,8 +72,8 @@ class FrozenTrunk:
         t = batch.input_ids.shape[1]
         places = [slice(r * t, r * t + len(text.ids)) for r, text in enumerate(texts)]
         below = self._from_states(texts, places, [0] * len(texts), batch.input_ids.shape)
-        with only_scored(self.base, batch.scored), below:
-            return self._forward(batch)
+        with below:
+            return self._forward(batch, batch.scored)
 
     def _from_states(
         self,
@@ -167,8 +153,18 @@ class FrozenTrunk:
             return []
         return [self._values[text.key] for text in texts]
 
-    def _forward(self, batch: TextBatch) -> Tensor:
-        return self.base.forward(batch.input_ids, batch.attention_mask, batch.decoder_ids)
+    def _forward(self, batch: TextBatch, scored: Bool[Tensor, "n l"]) -> Tensor:
+        """Logits at the `scored` positions; the output layer sees only these."""
+        base, hooks = self.base, ExitStack()
+
+        def select(_: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+            return (args[0][scored.to(args[0].device)], *args[1:])
+
+        if base.family != CLASSIFIER:  # whose head reads one position anyway
+            output = base.model.get_output_embeddings()
+            hooks.enter_context(output.register_forward_pre_hook(select))
+        with hooks:
+            return base.forward(batch.input_ids, batch.attention_mask, batch.decoder_ids)
 
     # ---------------------------------------------------------------------------------- filling
 
@@ -280,8 +276,7 @@ class FrozenTrunk:
                 base.forward_packed(packed, scored, head=False)
             else:
                 batch = collate(group, base.pad_id, base.device)
-                with only_scored(base, torch.zeros_like(batch.scored)):
-                    logits = self._forward(batch)
+                logits = self._forward(batch, torch.zeros_like(batch.scored))
         if base.family != CLASSIFIER:
             logits = seen["out"].flatten(0, 1)[scored.to(seen["out"].device)]
         return seen["in"].cpu(), logits.cpu(), packed
