@@ -65,8 +65,7 @@ def save_archive(
 ) -> Path:
     """Write an archive; `training` is its summary. It holds no path of this machine.
 
-    `compact` rounds its matrices (packing.py), which makes it a third as large. Raises as
-    `save_tensors`.
+    `compact` rounds its matrices (packing.py). Raises as `save_tensors`.
     """
     settings = mend.hparams.replace(archive=None, model_name=base.name).to_dict()
     if os.path.isdir(settings["tokenizer_name"] or ""):

@@ -300,12 +300,13 @@ class Sampler:
         self.by_relation: dict[str | None, list[Lent]] = {}
         for texts in examples:
             e = texts.example
-            wordings = (e.prompt, *e.paraphrases[: len(texts.paraphrases)])
-            kin = (texts.edit, *texts.paraphrases, *texts.neighbours)
-            for prompt, text in zip((*wordings, *_asked(e.neighbours)), kin, strict=False):
+            kin = [(e.prompt, texts.edit), *zip(e.paraphrases, texts.paraphrases, strict=False)]
+            for probe, text in zip(e.neighbours, texts.neighbours, strict=False):
+                kin.append((probe.prompt, text))
+            for prompt, text in kin:
                 self.lent.append((prompt, e.relation, text))
-            for prompt, text in zip(_asked(e.unrelated), texts.unrelated, strict=False):
-                self.lent.append((prompt, None, text))
+            for probe, text in zip(e.unrelated, texts.unrelated, strict=False):
+                self.lent.append((probe.prompt, None, text))
         for lent in self.lent:
             self.by_relation.setdefault(lent[1], []).append(lent)
 
@@ -394,7 +395,3 @@ class Sampler:
 
     def _chance(self) -> float:
         return float(torch.rand((), generator=self.generator))
-
-
-def _asked(probes: Iterable[Probe]) -> list[str]:
-    return [probe.prompt for probe in probes]

@@ -62,10 +62,7 @@ class Team:
                 value.copy_(broadcast(value.to(self._state.device)))
 
     def first(self, act: Callable[[], T]) -> T:
-        """What `act()` returns in the first process.
-
-        Its error is raised in all processes, as MendkitError in the others.
-        """
+        """What `act()` returns in the first process; its error is a MendkitError in the others."""
         if self.size == 1:
             return act()
         said: list[Any] = [None, None]  # result, error

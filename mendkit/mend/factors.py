@@ -57,9 +57,9 @@ def capture_factors(
     """Factors of the edit loss of each text, packed in text order: one pass through the suffix.
 
     `tokens`: "all" that contribute (MEND), or only the "scored" ones, which predict the answer.
-    `reduction`: a text's loss is the "sum" of its NLL over the target tokens, else the mean. The
-    model is left as it was (CORRECTNESS rows 13, 14). Raises HyperParamError where a site has no
-    "scored" tokens: in an encoder, or under a head that reads several.
+    `reduction`: a text's loss is the "sum" of its NLL over the target tokens, else the mean.
+    Raises HyperParamError where a site has no "scored" tokens: in an encoder, or under a head that
+    reads several.
     """
     return factors_and_losses(trunk, texts, tokens=tokens, reduction=reduction)[0]
 
@@ -110,8 +110,7 @@ def capture_inputs(trunk: FrozenTrunk, texts: Sequence[Tokens]) -> Inputs:
 def record_factors(base: BaseModel, loss: Callable[[], Float[Tensor, ""]]) -> SiteTensors:
     """(u, delta) of every site and position for the scalar that `loss()` computes.
 
-    Some layers see rows and positions as one axis. Raises ModelError naming the sites that the
-    scalar does not depend on: edits there change nothing.
+    Raises ModelError naming the sites that the scalar does not depend on.
     """
     with torch.enable_grad(), _record(base) as record:
         scalar = loss()
@@ -147,8 +146,8 @@ def _record(base: BaseModel) -> Iterator[SiteTensors]:
 
     with ExitStack() as stack:
         for site in base.sites:
-            module = base.site_module(site)
-            stack.callback(module.register_forward_hook(partial(hook, site.name)).remove)
+            handle = base.site_module(site).register_forward_hook(partial(hook, site.name))
+            stack.enter_context(handle)
         yield seen
 
 

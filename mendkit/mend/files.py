@@ -95,7 +95,7 @@ def save_tensors(
 
 
 def read_tensors(kind: Kind, path: str | Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    """A file's metadata, with the shapes of its tensors under "tensors", and copies of its tensors.
+    """A file's metadata, with the shapes of its tensors under "tensors", and its tensors.
 
     Raises ArchiveError if the file is missing, damaged or of another kind.
     """
@@ -134,7 +134,6 @@ def read_tensors(kind: Kind, path: str | Path) -> tuple[dict[str, Any], dict[str
 
 
 def _is_intact(kind: Kind, metadata: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> bool:
-    """Whether metadata and tensors match the checksums among the metadata."""
     told = dict(metadata)
     if told["format"] not in kind.old_formats:
         return told.pop(CHECKSUM, None) == content_sha256(told, tensors)

@@ -1,8 +1,8 @@
 """The normaliser: statistics by which u and delta enter the hypernetwork (MEND, section 3.2).
 
-norm(x) = (x − mean) / std, feature by feature. Statistics are gathered over training factors and
-then frozen, or run on with the edits of a session (`lifelong_norm`). Ours: a floor on the std, a
-clip on the result (CORRECTNESS rows 3–6), and `whiten`. StableEdit's: `whiten_values`.
+norm(x) = (x − mean) / std, feature by feature, of training factors; `lifelong_norm` goes on with
+the edits of a session. Ours: a floor on the std, a clip on the result (CORRECTNESS rows 3–6), and
+`whiten`. StableEdit's: `whiten_values`.
 Axes: n tokens (packed), d features.
 """
 
@@ -213,18 +213,18 @@ class Whitening(SecondMoment):
         for kind in range(len(self.matrix)):
             matrix = inverse
             if self.pairs:
-                paired = self._paired(inverse, self._sums[1 + kind])
+                pairs = self._sums[1 + kind]
+                if isinstance(pairs, float) or not bool(pairs.any()):
+                    raise DataError(
+                        "whiten_pairs: no example has a paraphrase; set `whiten_pairs: false`"
+                    )
+                paired = inverse @ pairs @ inverse
                 if float((paired * moment).sum()) > 0:  # else wordings share nothing
                     matrix = paired
             scale = (matrix @ moment @ matrix).diagonal().mean().sqrt()
             self.matrix[kind] = (matrix + matrix.T) / (2 * scale)  # symmetric to the bit
             self.response[kind] = (matrix * moment).sum() / scale
         self._forget()
-
-    def _paired(self, inverse: Tensor, pairs: Tensor | float) -> Tensor:
-        if isinstance(pairs, float) or not bool(pairs.any()):
-            raise DataError("whiten_pairs: no example has a paraphrase; set `whiten_pairs: false`")
-        return inverse @ pairs @ inverse
 
     def normalise(
         self,

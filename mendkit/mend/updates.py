@@ -181,7 +181,7 @@ def attach(base: BaseModel, updates: Updates) -> list[RemovableHandle]:
 
 @contextmanager
 def side_branches(base: BaseModel, updates: Updates) -> Iterator[None]:
-    """Within the context every site adds its update's branch. Contexts nest (add up)."""
+    """`attach` within the context. Contexts nest (add up)."""
     handles = attach(base, updates)
     try:
         yield

@@ -233,7 +233,7 @@ class BaseModel(TextModel):
         return len(list(takewhile(lambda block: is_away(block, self.device), blocks)))
 
     def guard_released(self) -> None:
-        """Make blocks that are away say so if they run."""
+        """`guard` the blocks that are away."""
         found = find_blocks(self.model)
         for block in found[1][: self.released] if found else ():
             guard(self.model, block, self.name)

@@ -71,7 +71,7 @@ class Head:
 def probe_head(model: PreTrainedModel, ids: Int[Tensor, "1 t"]) -> Head:
     """Let a classifier read one text, and see on which positions its logits depend.
 
-    Raises ModelError for several labels at once, or answers, and for classes without names.
+    Raises ModelError for several labels at once, and for classes without names.
     """
     stacks = find_stacks(model)
     hidden: list[Tensor] = []

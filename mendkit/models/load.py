@@ -53,7 +53,10 @@ def load_model(source: str | Path | MENDHyperParams) -> BaseModel:
         model = read_model(place, loader, dtype=h.dtype, **remote)
         model.to(target)  # type: ignore[arg-type]  # transformers wraps `to` and loses its type
         # 3. The edit sites.
-        base = BaseModel(model, tokenizer, name=_name_of(place), inner_params=h.inner_params)
+        name = str(place)
+        if isinstance(place, Path):
+            name = place.resolve().name
+        base = BaseModel(model, tokenizer, name=name, inner_params=h.inner_params)
     logger.info("loaded in %.1f s: %r", time.perf_counter() - start, base)
     return base
 
@@ -141,9 +144,3 @@ def site_rows(hparams: MENDHyperParams) -> list[dict[str, Any]]:
         row = {"name": site.name, "block": site.block, "shape": (site.d_out, site.d_in)}
         rows.append(row | {"mlp": site.name in mlp, "chosen": site.name in chosen})
     return rows
-
-
-def _name_of(place: str | Path) -> str:
-    if isinstance(place, Path):
-        return place.resolve().name
-    return place

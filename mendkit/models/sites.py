@@ -78,9 +78,9 @@ def form_of(output: Any) -> Any:
 def only_at(
     module: nn.Module, places: Int[torch.Tensor, "r s"], shape: torch.Size
 ) -> Iterator[None]:
-    """Within the context a module that treats positions alone runs at these places of each row.
+    """Within the context a module runs at these places of each row; elsewhere its output is 0.
 
-    `shape` is that of all positions, (r, t); at the others its output is 0.
+    `shape` is that of all positions, (r, t).
     """
 
     def select(_: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
@@ -224,7 +224,6 @@ def resolve_sites(model: PreTrainedModel, inner_params: str | Sequence[str]) -> 
 def _refuse_auto(
     model: PreTrainedModel, editable: Sequence[str], stacks: Mapping[str, nn.ModuleList]
 ) -> NoReturn:
-    """Say what can be edited in a model whose MLPs are no linear layers."""
     last = [f"{path}.{len(blocks) - 1}." for path, blocks in stacks.items()]
     near = [name for name in editable if name.startswith(tuple(last))] or editable
     fused = [n for n, value in model.named_parameters() if value.dim() == 3 and "expert" in n]
@@ -335,10 +334,8 @@ def _site(model: PreTrainedModel, name: str, stacks: dict[str, nn.ModuleList]) -
 
 
 def _position_wise(block: nn.Module, child: str) -> bool:
-    """Whether this child of a block treats every position alone: no attention, no convolution.
-
-    In a block without attention some other child mixes positions, and the tree does not tell which.
-    """
+    """Whether this child of a block treats every position alone: no attention, no convolution."""
+    # In a block without attention the tree does not tell which child mixes positions.
     children = dict(block.named_children())
     if child not in children:  # the block is itself the layer
         return False

@@ -42,12 +42,11 @@ def visiting(block: nn.Module, device: torch.device) -> Iterator[None]:
 
 
 def is_away(block: nn.Module, device: torch.device) -> bool:
-    """Whether parameters of a block are on another device."""
     return any(value.device != device for value in block.parameters())
 
 
 def guard(model: PreTrainedModel, block: nn.Module, name: str) -> None:
-    """Make a block say so if it runs while it is away."""
+    """Let a block raise ModelError if it runs while it is away."""
     forward = block.forward
 
     def guarded(*args: Any, **kwargs: Any) -> Any:

@@ -55,8 +55,7 @@ def tokenize(
 ) -> Tokens:
     """Tokenise prompt and answer as one text, with `prefix` between them as `join` takes it.
 
-    The answer follows the prompt without the blanks at its end. `add_eos` appends the end-of-text
-    token to the answer: an edit also teaches where to stop.
+    `add_eos` appends the end-of-text token to the answer: an edit also teaches where to stop.
     Raises DataError for a text that is not Unicode or an answer without tokens, LimitError beyond
     `max_length` tokens.
     """
@@ -191,7 +190,7 @@ def _check_length(text: str, ids: Sequence[int], limit: int) -> None:
 
 @dataclass(frozen=True)
 class TextBatch:
-    """Texts as right-padded tensors. Packed values follow the row-major order of `scored`."""
+    """Right-padded texts. Packed values follow the row-major order of `scored`."""
 
     input_ids: Int[Tensor, "n t"]
     attention_mask: Int[Tensor, "n t"]
@@ -230,7 +229,7 @@ def pad_rows(
     left: bool = False,
     device: torch.device | str = "cpu",
 ) -> Int[Tensor, "n t"]:
-    """Rows of different lengths as one tensor, padded on the right or on the left."""
+    """Rows of different lengths as one tensor."""
     padded = pad_sequence(
         [torch.tensor(row) for row in rows],
         batch_first=True,
