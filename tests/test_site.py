@@ -97,7 +97,7 @@ def test_the_gallery_that_is_here_is_light_and_every_page_is_linked_from_the_rea
 @pytest.mark.slow
 def test_the_site_is_built_from_a_small_run_and_its_links_lead_somewhere(gallery, tmp_path):
     tree, built = tmp_path / "tree", tmp_path / "built"
-    heavy = shutil.ignore_patterns("*.safetensors", "*.jsonl", "__pycache__")
+    heavy = shutil.ignore_patterns("*.safetensors", "__pycache__")
     for name in ("docs", "mendkit", "site"):  # Sphinx takes no page behind a link
         shutil.copytree(ROOT / name, tree / name, ignore=heavy)
     for name in ("configs", "notebooks", "scripts", "tests", "LICENSE"):
