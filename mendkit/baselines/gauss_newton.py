@@ -41,7 +41,14 @@ from ..hparams import MENDHyperParams
 from ..mend.batches import edit_tokens, prepare_texts, probe_tokens
 from ..mend.factors import FACTOR_BATCH, Factors, GradientFactors, factors_and_losses
 from ..mend.losses import wide
-from ..mend.updates import LowRankUpdate, Updates, side_branches, side_by_side, unedited
+from ..mend.updates import (
+    LowRankUpdate,
+    Updates,
+    of_matrices,
+    side_branches,
+    side_by_side,
+    unedited,
+)
 from ..mend.validation import forced
 from ..models.base import BaseModel
 from ..models.tokens import Tokens, collate
@@ -98,6 +105,10 @@ class GaussNewton(Baseline):
         for example in keep if reworded else ():
             if (template := template_of(example.prompt, example.subject)) is not None:
                 self.alike.setdefault(template, []).append(example)
+        self.wordings: dict[str, list[str]] = {}
+        for template, alike in self.alike.items():
+            told = {template_of(p, like.subject) for like in alike for p in like.paraphrases}
+            self.wordings[template] = sorted(filter(None, told))
         texts = prepare_texts(base, hparams, keep[:HELD]) if kept else []
         self.held = [text for example in texts for text in example.neighbours + example.unrelated]
         # Names by where they stand: the tokens of one differ where a text begins.
@@ -227,29 +238,30 @@ class GaussNewton(Baseline):
 
     # ------------------------------------------------------- what should follow, what should stay
 
-    def _alike(self, text: Tokens) -> tuple[EditExample, list[EditExample]]:
-        """An edit as an example, and the examples that have its template."""
+    def _as_example(self, text: Tokens) -> tuple[EditExample, str]:
+        """An edit as an example, and its template ("" without a subject)."""
         subject = [text.ids[place] for place in text.subject]
         parts = self.base.prompt_of(text).ids, text.targets, subject
         prompt, answer, name = map(self._read, parts)
         edit = EditExample(prompt, answer.strip(), name.strip() or None)
-        return edit, self.alike.get(template_of(edit.prompt, edit.subject) or "", [])
+        return edit, template_of(edit.prompt, edit.subject) or ""
 
     def _read(self, ids: Sequence[int]) -> str:
         return str(self.base.tokenizer.decode(list(ids), skip_special_tokens=True))
 
     def _reworded(self, text: Tokens, draw: random.Random) -> list[Tokens]:
         """An edit in at most `reworded` other wordings."""
-        edit, alike = self._alike(text)
-        templates = {template_of(p, like.subject) for like in alike for p in like.paraphrases}
-        known = sorted(filter(None, templates))
+        if not self.alike:
+            return []
+        edit, template = self._as_example(text)
+        known = self.wordings.get(template, [])
         chosen = draw.sample(known, min(self.reworded, len(known)))
         prompts = [template.replace("{}", edit.subject or "") for template in chosen]
         return [edit_tokens(self.base, self.hparams, edit, prompt) for prompt in prompts]
 
     def _related(self, text: Tokens, draw: random.Random) -> Tokens | None:
         """A text of an example that has an edit's template."""
-        alike = self._alike(text)[1]
+        alike = self.alike.get(self._as_example(text)[1])
         if not alike:
             return None
         like = draw.choice(alike)
@@ -354,10 +366,10 @@ class CrispEdit(GaussNewton):
         return total
 
     def _change(self, name: str, f: GradientFactors, share: Float[Tensor, "t 1"]) -> LowRankUpdate:
-        """−Σ_e a_e ∇L_e at the places of low curvature, as a matrix times a unit matrix."""
+        """−Σ_e a_e ∇L_e at the places of low curvature."""
         (q_s, q_a, low), turned = self.metric[name], self._turned(name, f)
         change = q_s @ ((turned.delta * share).T @ turned.u * low) @ q_a.T
-        return LowRankUpdate(change[None], torch.eye(len(change)).to(change)[None], -1.0)
+        return of_matrices(-change[None])
 
 
 def _scale(f: GradientFactors) -> Float[Tensor, ""]:

@@ -24,11 +24,7 @@ from .results import is_said, normalise
 # reworded ones a paraphrase's: only those show an editor that answers for a whole relation.
 STAY = ("neighbours", "unrelated", "reworded")
 
-PART_OF_ROLE = {
-    **SHARE_NAMES,
-    "portability": "portability",
-    "truths": "truth",
-}
+PART_OF_ROLE = {**SHARE_NAMES, "portability": "portability", "truths": "truth"}
 
 RENAMED = {
     ("question", "free_exact"): "edit_success.free_exact_question",
@@ -112,9 +108,8 @@ def prompt_scores(prompt: ScoredPrompt, read: Reading, before: Reading) -> dict[
     if prompt.role == "truths" and read.rival is not None:
         right = float(fmean(read.text.logp) > fmean(read.rival.logp))
         return {"score": right, "accuracy": right}
-    if (
-        prompt.role == "negations"
-    ):  # "not Lyon, but Paris" says Lyon; "not Paris, but Lyon" is right
+    # "not Lyon, but Paris" says Lyon; "not Paris, but Lyon" is right.
+    if prompt.role == "negations":
         leak = float(begins_with(said, prompt.answers[0]))
         return {"score": 1 - leak, "leak": leak}
     right = float(is_said(said, prompt.answers, prompt.old))
