@@ -26,10 +26,8 @@ from PIL import Image
 
 ROOT = Path(__file__).parents[1]
 PARAMETERS: dict[str, dict[str, Any]] = {  # what is not at its default, to end in half an hour
-    "04_honest_evaluation": {"test_limit": 60, "validation_limit": 16},
     "07_what_training_costs": {"models": ["smollm2-135m"]},
     "08_compare_runs": {"sweep": "runs/gallery/sweep"},
-    "10_what_follows": {"kinds": ["identity", "finetune"], "test_limit": 30, "train_steps": 40},
 }
 SWEEP = {"grid": {"rank": [64, 256], "cneigh": [0.2, 0.8]}}  # what 08 compares
 SWEPT = "train_limit=600 max_iters=100 validation_limit=40 test_limit=40"
