@@ -26,11 +26,12 @@ from PIL import Image
 
 ROOT = Path(__file__).parents[1]
 PARAMETERS: dict[str, dict[str, Any]] = {  # what is not at its default, to end in half an hour
+    "01_train_without_archive": {"train_limit": 1200, "overrides": ["max_iters=300"]},
     "07_what_training_costs": {"models": ["smollm2-135m"]},
     "08_compare_runs": {"sweep": "runs/gallery/sweep"},
 }
 SWEEP = {"grid": {"rank": [64, 256], "cneigh": [0.2, 0.8]}}  # what 08 compares
-SWEPT = "train_limit=600 max_iters=100 validation_limit=40 test_limit=40"
+SWEPT = "train_limit=300 max_iters=60 validation_limit=20 test_limit=20"
 WIDTH = 720  # pixels of a figure as notebooks show it
 INLINE = "data:image/png;base64,"
 WIDGET = "application/vnd.jupyter.widget-view+json"
