@@ -14,6 +14,12 @@ from .hparams import MENDHyperParams
 
 __all__ = ["archives", "doctor", "edit", "main", "train"]  # each registers its commands
 
+ORDER = ["train", "edit", "evaluate", "inspect", "import", "export", "push", "conformance"]
+ORDER += ["sites", "plan", "doctor", "bench", "report", "notebooks"]
+"""Of the commands in `--help`, as in the README."""
+
+app.registered_commands.sort(key=lambda each: ORDER.index(each.name or ""))
+
 
 def main(words: Sequence[str] | None = None) -> int:
     """Run one command; returns its exit status. A mistake of the user is one line on stderr."""
@@ -28,8 +34,10 @@ def main(words: Sequence[str] | None = None) -> int:
     except MendkitError as error:
         message = str(error)
     except TyperException as error:  # wrong usage
-        command = " ".join([PROGRAM, *words[:1]])
-        message = f"{error.format_message()} See {command} --help"
+        message = error.format_message().replace("Value error, ", "")
+        message += "" if message.endswith((".", "?", ")")) else "."
+        asked = [PROGRAM, *words[: not message.startswith("No such command")], "--help"]
+        message = f"{message} See {' '.join(asked)}"
         key = getattr(error, "option_name", "").lstrip("-").replace("-", "_")
         if key in MENDHyperParams.model_fields:
             message = f"{key} is a setting: write {key}=..., without --"

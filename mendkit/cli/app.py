@@ -103,6 +103,8 @@ def configuration(words: Sequence[str] | None) -> tuple[Path, list[str]]:
     if words and ("=" not in words[0] or user_path(words[0]).is_file()):
         if words[0].startswith(HUB) or archive_file(words[0]).suffix == ".safetensors":
             raise MendkitError(f"{words[0]} is no configuration; write archive={words[0]}")
+        if user_path(words[0]).is_dir():
+            raise MendkitError(f"{words[0]} is no configuration; write model_name={words[0]}")
         return user_path(words[0]), words[1:]
     from ..runs import kit_file
 

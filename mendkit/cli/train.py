@@ -82,7 +82,9 @@ def train(
         result = team.first(known.read) if resume else None
         if result is None or result.stopped is None:
             team.first(lambda: place.clear(keep=hparams.archive))
-            logger.info("training on %d examples, in %s", len(examples), run)
+            sources = len(examples), train_data, len(validation), validation_data
+            logger.info("training on %d examples of %s, validating on %d of %s", *sources)
+            logger.info("run folder: %s", run)
             go = partial(mendkit.train, base=base, run_dir=run, done_with_base=True)
             result = go(hparams, examples, validation)
         else:

@@ -6,6 +6,7 @@
 import ast
 import bz2
 import csv
+import difflib
 import gzip
 import io
 import json
@@ -115,7 +116,7 @@ def _columns(columns: Any, source: object, records: Sequence[Any]) -> Columns:
     for field, listed in dict(columns).items():
         names[field] = (listed,) if isinstance(listed, str) else tuple(listed)
         if field not in (legal := [*EditExample.__dataclass_fields__, *PAIRS, *ANSWERS]):
-            raise DataError(f"columns: no field {field!r}; expected one of {', '.join(legal)}")
+            raise DataError(f"columns: no field {field!r}; the nearest: {_nearest(field, legal)}")
     there = json.dumps([record for _, record in records], default=str, ensure_ascii=False)
     wanted = [name for listed in names.values() for name in listed]
     missing = [name for name in wanted if json.dumps(name, ensure_ascii=False) + ":" not in there]
@@ -123,8 +124,14 @@ def _columns(columns: Any, source: object, records: Sequence[Any]) -> Columns:
         logger.warning("%s has none of the names in `columns`: read without them", source)
         return {}
     if missing:
-        raise DataError(f"{source}: columns: no record has {', '.join(map(repr, missing))}")
+        there = {name: None for _, record in records if isinstance(record, dict) for name in record}
+        near = f"the nearest: {_nearest(missing[0], [*there])}"
+        raise DataError(f"{source}: columns: no record has {', '.join(map(repr, missing))}; {near}")
     return names
+
+
+def _nearest(name: str, names: Sequence[str]) -> str:
+    return ", ".join(difflib.get_close_matches(name, names, 3, 0))
 
 
 def write_examples(examples: Sequence[EditExample], path: str | Path) -> None:
@@ -179,8 +186,8 @@ def _decoded(path: Path, content: bytes) -> str:
     try:
         return content.decode(json.detect_encoding(content))
     except UnicodeDecodeError as error:
-        told = f"not UTF-8 text ({error.reason} at byte {error.start}); give {READABLE}"
-        raise DataError(f"{path}: {told}") from None
+        told = f"not UTF-8 text ({error.reason} at byte {error.start}); save it as UTF-8, or give"
+        raise DataError(f"{path}: {told} {READABLE}") from None
 
 
 def _records(source: str | Path) -> Iterator[tuple[str, Any]]:

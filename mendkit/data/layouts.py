@@ -187,6 +187,7 @@ def _unknown(name: str, record: Record) -> DataError:
     if not any(_place(key)[0] in ("prompt", "target_new") for key in record):
         hint = f"expected at least {LEAST}"
     return DataError(
-        f"unknown field `{name}`; {hint}; `columns: {{metadata: [{name}]}}` keeps it, "
+        f"unknown field `{name}`; {hint}; in the hyperparameter file "
+        f"`columns: {{metadata: [{name}]}}` keeps it, "
         "`columns: {prompt: NAME, target_new: NAME}` reads other names"
     )

@@ -166,11 +166,12 @@ def matching_base(
         checked = base.with_sites(tuple(site["name"] for site in fingerprint["sites"]))
         differences = _differences(fingerprint, model_fingerprint(checked))
     except ValueError as error:
-        differences = str(error).partition("; ")[0]  # without its advice on other layers
+        differences = _differences(fingerprint, {"class": type(base.model).__name__})
+        differences = differences or str(error).partition("; ")[0]  # without its advice
     if differences:
         raise ArchiveError(
-            f"{path}: {kind.made} for another model than {base.name}: {differences}; "
-            f"{kind.if_another_model}"
+            f"{path}: {kind.made} for {fingerprint['name']}, another model than {base.name}: "
+            f"{differences}; {kind.if_another_model}"
         )
     return checked
 
@@ -183,4 +184,4 @@ def _differences(theirs: Mapping[str, Any], ours: Mapping[str, Any]) -> str:
         "sites_sha256": "other weights in the edited layers (another one, or already edited)",
         "tokenizer_sha256": "another tokenizer",
     }
-    return "; ".join(said for key, said in words.items() if theirs.get(key) != ours[key])
+    return "; ".join(words[key] for key in words if key in ours and theirs.get(key) != ours[key])

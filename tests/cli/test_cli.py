@@ -1,6 +1,7 @@
 """The command line: exit status, stdout and stderr, and that mistakes write nothing."""
 
 import json
+import re
 import subprocess
 import sys
 from dataclasses import replace
@@ -62,7 +63,12 @@ COMMANDS += ["sites", "doctor", "report", "notebooks", "bench"]
 
 def test_help_shows_the_exit_status_and_an_example_of_each_command(capsys):
     assert main(["--help"]) == 0
-    assert "Exit status:" in capsys.readouterr().out
+    text = capsys.readouterr().out
+    assert "Exit status:" in text
+    listed = re.findall(r"(?m)^  (\w+)  ", text.partition("Commands:")[2])
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    (named,) = re.findall(r"`mendkit (train \|[^`]+)`", readme)
+    assert listed == named.split(" | ")
     for command in COMMANDS:
         assert main([command, "--help"]) == 0
         text = capsys.readouterr().out
@@ -82,10 +88,10 @@ def test_a_mistake_ends_with_status_2_and_one_clear_line(here):
 
 MISTAKES = {  # what a user types, and a part of the last line of stderr
     "": "Missing command",
-    "fly": "No such command 'fly'",
+    "fly": "No such command 'fly'. See python -m mendkit --help",
     "train --limit": "No such option",
     "inspect": "Missing argument",
-    "evaluate --mode all": "--mode",
+    "evaluate --mode all": "--mode': 'all' is not one of",
     "evaluate --editor best": "--editor must be",
     "evaluate tiny.yaml --limit 0": "--limit",
     "evaluate tiny.yaml --max-new-tokens x": "--max-new-tokens",
@@ -105,6 +111,7 @@ MISTAKES = {  # what a user types, and a part of the last line of stderr
     "edit tiny.yaml --prompt P --prompt Q --target T": "give as many --target as --prompt",
     "edit tiny.yaml --prompt P --target T --text S --text U": "give as many --text as --prompt",
     "edit tiny.yaml archive=archive.safetensors --prompt P --target T --text S": "`edit_on: text`",
+    "train ..": ".. is no configuration; write model_name=..",
     "edit archive.safetensors --prompt P --target T": "write archive=archive.safetensors",
     "edit --archive archive.safetensors --prompt P --target T": "write archive=..., without --",
     "evaluate --max-length 9": "write max_length=..., without --",

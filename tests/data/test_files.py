@@ -385,9 +385,9 @@ def test_columns_read_any_names_and_are_checked(tmp_path, caplog):
     read = read_examples(path, columns=columns)
     assert tuple(read) == (EditExample("Who made X?", "Bo"),)
     assert read.left_out == {"alt": 1, "url": 1}
-    with pytest.raises(DataError, match="columns: no record has 'aa'"):
+    with pytest.raises(DataError, match="columns: no record has 'aa'; the nearest: a, alt,"):
         read_examples(path, columns=columns | {"target_new": "aa"})
-    with pytest.raises(DataError, match="columns: no field 'promt'"):
+    with pytest.raises(DataError, match="columns: no field 'promt'; the nearest: prompt,"):
         read_examples(path, columns={"promt": "q"})
     table = write(tmp_path / "z.json", [{"q": "Q", "a": "A", "near": "N", "said": ["B", "C"]}])
     halves = {"locality_prompt": "near", "locality_ground_truth": "said"}
@@ -491,7 +491,7 @@ def test_files_that_cannot_be_read_say_what_they_are(tmp_path):
         "none.json"
     )
     assert "no valid example" in refusal("e.json", b"[]")
-    said = "not UTF-8 text .* at byte 2.*; give JSON"
+    said = "not UTF-8 text .* at byte 2.*; save it as UTF-8, or give JSON"
     assert re.search(said, refusal("gbk.jsonl", "{'法国'}".encode("gbk")))
     assert "UTF-8" in refusal("b.json", b"\xff\xfe\x00")
     assert "cannot be read" in refusal("a.json.gz", gzip.compress(LINE * 9)[:-12])
