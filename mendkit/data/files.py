@@ -124,8 +124,8 @@ def _columns(columns: Any, source: object, records: Sequence[Any]) -> Columns:
         logger.warning("%s has none of the names in `columns`: read without them", source)
         return {}
     if missing:
-        there = {name: None for _, record in records if isinstance(record, dict) for name in record}
-        near = f"the nearest: {_nearest(missing[0], [*there])}"
+        found = {name: None for _, record in records if isinstance(record, dict) for name in record}
+        near = f"the nearest: {_nearest(missing[0], [*found])}"
         raise DataError(f"{source}: columns: no record has {', '.join(map(repr, missing))}; {near}")
     return names
 

@@ -21,7 +21,7 @@ from mendkit.__main__ import main
 from mendkit.errors import ArchiveError
 from mendkit.hparams import MENDHyperParams
 from mendkit.places import archive_file
-from tests.oracles.tiny import save_tiny, tiny_llama
+from tests.oracles.tiny import save_tiny, tiny_gpt2, tiny_llama
 
 COMMIT = "c" * 40
 FACT = ["--prompt", "The capital of France is", "--target", "Lima", "--max-new-tokens", "2"]
@@ -194,6 +194,9 @@ def test_it_is_refused_for_another_model_and_named_where_there_is_none(box, here
     other = save_tiny("other", tiny_llama(seed=5))
     assert main(["edit", "tiny.yaml", f"model_name={other}", "archive=mine", *FACT]) == 2
     assert ", another model than other: other weights" in capsys.readouterr().err
+    other = save_tiny("gpt2", tiny_gpt2())  # has no layer of that name either
+    assert main(["edit", "tiny.yaml", f"model_name={other}", "archive=mine", *FACT]) == 2
+    assert "than gpt2: class LlamaForCausalLM, here GPT2LMHeadModel" in capsys.readouterr().err
     for i, name in enumerate(("old", "new")):
         Path(f"runs/{name}").mkdir(parents=True)
         os.utime(shutil.copy("archive.safetensors", f"runs/{name}"), (i, i))
