@@ -2,7 +2,8 @@
 
 import textwrap
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
@@ -36,7 +37,7 @@ Together = Annotated[bool, Option("--together", help="make one edit of all examp
 Adapter = Annotated[
     Path | None, Option(metavar="DIR", parser=user_path, help="write a PEFT LoRA adapter")
 ]
-Merged = Annotated[
+MergedModel = Annotated[
     Path | None, Option(metavar="DIR", parser=user_path, help="write the edited model")
 ]
 Saved = Annotated[
@@ -79,7 +80,7 @@ def edit(
     together: Together = False,
     max_new_tokens: MaxNewTokens = 50,
     save_adapter: Adapter = None,
-    save_merged: Merged = None,
+    save_merged: MergedModel = None,
     save_edit: Saved = None,
     out: Out = None,
     as_json: Json = False,
@@ -105,7 +106,7 @@ def edit(
     if len(examples) > 1 and any(kept.values()) and not together:
         raise MendkitError("one edit can be saved; give --together, or --limit 1")
 
-    # 2. Each edit on the model as it was.
+    # 2. What only the archive and its tokenizer tell.
     editor = mendkit.MENDEditor.from_hparams(hparams)
     if sentences and editor.hparams.edit_on == "answer":
         raise MendkitError("--text needs an archive that was trained with `edit_on: text`")
@@ -113,14 +114,17 @@ def edit(
         examples = usable(editor.base, editor.hparams, examples)
     for example in examples:
         editor.tokens(example)  # raises DataError for one that is too long
+
+    # 3. Each edit on the model as it was.
+    groups = [examples] if together else [[example] for example in examples]
     rows = []
     with place.locked():
-        for group in [examples] if together else [[example] for example in examples]:
+        for group in groups:
             change = editor.edit(group)
             for example in group:
                 rows.append(_row(change, example, max_new_tokens, typed=bool(typed)))
                 if not as_json:
-                    cli.say(_told(rows[-1]))
+                    cli.say(_description(rows[-1]))
         if as_json:
             cli.show(rows, "", as_json=True)
         right = sum(row["success"] for row in rows)
@@ -142,9 +146,9 @@ def _typed(
         raise MendkitError("--limit and --skip-invalid go with --data")
     if texts and len(texts) != len(prompts):
         raise MendkitError("give as many --text as --prompt and --target, which say what to check")
-    passages: list[tuple[str, ...]] = [(text,) for text in texts] or [()] * len(prompts)
-    given = zip(prompts, targets, passages, strict=True)
-    return [mendkit.EditExample(p, t, passages=stated) for p, t, stated in given]
+    typed = list(map(mendkit.EditExample, prompts, targets))
+    pairs = zip(typed, texts, strict=False)
+    return [replace(example, passages=(text,)) for example, text in pairs] or typed
 
 
 def _check_places(kept: dict[str, Path | None], *, overwrite: bool) -> None:
@@ -170,14 +174,17 @@ def _row(
     probe, old = Probe(example.prompt, said), example.ground_truth
     (row,) = _answers_to(change, [probe], max_new_tokens=max_new_tokens, old=old)
     row["target_new"] = example.target_new
-    if typed:
-        edited = {each.prompt for each in change.examples}
-        roles = typed_example(example.prompt, said).roles()
-        ask = partial(_answers_to, change, max_new_tokens=min(max_new_tokens, len(said) + 16))
-        row["beside"] = ask([*roles["paraphrases"], *roles["unrelated"]])
-        for each in ask([probe for probe in roles["neighbours"] if probe.prompt not in edited]):
-            if is_said(each["before"], (each["answer"],)):
-                row["beside"].append(each)
+    if not typed:
+        return row
+    edited = {each.prompt for each in change.examples}
+    roles = typed_example(example.prompt, said).roles()
+    neighbours = [probe for probe in roles["neighbours"] if probe.prompt not in edited]
+    ask = partial(_answers_to, change, max_new_tokens=min(max_new_tokens, len(said) + 16))
+    row["beside"] = ask([*roles["paraphrases"], *roles["unrelated"]])
+    # Of the neighbours those that are answered rightly before the edit.
+    for each in ask(neighbours):
+        if is_said(each["before"], (each["answer"],)):
+            row["beside"].append(each)
     return row
 
 
@@ -187,10 +194,12 @@ def _answers_to(
     """What the model writes before and after an edit, and if it is the answer, or as before."""
     from ..evaluation.results import is_said
 
-    prompts = [probe.prompt for probe in probes]
-    answers = [[probe.answer] if probe.answer else [] for probe in probes]
-    write = partial(change.base.generate_batch, prompts, answers=answers)
-    write = partial(write, max_new_tokens=max_new_tokens)
+    write = partial(
+        change.base.generate_batch,
+        [probe.prompt for probe in probes],
+        answers=[(probe.answer or "",) for probe in probes],
+        max_new_tokens=max_new_tokens,
+    )
     before, rows = write(), []
     with change.applied():
         after = write()
@@ -203,12 +212,11 @@ def _answers_to(
     return rows
 
 
-def _told(row: dict[str, Any]) -> str:
+def _description(row: dict[str, Any]) -> str:
     """A row for people, with a table of the prompts beside the edit."""
     lines = [row["prompt"], f"  before: {row['before'].strip()}"]
     lines.append(f"  after:  {row['after'].strip()}  {_mark(row, 'matches the target')}")
-    beside = row.get("beside", ())
-    cells = []
+    beside, cells = row.get("beside", ()), []
     for each in beside:
         prompt = each["prompt"]
         if len(prompt) > PROMPT_WIDTH:
@@ -277,54 +285,39 @@ def evaluate(
 
     Each edit is made on a fresh model (single), k at once (batch), or all in a row (sequential).
     """
-    from ..evaluation.evaluate import MODES
-    from ..evaluation.survival import SURVIVAL
-    from ..runs import peak_memory_gb
-
     # 1. What can be wrong is looked at before the model is loaded.
-    _check_editor(editor, protocol or mode, k, tune_data)
+    how = protocol or mode
+    _check_editor(editor, how, k, tune_data)
     if protocol and mode != "single":
         raise MendkitError("--protocol says how edits are made; leave out --mode")
-    if survival and (protocol or mode != "single" or editor == "context" or not text):
+    if survival and (how != "single" or editor == "context" or not text):
         raise MendkitError("--survival goes with --text, an editor and --mode single")
     hparams = cli.hyperparameters(words)
     place = cli.RunFolder(out, "results.json", "rows.jsonl", overwrite=overwrite)
     read = partial(mendkit.read_examples, columns=hparams.columns)
     examples = read(data, limit=limit, skip_invalid=skip_invalid)
-    held_out = mendkit.read_text(text) if text else None
+    extras: dict[str, Any] = {"fluency": fluency, "survival": survival, "brief": bool(protocol)}
+    if text:
+        extras["text"] = mendkit.read_text(text)
 
-    # 2. The model, the editor, and what a baseline is at its best settings.
+    # 2. The model and its editor.
     base, mend = _opened(editor, hparams)
     if mend is not None:
         hparams = mend.hparams
-    score_on = partial(mendkit.EvaluationSet, base, hparams, max_new_tokens=max_new_tokens)
+    prepare = partial(mendkit.EvaluationSet, base, hparams, max_new_tokens=max_new_tokens)
     chosen: Editor | None = mend
     tuning: dict[str, Any] = {}
     with place.locked():
-        if editor not in ("mend", "context"):
+        # 3. A baseline at its best settings.
+        if editor in mendkit.KINDS:
             tuned_on = read(tune_data or "facts:validation")
-            edited = {example.subject for example in examples}
-            others = [example for example in tuned_on[TUNED_ON:] if example.subject not in edited]
-            chosen, tuning = _tuned(editor, score_on(tuned_on[:TUNED_ON]), mend, others)
+            chosen, tuning = _tuned(editor, prepare, tuned_on, mend, apart_from=examples)
 
-        # 3. The scores. Rows are kept as they are made.
-        how, at_once = protocol or mode, k
-        if mode == "batch":
-            at_once = k or 25
+        # 4. The scores. Rows are kept as they are made.
         logger.info("scoring %d edits, mode %s", len(examples), how)
-        started = time.perf_counter()
-        extras: dict[str, Any] = {"text": held_out, "fluency": fluency, "survival": survival}
-        test = score_on(examples, **extras, brief=bool(protocol))
-        if chosen is None:
-            report = mendkit.fact_in_context(test)
-        else:
-            rows = out and out / "rows.jsonl"
-            report = mendkit.evaluate(chosen, test, mode=how, k=at_once, rows=rows)
-        costs = {"seconds": time.perf_counter() - started, "peak_memory_gb": peak_memory_gb()}
+        test = partial(prepare, examples, **extras)
+        report, costs = _scored(chosen, test, how, k, out and out / "rows.jsonl")
         results = report.to_dict() | tuning | costs
-        results["protocol"] = f"{test.protocol}; {MODES[how].format(k=at_once or 1)}"
-        if survival:
-            results["protocol"] += f"; {SURVIVAL}"
         place.write(results, [vars(row) for row in report.rows])
     cli.show(results, _table(report), as_json=as_json)
     return 0
@@ -355,14 +348,19 @@ def _opened(kind: str, hparams: "MENDHyperParams") -> tuple["BaseModel", "MENDEd
 
 def _tuned(
     kind: str,
-    validation: "EvaluationSet",
+    prepare: Callable[[Sequence["EditExample"]], "EvaluationSet"],
+    examples: Sequence["EditExample"],
     mend: "MENDEditor | None",
-    others: "Sequence[EditExample]",
+    *,
+    apart_from: Sequence["EditExample"],
 ) -> tuple["Editor", dict[str, Any]]:
-    """A baseline at the settings that are best on `validation`, and results about the choice.
+    """A baseline at its best settings on the first `examples`, and results about the choice.
 
-    Gauss-Newton learns from `others` how facts are put in other words.
+    Gauss-Newton learns from the others how facts are put in other words.
     """
+    edited = {example.subject for example in apart_from}
+    others = [example for example in examples[TUNED_ON:] if example.subject not in edited]
+    validation = prepare(examples[:TUNED_ON])
     running = mendkit.running_text(mendkit.read_examples("facts:train"))
     tuned = mendkit.tune(kind, validation, text=running, mend=mend, keep=others)
     results = tuned.to_dict() | {"tuning.edits": len(validation.to_edit)}
@@ -370,13 +368,40 @@ def _tuned(
     return tuned.editor, results
 
 
+def _scored(
+    editor: "Editor | None",
+    prepare: Callable[[], "EvaluationSet"],
+    how: str,
+    k: int | None,
+    rows: Path | None,
+) -> tuple["EvaluationReport", dict[str, Any]]:
+    """The scores of an editor, or of the fact in the context; costs and protocol by name."""
+    from ..evaluation.evaluate import MODES
+    from ..evaluation.survival import SURVIVAL
+    from ..runs import peak_memory_gb
+
+    started = time.perf_counter()
+    test = prepare()
+    if how == "batch":
+        k = k or 25
+    if editor is None:
+        report = mendkit.fact_in_context(test)
+    else:
+        report = mendkit.evaluate(editor, test, mode=how, k=k, rows=rows)
+    protocol = [test.protocol, MODES[how].format(k=k or 1)]
+    if test.survival:
+        protocol.append(SURVIVAL)
+    costs = {"seconds": time.perf_counter() - started, "peak_memory_gb": peak_memory_gb()}
+    return report, {**costs, "protocol": "; ".join(protocol)}
+
+
 def _table(report: "EvaluationReport") -> str:
     """Every mean with its 95 % interval and number of edits."""
     import pandas as pd
 
     rows = {name: vars(interval) for name, interval in report.summary.items()}
-    rows |= {name: {"mean": value} for name, value in report.harmonic.items()}
-    rows |= {name: {"mean": value} for name, value in report.values.items()}
+    for name, value in {**report.harmonic, **report.values}.items():
+        rows[name] = {"mean": value}
     table = pd.DataFrame.from_dict(rows, orient="index").astype({"n": "Int64"})
     counts = [f"{n} {name.replace('_', ' ')}" for name, n in report.counts.items()]
     text = table.to_string(float_format="%.3f", na_rep="")
