@@ -144,7 +144,7 @@ def fact_in_context(on: EvaluationSet) -> EvaluationReport:
     agreement is with what it says without the fact. Raises LimitError if a prompt gets too long.
     """
     start = time.perf_counter()
-    examples = [_told(example) for example in on.examples]
+    examples = [*map(_with_fact, on.examples)]
     limit, follow = on.max_new_tokens, on.follow
     context = EvaluationSet(on.base, on.hparams, examples, max_new_tokens=limit, follow=follow)
     if len(context) != len(on):
@@ -171,25 +171,16 @@ def _compared(with_fact: Reading, without: Reading) -> Reading:
     return replace(with_fact, text=replace(with_fact.text, same=tuple(same)), greedy=None)
 
 
-def _told(e: EditExample) -> EditExample:
+def _with_fact(example: EditExample) -> EditExample:
     """The example with the new fact before each of its prompts."""
-
-    def with_fact(probes: Sequence[Any]) -> tuple[Any, ...]:
-        return tuple(replace(probe, prompt=told(e, probe.prompt)) for probe in probes)
-
-    return replace(
-        e,
-        prompt=told(e, e.prompt),
-        paraphrases=tuple(told(e, prompt) for prompt in e.paraphrases),
-        neighbours=with_fact(e.neighbours),
-        unrelated=with_fact(e.unrelated),
-        relation=None,
-        portability=(),
-        consequences=with_fact(e.consequences),
-        negations=tuple(told(e, prompt) for prompt in e.negations),
-        truths=with_fact(e.truths),
-        generation_prompts=(),
-    )
+    changed: dict[str, Any] = {}
+    for role in ("neighbours", "unrelated", "consequences", "truths"):
+        probes = getattr(example, role)
+        changed[role] = tuple(replace(each, prompt=told(example, each.prompt)) for each in probes)
+    for role in ("paraphrases", "negations"):
+        changed[role] = tuple(told(example, prompt) for prompt in getattr(example, role))
+    changed |= {"relation": None, "portability": (), "generation_prompts": ()}
+    return replace(example, prompt=told(example, example.prompt), **changed)
 
 
 def down_projections(base: BaseModel) -> list[str]:

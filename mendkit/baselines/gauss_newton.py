@@ -13,11 +13,10 @@ metric of K-FAC (Martens & Grosse, 2015, arXiv 1503.05671) with an isotropic out
 MEND's form of update, Σ δ̃ ũᵀ, with ũ = C⁻¹ u and δ̃ = δ / s in place of what a hypernetwork makes.
 All blocks share the shift, as in MEMIT (Meng et al., 2023, arXiv 2210.07229).
 
-Other rows of the same system make an edit hold in other words, and other texts stay as they are.
-The first are the edit in wordings that examples have for its template (`reworded`): a change that
-is solved for one prompt alone matches that prompt alone. The second ask for what their loss has
-changed; their answer is the unedited model's argmax. They are texts of those examples, an edit's
-prompt about another subject, and unrelated prompts.
+Other rows of the same system make an edit hold in other words, and other texts stay as they are
+(text_pool.py). The first are the edit in wordings that examples have for its template (`reworded`):
+a change that is solved for one prompt alone matches that prompt alone. The second ask for what
+their loss has changed; their answer is the unedited model's argmax.
 Axes: n texts, t tokens, i layer input, o layer output.
 """
 
@@ -34,11 +33,9 @@ from torch.nn.functional import one_hot
 from torch.nn.utils.rnn import pad_sequence
 
 from ..data.examples import EditExample
-from ..data.sampling import template_of
 from ..errors import HyperParamError
 from ..evaluation.sequences import together
 from ..hparams import MENDHyperParams
-from ..mend.batches import edit_tokens, prepare_texts, probe_tokens
 from ..mend.factors import FACTOR_BATCH, Factors, GradientFactors, factors_and_losses
 from ..mend.losses import wide
 from ..mend.updates import (
@@ -54,12 +51,10 @@ from ..models.base import BaseModel
 from ..models.tokens import Tokens, collate
 from ..models.trunk import FrozenTrunk
 from .base import Baseline, down_projections, gradient_moments, key_moments
+from .text_pool import TextPool
 
 LATEST = 4  # of the latest edits of a sequence are read again with every new one, at least
-HELD = 1000  # of the examples to keep, whose subjects and unrelated prompts are drawn
-RELATED = 0.75  # of the texts held, of examples with an edit's template
 KEPT_ALONE = 2  # texts that an independent edit keeps: its update holds their tokens
-SMALLEST = torch.finfo(torch.float32).tiny
 
 
 class GaussNewton(Baseline):
@@ -69,11 +64,8 @@ class GaussNewton(Baseline):
     every loss is below `stop` (nats an answer). No step asks for more than `most` nats of an edit,
     and for half as many each time that the loss has risen. In a sequence (`remembering`)
     `reread` earlier edits are read with each new one, and the `rehearse` of them that the model
-    holds least are learned again with it. Every step holds `kept` texts besides: half of them
-    neighbours and unrelated prompts of the examples `keep`, which must not be edited, half prompts
-    of the step's edits about the subject of such an example. Independent edits hold two each.
-    `reworded` times each edit is read in other words, too: paraphrases of examples in `keep` whose
-    prompt differs from the edit's in its subject only. Then most texts held are of these examples.
+    holds least are learned again with it. `kept` and `reworded` are those of a `TextPool` of the
+    examples `keep`, which must not be edited; independent edits keep two texts each.
     """
 
     needs_causal = True
@@ -95,28 +87,12 @@ class GaussNewton(Baseline):
         settings = {"ridge": ridge, "kept": kept, "reworded": reworded}
         super().__init__(base, hparams, "Gauss-Newton", settings)
         self.base = base.with_sites(sites or down_projections(base))
-        self.ridge, self.kept, self.reworded = ridge, kept, reworded
+        self.ridge = ridge
+        self.pool = TextPool(self.base, hparams, keep, kept=kept, reworded=reworded)
         self.memory: list[Tokens] | None = None  # edits of a sequence so far
         # Editors of other settings share C⁻¹.
         of = type(self).__name__, self.base.sites, self.floor, text
         self.metric: dict[str, Any] = base.remembered(of, lambda: self._metric(text))
-        # What the examples say of each template, where edits are to be read in other words.
-        self.alike: dict[str, list[EditExample]] = {}
-        for example in keep if reworded else ():
-            if (template := template_of(example.prompt, example.subject)) is not None:
-                self.alike.setdefault(template, []).append(example)
-        self.wordings: dict[str, list[str]] = {}
-        for template, alike in self.alike.items():
-            told = {template_of(p, like.subject) for like in alike for p in like.paraphrases}
-            self.wordings[template] = sorted(filter(None, told))
-        texts = prepare_texts(base, hparams, keep[:HELD]) if kept else []
-        self.held = [text for example in texts for text in example.neighbours + example.unrelated]
-        # Names by where they stand: the tokens of one differ where a text begins.
-        self.subjects: dict[int, list[tuple[int, ...]]] = {}
-        for edit in (example.edit for example in texts):
-            if edit.subject:
-                name = tuple(edit.ids[place] for place in edit.subject)
-                self.subjects.setdefault(min(edit.subject[0], 2), []).append(name)
 
     def _metric(self, text: str) -> dict[str, Any]:
         """C⁻¹ (i, i) by site, with a floor on C's eigenvalues."""
@@ -140,9 +116,9 @@ class GaussNewton(Baseline):
         if not at_once or (len(texts) == 1 and self.memory is None):
             draw, made = random.Random(seed), []
             for text in texts:
-                others = self._others([text], min(self.kept, KEPT_ALONE), draw)
+                others = self.pool.others([text], draw, most=KEPT_ALONE)
                 made.append(self._learn(trunk, [text], draw, others=others))
-            return {name: _one_below_another([u[name] for u in made]) for name in self.metric}
+            return _one_below_another(made)
         draw = random.Random(f"{seed} {len(self.memory or ())}")
         rehearsed = self._weakest(trunk, draw) if self.memory else []
         if self.memory is not None:
@@ -179,9 +155,9 @@ class GaussNewton(Baseline):
                 order = draw.sample(order, len(order))
             for at in range(0, len(order), self.batch_size):
                 edits = order[at : at + self.batch_size]
-                kept = self._others(edits, self.kept, draw) if others is None else others
-                told = [wording for text in edits for wording in self._reworded(text, draw)]
-                losses, step = self._step(trunk, [*edits, *told], kept, made=made, most=most)
+                kept = self.pool.others(edits, draw) if others is None else others
+                edits += self.pool.other_words(edits, draw)
+                losses, step = self._step(trunk, edits, kept, made=made, most=most)
                 epoch.append(losses)
                 made = together(made, step)
             losses = torch.cat(epoch)
@@ -235,68 +211,6 @@ class GaussNewton(Baseline):
         """−Σ_e a_e ∇L_e C⁻¹ / s of a site; `share` is a of each token's text."""
         u, delta = f.u @ self.metric[name], f.delta * share / _scale(f)
         return LowRankUpdate(u[None], delta[None], -1.0)
-
-    # ------------------------------------------------------- what should follow, what should stay
-
-    def _as_example(self, text: Tokens) -> tuple[EditExample, str]:
-        """An edit as an example, and its template ("" without a subject)."""
-        subject = [text.ids[place] for place in text.subject]
-        parts = self.base.prompt_of(text).ids, text.targets, subject
-        prompt, answer, name = map(self._read, parts)
-        edit = EditExample(prompt, answer.strip(), name.strip() or None)
-        return edit, template_of(edit.prompt, edit.subject) or ""
-
-    def _read(self, ids: Sequence[int]) -> str:
-        return str(self.base.tokenizer.decode(list(ids), skip_special_tokens=True))
-
-    def _reworded(self, text: Tokens, draw: random.Random) -> list[Tokens]:
-        """An edit in at most `reworded` other wordings."""
-        if not self.alike:
-            return []
-        edit, template = self._as_example(text)
-        known = self.wordings.get(template, [])
-        chosen = draw.sample(known, min(self.reworded, len(known)))
-        prompts = [template.replace("{}", edit.subject or "") for template in chosen]
-        return [edit_tokens(self.base, self.hparams, edit, prompt) for prompt in prompts]
-
-    def _related(self, text: Tokens, draw: random.Random) -> Tokens | None:
-        """A text of an example that has an edit's template."""
-        alike = self.alike.get(self._as_example(text)[1])
-        if not alike:
-            return None
-        like = draw.choice(alike)
-        texts = [(like.prompt,), like.paraphrases, [probe.prompt for probe in like.neighbours]]
-        prompt = draw.choice(draw.choice(list(filter(None, texts))))
-        return probe_tokens(self.base, self.hparams, prompt)
-
-    def _others(self, edits: Sequence[Tokens], count: int, draw: random.Random) -> list[Tokens]:
-        """`count` texts to keep, if any are known.
-
-        `RELATED` of them are about an edit's relation, where examples tell any. Of the others half
-        are the edits' prompts about other subjects.
-        """
-        if not self.held:
-            return []
-        taken = {self.base.prompt_of(text).ids for text in edits}
-        drawn = int(RELATED * count) if self.alike else 0
-        related = [self._related(draw.choice(edits), draw) for _ in range(drawn)]
-        out = [text for text in related if text is not None and text.ids not in taken]
-        for _ in range((count - len(out) + 1) // 2):
-            text = self._about_another(draw.choice(edits), draw)
-            if text is not None and text.ids not in taken:
-                out.append(text)
-        return out + [draw.choice(self.held) for _ in range(count - len(out))]
-
-    def _about_another(self, text: Tokens, draw: random.Random) -> Tokens | None:
-        """An edit's prompt with another subject; None if its subject is not one piece of it."""
-        place, prompt = text.subject, self.base.prompt_of(text).ids
-        if not place or place[-1] >= len(prompt) or len(place) != place[-1] - place[0] + 1:
-            return None
-        names = self.subjects.get(min(place[0], 2))
-        if not names:
-            return None
-        ids = (*prompt[: place[0]], *draw.choice(names), *prompt[place[-1] + 1 :])
-        return Tokens(ids, (len(ids) - 1,))
 
     def _before(
         self, trunk: FrozenTrunk, texts: Sequence[Tokens]
@@ -374,7 +288,7 @@ class CrispEdit(GaussNewton):
 
 def _scale(f: GradientFactors) -> Float[Tensor, ""]:
     """s of a site."""
-    return f.delta.square().mean().clamp(min=SMALLEST)
+    return f.delta.square().mean().clamp(min=torch.finfo(torch.float32).tiny)
 
 
 def _in_passes(trunk: FrozenTrunk, texts: Sequence[Tokens]) -> tuple[Factors, Float[Tensor, " n"]]:
@@ -394,9 +308,12 @@ def _in_passes(trunk: FrozenTrunk, texts: Sequence[Tokens]) -> tuple[Factors, Fl
     return joined, torch.cat(losses)
 
 
-def _one_below_another(parts: Sequence[LowRankUpdate]) -> LowRankUpdate:
-    """The edits of several updates of a site as one, in order: b adds up."""
-    plain = [side_by_side([part]) for part in parts]  # coefficient 1
-    u = pad_sequence([part.u[0] for part in plain], batch_first=True)
-    delta = pad_sequence([part.delta[0] for part in plain], batch_first=True)
-    return LowRankUpdate(u, delta, 1.0)
+def _one_below_another(parts: Sequence[Updates]) -> Updates:
+    """The edits of several updates as one, in order: b adds up."""
+    joined: Updates = {}
+    for name in parts[0]:
+        plain = [side_by_side([part[name]]) for part in parts]  # coefficient 1
+        u = pad_sequence([part.u[0] for part in plain], batch_first=True)
+        delta = pad_sequence([part.delta[0] for part in plain], batch_first=True)
+        joined[name] = LowRankUpdate(u, delta, 1.0)
+    return joined

@@ -133,7 +133,7 @@ def test_it_learns_edits_at_once_and_stops(llama, editor, tokens):
 def test_kept_texts_change_less(llama, editor, tokens):
     """Measured on the very texts that are kept."""
     texts, drift = tokens(llama, 2), {}
-    held = editor(llama, keep=EXAMPLES[2:], kept=1).held
+    held = editor(llama, keep=EXAMPLES[2:], kept=1).pool.held
     for kept in (0, 16):
         made = editor(llama, keep=EXAMPLES[2:], kept=kept, **GENTLE)
         updates = made.updates(texts, at_once=True)
@@ -150,14 +150,14 @@ def test_edits_are_learned_in_the_wordings_that_examples_have(llama, editor, tok
     text, told = edit_tokens(llama, made.hparams, edit), []
     for prompt in edit.paraphrases:  # the others' with this subject
         told.append(edit_tokens(llama, made.hparams, edit, prompt))
-    assert set(made._reworded(text, draw)) == set(told)
+    assert set(made.pool.other_words([text], draw)) == set(told)
     # What is kept is about other subjects.
-    for kept in made._others([text], 8, draw):
+    for kept in made.pool.others([text], draw):
         assert not kept.targets and edit.subject not in llama.tokenizer.decode(kept.ids)
     # Without them, other wordings are worse off.
     left = {}
     for reworded in (0, 2):
-        made.reworded = reworded
+        made.pool.reworded = reworded
         left[reworded] = losses_of(made.base, told, made.updates([text], at_once=True))
     assert max(left[2]) < max(left[0])
 
