@@ -7,7 +7,7 @@ end a text. Axes: b rows, t tokens, l tokens of a decoder, v vocabulary or class
 import re
 from collections.abc import Callable, Hashable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from itertools import takewhile
 from typing import Any
 
@@ -23,6 +23,7 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 from transformers.cache_utils import DynamicLayer
+from transformers.generation import GenerateDecoderOnlyOutput
 
 from ..data.examples import BLANKS
 from ..errors import DataError, HyperParamError, ModelError
@@ -50,13 +51,17 @@ MOST_PADDING = 1.5
 # Tokens that are written unless a caller says otherwise.
 NEW_TOKENS = 50
 
+# What `generate` calls its cache: the last field of its output, renamed in transformers 5.24.
+CACHE = fields(GenerateDecoderOnlyOutput)[-1].name
+
 
 def cut(text: str, answers: Sequence[str] = ()) -> str:
     """A written text before its first stop mark that none of `answers` holds at that place."""
-    wanted = [re.sub(rf"(\s|{STOP.pattern})+$", "", answer) for answer in answers]
+    at_end = rf"(\s|{STOP.pattern})+$"
+    wanted = [re.sub(at_end, "", answer).strip().casefold() for answer in answers]
     for mark in STOP.finditer(text):
         begun = text[: mark.end()].lstrip().casefold()
-        if not begun or not any(a.strip().casefold().startswith(begun) for a in wanted):
+        if not begun or not any(answer.startswith(begun) for answer in wanted):
             return text[: mark.start()]
     return text
 
@@ -88,16 +93,20 @@ class TextModel:
             self.labels = self.head.labels
 
     @property
+    def _embeddings(self) -> Tensor:
+        return self.model.get_input_embeddings().weight
+
+    @property
     def device(self) -> torch.device:
-        return self.model.get_input_embeddings().weight.device
+        return self._embeddings.device
 
     @property
     def dtype(self) -> torch.dtype:
-        return self.model.get_input_embeddings().weight.dtype
+        return self._embeddings.dtype
 
     @property
     def vocabulary(self) -> int:
-        return self.model.get_input_embeddings().weight.shape[0]
+        return self._embeddings.shape[0]
 
     @property
     def eos_id(self) -> int | None:
@@ -256,18 +265,13 @@ class TextModel:
         A row ends as in `generate_batch`, but after the stop mark. Rows of one batch are written
         within `under(rows)`, and leave it as they end. What is known of them is in `begun`; a row
         that ends there is not run. A row with an answer of more than `max_new_tokens` has room for
-        it, unless less than the default was asked for.
+        it, unless less than the default was asked for. Raises as `write`.
         """
         if max_new_tokens < 1:
             raise HyperParamError(f"max_new_tokens must be at least 1, got {max_new_tokens}")
         written = [[*ids] for ids in begun] or [[] for _ in prompts]
         answers = answers or [()] * len(prompts)
-        limits = [max_new_tokens] * len(prompts)
-        if max_new_tokens >= NEW_TOKENS and not self.labels:
-            for k, expected in enumerate(answers):
-                longest = max((len(self.encode(answer)) for answer in expected), default=0)
-                if longest > max_new_tokens:
-                    limits[k] = longest + 8  # and its end
+        limits = [self._limit(max_new_tokens, expected) for expected in answers]
 
         def goes_on(k: int) -> bool:
             """Whether row k has not ended; what it has beyond its end is removed."""
@@ -278,27 +282,36 @@ class TextModel:
             stopped = stop and self._stopped(prompts[k], ids, answers[k])
             return not stopped and len(ids) < limits[k] and ids[-1] != self.eos_id
 
-        going, size = [k for k in range(len(prompts)) if goes_on(k)], PART_TOKENS
+        going, size = list(filter(goes_on, range(len(prompts)))), PART_TOKENS
         while going:
-            longer, on = [_longer(prompts[k], written[k]) for k in going], list[int]()
-            for batch in self._together(longer):
+            longer = [_longer(prompts[k], written[k]) for k in going]
+            # Rows whose cache cannot be cut are read again, so their parts become longer.
+            again: list[int] = []
+            for batch in self._batches(longer):
                 rows, past = [going[at] for at in batch], Past()
-                some = [longer[at] for at in batch]
+                texts = [longer[at] for at in batch]
                 while rows:
                     count = min(size, *(limits[k] - len(written[k]) for k in rows))
                     with under(rows):
-                        new = self.write(some, max_new_tokens=count, past=past)
+                        new = self.write(texts, max_new_tokens=count, past=past)
                     for k, ids in zip(rows, new, strict=True):
                         written[k] += ids
                         if len(ids) < count and not self.labels:
                             written[k].append(self.tokenizer.eos_token_id)
-                    kept = [i for i, k in enumerate(rows) if goes_on(k)]
-                    rows = [rows[i] for i in kept]
+                    kept = [at for at, k in enumerate(rows) if goes_on(k)]
+                    rows = [rows[at] for at in kept]
                     if not past.keep(kept):
-                        on += rows
+                        again += rows
                         break
-            going, size = on, 2 * size
+            going, size = again, 2 * size
         return written
+
+    def _limit(self, tokens: int, answers: Sequence[str]) -> int:
+        """The tokens of a row at most: more than `tokens` if an expected answer needs them."""
+        if tokens < NEW_TOKENS or self.labels:
+            return tokens
+        longest = max((len(self.encode(answer)) for answer in answers), default=0)
+        return longest + 8 if longest > tokens else tokens  # and its end
 
     def _stopped(self, prompt: Tokens, ids: list[int], answers: Sequence[str]) -> bool:
         """Whether a stop mark ends the ids; what was written behind it to see that is removed."""
@@ -326,7 +339,7 @@ class TextModel:
             # An encoder counts positions from the left.
             left = self.family == CAUSAL
             past.ids, past.mask = self.left_pad([prompt.ids for prompt in prompts], left=left)
-        ids, mask, begun = past.ids, past.mask, {"past_key_values": past.cache}
+        ids, mask, begun = past.ids, past.mask, {CACHE: past.cache}
         self._check_lengths(mask, max_new_tokens)
         if self.family == CLASSIFIER:
             return self.forward(ids, mask).argmax(-1, keepdim=True).tolist()
@@ -335,10 +348,10 @@ class TextModel:
             given = torch.tensor([prompt.decoder for prompt in prompts], device=self.device)
             # transformers' default cache would count the encoder's blocks.
             cache = EncoderDecoderCache(DynamicCache(), DynamicCache())
-            begun, width = {"decoder_input_ids": given, "past_key_values": cache}, given.shape[1]
+            begun, width = {"decoder_input_ids": given, CACHE: cache}, given.shape[1]
         how: dict[str, Any] = {"max_new_tokens": max_new_tokens, "eos_token_id": sorted(ends)}
         out = self._greedily(ids, mask, begun, **how)
-        past.ids, past.cache = out.sequences, out.past_key_values
+        past.ids, past.cache = out.sequences, out.get(CACHE)
         past.mask = pad(mask, (0, out.sequences.shape[1] - width), value=1)
         rows = out.sequences[:, width:].tolist()
         return [[*takewhile(lambda token: token not in ends, row)] for row in rows]
@@ -364,8 +377,8 @@ class TextModel:
         finally:
             self.model.generation_config = settings
 
-    def _together(self, prompts: Sequence[Tokens]) -> Iterator[list[int]]:
-        """Which prompts to write after together, by length for little padding.
+    def _batches(self, prompts: Sequence[Tokens]) -> Iterator[list[int]]:
+        """The numbers of prompts to write after together, by length for little padding.
 
         They have one length where padding changes what is written, as in RecurrentGemma, and where
         a decoder reads them.
@@ -388,18 +401,18 @@ class TextModel:
     def _probe_padding(self) -> bool:
         """Whether padding on the left changes nothing."""
         plain = [i for i in range(self.vocabulary) if i not in (self.pad_id, self.eos_id)]
-        first = []
+        found = []
         for rows in ([plain[:2]], [plain[:2], plain[:5]]):
             ids, mask = self.left_pad(rows)
             output = self._greedily(ids, mask, {}, max_new_tokens=1, output_logits=True)
-            first.append(output.logits[0][0])
-        near = 0.05 * float(first[0].abs().max())
-        return torch.allclose(first[0], first[1], rtol=0.0, atol=near)
+            found.append(output.logits[0][0])
+        alone, padded = found
+        return torch.allclose(alone, padded, rtol=0.0, atol=0.05 * float(alone.abs().max()))
 
     def left_pad(
         self, rows: Sequence[Sequence[int]], *, left: bool = True
     ) -> tuple[Int[Tensor, "b t"], Int[Tensor, "b t"]]:
-        """Token ids and attention mask, padded on the left. Raises DataError for an empty row."""
+        """Token ids and attention mask, padded on one side. Raises DataError for an empty row."""
         if not all(rows):
             raise DataError(
                 "cannot generate from a prompt without tokens; give at least one character"
@@ -469,9 +482,8 @@ class Past:
 
     def keep(self, rows: list[int]) -> bool:
         """Go on with some rows only; False if the model must read them again."""
-        if type(self.cache) is not DynamicCache:
-            return False
-        if {type(layer) for layer in self.cache.layers} != {DynamicLayer}:
+        layers = set(map(type, getattr(self.cache, "layers", ())))
+        if type(self.cache) is not DynamicCache or layers != {DynamicLayer}:
             return False
         if rows and len(rows) < len(self.ids):
             self.ids, self.mask = self.ids[rows], self.mask[rows]
