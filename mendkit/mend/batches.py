@@ -79,25 +79,25 @@ class ExampleTexts:
 
         Consequences count as paraphrases do, negated forms as neighbours.
         """
-        p, n, u = most if isinstance(most, tuple) else (most,) * 3
-        kept = self.neighbours[:n]
+        paraphrases, neighbours, unrelated = most if isinstance(most, tuple) else (most,) * 3
+        kept = self.neighbours[:neighbours]
         return replace(
             self,
-            paraphrases=self.paraphrases[:p],
+            paraphrases=self.paraphrases[:paraphrases],
             neighbours=kept,
-            unrelated=self.unrelated[:u],
-            consequences=self.consequences[:p],
-            negations=self.negations[:n],
+            unrelated=self.unrelated[:unrelated],
+            consequences=self.consequences[:paraphrases],
+            negations=self.negations[:neighbours],
             hard=(),
             rivals={text: rival for text, rival in self.rivals.items() if text in kept},
         )
 
     def of(self, *roles: str) -> list[tuple[str, Tokens]]:
         """The texts of some roles, with them."""
-        found = [("edit", self.edit)] if "edit" in roles else []
+        found = []
         for role in roles:
-            if role != "edit":
-                found += [(role, text) for text in getattr(self, role)]
+            texts = (self.edit,) if role == "edit" else getattr(self, role)
+            found += [(role, text) for text in texts]
         return found
 
     def all(self) -> tuple[Tokens, ...]:
@@ -175,13 +175,15 @@ def told(example: EditExample, prompt: str) -> str:
 def prepare_texts(
     base: BaseModel, h: MENDHyperParams, examples: Sequence[EditExample]
 ) -> list[ExampleTexts]:
-    """Tokenise every text of the examples once."""
+    """Every text of the examples as tokens. Raises as `edit_tokens` and `inner_tokens`."""
     prepared = []
     for example in examples:
+        edit = edit_tokens(base, h, example)
+        paraphrases = [edit_tokens(base, h, example, prompt) for prompt in example.paraphrases]
         texts = ExampleTexts(
             example=example,
-            edit=edit_tokens(base, h, example),
-            paraphrases=tuple(edit_tokens(base, h, example, p) for p in example.paraphrases),
+            edit=edit,
+            paraphrases=tuple(paraphrases),
             neighbours=_read_probes(base, h, example.neighbours),
             unrelated=_read_probes(base, h, example.unrelated),
             rivals=_rivals(base, h, example, example.neighbours),
@@ -299,27 +301,26 @@ class Sampler:
         self.lent: list[Lent] = []
         self.by_relation: dict[str | None, list[Lent]] = {}
         for texts in examples:
-            e = texts.example
-            kin = [(e.prompt, texts.edit), *zip(e.paraphrases, texts.paraphrases, strict=False)]
-            for probe, text in zip(e.neighbours, texts.neighbours, strict=False):
-                kin.append((probe.prompt, text))
-            for prompt, text in kin:
-                self.lent.append((prompt, e.relation, text))
-            for probe, text in zip(e.unrelated, texts.unrelated, strict=False):
-                self.lent.append((probe.prompt, None, text))
-        for lent in self.lent:
-            self.by_relation.setdefault(lent[1], []).append(lent)
+            prompts = texts.example.roles()
+            for role in ("edit", "paraphrases", "neighbours", "unrelated"):
+                relation = None if role == "unrelated" else texts.example.relation
+                # `texts_per_role` leaves fewer texts than prompts.
+                for probe, (_, text) in zip(prompts[role], texts.of(role), strict=False):
+                    lent = (probe.prompt, relation, text)
+                    self.lent.append(lent)
+                    self.by_relation.setdefault(relation, []).append(lent)
 
     def draw(self) -> DrawnBatch:
         """The next batch."""
-        h, at_once = self.hparams, 1
+        h, number, at_once = self.hparams, len(self.examples), 1
         if h.train_on == "batch":
-            at_once = self._count(min(h.most_edits, len(self.examples)))
+            at_once = self._count(min(h.most_edits, number))
         elif h.train_on == "episode":
-            at_once = min(h.batch_size, len(self.examples))
-        size = max(min(h.batch_size, len(self.examples)) // at_once, 1) * at_once
+            at_once = min(h.batch_size, number)
+        # As many edits as belong together, or several times as many.
+        size = max(min(h.batch_size, number) // at_once, 1) * at_once
         while len(self.order) < size:
-            self.order += self._permutation(len(self.examples))
+            self.order += self._permutation(number)
         index, self.order = self.order[:size], self.order[size:]
         return DrawnBatch(self.texts(index), at_once, self._earlier())
 
