@@ -10,7 +10,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import replace
 from functools import partial
-from itertools import takewhile
+from itertools import chain, takewhile
 from operator import eq
 from statistics import fmean
 from typing import Any
@@ -137,10 +137,9 @@ class EvaluationSet:
     def holds(self, updates: Updates, index: Sequence[int]) -> list[bool]:
         """Whether one edit makes the model write each example's new answer."""
         prompts = [self.prompts[i][0] for i in index]
+        written = self._write(prompts, updates, [0] * len(index))
         held = []
-        for prompt, (start, ids) in zip(
-            prompts, self._write(prompts, updates, [0] * len(index)), strict=True
-        ):
+        for prompt, (start, ids) in zip(prompts, written, strict=True):
             text = self.base.new_text(start, ids, answers=prompt.stops)
             held.append(is_said(text, prompt.answers, prompt.old))
         return held
@@ -180,8 +179,8 @@ class EvaluationSet:
             if fluency:
                 values["fluency.entropy_bits"] = fluency[row]
             if self.before:
-                before_values = self.before[i].values
-                values |= {f"before.{name}": value for name, value in before_values.items()}
+                for name, value in self.before[i].values.items():
+                    values[f"before.{name}"] = value
             about: dict[str, Any] = {name: getattr(self.examples[i], name) for name in ABOUT}
             about["known"] = self.known[i]
             rows.append(EditRow(index=i, values=values, outputs=tuple(outputs), **about))
@@ -204,8 +203,10 @@ class EvaluationSet:
 
     def _take_said_now(self) -> None:
         """What f says is the old answer where the listed truth is the new one."""
-        several = enumerate(self.examples)
-        self.corrected = {i: e for i, e in several if e.ground_truth == e.target_new}
+        self.corrected: dict[int, EditExample] = {}
+        for i, example in enumerate(self.examples):
+            if example.ground_truth == example.target_new:
+                self.corrected[i] = example
         asked = [example.prompt for example in self.corrected.values()]
         said = self.base.generate_batch(asked, max_new_tokens=self.max_new_tokens)
         for (i, example), answer in zip(self.corrected.items(), said, strict=True):
@@ -253,16 +254,19 @@ class EvaluationSet:
         for (prompts, k), (start, ids) in zip(chosen, new, strict=True):
             prompts[k] = replace(prompts[k], greedy=self.base.continued(start, ids))
 
+    def _texts_of(self, i: int) -> list[Tokens]:
+        return [text for prompt in self.prompts[i] for text in prompt.all()]
+
     def _fill(self) -> None:
         """Let the trunk read every text that is not written."""
-        self.trunk.fill([text for prompts in self.prompts for p in prompts for text in p.all()])
+        self.trunk.fill([*chain.from_iterable(map(self._texts_of, range(len(self))))])
 
     # -------------------------------------------------------------------- reading and writing
 
     def _read(self, updates: Updates | None, index: Sequence[int]) -> list[list[Reading]]:
         """What the model reads and writes at each prompt of the examples `index`."""
-        # 1. Read every text once.
-        texts = [[text for p in self.prompts[i] for text in p.all()] for i in index]
+        # 1. Read every text once, and see which prompts are to be written after.
+        texts = [self._texts_of(i) for i in index]
         read = forced(self.trunk, texts, updates, compare=updates is not None)
         readings: list[list[Reading]] = []
         todo: list[tuple[int, int, ScoredPrompt]] = []
@@ -296,7 +300,8 @@ class EvaluationSet:
     ) -> list[tuple[Tokens, list[int]]]:
         """Where each prompt ends, and the new ids after it; prompt r under `edits[r]`."""
         starts = [self.base.prompt_of(prompt.text) for prompt in prompts]
-        new, going = [[*ids] for ids in begun] or [[] for _ in prompts], [*range(len(prompts))]
+        new = [[*ids] for ids in begun] or [[] for _ in prompts]
+        going = list(range(len(prompts)))
         limits = [self.max_new_tokens]
         if self.brief:
             limits.insert(0, min(BRIEF_TOKENS, self.max_new_tokens))
@@ -322,8 +327,9 @@ class EvaluationSet:
         begun, (*whole, last) = [normalise(text)], ["", *text.split()]
         if any(article.startswith(last.lower()) for article in ("a", "an", "the")):
             begun.append(normalise(" ".join([*whole, "x"]))[:-1])  # it may not count
-        answers = [normalise(answer) for answer in prompt.stops]
-        return any(a.startswith(re.sub(r"\W+$", "", b)) for a in answers for b in begun)
+        # What comes next decides whether a mark at the end counts.
+        beginnings = tuple(re.sub(r"\W+$", "", each) for each in begun)
+        return any(answer.startswith(beginnings) for answer in map(normalise, prompt.stops))
 
     def _under(
         self, updates: Updates | None, edits: Sequence[int], rows: list[int]
@@ -337,19 +343,20 @@ class EvaluationSet:
 
         It retraces a text while every argmax is the text's next token, and leaves it by the next.
         """
-        start, most, ends = self.base.prompt_of(prompt.text), list[int](), frozenset[int]()
-        if self.base.labels is None:
-            ends = self.base.end_ids()
+        start = self.base.prompt_of(prompt.text)
+        ends = self.base.end_ids() if self.base.labels is None else ()
+        longest: list[int] = []
         for text in prompt.all():
             if self.base.prompt_of(text) != start:
                 continue
             argmax = found[text].argmax
-            retraced = argmax[: [*map(eq, argmax, text.targets), False].index(False) + 1]
+            agreed = [*takewhile(bool, map(eq, argmax, text.targets))]
+            retraced = argmax[: len(agreed) + 1]
             ids = [*takewhile(lambda token: token not in ends, retraced)]
             if len(ids) < len(retraced):
                 ids.append(self.base.tokenizer.eos_token_id)
-            most = max(most, ids, key=len)
-        return most
+            longest = max(longest, ids, key=len)
+        return longest
 
     def _fluency(self, updates: Updates | None, index: Sequence[int]) -> list[float]:
         """The mean entropy of what the model writes on and on after each example's prompts."""
@@ -357,8 +364,8 @@ class EvaluationSet:
             return []
         ends, edits, starts = sorted(self.base.end_ids()), [], []
         for row, i in enumerate(index):
-            prompts = self.examples[i].generation_prompts or (self.examples[i].prompt,)
-            for prompt in prompts[:GENERATIONS]:
+            example = self.examples[i]
+            for prompt in (example.generation_prompts or (example.prompt,))[:GENERATIONS]:
                 edits.append(row)
                 starts.append(self.base.prompt_of(probe_tokens(self.base, self.hparams, prompt)))
 
@@ -388,19 +395,25 @@ def half_known(
     """
     if not limit:
         return examples
-    known, other, half = list[int](), list[int](), limit // 2
+    known: list[int] = []
+    other: list[int] = []
+    half = limit // 2
     for begin in range(0, len(examples), ASKED):
         some = range(len(examples))[begin : begin + ASKED]
-        truths: dict[int, str] = {}  # of the facts that f can be asked
+        # 1. The facts that f can be asked.
+        truths: dict[int, str] = {}
         for i in some:
-            e = examples[i]
-            fits = len(base.encode(e.prompt)) <= hparams.max_length
-            if fits and e.ground_truth not in (None, e.target_new):
-                truths[i] = base.said(e.ground_truth or "")
-        prompts, answers = [examples[i].prompt for i in truths], [[t] for t in truths.values()]
+            example = examples[i]
+            fits = len(base.encode(example.prompt)) <= hparams.max_length
+            if fits and example.ground_truth not in (None, example.target_new):
+                truths[i] = base.said(example.ground_truth or "")
+        # 2. Those that it knows, and all others.
+        prompts = [examples[i].prompt for i in truths]
+        answers = [(truth,) for truth in truths.values()]
         said = base.generate_batch(prompts, max_new_tokens=FIRST_TOKENS, answers=answers)
-        pairs = zip(truths, said, strict=True)
-        known += [i for i, text in pairs if begins_with(text, truths[i])]
+        for i, text in zip(truths, said, strict=True):
+            if begins_with(text, truths[i]):
+                known.append(i)
         other += [i for i in some if i not in known]
         if len(known) >= half and len(other) >= limit - half:
             break
@@ -412,42 +425,46 @@ def half_known(
 
 
 def _prompts(
-    base: BaseModel, h: MENDHyperParams, e: EditExample, *, brief: bool
+    base: BaseModel, h: MENDHyperParams, example: EditExample, *, brief: bool
 ) -> Iterator[ScoredPrompt]:
-    follow = [("edit", e.prompt), *(("paraphrases", prompt) for prompt in e.paraphrases)]
+    truth, new = example.ground_truth, example.target_new
+    # 1. What should follow.
+    follow = [("edit", example.prompt)]
     if base.family != CLASSIFIER:  # which has no question form
-        follow.insert(1, ("question", _as_question(e.prompt.rstrip(BLANKS))))
-        for prompt in e.paraphrases if brief else ():
-            follow.append(("reasked", _as_question(prompt.rstrip(BLANKS))))
+        follow.append(("question", _as_question(example.prompt)))
+    follow += [("paraphrases", prompt) for prompt in example.paraphrases]
+    if base.family != CLASSIFIER and brief:
+        follow += [("reasked", _as_question(prompt)) for prompt in example.paraphrases]
     for role, prompt in follow:
-        text, rival = edit_tokens(base, h, e, prompt), None
-        if e.ground_truth and role in ("edit", "paraphrases") and not brief:
-            rival = probe_tokens(base, h, prompt, e.ground_truth)
-        answers, old = (base.said(e.target_new),), e.ground_truth
-        yield ScoredPrompt(role, prompt, text, answers, rival=rival, old=old)
-    known = [probe for probe in e.neighbours if probe.answer is not None]
-    for probe in known or e.neighbours:
-        staying = _staying(base, h, "neighbours", probe.prompt, probe.answer)
+        text, rival = edit_tokens(base, h, example, prompt), None
+        if truth and role in ("edit", "paraphrases") and not brief:
+            rival = probe_tokens(base, h, prompt, truth)
+        yield ScoredPrompt(role, prompt, text, (base.said(new),), rival=rival, old=truth)
+    # 2. What should stay: of the neighbours those whose answer is known, if there are any.
+    known = [probe for probe in example.neighbours if probe.answer is not None]
+    for probe in known or example.neighbours:
+        staying = _preserved(base, h, "neighbours", probe.prompt, probe.answer)
         if known and base.family != CLASSIFIER and not brief:
-            staying = replace(staying, rival=probe_tokens(base, h, probe.prompt, e.target_new))
+            staying = replace(staying, rival=probe_tokens(base, h, probe.prompt, new))
         yield staying
-    for probe in e.unrelated:
-        yield _staying(base, h, "unrelated", probe.prompt, probe.answer)
-    # Prompts that are only written after are checked now.
-    for prompt in (*(told(e, p.prompt) for p in e.portability), *e.generation_prompts):
+    for probe in example.unrelated:
+        yield _preserved(base, h, "unrelated", probe.prompt, probe.answer)
+    # 3. Prompts that are only written after are checked now.
+    asked = [told(example, probe.prompt) for probe in example.portability]
+    for prompt in (*asked, *example.generation_prompts):
         probe_tokens(base, h, prompt)
 
 
-def _following(base: BaseModel, h: MENDHyperParams, e: EditExample) -> Iterator[ScoredPrompt]:
+def _following(base: BaseModel, h: MENDHyperParams, example: EditExample) -> Iterator[ScoredPrompt]:
     """What follows from the edit, and what must not."""
-    for implied in e.consequences:
+    for implied in example.consequences:
         text, names = probe_tokens(base, h, implied.prompt), (implied.answer or "",)
         asked = ScoredPrompt("consequences", implied.prompt, text, (*names, *implied.aliases))
         yield replace(asked, old=implied.before, domain=implied.domain)
-    for prompt in e.negations:
-        text, answers = probe_tokens(base, h, prompt), (base.said(e.target_new),)
-        yield ScoredPrompt("negations", prompt, text, answers, old=e.ground_truth)
-    for implied in e.truths:
+    answers, old = (base.said(example.target_new),), example.ground_truth
+    for prompt in example.negations:
+        yield ScoredPrompt("negations", prompt, probe_tokens(base, h, prompt), answers, old=old)
+    for implied in example.truths:
         text = probe_tokens(base, h, implied.prompt, implied.answer)
         rival = probe_tokens(base, h, implied.prompt, implied.before)
         yield ScoredPrompt("truths", implied.prompt, text, (implied.answer or "",), rival=rival)
@@ -455,8 +472,11 @@ def _following(base: BaseModel, h: MENDHyperParams, e: EditExample) -> Iterator[
 
 def _as_question(prompt: str) -> str:
     """The prompt in an instruction to answer; one that is a question already is asked as it is."""
+    prompt = prompt.rstrip(BLANKS)
     asked = re.fullmatch(r"(?:Q|Question): (.+)\s(?:A|Answer):(.*)", prompt, re.DOTALL)
-    return QUESTION.format(*(asked.groups() if asked else (f"{prompt} …?", "")))
+    if asked:
+        return QUESTION.format(*asked.groups())
+    return QUESTION.format(f"{prompt} …?", "")
 
 
 def _reworded(
@@ -467,14 +487,15 @@ def _reworded(
     found: list[ScoredPrompt] = []
     if not relation or not subject:
         return []
-    for e in (*examples[i + 1 :], *examples[:i]):
-        fits = e.relation == relation and e.paraphrases and e.ground_truth
-        if fits and subject not in e.paraphrases[0] and len(found) < REWORDED:
-            found.append(_staying(base, h, "reworded", e.paraphrases[0], e.ground_truth))
+    for other in (*examples[i + 1 :], *examples[:i]):
+        prompt, answer = (*other.paraphrases, "")[0], other.ground_truth
+        fits = other.relation == relation and prompt and answer
+        if fits and subject not in prompt and len(found) < REWORDED:
+            found.append(_preserved(base, h, "reworded", prompt, answer))
     return found
 
 
-def _staying(
+def _preserved(
     base: BaseModel, h: MENDHyperParams, role: str, prompt: str, answer: str | None
 ) -> ScoredPrompt:
     answers = () if answer is None else (answer,)
