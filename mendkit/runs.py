@@ -125,8 +125,10 @@ def _commit() -> str | None:
 def _processor() -> str:
     """The processor's name where Linux tells it, else its architecture."""
     info = Path("/proc/cpuinfo")
-    names = re.findall(r"model name\s*: (.+)", info.read_text()) if info.is_file() else []
-    return names[0] if names else platform.machine()
+    if info.is_file():
+        for name in re.findall(r"model name\s*: (.+)", info.read_text()):
+            return name
+    return platform.machine()
 
 
 def seed_everything(seed: int) -> None:
@@ -289,9 +291,10 @@ def free_memory(device: "torch.device") -> int:
 
 def return_memory() -> None:
     """Give freed memory back to the system where the C library keeps it for later (glibc)."""
-    trim = getattr(ctypes.CDLL(None), "malloc_trim", None) if sys.platform == "linux" else None
-    if trim is not None:
-        trim(0)
+    if sys.platform == "linux":
+        trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
+        if trim is not None:
+            trim(0)
 
 
 class Progress:
@@ -308,7 +311,7 @@ class Progress:
 
     def show(self, text: str, *, force: bool = False) -> None:
         """Show `text` as the live line, at most four times a second unless forced."""
-        now, terminal = time.monotonic(), sys.stderr.isatty()
+        now = time.monotonic()
         if self.silent or (now < self._next and not force):
             return
         line = f"{self.title}: {text}"
@@ -320,7 +323,7 @@ class Progress:
                 self._line = display(Markdown(line), display_id=True)
             else:
                 self._line.update(Markdown(line))
-        elif terminal:
+        elif sys.stderr.isatty():
             self._line = self._line or tqdm(bar_format="{desc}", dynamic_ncols=True)
             self._line.set_description_str(line)
         else:

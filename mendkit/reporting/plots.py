@@ -69,12 +69,20 @@ SCORES = {
 }
 OTHERS = ("retention.all", "norm.relative_max", "drawdown.perplexity")  # where edits add up
 
+# What is measured of a way to train: the chart's name, the column, the title and its unit.
+TIME = ("costs_of_training", "seconds_per_edit", "Time per edit trained", "seconds per edit")
+MEMORY = ("memory_of_training", "above_gb", "Memory above the base model", "GB above the model")
+
 GOAL = 0.8  # a validation score, and the time to it, to compare runs by
 
 
 def part(values: Row, prefix: str) -> dict[str, Any]:
     """The entries whose names start with `prefix`, without it."""
-    return {n.removeprefix(prefix): v for n, v in values.items() if n.startswith(prefix)}
+    found = {}
+    for name, value in values.items():
+        if name.startswith(prefix):
+            found[name.removeprefix(prefix)] = value
+    return found
 
 
 def share_rows(rows: Rows, *keys: str, prefix: str = "") -> pd.DataFrame:
@@ -101,32 +109,31 @@ def interval_rows(summaries: Mapping[str, Means], metrics: Mapping[str, str]) ->
 @in_style
 def loss_curves(history: Sequence[Row]) -> Chart:
     """Losses by role and step: training rows, their running mean, validation as markers."""
-    frame, moved = pd.DataFrame(history).set_index("step"), []
-    axes = panels(2, 2.8)
-    ends: dict[str, str] = {}
+    frame, axes = pd.DataFrame(history).set_index("step"), panels(2, 2.8)
+    moved, ended = [], []
     roles = {"edit": NATS, "paraphrases": NATS, "neighbours": KL, "unrelated": KL}
-    for k, (role, unit) in enumerate(roles.items()):
-        ax = axes[unit == KL]
+    for number, (role, unit) in enumerate(roles.items()):
+        ax, colour = axes[unit == KL], f"C{number}"
         ax.set_ylabel(unit)
         logarithmic(ax, "y")
         for key in (role, f"val.loss.{role}"):
             loss = frame.get(key, pd.Series(dtype=float)).dropna().clip(lower=TINY)
             if key == role:
-                # Over a twelfth of the rows, narrower at the ends.
-                mean = loss.rolling(2 * (len(loss) // 24) + 1, center=True, min_periods=1).mean()
-                ax.plot(loss, color=f"C{k}", marker="", alpha=0.25)
-                ax.plot(mean, color=f"C{k}", marker="", lw=2, label=role)
-                loss = mean
+                ax.plot(loss, color=colour, marker="", alpha=0.25)
+                # Their mean over a twelfth of the rows, narrower at the ends.
+                width = 2 * (len(loss) // 24) + 1
+                loss = loss.rolling(width, center=True, min_periods=1).mean()
+                ax.plot(loss, color=colour, marker="", lw=2, label=role)
             else:
-                ax.plot(loss, color=f"C{k}", marker="o", ls=":", mfc="white")
+                ax.plot(loss, color=colour, marker="o", ls=":", mfc="white")
             if role == "edit" and len(loss):
                 moved.append(f"from {loss.iloc[0]:.2f} to {loss.iloc[-1]:.2f}")
             elif role == "paraphrases" and len(loss):
-                ends[key] = f"{loss.iloc[-1]:.2f}"
+                ended.append(f"{loss.iloc[-1]:.2f}")
     note = "faint: logged batches; lines: their running mean; hollow markers: validation edits"
     title = f"The edit loss went {', on validation edits '.join(moved)} nats"
-    if ends:
-        title += f"; paraphrases ended at {', on validation edits at '.join(ends.values())}"
+    if ended:
+        title += f"; paraphrases ended at {', on validation edits at '.join(ended)}"
     rows = frame.reset_index()
     return finish("loss_curves", title, axes, rows, note=note, xlabel="training step")
 
@@ -145,7 +152,7 @@ def validation_curves(history: Sequence[Row], best: Row, *, n: int) -> Chart:
     mark(ax, best["seconds"] / 60, "the archive that was kept")
     frame = share_rows(rows, "minutes", "step", prefix="val.")
     xlabel = "minutes from the start, caches included"
-    return _share_lines(axes, frame, "validation", title=title, xlabel=xlabel, n=n)
+    return _share_lines("validation", title, axes, frame, xlabel=xlabel, n=n)
 
 
 @in_style
@@ -154,38 +161,40 @@ def control_curve(rows: Sequence[Row], best: Row, *, n: int) -> Chart:
     top, trained = max(rows, key=lambda row: row["score"]), best["val.score"]
     verb = "beats" if trained > top["score"] else "does not beat"
     # A best value at the end of a range may not be the best there is.
-    at_end = " (the end of the range tried)" if top in (rows[0], rows[-1]) else ""
-    scores = f"{trained:.2f} against {top['score']:.2f} at α = {top['edit_lr']:.1e}{at_end}"
+    scores = f"{trained:.2f} against {top['score']:.2f} at α = {top['edit_lr']:.1e}"
+    if top in (rows[0], rows[-1]):
+        scores += " (the end of the range tried)"
     title = f"The trained editor {verb} the identity control at its best step size: {scores}"
     (ax,) = axes = panels(1, 2.8)
     ax.axhline(trained, color=BLACK, ls="--", label="score of the trained editor")
     logarithmic(ax, "x")
     xlabel = "step size α of the untrained editor (log scale)"
     frame = share_rows(rows, "edit_lr")
-    return _share_lines(axes, frame, "control", title=title, xlabel=xlabel, n=n)
+    return _share_lines("control", title, axes, frame, xlabel=xlabel, n=n)
 
 
 @in_style
 def strengths(rows: Sequence[Row], *, n: int) -> Chart:
     """Shares over n edits by the strength that multiplies every update (1: as trained)."""
-    score = {f"{row['strength']:g}": row["score"] for row in rows}
-    best, error = max(score.values()), 0.5 / n**0.5  # of a share, at most
-    alike = ", ".join(strength for strength, value in score.items() if value >= best - error)
+    scores = {f"{row['strength']:g}": row["score"] for row in rows}
+    best, error = max(scores.values()), 0.5 / n**0.5  # of a share, at most
+    alike = ", ".join(strength for strength, score in scores.items() if score >= best - error)
     title = f"Score at most {best:.2f}; within one standard error ({error:.2f}) of it: strength "
-    title += f"{alike}; as trained: {score['1']:.2f}"
+    title += f"{alike}; as trained: {scores['1']:.2f}"
     (ax,) = axes = panels(1, 2.8)
     mark(ax, 1, "as trained")
     frame, xlabel = share_rows(rows, "strength"), "strength (factor on every update)"
-    return _share_lines(axes, frame, "strength", title=title, xlabel=xlabel, n=n)
+    return _share_lines("strength", title, axes, frame, xlabel=xlabel, n=n)
 
 
-def _share_lines(axes: Sequence[Any], frame: pd.DataFrame, name: str, **texts: Any) -> Chart:
-    """A line a share, by the first column of `frame`; `texts`: title, xlabel, n."""
+def _share_lines(
+    name: str, title: str, axes: list[Any], frame: pd.DataFrame, *, xlabel: str, n: int
+) -> Chart:
+    """A line for each share over n edits, by the first column of `frame`."""
     lines(axes[0], frame, frame.columns[0], "value", "share")
     shares(axes[0], "y")
-    labels = {"xlabel": texts["xlabel"], "ylabel": "share of edits"}
-    note = f"n = {texts['n']} edits, {ALONE}"
-    return finish(name, texts["title"], axes, frame, note=note, **labels)
+    note = f"n = {n} edits, {ALONE}"
+    return finish(name, title, axes, frame, note=note, xlabel=xlabel, ylabel="share of edits")
 
 
 # ---- editing
@@ -416,20 +425,19 @@ def charts_of_costs(results: Mapping[str, Any]) -> list[Chart]:
     """Time and memory of every way to train, of `run_bench`'s results."""
     models = {name: found for name, found in results.items() if "train" in found}
     measured = {name: found for name, found in models.items() if "memory" in found}
-    return [_bars("train", "seconds_per_edit", models), _bars("memory", "above_gb", measured)]
+    return [_bars("train", models, *TIME), _bars("memory", measured, *MEMORY)]
 
 
 @in_style
-def _bars(what: str, number: str, models: Mapping[str, Any]) -> Chart:
+def _bars(
+    what: str, models: Mapping[str, Any], name: str, column: str, title: str, unit: str
+) -> Chart:
     """A bar for each way to train, a panel a model; the title compares textbook and kit."""
-    name, title, unit = "memory_of_training", "Memory above the base model", "GB above the model"
-    if what == "train":
-        name, title, unit = "costs_of_training", "Time per edit trained", "seconds per edit"
     ratios, tables = [], []
     axes = panels(len(models), 1.6, columns=1)
     for ax, (model, found) in zip(axes, models.items(), strict=True):
         table = pd.DataFrame(found[what]).T
-        ax.bar_label(ax.barh(range(len(table)), table[number], 0.7), fmt=" {:.3g}")
+        ax.bar_label(ax.barh(range(len(table)), table[column], 0.7), fmt=" {:.3g}")
         categories(ax, list(table.index))
         ax.set_title(f"{model} (n = {len(table)} ways to train)")
         doubt = "" if found["equal"] else ", not the same numbers"
