@@ -13,10 +13,9 @@ metric of K-FAC (Martens & Grosse, 2015, arXiv 1503.05671) with an isotropic out
 MEND's form of update, Σ δ̃ ũᵀ, with ũ = C⁻¹ u and δ̃ = δ / s in place of what a hypernetwork makes.
 All blocks share the shift, as in MEMIT (Meng et al., 2023, arXiv 2210.07229).
 
-Other rows of the same system make an edit hold in other words, and other texts stay as they are
-(text_pool.py). The first are the edit in wordings that examples have for its template (`reworded`):
-a change that is solved for one prompt alone matches that prompt alone. The second ask for what
-their loss has changed; their answer is the unedited model's argmax.
+Other rows of the same system (text_pool.py) are the edits in other wordings, for a change that is
+solved for one prompt alone matches that prompt alone, and texts that should stay as they are. These
+ask for what their loss has changed; their answer is the unedited model's argmax.
 Axes: n texts, t tokens, i layer input, o layer output.
 """
 
@@ -30,7 +29,6 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 from torch.nn.functional import one_hot
-from torch.nn.utils.rnn import pad_sequence
 
 from ..data.examples import EditExample
 from ..errors import HyperParamError
@@ -42,8 +40,8 @@ from ..mend.updates import (
     LowRankUpdate,
     Updates,
     of_matrices,
+    one_below_another,
     side_branches,
-    side_by_side,
     unedited,
 )
 from ..mend.validation import forced
@@ -118,7 +116,7 @@ class GaussNewton(Baseline):
             for text in texts:
                 others = self.pool.others([text], draw, most=KEPT_ALONE)
                 made.append(self._learn(trunk, [text], draw, others=others))
-            return _one_below_another(made)
+            return one_below_another(made)
         draw = random.Random(f"{seed} {len(self.memory or ())}")
         rehearsed = self._weakest(trunk, draw) if self.memory else []
         if self.memory is not None:
@@ -306,14 +304,3 @@ def _in_passes(trunk: FrozenTrunk, texts: Sequence[Tokens]) -> tuple[Factors, Fl
         columns = ([getattr(f, field) for f in several] for field in ("u", "delta", "rows"))
         joined[name] = GradientFactors(*map(torch.cat, columns))
     return joined, torch.cat(losses)
-
-
-def _one_below_another(parts: Sequence[Updates]) -> Updates:
-    """The edits of several updates as one, in order: b adds up."""
-    joined: Updates = {}
-    for name in parts[0]:
-        plain = [side_by_side([part[name]]) for part in parts]  # coefficient 1
-        u = pad_sequence([part.u[0] for part in plain], batch_first=True)
-        delta = pad_sequence([part.delta[0] for part in plain], batch_first=True)
-        joined[name] = LowRankUpdate(u, delta, 1.0)
-    return joined

@@ -28,7 +28,7 @@ from torch import Tensor, nn
 from ..hparams import MENDHyperParams
 from ..mend.factors import FACTOR_BATCH
 from ..mend.losses import wide
-from ..mend.updates import LowRankUpdate, Updates, side_branches
+from ..mend.updates import LowRankUpdate, Updates, one_below_another, side_branches
 from ..models.base import BaseModel
 from ..models.sites import Site, find_blocks, hidden_states
 from ..models.tokens import Tokens, collate
@@ -81,12 +81,7 @@ class MEMIT(Baseline):
         """Updates of edits, one per text, or one of all. `trunk` is not used, as in ROME."""
         if at_once:
             return self._spread(texts)
-        alone = [self._spread([text]) for text in texts]
-        made: Updates = {}
-        for name in alone[0]:
-            u, delta = zip(*((one[name].u, one[name].delta) for one in alone), strict=True)
-            made[name] = LowRankUpdate(torch.cat(u), torch.cat(delta), 1.0)
-        return made
+        return one_below_another([self._spread([text]) for text in texts])
 
     @torch.no_grad()
     def _spread(self, texts: Sequence[Tokens]) -> Updates:

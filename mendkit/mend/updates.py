@@ -11,6 +11,7 @@ from dataclasses import dataclass, replace
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
+from torch.nn.utils.rnn import pad_sequence
 from torch.utils.hooks import RemovableHandle
 
 from ..errors import MendkitError
@@ -107,6 +108,17 @@ def side_by_side(parts: Sequence[LowRankUpdate]) -> LowRankUpdate:
     u = torch.cat([part.u for part in parts], 1)
     delta = torch.cat([part.delta * part.coefficient for part in parts], 1)
     return LowRankUpdate(u, delta, 1.0)
+
+
+def one_below_another(parts: Sequence[Updates]) -> Updates:
+    """The edits of several updates, each of one edit, as independent ones in order."""
+    joined: Updates = {}
+    for name in parts[0]:
+        plain = [side_by_side([part[name]]) for part in parts]  # coefficient 1
+        u = pad_sequence([part.u[0] for part in plain], batch_first=True)
+        delta = pad_sequence([part.delta[0] for part in plain], batch_first=True)
+        joined[name] = LowRankUpdate(u, delta, 1.0)
+    return joined
 
 
 def scaled(updates: Updates, strength: float) -> Updates:
