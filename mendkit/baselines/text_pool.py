@@ -67,7 +67,7 @@ class TextPool:
     def others(
         self, edits: Sequence[Tokens], draw: random.Random, *, most: int | None = None
     ) -> list[Tokens]:
-        """`kept` texts beside the edits, if any are known; at most so many.
+        """`kept` texts beside the edits, at most `most`; none where the examples have none.
 
         `RELATED` of them are of examples like an edit, where there are any. Of the rest half are
         the edits' prompts about other subjects.
