@@ -313,16 +313,23 @@ class Sampler:
     def draw(self) -> DrawnBatch:
         """The next batch."""
         h, number, at_once = self.hparams, len(self.examples), 1
+        most = min(h.most_edits, number)
         if h.train_on == "batch":
-            at_once = self._count(min(h.most_edits, number))
+            at_once = self._count(most)
         elif h.train_on == "episode":
             at_once = min(h.batch_size, number)
-        # As many edits as belong together, or several times as many.
+        # 1. The next edits: as many as belong together, or several times as many.
         size = max(min(h.batch_size, number) // at_once, 1) * at_once
         while len(self.order) < size:
             self.order += self._permutation(number)
         index, self.order = self.order[:size], self.order[size:]
-        return DrawnBatch(self.texts(index), at_once, self._earlier())
+        rows = self.texts(index)
+        # 2. Edits made before.
+        earlier: list[Tokens] = []
+        if h.train_on == "sequence":
+            count = self._count(most) - 1
+            earlier = [self.examples[i].edit for i in self._permutation(number)[:count]]
+        return DrawnBatch(rows, at_once, earlier)
 
     def texts(self, index: Sequence[int]) -> DrawnRows:
         """The texts drawn for the examples of these numbers."""
@@ -376,13 +383,6 @@ class Sampler:
             if fits and example.subject not in prompt:
                 return [text]
         return []
-
-    def _earlier(self) -> list[Tokens]:
-        """With `train_on: sequence` up to `most_edits` less one edits made before."""
-        if self.hparams.train_on != "sequence":
-            return []
-        count = self._count(min(self.hparams.most_edits, len(self.examples))) - 1
-        return [self.examples[i].edit for i in self._permutation(len(self.examples))[:count]]
 
     def _count(self, most: int) -> int:
         """A number from 1 to `most`, its logarithm uniform."""
