@@ -1,4 +1,4 @@
-"""The site: README, docs and the gallery as they stand in the checkout, and the API.
+"""The site: README, docs, gallery and course as they stand in the checkout, and the API.
 
 `make site` builds it under build/site. Links to pages, notebooks and modules lead to their pages
 here; other files can be downloaded, or are read in the repository where its address is known.
@@ -11,6 +11,9 @@ import shutil
 import tomllib
 from pathlib import Path
 from urllib.parse import urlsplit
+
+import nbformat
+from nbconvert import MarkdownExporter
 
 import mendkit
 from mendkit.runs import CHECKOUT
@@ -28,6 +31,7 @@ TREE = """
 """
 TREES = {
     "Notebooks": "docs/gallery/README\ndocs/gallery/[0-9]*",
+    "Course": "notebooks/course/*",
     "Guide": "docs/ARCHIVE\ndocs/QUESTIONS\ndocs/[!AQ]*\n"
     "mendkit/archives/README\nmendkit/data/facts/README",
     "Code": "site/api\nsite/modules",
@@ -38,7 +42,8 @@ FOLDERS = ["hparams", "data", "models", "mend", "evaluation", "baselines", "inte
 
 project, author, root_doc = "mendkit", "mendkit authors", "README"
 extensions = ["myst_parser", "sphinx.ext.autodoc", "sphinx.ext.viewcode"]
-include_patterns = [f"{page}.md" for page in PAGES]
+include_patterns = [*(f"{page}.md" for page in PAGES), "notebooks/course/*.ipynb"]
+source_suffix = {".md": "markdown", ".ipynb": "markdown"}  # lessons: `adapt` makes Markdown of them
 myst_enable_extensions = ["html_image"]
 myst_heading_anchors = 3
 default_role = "code"
@@ -74,13 +79,15 @@ def setup(app):
 
 def adapt(app, docname, source):
     """Make a page of the checkout one of the site."""
-    folder = Path(app.srcdir, docname).parent
-    lead = LINK.sub(lambda found: link(app, folder, *found.groups()), source[0])
-    launched = docname.partition("docs/gallery/")[2]
-    if repository() and launched[:1].isdigit():
-        name, path = urlsplit(repository()).path, f"notebooks/{launched}.ipynb"
-        colab = f"[Colab](https://colab.research.google.com/github{name}/blob/main/{path})"
-        binder = f"[Binder](https://mybinder.org/v2/gh{name}/main?labpath={path})"
+    folder, text = Path(app.srcdir, docname).parent, source[0]
+    notebook = f"{docname.replace('docs/gallery', 'notebooks')}.ipynb"
+    if notebook.startswith("notebooks/course/"):
+        text = lesson(text, Path(notebook).name)
+    lead = LINK.sub(lambda found: link(app, folder, *found.groups()), text)
+    if repository() and Path(notebook).name[:1].isdigit():
+        name = urlsplit(repository()).path
+        colab = f"[Colab](https://colab.research.google.com/github{name}/blob/main/{notebook})"
+        binder = f"[Binder](https://mybinder.org/v2/gh{name}/main?labpath={notebook})"
         lead = lead.replace("Notebook: ", f"Run it on {colab} or {binder}. Notebook: ", 1)
     if docname == "site/api":
         lead += api()
@@ -89,6 +96,14 @@ def adapt(app, docname, source):
     if docname == root_doc:
         lead += "".join(TREE.format(caption=name, pages=TREES[name]) for name in TREES)
     source[0] = lead
+
+
+def lesson(text, name):
+    """A lesson of the course as Markdown, without the cell that installs the kit."""
+    notebook = nbformat.reads(text, as_version=4)
+    notebook.cells = [cell for cell in notebook.cells if cell.id != "install"]
+    title, _, rest = MarkdownExporter().from_notebook_node(notebook)[0].partition("\n")
+    return f"{title}\n\n> Notebook: {{download}}`{name}`.\n{rest}"
 
 
 def link(app, folder, text, target, anchor):
@@ -102,6 +117,8 @@ def link(app, folder, text, target, anchor):
     elif path.suffix == ".py" and name in DOCUMENTED:
         source = os.path.relpath(Path(app.srcdir, "_modules", place.with_suffix(".html")), folder)
         return f'<a href="{source}">{text}</a>'
+    elif place.match("notebooks/course/*.ipynb"):
+        target = os.path.relpath(path, folder)
     elif path.is_dir() or path.suffix in (".py", ".ipynb", ".yaml", ""):
         return f"[{text}]({repository()}/blob/main/{place})" if repository() else text
     return f"[{text}]({target}{anchor or ''})"

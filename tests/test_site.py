@@ -98,9 +98,9 @@ def test_the_gallery_that_is_here_is_light_and_every_page_is_linked_from_the_rea
 def test_the_site_is_built_from_a_small_run_and_its_links_lead_somewhere(gallery, tmp_path):
     tree, built = tmp_path / "tree", tmp_path / "built"
     heavy = shutil.ignore_patterns("*.safetensors", "__pycache__")
-    for name in ("docs", "mendkit", "site"):  # Sphinx takes no page behind a link
+    for name in ("docs", "mendkit", "notebooks", "site"):  # Sphinx takes no page behind a link
         shutil.copytree(ROOT / name, tree / name, ignore=heavy)
-    for name in ("configs", "notebooks", "scripts", "tests", "LICENSE"):
+    for name in ("configs", "scripts", "tests", "LICENSE"):
         (tree / name).symlink_to(ROOT / name)
     for path in ROOT.glob("*.md"):
         shutil.copy(path, tree)
@@ -118,6 +118,19 @@ def test_the_site_is_built_from_a_small_run_and_its_links_lead_somewhere(gallery
     assert 'id="mendkit.mend.editor.MENDEditor.edit"' in (built / "site/api.html").read_text(
         encoding="utf-8"
     )
+    for path in sorted((ROOT / "notebooks/course").glob("*.ipynb")):
+        lesson = f"notebooks/course/{path.stem}"
+        sidebar, *others = (built / "index.html").read_text(encoding="utf-8").split("<main", 1)
+        assert all(f'href="{lesson}.html"' in part for part in (sidebar, *others)), lesson
+        page = BeautifulSoup((built / f"{lesson}.html").read_text(encoding="utf-8"), "html.parser")
+        assert page.h1.get_text().strip("#").endswith("?") and "find_spec" not in page.get_text()
+        assert f"github/someone/mendkit/blob/main/{lesson}.ipynb" in str(page)
+        hidden = page.find_all("details", open=False)
+        assert [each.summary.get_text() for each in hidden if each.find("pre")] == [
+            f"Solution of exercise {number}" for number in range(1, len(hidden) + 1)
+        ]
+        stubs = [each for each in page.find_all("pre") if each.get_text().rstrip().endswith("...")]
+        assert len(hidden) == len(stubs) >= 5
     pages = [path for path in built.rglob("*.html") if "_static" not in path.parts]
     soups = {path: BeautifulSoup(path.read_text(encoding="utf-8"), "html.parser") for path in pages}
     names = {path: {tag["id"] for tag in soup.find_all(id=True)} for path, soup in soups.items()}

@@ -31,6 +31,13 @@ in_style = rc_context(fname=STYLE)
 """Decorates what draws; matplotlib's settings are the user's again after it."""
 
 
+class PlainLog(LogFormatter):
+    """Plain numbers at the ticks between powers of ten for which there is room."""
+
+    def __call__(self, x: float, pos: int | None = None) -> str:
+        return f"{x:g}" if super().__call__(x, pos) else ""
+
+
 @dataclass(frozen=True)
 class Chart:
     """A figure, its title (the finding) and the rows it was drawn from. A notebook shows it."""
@@ -121,7 +128,7 @@ def logarithmic(ax: Axes, *names: str) -> None:
         ax.set(**{f"{name}scale": "log"})
         axis = getattr(ax, f"{name}axis")
         axis.set_major_formatter("{x:g}")
-        axis.set_minor_formatter(LogFormatter(labelOnlyBase=False))
+        axis.set_minor_formatter(PlainLog(labelOnlyBase=False))
 
 
 def shares(ax: Axes, *names: str) -> None:

@@ -10,12 +10,14 @@ import shlex
 import shutil
 import time
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
+from PIL import Image
 
 from ..data.files import Examples, read_examples
 from ..data.sampling import CANDIDATES
@@ -303,7 +305,12 @@ def _known_edit(path: Path) -> dict[str, Any] | None:
     return next((row for row in rows if row.get("known")), rows[0] if rows else None)
 
 
-def _figures(folder: Path) -> list[str]:
-    """The names of a notebook's figures in the order in which they were drawn, headline first."""
+def _figures(folder: Path) -> dict[str, str]:
+    """What each figure of a notebook finds, by its name: as they were drawn, headline first."""
     paths = sorted(folder.glob("*.png"), key=lambda path: path.stat().st_mtime_ns)
-    return sorted([path.stem for path in paths], key=lambda name: name != "headline")
+    found = {}
+    for path in sorted(paths, key=lambda path: path.stem != "headline"):
+        found[path.stem] = path.stem.replace("_", " ")
+        with suppress(OSError), Image.open(path) as image:
+            found[path.stem] = image.info.get("Title", found[path.stem])
+    return found

@@ -88,7 +88,7 @@ def test_both_notebooks_run_and_the_page_links_what_they_leave(here):
         assert f'href="{link}"' in page
     assert f'src="{EDITING}/figures/a%20b.png" alt="a b"' in page
     assert "make &lt;report&gt;" in page and "<script" not in page and "http" not in page
-    assert "0.750" in page and "[0.500, 1.000], n = 8" in page and "by definition" in page
+    assert "0.750" in page and "[0.500, 1.000], n&nbsp;=&nbsp;8" in page and "by definition" in page
     assert "rank: 4" in page and "seed: 42" not in page and 'class="failed"' not in page
 
 
