@@ -32,7 +32,7 @@ EXIT_STATUS = (
 
 CONFIG = "a YAML file (default: configs/smollm2-135m.yaml), and settings that win over it"
 Words = Annotated[list[str] | None, Argument(metavar="[CONFIG] [KEY=VALUE]...", help=CONFIG)]
-OUT = "write results.json and the rest there"
+OUT = "folder for results.json and other files"
 Out = Annotated[Path | None, Option(metavar="DIR", parser=user_path, help=OUT)]
 Json = Annotated[bool, Option("--json", help="print JSON and nothing else")]
 Overwrite = Annotated[bool, Option("--overwrite", help="replace the files of an earlier run")]

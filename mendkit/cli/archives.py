@@ -16,7 +16,9 @@ from ..runs import user_path
 from . import app as cli
 from .app import Archive, Json, Out, Overwrite, Words
 
-OutFolder = Annotated[Path, Option("--out", metavar="DIR", parser=user_path, help="where to")]
+OutFolder = Annotated[
+    Path, Option("--out", metavar="DIR", parser=user_path, help="folder to write to")
+]
 MODEL = "a hub id, a model folder, a GGUF file or a YAML file, and settings"
 ModelWords = Annotated[
     list[str] | None, Argument(metavar="[MODEL|CONFIG] [KEY=VALUE]...", help=MODEL)
@@ -25,7 +27,7 @@ Folders = Annotated[
     list[Path], Argument(metavar="DIR...", parser=user_path, help="folders of reference vectors")
 ]
 All = Annotated[
-    bool, Option("--all", help="attention and output layers, too; JSON has them always")
+    bool, Option("--all", help="also attention and output layers, as --json always does")
 ]
 
 Compact = Annotated[
@@ -44,7 +46,7 @@ Scan = Annotated[
 
 @cli.command("inspect runs/first/archive.safetensors --json")
 def inspect(archive: Archive, *, as_json: Json = False) -> int:
-    """Print what an archive says of itself."""
+    """Print an archive's base model, settings and training."""
     metadata = mendkit.inspect_archive(archive)
     metadata["megabytes"] = archive_file(archive).stat().st_size / 1e6
     left_out = ("tensors", "sha256", "packing")
@@ -60,7 +62,7 @@ def import_(
 ) -> int:
     """Turn an archive of the original MEND or of EasyEdit into one of this kit.
 
-    Nothing in the foreign file is run. CONFIG is its configuration, `inner_params` in its order.
+    No code in the foreign file is run. CONFIG is its configuration, with `inner_params` in its order.
     """
     from ..interop.foreign import read_foreign
 
@@ -82,7 +84,7 @@ def export(
     compact: Compact = False,
     overwrite: Overwrite = False,
 ) -> int:
-    """Write an archive of this kit as the file that EasyEdit reads, or as a smaller one."""
+    """Convert an archive of this kit to EasyEdit's format, or to a smaller file."""
     name = "archive.safetensors" if compact else "archive.pt"
     place = cli.RunFolder(out, name, "results.json", overwrite=overwrite)
     hparams = cli.hyperparameters(words)
@@ -108,7 +110,7 @@ def push(
     private: Annotated[bool, Option("--private", help="only you can see it")] = False,
     licence: Annotated[str | None, Option("--license", metavar="ID", help="apache-2.0, …")] = None,
 ) -> int:
-    """Upload an archive to the hub, with a card that its metadata and scores make.
+    """Upload an archive to the hub, with a card of its metadata and scores.
 
     Others edit with `archive=hub:USER/NAME`. Log in with `hf auth login`, or set HF_TOKEN.
     """
@@ -135,7 +137,7 @@ def push(
 def conformance(
     folders: Folders, *, out: Out = None, as_json: Json = False, overwrite: Overwrite = False
 ) -> int:
-    """Compare with numbers that were recorded from the published code.
+    """Compare with numbers recorded from the published code.
 
     Factors, updates, logits, scalars and training losses are compared. The exit status is 1 if one
     missed.
@@ -163,8 +165,8 @@ def sites(
 ) -> int:
     """List what can be edited in a model, and what `inner_params: auto` picks there.
 
-    It reads the model's configuration and no weights. --scan compares blocks by 40 edits: what
-    share of an edit its paraphrases, neighbours and unrelated prompts would get there.
+    It reads the model's configuration and no weights. --scan compares blocks by 40 edits: how
+    much of an edit would reach its paraphrases, neighbours and unrelated prompts.
     """
     import pandas as pd
 

@@ -126,7 +126,7 @@ def _edit_and_undo(
         during = mendkit.next_tokens(base, prompt)
         said = base.generate(prompt, max_new_tokens=8, answers=[test[0].target_new]).strip()
     if during == before:
-        raise MendkitError("it moves no probability; raise `lr_scale` or `edit_lr`")
+        raise MendkitError("the edit changes no probability; raise `lr_scale` or `edit_lr`")
     if mendkit.next_tokens(base, prompt) != before:
-        raise MendkitError("the probabilities did not come back; load the model anew")
+        raise MendkitError("undoing did not restore the probabilities; load the model again")
     return None, f"{prompt!r} → {said!r}{by}; undone, the model is what it was"

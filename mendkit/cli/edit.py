@@ -46,7 +46,8 @@ Saved = Annotated[
 
 Mode = Annotated[Literal["single", "batch", "sequential"], Option()]
 ProtocolName = Annotated[
-    Literal["locft"] | None, Option(help="locft: thousands of edits, never reset (--k: at once)")
+    Literal["locft"] | None,
+    Option(help="locft: thousands of edits, never reset (--k N: N at once)"),
 ]
 BatchSize = Annotated[int | None, Option(min=1, help="edits at once in mode batch (25)")]
 EditorKind = Annotated[str, Option(help="mend, context, or a baseline at the best of its settings")]
@@ -54,14 +55,15 @@ TuneData = Annotated[
     str | None,
     Option(
         metavar="FILE",
-        help="12 edits that choose these settings, then other wordings [facts:validation]",
+        help="first 12: edits that tune a baseline; others: more wordings [facts:validation]",
     ),
 ]
 TextFile = Annotated[str, Option(metavar="FILE", help="held-out text, for drawdown (slow)")]
 Survival = Annotated[
-    int, Option(metavar="N", min=0, help="edits (0) also rounded and fine-tuned on --text (slow)")
+    int,
+    Option(metavar="N", min=0, help="test N edits after rounding and fine-tuning on --text (slow)"),
 ]
-Fluency = Annotated[bool, Option("--fluency", help="entropy of 100 free tokens, too (slow)")]
+Fluency = Annotated[bool, Option("--fluency", help="also the entropy of 100 written tokens (slow)")]
 
 TUNED_ON = 12
 PROMPT_WIDTH = 52  # of a prompt in a table
@@ -74,7 +76,7 @@ def edit(
     prompt: Prompts = None,
     target: Targets = None,
     sentences: Sentences = None,
-    data: Annotated[str, Option(metavar="FILE", help="examples instead, or facts:SPLIT")] = "",
+    data: Annotated[str, Option(metavar="FILE", help="examples, or facts:SPLIT; no --prompt")] = "",
     limit: Limit = None,
     skip_invalid: SkipInvalid = False,
     together: Together = False,
@@ -88,9 +90,9 @@ def edit(
 ) -> int:
     """Edit with an archive, and print what the model writes before and after.
 
-    Every example is edited alone, or all of them --together. One edit can be kept: as an adapter,
-    as an edited model for transformers, or as a file. A --prompt brings others: paraphrases, and
-    neighbours that the model answers rightly before the edit.
+    Each example is edited alone; --together makes one edit of all. One edit can be saved: as an
+    adapter, as an edited model for transformers, or as a file. With --prompt the command also
+    prints paraphrases, and neighbours that the model answers correctly before the edit.
     """
     from ..mend.batches import usable
 
@@ -104,7 +106,7 @@ def edit(
     read = partial(mendkit.read_examples, limit=limit, skip_invalid=skip_invalid)
     examples: Sequence[EditExample] = typed or read(data, columns=hparams.columns)
     if len(examples) > 1 and any(kept.values()) and not together:
-        raise MendkitError("one edit can be saved; give --together, or --limit 1")
+        raise MendkitError("only one edit can be saved; give --together, or --limit 1")
 
     # 2. What only the archive and its tokenizer tell.
     editor = mendkit.MENDEditor.from_hparams(hparams)
@@ -155,7 +157,7 @@ def _check_places(kept: dict[str, Path | None], *, overwrite: bool) -> None:
     """Raises MendkitError if something is in the way, or two outputs share a place."""
     given = [path.resolve() for path in kept.values() if path]
     if len(set(given)) < len(given):
-        raise MendkitError(f"{', '.join(kept)}: give each a place of its own")
+        raise MendkitError(f"{', '.join(kept)}: give each its own path")
     for option, path in kept.items():
         if path is not None and path.exists():
             fits = path.is_file() == (option == "--save-edit")
@@ -342,7 +344,7 @@ def _opened(kind: str, hparams: "MENDHyperParams") -> tuple["BaseModel", "MENDEd
         mend = mendkit.MENDEditor.from_hparams(hparams)
         return mend.base, mend
     if hparams.archive is not None:
-        logger.warning("archive: --editor %s has no use for one", kind)
+        logger.warning("archive: --editor %s does not use it", kind)
     return mendkit.load_model(hparams), None
 
 

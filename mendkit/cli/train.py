@@ -26,7 +26,7 @@ Resume = Annotated[bool, Option("--resume", help="go on with the stopped run in 
 GRID = "YAML with a `grid` of settings"
 SweepFile = Annotated[Path | None, Option(metavar="FILE", parser=user_path, help=GRID)]
 Seconds = Annotated[int | None, Option(min=1, metavar="S", help="fail if a cell takes longer")]
-Models = Annotated[str, Option(metavar="A,B", help="of these, or YAML files")]
+Models = Annotated[str, Option(metavar="A,B", help="models, or YAML files")]
 Count = Annotated[int, Option(min=1, metavar="N")]
 
 
@@ -88,7 +88,7 @@ def train(
             go = partial(mendkit.train, base=base, run_dir=run, done_with_base=True)
             result = go(hparams, examples, validation)
         else:
-            logger.info("%s is a run that has ended; nothing is left to do", run)
+            logger.info("the run in %s has ended; nothing is left to do", run)
     team.leave()
     if team.rank == 0:
         logger.info("%s", result.stopped)
@@ -227,7 +227,7 @@ def notebooks(
 ) -> int:
     """Copy the kit's notebooks and configurations into DIR, to be run there and changed.
 
-    `jupyter lab`, or `report`, in DIR takes these files in place of the kit's.
+    In DIR, `jupyter lab` and `report` use these files instead of the kit's.
     """
     held = kit_files()
     if not held:
@@ -255,9 +255,8 @@ def bench(
 ) -> int:
     """Measure what training and editing cost, against a textbook MEND on the same model.
 
-    It makes `repeats` turns of steps of `batch` edits with a hypernetwork of `rank`: about 12
-    minutes, 14 GB and 2 cores for both models. The exit status is 1 if the textbook and the kit
-    do not agree.
+    --repeats turns make steps of --batch edits, with a hypernetwork of --rank. Both models take
+    12 minutes, 14 GB and 2 cores. The exit status is 1 if the textbook and the kit do not agree.
     """
     from ..cost.bench import bench_table, run_bench
     from ..reporting.plots import charts_of_costs

@@ -299,7 +299,7 @@ def _restart_peak() -> float:
     try:
         Path("/proc/self/clear_refs").write_text("5")
     except OSError:
-        logger.warning("this system cannot restart a process's peak: peaks include loading")
+        logger.warning("this system cannot reset a process's peak memory: peaks include loading")
     return peak_memory_gb()
 
 

@@ -262,9 +262,9 @@ def check_memory(
         return
     most = max(found.phases[found.largest].items(), key=lambda part: part[1])[0]
     raise MendkitError(
-        f"training is planned to need {found.peak / 1e9:.2f} GB ({found.largest}), "
-        f"{free / 1e9:.2f} GB are free. Most are {most}: {REMEDIES[most]}; "
-        "--ignore-memory trains all the same"
+        f"training will need about {found.peak / 1e9:.2f} GB ({found.largest}), and "
+        f"{free / 1e9:.2f} GB are free. The largest part is {most}: {REMEDIES[most]}; "
+        "--ignore-memory trains anyway"
     )
 
 

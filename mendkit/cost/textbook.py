@@ -53,7 +53,7 @@ def check_recipe(base: BaseModel, hparams: MENDHyperParams) -> None:
     for key, value in RECIPE.items():
         given = getattr(hparams, key)
         if given != value:
-            raise MendkitError(f"{key}: the textbook knows {value!r} only, got {given!r}")
+            raise MendkitError(f"{key}: the textbook supports only {value!r}, got {given!r}")
 
 
 def logits(base: BaseModel, batch: TextBatch, weights: SiteWeights) -> Float[Tensor, "n t v"]:

@@ -146,7 +146,7 @@ def _example(record: Record, columns: Columns, left: list[str]) -> EditExample:
     # 2. one prompt and one new answer
     for field in ("prompt", "target_new"):
         if len(set(values[field])) > 1:
-            raise DataError(f"field `{field}` stands under two names; choose in `columns`")
+            raise DataError(f"field `{field}` is given under two names; choose one in `columns`")
         if not values[field]:
             found = ", ".join(record)
             raise DataError(f"field `{field}` is missing in {found}; expected at least {LEAST}")

@@ -183,7 +183,7 @@ def _rewrites(record: Flat, left: list[str]) -> list[Flat]:
         flat = record | rewrite
         prompt, subject = text(flat, "prompt") or "", text(flat, "subject")
         if "{}" in prompt and subject is None:
-            raise DataError("field `subject` is missing, which the prompt has `{}` for")
+            raise DataError("field `subject` is missing; the prompt has `{}` in its place")
         flat["prompt"] = prompt.replace("{}", subject or "")
         if "question" in flat:
             flat["rephrase"] = flat.pop("question")

@@ -309,7 +309,7 @@ def summarise(rows: Sequence[EditRow]) -> Summary:
                 expected = "a share from 0 to 1" if share else "a finite number"
                 raise MendkitError(
                     f"{name} of edit {row.index} is {value}, expected {expected}; "
-                    "its mean would mean nothing"
+                    "the mean would be meaningless"
                 )
             by_metric.setdefault(name, []).append(value)
     found = Summary()

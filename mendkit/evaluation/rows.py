@@ -73,7 +73,9 @@ def keeping(rows: str | Path | None, run_of: Callable[[], dict[str, Any]]) -> It
         try:
             yield Kept(path, parts)
         except KeyboardInterrupt:
-            logger.warning("stopped; %s keeps the rows, the same call goes on from them", path)
+            logger.warning(
+                "stopped; %s keeps the rows, and the same call continues from them", path
+            )
             raise
         path.unlink()
         path.with_suffix(".pt").unlink(missing_ok=True)

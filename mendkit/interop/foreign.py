@@ -199,7 +199,9 @@ def from_foreign(state: Mapping[str, Tensor], sites: Sequence[Site], h: MENDHype
     odd = sorted(set(state) - taken)
     odd += [name for name, value in values.items() if not is_finite(value)]
     if odd:
-        raise ArchiveError(f"the archive's {odd[0]} is no layer's, or not finite; {SETTINGS}")
+        raise ArchiveError(
+            f"the archive's {odd[0]} belongs to no layer, or is not finite; {SETTINGS}"
+        )
     mend = MEND(sites, h)
     if state["edit_lrs"].dtype == torch.float64:
         mend.double()
@@ -295,7 +297,7 @@ def _check_expressible(mend: MEND) -> None:
     named = [name for name, is_so in cannot.items() if is_so]
     if named:
         raise ArchiveError(
-            f"EasyEdit's format cannot say {', '.join(named)}; train without (docs/QUESTIONS.md)"
+            f"EasyEdit's format cannot store {', '.join(named)}; train without (docs/QUESTIONS.md)"
         )
 
 

@@ -149,7 +149,7 @@ def look_at_archive(hparams: MENDHyperParams, *, to_train: bool = False) -> None
             without_effect.append(f"{key} {shown(there)}, not {shown(asked)}")
     if without_effect:
         told = "; ".join(without_effect)
-        logger.warning("what the file says of these belongs to the archive %s: %s", path, told)
+        logger.warning("the archive %s decides these settings, not the file: %s", path, told)
 
 
 def inspect_archive(path: str | Path) -> dict[str, Any]:

@@ -80,7 +80,7 @@ def save_tensors(
     odd = [name for name, value in tensors.items() if not is_finite(value)]
     if odd:
         raise ArchiveError(
-            f"{path}: not written: {', '.join(odd[:3])} not finite; this {kind.noun} is of no use"
+            f"{path}: not written: {', '.join(odd[:3])} not finite; this {kind.noun} is unusable"
         )
     told = {"format": kind.format, **metadata}
     told[CHECKSUM] = content_sha256(told, tensors)

@@ -65,7 +65,7 @@ class Preparation:
             base, self.loaded, hparams = archive.base, archive.mend, hparams.replace(**kept)
             self.loaded_sha256 = file_sha256(archive.path)
             logger.warning(
-                "archive: going on training from %s; its shape and sites are kept", archive.path
+                "archive: training continues from %s; its shape and sites are kept", archive.path
             )
         self.base, self.hparams = base, hparams
         texts = training_texts(base, hparams, train)

@@ -300,7 +300,7 @@ class Learner:
         idle = ", ".join(site.name for site, gradient in by_site if gradient == 0)
         if idle:
             raise MendkitError(
-                f"the gradient is exactly zero at {idle}: the loss sees no edit there; leave it "
+                f"the gradient is exactly zero at {idle}: no loss depends on it; leave it "
                 "out of `inner_params`, or weigh texts that see it (`cedit`, …)"
             )
 

@@ -200,7 +200,7 @@ class Trainer:
         course, folder = self.course, self.run_dir
         made, steps = course.step, course.steps
         if self.goes_on:
-            logger.warning("going on with the run in %s from step %d of %d", folder, made, steps)
+            logger.warning("continuing the run in %s from step %d of %d", folder, made, steps)
         for row in course.history:
             self.log(row)
         write_text(folder / HISTORY_FILE, "".join(json.dumps(row) + "\n" for row in course.history))
@@ -282,7 +282,7 @@ def _look_at(
     shared = trained & {example.subject for example in val[: h.val_steps]}
     if shared and first:
         names = ", ".join(sorted(shared)[:5])
-        logger.warning("%d subjects of validation are trained on, too: %s", len(shared), names)
+        logger.warning("%d subjects are in training and in validation: %s", len(shared), names)
 
 
 # ---------------------------------------- loggers

@@ -107,7 +107,9 @@ def plan_report(config: str | Path, settings: Sequence[str] = (), *, out: str | 
         overrides.append(text)
         near = difflib.get_close_matches(key, [*parameters, *MENDHyperParams.model_fields], 1)
         if near and near[0] != key and near[0] in parameters:
-            raise MendkitError(f"unknown name {key!r}; the nearest is a notebook's {near[0]!r}")
+            raise MendkitError(
+                f"unknown name {key!r}; the nearest notebook parameter is {near[0]!r}"
+            )
     hparams = MENDHyperParams.from_hparams(config, **parse_overrides(overrides))
     if hparams.archive is not None:
         del known[TRAINING]

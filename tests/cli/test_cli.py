@@ -118,7 +118,7 @@ MISTAKES = {  # what a user types, and a part of the last line of stderr
     "edit tiny.yaml raank=5 --prompt P --target T": "unknown key 'raank'",
     "edit tiny.yaml --prompt P --target T --save-edit .": "give another --save-edit",
     "edit tiny.yaml --prompt P --target T --save-adapter tiny.yaml": "give another --save-adapter",
-    "edit tiny.yaml --prompt P --target T --save-adapter x --save-merged x": "a place of its own",
+    "edit tiny.yaml --prompt P --target T --save-adapter x --save-merged x": "each its own path",
     "edit tiny.yaml --prompt P --target T --save-edit archive.safetensors": "or --overwrite",
     "edit tiny.yaml --data facts:test --save-adapter x": "give --together",
     "edit tiny.yaml archive=tiny.yaml --prompt P --target T": "not a readable archive",
@@ -191,7 +191,7 @@ def test_train_checks_memory_before_it_writes_unless_told_not_to(here, capsys, m
     monkeypatch.setattr("mendkit.cost.plan.free_memory", lambda _: 10**5)
     assert main(["train", "tiny.yaml", "--out", "run", *DATA]) == 2
     last = capsys.readouterr().err.splitlines()[-1]
-    assert "0.00 GB are free. Most are" in last and "--ignore-memory" in last
+    assert "0.00 GB are free. The largest part is" in last and "--ignore-memory" in last
     assert not Path("run").exists()
     assert main(["train", "tiny.yaml", "--out", "run", "--ignore-memory", *DATA]) == 0
 
@@ -201,7 +201,7 @@ def test_train_goes_on_from_an_archive_even_in_its_own_folder(here, caplog):
     Path("archive.safetensors").rename("run/archive.safetensors")
     archive = "archive=run/archive.safetensors"
     assert main(["train", "tiny.yaml", archive, "--out", "run", "--overwrite", *DATA]) == 0
-    assert "going on training from run/archive.safetensors" in caplog.text
+    assert "training continues from run/archive.safetensors" in caplog.text
     assert mendkit.inspect_archive("run/archive.safetensors")["training"]["best"]["step"] >= 1
 
 

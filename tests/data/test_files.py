@@ -444,7 +444,7 @@ WRONG = [
     ({**OWN, "prompt": ""}, "`prompt` is empty"),
     ({**OWN, "target_new": None}, "`target_new` is missing .*expected at least {"),
     ({**OWN, "prompt": 3}, "`prompt` must be text, is 3"),
-    ({**OWN, "src": "another"}, "`prompt` stands under two names"),
+    ({**OWN, "src": "another"}, "`prompt` is given under two names"),
     ({**OWN, "paraphrases": 3}, "`paraphrases` must be a list"),
     ({**OWN, "paraphrases": ["x", 1]}, r"`paraphrases\[1\]`"),
     ({**OWN, "neighbours": [{"prompt": ""}]}, r"`neighbours\[0\]` is empty"),

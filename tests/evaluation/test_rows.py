@@ -42,7 +42,7 @@ def test_an_evaluation_that_was_stopped_goes_on_from_its_rows(
     monkeypatch.setattr(EvaluationSet, "score", score)
     with pytest.raises(KeyboardInterrupt):
         evaluate(editor, prepared, rows=path, **mode)
-    assert "the same call goes on" in caplog.text and not path.exists()
+    assert "the same call continues" in caplog.text and not path.exists()
     (kept,) = path.parent.iterdir()
     assert len(kept.read_text().splitlines()) == 2  # what it is of, and the first two edits
     with kept.open("a") as file:

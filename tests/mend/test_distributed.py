@@ -120,7 +120,7 @@ def test_two_processes_go_on_where_they_were_interrupted(two):
     first, second = (two / name / "archive.safetensors" for name in ("plain", "resumed"))
     assert first.read_bytes() == second.read_bytes()
     assert history(two / "plain") == history(two / "resumed")
-    assert (two / "stderr").read_text().count("going on with the run") == 1  # by the first process
+    assert (two / "stderr").read_text().count("continuing the run") == 1  # by the first process
 
 
 @pytest.mark.slow

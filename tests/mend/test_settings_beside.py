@@ -44,7 +44,7 @@ def test_a_files_settings_do_not_hold_and_that_is_said(llama, archive, tmp_path,
     editor = MENDEditor.from_hparams(h, base=llama)
     assert (editor.hparams.rank, editor.hparams.max_target_tokens, editor.hparams.seed) == (8, 9, 3)
     assert (
-        f"belongs to the archive {archive}: rank 8, not 4" in caplog.text
+        f"the archive {archive} decides these settings, not the file: rank 8, not 4" in caplog.text
         and "max_iters" not in caplog.text
     )
 

@@ -301,7 +301,7 @@ def test_subjects_that_training_shares_with_validation_are_named(llama, tmp_path
     train(h, EXAMPLES[2:], EXAMPLES, base=llama, run_dir=tmp_path)
     assert "trained on, too" not in caplog.text  # the first two alone are validated
     train(h, EXAMPLES[1:], EXAMPLES, base=llama, run_dir=tmp_path)
-    assert "1 subjects of validation are trained on, too: the United Kingdom" in caplog.text
+    assert "1 subjects are in training and in validation: the United Kingdom" in caplog.text
 
 
 # ---------------------------------------- whole runs
@@ -429,7 +429,7 @@ def test_going_on_from_an_archive_keeps_its_sites_shape_and_weights(llama, tmp_p
     source = train(h, EXAMPLES, EXAMPLES[:1], base=fewer, run_dir=first).archive
     h = quick(lr=0.0, lr_lr=0.0).replace(archive=str(source))
     result = train(h, EXAMPLES, EXAMPLES[:1], base=llama, run_dir=tmp_path / "second")
-    assert "going on training" in caplog.text
+    assert "training continues" in caplog.text
     a, b = (load_archive(path, base=llama) for path in (source, result.archive))
     assert [site.name for site in b.mend.sites] == [site.name for site in fewer.sites]
     assert (b.mend.hparams.rank, b.mend.hparams.edit_tokens) == (8, "scored")

@@ -215,7 +215,10 @@ def test_a_folder_of_something_else_is_refused_and_left_alone(here, mark):
 
 
 MISTAKES = {
-    "tset_limit=5": (MendkitError, r"unknown name 'tset_limit'.*a notebook's 'test_limit'"),
+    "tset_limit=5": (
+        MendkitError,
+        r"unknown name 'tset_limit'.*notebook parameter is 'test_limit'",
+    ),
     "raank=5": (HyperParamError, r"unknown key 'raank'.*'rank'"),
     "test_limit=1.5": (MendkitError, r"test_limit must be a valid integer, got '1.5'"),
     "train_data=facts:all": (DataError, r"facts:all: no such facts"),
