@@ -62,7 +62,8 @@ def import_(
 ) -> int:
     """Turn an archive of the original MEND or of EasyEdit into one of this kit.
 
-    No code in the foreign file is run. CONFIG is its configuration, with `inner_params` in its order.
+    No code in the foreign file is run. CONFIG is the configuration of its training, with
+    `inner_params` in its order.
     """
     from ..interop.foreign import read_foreign
 

@@ -87,7 +87,8 @@ def test_training_is_refused_where_it_is_planned_to_need_more_than_is_free(folde
 
     monkeypatch.setattr("mendkit.cost.plan.plan", plan_of)
     check(1.01 * need / within)
-    said = r"2\.00 GB \(training\), and 1\.58 GB are free\. The largest part is weights: set `stream_trunk: true`"
+    said = r"2\.00 GB \(training\), and 1\.58 GB are free\. The largest part is weights: "
+    said += "set `stream_trunk: true`"
     with pytest.raises(MendkitError, match=f"{said}.*--ignore-memory"):
         check(0.99 * need / within)
     assert seen[-1].release_trunk == "auto"
