@@ -106,6 +106,14 @@ def test_the_control_wins_a_tie_and_the_end_of_its_range_is_told():
     assert "end of the range" in plots.control_curve(rows[:2], {"val.score": 0.9}, n=1).finding
 
 
+def test_a_logarithmic_axis_has_plain_numbers_between_powers_of_ten():
+    rows = [{"edit_lr": a, "score": a} for a in (2e-3, 6e-3, 2e-2)]
+    chart = plots.control_curve(rows, {"val.score": 0.5}, n=1)
+    chart.png()  # lays the ticks out
+    texts = [tick.get_text() for tick in chart.figure.axes[0].get_xticklabels(which="both")]
+    assert {"0.01", "0.003"} <= set(texts) and not any("e" in text for text in texts)
+
+
 def test_editors_have_the_shares_and_intervals_they_were_given():
     summaries = {"trained": summary(0.9, 0.8, 0.9, 1.0), "control": summary(0.5, 0.2, 0.6, 0.9)}
     chart = plots.editors(summaries | {"unedited": summary(0.0)})
