@@ -299,7 +299,7 @@ def test_a_scan_tells_which_share_of_an_edit_other_texts_get(llama):
 def test_subjects_that_training_shares_with_validation_are_named(llama, tmp_path, caplog):
     h = hparams(max_iters=0, val_steps=2)
     train(h, EXAMPLES[2:], EXAMPLES, base=llama, run_dir=tmp_path)
-    assert "trained on, too" not in caplog.text  # the first two alone are validated
+    assert "in training and in validation" not in caplog.text  # the first two alone are validated
     train(h, EXAMPLES[1:], EXAMPLES, base=llama, run_dir=tmp_path)
     assert "1 subjects are in training and in validation: the United Kingdom" in caplog.text
 
