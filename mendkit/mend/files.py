@@ -169,9 +169,11 @@ def matching_base(
         differences = _differences(fingerprint, {"class": type(base.model).__name__})
         differences = differences or str(error).partition("; ")[0]  # without its advice
     if differences:
+        name = fingerprint.get("name", base.name)
+        theirs = f" ({name})" if name != base.name else ""
         raise ArchiveError(
-            f"{path}: {kind.made} for {fingerprint['name']}, another model than {base.name}: "
-            f"{differences}; {kind.if_another_model}"
+            f"{path}: {kind.made} for another model{theirs} than {base.name}: {differences}; "
+            f"{kind.if_another_model}"
         )
     return checked
 

@@ -193,7 +193,7 @@ def test_an_archive_of_the_kit_has_a_name_that_a_file_here_may_take(box, here, c
 def test_it_is_refused_for_another_model_and_named_where_there_is_none(box, here, capsys):
     other = save_tiny("other", tiny_llama(seed=5))
     assert main(["edit", "tiny.yaml", f"model_name={other}", "archive=mine", *FACT]) == 2
-    assert ", another model than other: other weights" in capsys.readouterr().err
+    assert "trained for another model (model) than other: other weights" in capsys.readouterr().err
     other = save_tiny("gpt2", tiny_gpt2())  # has no layer of that name either
     assert main(["edit", "tiny.yaml", f"model_name={other}", "archive=mine", *FACT]) == 2
     assert "than gpt2: class LlamaForCausalLM, here GPT2LMHeadModel" in capsys.readouterr().err
