@@ -110,11 +110,13 @@ class FullWhitening(RunningMoments):
         return x.T @ x
 
     @torch.no_grad()
-    def inverse_root(self) -> Float[Tensor, "d d"]:
-        """The matrix that whitens, in float64, computed once for the rows added so far."""
+    def inverse_root(self, dtype: torch.dtype) -> Float[Tensor, "d d"]:
+        """The matrix that whitens, computed once for the rows added so far."""
         if self._root is None or self._root[0] != self.m2._version:
-            values, vectors = torch.linalg.eigh(self.m2 / max(int(self.count) - 1, 1))
-            floor = self.ridge * values.mean() + torch.finfo(torch.float64).tiny
+            # The ridge bounds the condition number, so single precision does for float32 rows.
+            covariance = self.m2 / max(int(self.count) - 1, 1)
+            values, vectors = torch.linalg.eigh(covariance.to(dtype))
+            floor = self.ridge * values.mean() + torch.finfo(dtype).tiny
             root = (vectors * (values.clamp(min=0) + floor).rsqrt()) @ vectors.T
             self._root = self.m2._version, root
         return self._root[1]
@@ -125,7 +127,8 @@ class FullWhitening(RunningMoments):
         """The whitened rows, clipped to ±clip; x itself while empty. `floor` is for one feature."""
         if int(self.count) == 0:
             return x
-        return _clipped((x - self.mean.to(x.dtype)) @ self.inverse_root().to(x.dtype), clip)
+        root = self.inverse_root(torch.promote_types(x.dtype, torch.float32))
+        return _clipped((x - self.mean.to(x.dtype)) @ root.to(x.dtype), clip)
 
 
 class SecondMoment(nn.Module):
