@@ -23,7 +23,6 @@ from mendkit import runs
 from mendkit.__main__ import main
 from mendkit.errors import DataError, HyperParamError, MendkitError
 from mendkit.evaluation.results import HEADLINE
-from mendkit.hparams import MENDHyperParams
 from mendkit.reporting import plots
 from mendkit.reporting.notebook import read_parameters, run_notebook
 from mendkit.reporting.report import (
@@ -93,16 +92,6 @@ def test_both_notebooks_run_and_the_page_links_what_they_leave(here):
     assert "make &lt;report&gt;" in page and "<script" not in page and "http" not in page
     assert "0.750" in page and "[0.500, 1.000], n&nbsp;=&nbsp;8" in page and "by definition" in page
     assert "rank: 4" in page and "seed: 42" not in page and 'class="failed"' not in page
-
-
-def test_a_figure_of_the_page_has_its_finding_as_text(tmp_path):
-    frame = pd.DataFrame({"size": [1, 2, 3], "loss": [3, 2, 1]})
-    chart = plots.scatter(frame, "size", "loss").save(tmp_path / EDITING / "figures")
-    run = runs.provenance() | {"kind": "report", "status": "done", "failure": None, "command": ""}
-    run |= {"config": "", "settings": [], "data": {}, "notebooks": [EDITING]}
-    run["hparams"] = MENDHyperParams(model_name="tiny").to_dict()
-    page = write_index(tmp_path, run, {}).read_text(encoding="utf-8")
-    assert f'alt="{chart.finding}"' in page and f"<span>{chart.finding}</span>" in page
 
 
 def test_with_an_archive_only_the_second_notebook_runs_and_a_report_may_replace_itself(here):
@@ -316,6 +305,14 @@ RUN = {
 }
 
 
+def test_a_figure_of_the_page_has_its_finding_as_text(tmp_path):
+    frame = pd.DataFrame({"size": [1, 2, 3], "loss": [3, 2, 1]})
+    chart = plots.scatter(frame, "size", "loss").save(tmp_path / EDITING / "figures")
+    run = RUN | {"hparams": {"model_name": "m", "rank": 3, "seed": 7}}
+    page = write_index(tmp_path, run, {}).read_text("utf-8")
+    assert f'alt="{chart.finding}"' in page and f"<span>{chart.finding}</span>" in page
+
+
 def test_the_page_stands_without_results(tmp_path):
     failure = {"notebook": EDITING, "cell": None, "error": "<e>", "source": ""}
     run = RUN | {"hparams": {"model_name": "<m>", "rank": 3, "seed": 7}}
@@ -355,7 +352,7 @@ def test_the_page_tells_what_was_won_and_shows_a_known_edit_as_it_was(tmp_path):
     ticks = re.findall("<td>([✓✗])</td>", edit)
     assert ticks == ["✓", "✗", "✓"] and "unedited model knew" in page
     known = page.partition("<h2>Facts that the unedited model knew")[2].partition("</table>")[0]
-    assert "<b>1.000</b>" in known and "<small>n = 2</small>" in known
+    assert "<b>1.000</b>" in known and "<small>n&nbsp;=&nbsp;2</small>" in known
     assert "160 examples, SHA-256 d1g3st" in page and "seed 7" in page
     command = re.search("<pre>(python.*)</pre>", page)[1]
     assert shlex.split(html.unescape(command)) == [
