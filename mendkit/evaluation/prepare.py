@@ -155,7 +155,7 @@ class EvaluationSet:
             f"greedy decoding of at most {self.max_new_tokens} tokens, to the end of text, a "
             "newline or a full stop; answers equal without case, punctuation and articles; a fact "
             "is known if what the unedited model writes begins with the right answer; a question "
-            f"is asked as \"{QUESTION.format('…', '').replace(chr(10), ' / ')}\""
+            f'is asked as "{QUESTION.format("…", "").replace(chr(10), " / ")}"'
         )
 
     def rows_of(
