@@ -181,3 +181,8 @@ def test_the_held_updates_stay_small(llama):
         expected = Edit.combined(session.active).dense()
     for name, change in expected.items():
         torch.testing.assert_close(model.total[name].dense(), change, rtol=1e-3, atol=1e-6)
+
+
+def test_the_protocol_is_told_in_one_line_without_escapes(prepared):
+    assert "at most 24 tokens" in prepared.protocol and "Question: … / Answer:" in prepared.protocol
+    assert "\\n" not in prepared.protocol and "\n" not in prepared.protocol
