@@ -61,6 +61,11 @@ class ReportPlan:
     notebooks: Mapping[str, Mapping[str, Parameter]]  # parameters of those that run, in order
     out: Path
 
+    @property
+    def archive(self) -> Path | None:
+        """The file of the archive to edit with."""
+        return archive_file(self.hparams.archive) if self.hparams.archive else None
+
     def data(self) -> list[tuple[str, int | None]]:
         """The data sets that are read, of training first: source, and number of examples."""
         found = []
@@ -127,8 +132,8 @@ def check_report(plan: ReportPlan) -> list[Examples]:
     with locked(plan.out):
         _earlier_report(plan.out)
     inputs = [plan.config, *(user_path(source) for source, _ in plan.data())]
-    if plan.hparams.archive and not _same(plan.hparams.archive, plan.out / ARCHIVE_FILE):
-        inputs.append(archive_file(plan.hparams.archive))
+    if plan.archive and not _same(plan.archive, plan.out / ARCHIVE_FILE):
+        inputs.append(plan.archive)
     for path in inputs:
         if path.resolve().is_relative_to(plan.out.resolve()):
             raise MendkitError(
@@ -184,8 +189,8 @@ def run_report(
         start, failure, archive = time.perf_counter(), None, plan.hparams.archive
         results: dict[str, Any] = {}
         for stem in plan.notebooks:
-            if archive and not _same(archive, plan.out / ARCHIVE_FILE):
-                shutil.copy2(archive, plan.out / ARCHIVE_FILE)
+            if archive and not _same(archive_file(archive), plan.out / ARCHIVE_FILE):
+                shutil.copy2(archive_file(archive), plan.out / ARCHIVE_FILE)
             logger.info("%s: running", stem)
             failure = _run_one(plan, stem, archive, cell_seconds)
             results |= read_json(plan.out / stem / "results.json")
@@ -220,7 +225,7 @@ def _begin(plan: ReportPlan, command: str) -> dict[str, Any]:
     }
     old = _earlier_report(plan.out)
     # The mark is written before anything is removed, so that the folder is known at all times.
-    keep = [write_json(plan.out / "run.json", run), Path(plan.hparams.archive or "")]
+    keep = [write_json(plan.out / "run.json", run), plan.archive or Path()]
     for path in old:
         if any(_same(path, kept) for kept in keep):
             continue

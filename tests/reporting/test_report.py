@@ -23,6 +23,7 @@ from mendkit import runs
 from mendkit.__main__ import main
 from mendkit.errors import DataError, HyperParamError, MendkitError
 from mendkit.evaluation.results import HEADLINE
+from mendkit.places import in_the_box
 from mendkit.reporting import plots
 from mendkit.reporting.notebook import read_parameters, run_notebook
 from mendkit.reporting.report import (
@@ -101,11 +102,21 @@ def test_with_an_archive_only_the_second_notebook_runs_and_a_report_may_replace_
     assert seen["archive"] == "given.safetensors" and "lr=1e-3" in seen["overrides"]
     assert not Path("out", TRAINING).exists() and not Path("out", f"{TRAINING}.ipynb").exists()
     Path("given.safetensors").unlink()
-    assert report(f"archive=out/{ARCHIVE_FILE}").failure is None  # this one is kept
-    assert Path("out", ARCHIVE_FILE).read_bytes() == b"an archive"
+    for kept in (f"out/{ARCHIVE_FILE}", "out"):
+        assert report(f"archive={kept}").failure is None
+        assert Path("out", ARCHIVE_FILE).read_bytes() == b"an archive"
     Path("out", EDITING, ARCHIVE_FILE).write_bytes(b"inside")
     with pytest.raises(MendkitError, match=r"would be replaced.*--out"):
         checked(f"archive=out/{EDITING}/{ARCHIVE_FILE}")
+
+
+def test_an_archive_may_be_one_of_the_kit_or_a_run_folder(here):
+    Path("run").mkdir()
+    Path("run", ARCHIVE_FILE).write_bytes(b"of a run")
+    inside = {"run": b"of a run", "smollm2-135m": in_the_box()["smollm2-135m"].read_bytes()}
+    for name, content in inside.items():
+        assert report(f"archive={name}").failure is None
+        assert Path("out", ARCHIVE_FILE).read_bytes() == content
 
 
 FAULTS = {
