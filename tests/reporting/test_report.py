@@ -83,6 +83,7 @@ def test_both_notebooks_run_and_the_page_links_what_they_leave(here):
     assert f"<title>{EDITING}</title>" in shown and 'href="index.html"' in shown
     assert f'href="{TRAINING}.html"' in shown and ".ipynb" not in shown
     assert 'alt="It works"' in shown and "No description" not in shown
+    assert "<script" not in shown  # nothing is loaded
     assert "secret_code" in (out / f"{EDITING}.ipynb").read_text(encoding="utf-8")
 
     page = done.index.read_text(encoding="utf-8")
