@@ -246,3 +246,12 @@ def key_moments(base: BaseModel, text: str, *, ridge: float = 0.0) -> dict[str, 
         c = total / count
         sums[name] = c + ridge * c.diagonal().mean() * torch.eye(len(c), dtype=c.dtype)
     return sums
+
+
+def held_moments(base: BaseModel, text: str, *, ridge: float) -> dict[str, Tensor]:
+    """`key_moments` that stay with the model; the text is read for the sites that lack theirs."""
+    held = base.remembered(("key moments", ridge, text), dict)
+    missing = [site.name for site in base.sites if site.name not in held]
+    if missing:
+        held |= key_moments(base.with_sites(missing), text, ridge=ridge)
+    return {site.name: held[site.name] for site in base.sites}

@@ -33,7 +33,7 @@ from ..models.base import BaseModel
 from ..models.sites import Site, find_blocks, hidden_states
 from ..models.tokens import Tokens, collate
 from ..models.trunk import FrozenTrunk
-from .base import Baseline, key_moments
+from .base import Baseline, held_moments
 from .rome import ROME
 
 
@@ -63,12 +63,9 @@ class MEMIT(Baseline):
         self.chosen = {**self.numbers, **chosen}
         named: dict[str, float | str] = {"last site": sites[-1], "sites": len(sites), **self.chosen}
         super().__init__(base.with_sites(sites), hparams, self.title, named)
+        moments = held_moments(self.base, text, ridge=ROME.ridge)
         self.rome = ROME(base, hparams, text, site=sites[-1], clamp=self.chosen["clamp"])
         self.memory: dict[str, Tensor] | None = None  # K_p K_pᵀ of a sequence, if it is kept
-        moments = self.base.remembered(
-            ("key moments of", tuple(sites), text),
-            lambda: key_moments(self.base, text, ridge=ROME.ridge),
-        )
         self._prepare(moments)
 
     def _prepare(self, moments: Mapping[str, Float[Tensor, "i i"]]) -> None:

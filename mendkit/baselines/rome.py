@@ -34,7 +34,7 @@ from ..mend.updates import LowRankUpdate, Updates
 from ..models.base import BaseModel
 from ..models.tokens import Tokens, collate
 from ..models.trunk import FrozenTrunk
-from .base import Baseline, key_moments
+from .base import Baseline, held_moments
 
 
 class ROME(Baseline):
@@ -61,10 +61,7 @@ class ROME(Baseline):
         super().__init__(base, hparams, "ROME", {"site": site, "clamp": clamp})
         self.base, self.clamp = base.with_sites([site]), clamp
         self.site = self.base.sites[0]
-        c = base.remembered(
-            ("key moments", site, self.ridge, text),
-            lambda: key_moments(self.base, text, ridge=self.ridge)[site],
-        )
+        c = held_moments(self.base, text, ridge=self.ridge)[site]
         self.cholesky = torch.linalg.cholesky(c).to(base.device)
         self.contexts = ((), *self._contexts(text))
         self.start = len(first_token(base))  # where a context goes

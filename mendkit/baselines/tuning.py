@@ -18,7 +18,13 @@ from ..evaluation.evaluate import Editor, evaluate
 from ..evaluation.prepare import EvaluationSet
 from ..evaluation.results import HEADLINE_KEYS, EvaluationReport, headline_score
 from ..mend.editor import MENDEditor
-from .base import Baseline, down_projections, identity_edit_lrs, identity_editor
+from .base import (
+    Baseline,
+    down_projections,
+    held_moments,
+    identity_edit_lrs,
+    identity_editor,
+)
 from .fine_tuning import FineTuning, LocalisedFineTuning
 from .gauss_newton import CrispEdit, GaussNewton
 from .memit import MEMIT, AlphaEdit
@@ -127,6 +133,7 @@ def candidates(
         return [crisp(spared=share, kept=n) for share, n in product((0.8, 0.95), (0, 16))]
     if kind in ("memit", "alphaedit"):
         spans = [names[: round(d * len(names)) + 1][-MEMIT_LAYERS:] for d in MEMIT_DEPTHS]
+        held_moments(base.with_sites(sorted({*spans[0], *spans[1]})), text, ridge=ROME.ridge)
         if kind == "memit":
             return [MEMIT(base, h, text, sites=s, weight=w) for s in spans for w in (1.5e3, 1.5e4)]
         return [AlphaEdit(base, h, text, sites=s, l2=l2) for s in spans for l2 in (1.0, 10.0)]
@@ -137,6 +144,7 @@ def candidates(
     if kind == "localised":
         rates = LOCALISED_RATES
         return [LocalisedFineTuning(base, h, site=site, lr=lr) for site in sites for lr in rates]
+    held_moments(base.with_sites(sites), text, ridge=ROME.ridge)
     return [ROME(base, h, text, site=site, clamp=clamp) for site in sites for clamp in (4.0, 12.0)]
 
 

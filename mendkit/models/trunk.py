@@ -64,16 +64,19 @@ class FrozenTrunk:
 
     # ---------------------------------------------------------------------------------- reading
 
-    def suffix(self, texts: Sequence[Tokens], batch: TextBatch) -> Float[Tensor, "s v"]:
+    def suffix(
+        self, texts: Sequence[Tokens], batch: TextBatch, *, head: bool = True
+    ) -> Float[Tensor, "s v"]:
         """Logits at the scored positions, from cached trunk states where there are any.
 
-        Hooks and side branches on the edit sites take effect, and gradients flow to them.
+        Hooks and side branches on the edit sites take effect, and gradients flow to them. Without
+        `head` the output layer runs on no position (s = 0).
         """
         t = batch.input_ids.shape[1]
         places = [slice(r * t, r * t + len(text.ids)) for r, text in enumerate(texts)]
         below = self._from_states(texts, places, [0] * len(texts), batch.input_ids.shape)
         with below:
-            return self._forward(batch, batch.scored)
+            return self._forward(batch, batch.scored if head else torch.zeros_like(batch.scored))
 
     def _from_states(
         self,

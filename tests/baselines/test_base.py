@@ -177,6 +177,23 @@ def test_every_kind_has_the_same_budget_and_keeps_the_best(llama, text, monkeypa
     assert france == "The capital of France is Paris." and kingdom.endswith("London.")
 
 
+@pytest.mark.parametrize("kind", ["rome", "memit"])
+def test_the_text_is_read_once_for_all_settings_of_a_kind(llama, text, monkeypatch, kind):
+    seen, real = [], base.key_moments
+
+    def counted(at, words, **options):
+        seen.append([site.name for site in at.sites])
+        return real(at, words, **options)
+
+    monkeypatch.setattr(base, "key_moments", counted)
+    on = EvaluationSet(llama, hparams(), EXAMPLES)
+    words = f"{text} {kind}"  # whose moments no other test has
+    for _ in range(2):
+        candidates(kind, on, words)
+    (sites,) = seen
+    assert len(sites) == len(set(sites)) == 2
+
+
 def test_a_set_serves_editors_of_other_sites(llama64):
     """Scores do not depend on which sites the set was prepared with, below or above."""
     names, options = down_projections(llama64), {"max_new_tokens": 3, "text": "Rome is in Italy."}
