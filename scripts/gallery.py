@@ -9,7 +9,6 @@ import io
 import json
 import os
 import re
-import shutil
 import subprocess
 import sys
 from base64 import b64decode
@@ -53,8 +52,8 @@ def run(root: Path, stem: str, parameters: dict[str, Any], *, again: bool) -> No
             return executed
     print(f"{stem} runs", flush=True)
     done.parent.mkdir(parents=True, exist_ok=True)
-    # Rows of a run that was broken off, perhaps with other sizes.
-    shutil.rmtree(done.with_suffix(""), ignore_errors=True)
+    for left in done.with_suffix("").glob("*.unfinished.jsonl"):  # perhaps of other sizes
+        left.unlink()
     if stem == "08_compare_runs":
         grid = done.with_name("sweep.json")  # JSON is YAML
         grid.write_text(json.dumps(SWEEP))
