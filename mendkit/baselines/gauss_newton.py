@@ -187,28 +187,35 @@ class GaussNewton(Baseline):
         # 2. What the step asks for: the edits' losses, and what the others' have changed.
         asked = torch.cat([learned.clamp(max=most), losses[len(edits) :] - before])
         # 3. Solve for the share a of each text's gradient.
-        responses = self._responses(factors, len(asked))
+        turned = {name: self._turned(name, f) for name, f in factors.items()}
+        responses = self._responses(factors, turned, len(asked))
         ridge = self.ridge * responses.diagonal().mean() * torch.eye(len(asked)).to(responses)
         share = torch.linalg.solve(responses + ridge, asked.double())
         step: Updates = {}
         for name, f in factors.items():
-            step[name] = self._change(name, f, share[f.rows][:, None].to(f.delta))
+            step[name] = self._change(name, turned[name], share[f.rows][:, None].to(f.delta))
         return learned, step
 
-    def _responses(self, factors: Factors, count: int) -> Float[Tensor, "n n"]:
+    def _turned(self, name: str, f: GradientFactors) -> GradientFactors:
+        """The factors of ∇L C⁻¹ / s."""
+        scale = f.delta.square().mean().clamp(min=torch.finfo(torch.float32).tiny)
+        return replace(f, u=f.u @ self.metric[name], delta=f.delta / scale)
+
+    def _responses(self, factors: Factors, turned: Factors, count: int) -> Float[Tensor, "n n"]:
         """G in float64."""
         total = torch.zeros(count, count, dtype=torch.float64, device=self.base.device)
         for name, f in factors.items():
-            by_token = (f.u @ self.metric[name] @ f.u.T) * (f.delta @ f.delta.T) / _scale(f)
+            by_token = (turned[name].u @ f.u.T) * (turned[name].delta @ f.delta.T)
             # Which text each token belongs to.
             member = one_hot(f.rows, count).to(by_token)
             total = total + (member.T @ by_token @ member).double()
         return (total + total.T) / 2
 
-    def _change(self, name: str, f: GradientFactors, share: Float[Tensor, "t 1"]) -> LowRankUpdate:
+    def _change(
+        self, name: str, turned: GradientFactors, share: Float[Tensor, "t 1"]
+    ) -> LowRankUpdate:
         """−Σ_e a_e ∇L_e C⁻¹ / s of a site; `share` is a of each token's text."""
-        u, delta = f.u @ self.metric[name], f.delta * share / _scale(f)
-        return LowRankUpdate(u[None], delta[None], -1.0)
+        return LowRankUpdate(turned.u[None], (turned.delta * share)[None], -1.0)
 
     def _before(
         self, trunk: FrozenTrunk, texts: Sequence[Tokens]
@@ -266,27 +273,24 @@ class CrispEdit(GaussNewton):
         q_s, q_a, _ = self.metric[name]
         return replace(f, u=f.u @ q_a, delta=f.delta @ q_s)
 
-    def _responses(self, factors: Factors, count: int) -> Float[Tensor, "n n"]:
+    def _responses(self, factors: Factors, turned: Factors, count: int) -> Float[Tensor, "n n"]:
         """G in float64: inner products of gradients at the places of low curvature."""
         total = torch.zeros(count, count, dtype=torch.float64, device=self.base.device)
         for name, f in factors.items():
-            turned, low = self._turned(name, f), self.metric[name][2]
+            g, low = turned[name], self.metric[name][2]
             counts = torch.bincount(f.rows, minlength=count).tolist()
-            parts = zip(turned.delta.split(counts), turned.u.split(counts), strict=True)
+            parts = zip(g.delta.split(counts), g.u.split(counts), strict=True)
             at_low = torch.stack([(delta.T @ u)[low] for delta, u in parts])
             total = total + (at_low @ at_low.T).double()
         return total
 
-    def _change(self, name: str, f: GradientFactors, share: Float[Tensor, "t 1"]) -> LowRankUpdate:
+    def _change(
+        self, name: str, turned: GradientFactors, share: Float[Tensor, "t 1"]
+    ) -> LowRankUpdate:
         """−Σ_e a_e ∇L_e at the places of low curvature."""
-        (q_s, q_a, low), turned = self.metric[name], self._turned(name, f)
+        q_s, q_a, low = self.metric[name]
         change = q_s @ ((turned.delta * share).T @ turned.u * low) @ q_a.T
         return of_matrices(-change[None])
-
-
-def _scale(f: GradientFactors) -> Float[Tensor, ""]:
-    """s of a site."""
-    return f.delta.square().mean().clamp(min=torch.finfo(torch.float32).tiny)
 
 
 def _in_passes(trunk: FrozenTrunk, texts: Sequence[Tokens]) -> tuple[Factors, Float[Tensor, " n"]]:
