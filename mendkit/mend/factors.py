@@ -99,8 +99,7 @@ def capture_inputs(trunk: FrozenTrunk, texts: Sequence[Tokens]) -> Inputs:
     """Inputs u of every site at the scored positions of `texts`, packed; raises as above."""
     batch = collate(texts, trunk.base.pad_id, trunk.base.device)
     with _record(trunk.base) as record:
-        # A site outside all blocks may be the output layer.
-        trunk.suffix(texts, batch, head=any(site.block is None for site in trunk.base.sites))
+        trunk.suffix(texts, batch, head=False)  # no site is the output layer
     inputs: Inputs = {}
     for site in trunk.base.sites:
         chosen = _chosen_tokens(trunk.base, site, batch, "scored")

@@ -150,7 +150,7 @@ def _report_key(plan: ReportPlan) -> str:
     hparams = {key: v for key, v in plan.hparams.to_dict().items() if key not in NO_RESULT}
     paths: list[str | Path] = [KIT_FOLDER, *map(default_notebook, plan.notebooks)]
     paths += [source for source, _ in plan.data()]
-    names = [hparams[key] for key in ("archive", "model_name", "tokenizer_name")]
+    names = [plan.archive, hparams["model_name"], hparams["tokenizer_name"]]
     paths += [name for name in names if name]
     content = [hparams, dict(plan.given), provenance()["versions"]]
     for path in map(user_path, paths):

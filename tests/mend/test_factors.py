@@ -49,7 +49,11 @@ def test_a_summed_loss_counts_every_token_alike(llama64):
 
 def test_captured_inputs_are_those_of_the_scored_tokens_factors(llama):
     texts, trunk = texts_of(llama), FrozenTrunk(llama)
-    inputs = capture_inputs(trunk, texts)
+    seen: list[int] = []
+    head = llama.model.get_output_embeddings()
+    with head.register_forward_hook(lambda _, args, __: seen.append(args[0].numel())):
+        inputs = capture_inputs(trunk, texts)
+    assert seen == [0]  # the output layer has nothing to do
     for name, f in capture_factors(trunk, texts, tokens="scored").items():
         torch.testing.assert_close(inputs[name], f.u)
 
