@@ -177,8 +177,8 @@ def test_every_kind_has_the_same_budget_and_keeps_the_best(llama, text, monkeypa
     assert france == "The capital of France is Paris." and kingdom.endswith("London.")
 
 
-@pytest.mark.parametrize("kind", ["rome", "memit"])
-def test_the_text_is_read_once_for_all_settings_of_a_kind(llama, text, monkeypatch, kind):
+@pytest.mark.parametrize(("kind", "count"), [("rome", 2), ("memit", 4)])
+def test_the_text_is_read_once_for_all_settings_of_a_kind(llama, text, monkeypatch, kind, count):
     seen, real = [], base.key_moments
 
     def counted(at, words, **options):
@@ -186,12 +186,13 @@ def test_the_text_is_read_once_for_all_settings_of_a_kind(llama, text, monkeypat
         return real(at, words, **options)
 
     monkeypatch.setattr(base, "key_moments", counted)
+    monkeypatch.setattr(tuning, "MEMIT_DEPTHS", (0.25, 0.75))  # two spans in four blocks
     on = EvaluationSet(llama, hparams(), EXAMPLES)
     words = f"{text} {kind}"  # whose moments no other test has
     for _ in range(2):
         candidates(kind, on, words)
     (sites,) = seen
-    assert len(sites) == len(set(sites)) == 2
+    assert len(sites) == len(set(sites)) == count
 
 
 def test_a_set_serves_editors_of_other_sites(llama64):
