@@ -395,8 +395,8 @@ def test_six_editors_are_scored_on_the_same_edits_and_trained_as_long_as_told(ti
 @pytest.mark.slow
 def test_what_follows_is_scored_for_every_editor_and_archives_replace_training(tiny, tmp_path):
     run = tiny("10")
-    names = ["archive", "recipe", "consequences", "negated forms", "passage"]
-    names += ["middle blocks", "finetune", "fact in context"]
+    names = ["archive", "recipe", "consequences", "negated forms", "middle blocks"]
+    names += ["passage", "finetune", "fact in context"]
     rows = {(x["editor"], x["metric"]): float(x["mean"]) for x in drawn(run, "what_follows")}
     assert {editor for editor, _ in rows} == {*names, "unedited"}
     for name in names:
@@ -406,7 +406,7 @@ def test_what_follows_is_scored_for_every_editor_and_archives_replace_training(t
         if name in names[2:6]:
             trained = inspect_archive(run.out / slug)["hparams"]
             assert trained["cconsequence"] == 0.6 and run.results[f"{slug}.train.steps"] == 1
-            assert (trained["edit_on"] == "text") == (name in ("passage", "middle blocks"))
+            assert (trained["edit_on"] == "text") == (name == "passage")
     archives = [f"mine={run.out / 'passage'}"]
     again = {**run.given, "archives": archives, "kinds": [], "out": str(tmp_path)}
     shown = run_cells("10", again, to="table")
