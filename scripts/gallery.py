@@ -177,8 +177,9 @@ def main(
     stems = sorted(path.stem for path in root.glob("notebooks/*.ipynb"))
     asked = [stem for stem in stems if not names or stem.startswith(tuple(names))]
     written = [path.stem for path in root.glob("docs/gallery/[0-9]*.md")]
-    for stem in asked:
-        executed = run(root, stem, parameters.get(stem, {}), again=again)
+    # All pages after all runs: a run tells whether files differ from the commit.
+    ran = {stem: run(root, stem, parameters.get(stem, {}), again=again) for stem in asked}
+    for stem, executed in ran.items():
         write_page(root, stem, executed, [*written, *asked])
     write_page_of_all(root / "docs/gallery")
 

@@ -84,6 +84,20 @@ def test_a_page_tells_its_run_and_shows_figures_and_tables_as_github_can(gallery
     assert done.read_bytes() != first
 
 
+def test_pages_are_written_after_all_runs_so_that_none_sees_changed_files(
+    gallery, monkeypatch, tmp_path
+):
+    (tmp_path / "docs/gallery").mkdir(parents=True)
+    (tmp_path / "notebooks").mkdir()
+    for stem in ("02_a", "03_b"):
+        (tmp_path / f"notebooks/{stem}.ipynb").touch()
+    ran, before_a_page = [], []
+    monkeypatch.setattr(gallery, "run", lambda root, stem, given, again: ran.append(stem))
+    monkeypatch.setattr(gallery, "write_page", lambda *page: before_a_page.append([*ran]))
+    gallery.main(tmp_path, {}, [])
+    assert before_a_page == [["02_a", "03_b"]] * 2
+
+
 def test_the_gallery_that_is_here_is_light_and_every_page_is_linked_from_the_readme(gallery):
     files = [path for path in (ROOT / "docs/gallery").rglob("*") if path.is_file()]
     assert sum(path.stat().st_size for path in files) <= 6e6
