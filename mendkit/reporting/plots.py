@@ -67,7 +67,11 @@ SCORES = {
     "free_exact": "free decoding,\nexactly the answer",
     "free_exact_question": "the same,\nasked as a question",
 }
-OTHERS = ("retention.all", "norm.relative_max", "drawdown.perplexity")  # where edits add up
+MANY_LABELS = HEADLINE_LABELS | {  # where edits add up
+    "retention.all": "retention (of all edits so far)",
+    "norm.relative_max": "largest change of a weight (‖ΔW‖ / ‖W‖)",
+    "drawdown.perplexity": "perplexity gained on other text",
+}
 
 # What is measured of a way to train: the chart's name, the column, the title and its unit.
 TIME = ("costs_of_training", "seconds_per_edit", "Time per edit trained", "seconds per edit")
@@ -301,17 +305,18 @@ def many_edits(rows: Rows, *, name: str) -> Chart:
     `name` says how they were made: at_once or in_a_row.
     """
     frame = pd.DataFrame(rows)
-    frame = frame[frame["metric"].isin([*HEADLINE_LABELS, *OTHERS])]
+    frame = frame[frame["metric"].isin(list(MANY_LABELS))]
     metrics, counts = list(frame["metric"].unique()), sorted(frame["edits"].unique())
     axes = panels(len(metrics), 2.5)
     for ax, metric in zip(axes, metrics, strict=True):
         values = frame[frame["metric"] == metric]
         lines(ax, values, "edits", "mean", "editor")
-        ax.set(title=HEADLINE_LABELS.get(metric, metric), xscale="log", ylabel="share")
+        ax.set(title=MANY_LABELS[metric], xscale="log", ylabel="share")
         ax.set_xticks(counts, [str(count) for count in counts])
         ax.minorticks_off()
         if metric.startswith(("norm.", "drawdown.")):
-            ax.set(yscale="symlog", ylabel="ratio")
+            unit = "ratio" if metric.startswith("norm.") else "perplexity"
+            ax.set(yscale="symlog", ylabel=unit)
             ax.set_ylim(bottom=1.1 * min(values["mean"].min(), 0))
             ax.yaxis.set_major_formatter("{x:g}")
         else:

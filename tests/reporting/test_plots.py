@@ -133,6 +133,9 @@ def test_bands_are_the_intervals_over_edits_and_a_share_without_one_is_a_line():
     heights = chart.figure.axes[0].collections[0].get_paths()[0].vertices[:, 1]
     assert (heights.min(), heights.max()) == (0.4, 0.6)
     assert lines(chart, 1) == {"sum": ([25], [-0.2])}
+    ax = chart.figure.axes[1]
+    assert ax.get_title("left") == "perplexity gained on other text"
+    assert ax.get_ylabel() == "perplexity"
 
 
 def test_the_unedited_model_of_a_sweep_is_a_line_and_no_point():
