@@ -125,8 +125,8 @@ class Preparation:
     def _fill_trunk(self, chosen: Sequence[ExampleTexts]) -> None:
         training, validation = all_texts(self.train), all_texts(self.validation)
         statistics: list[Tokens] = []
-        for alike, others in map(self.wordings, chosen):
-            statistics += [*alike, *others]
+        for example, (alike, others) in zip(chosen, map(self.wordings, chosen), strict=True):
+            statistics += [example.inner, *alike, *others]
         parts = [training, validation, statistics]
         if self.base.streamed:  # each block runs once for all of them
             parts = [training + validation + statistics]

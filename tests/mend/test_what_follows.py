@@ -4,6 +4,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
 from mendkit.data.examples import EditExample, Implied
 from mendkit.errors import DataError, HyperParamError, MendkitError, ModelError
@@ -35,6 +36,7 @@ from tests.oracles.claims import (
 )
 from tests.oracles.families import other_base
 from tests.oracles.methods import Methods
+from tests.oracles.tiny import tiny_llama
 
 FOLLOWED = tuple(
     replace(
@@ -160,6 +162,17 @@ def test_a_trained_editor_takes_a_sentence(llama, tmp_path):
     assert {"val.consequence", "val.edit_success"} <= set(result.best)
     assert "val.negation" not in result.best
     assert {row["consequences"] > 0 for row in result.history if "grad_norm" in row} == {True}
+
+
+def test_passages_of_statistics_are_read_before_the_trunk_is_released(tmp_path):
+    h = hparams(max_iters=2, val_interval=2, batch_size=2, stats_held_out=True, **ALL)
+    archives = []
+    for release in (False, True):
+        base, changed = tiny_llama(), h.replace(release_trunk=release)
+        made = train(changed, FOLLOWED, FOLLOWED[:2], base=base, run_dir=tmp_path / str(release))
+        assert base.released == release
+        archives.append(load_file(made.archive))
+    assert all(torch.equal(archives[1][name], value) for name, value in archives[0].items())
 
 
 def test_edits_that_make_no_sense_are_refused(llama):
