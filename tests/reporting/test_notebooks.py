@@ -263,6 +263,9 @@ def tiny(tmp_path_factory) -> Iterator[Callable[[str], SimpleNamespace]]:
             for x in shown:
                 if isinstance(x, Chart):
                     check_whole(x)
+            if "archive" in given:
+                told = json.loads((out / "run.json").read_text())["hparams"]
+                assert str(told["archive"]) == given["archive"]
             done[name] = SimpleNamespace(out=out, results=results, shown=shown, given=given)
         return done[name]
 
