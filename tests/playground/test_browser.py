@@ -171,7 +171,9 @@ def test_one_can_apply_scale_undo_and_is_told_of_mistakes(page, folder):
 
     panel.get_by_role("button", name="Undo").click()
     playwright.expect(panel.get_by_role("button", name="Re-apply")).to_be_visible()
+    playwright.expect(said).to_have_text("Undone: it stays in the journal.")
     edits.nth(0).click()
+    playwright.expect(said).to_have_text("")  # before, buttons are for the edit shown till now
     panel.get_by_role("button", name="Drop").click()
     playwright.expect(edits).to_have_count(own)
     edits.nth(own - 1).click()
