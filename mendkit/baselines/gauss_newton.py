@@ -52,6 +52,7 @@ from .base import Baseline, down_projections, gradient_moments, key_moments
 from .text_pool import TextPool
 
 LATEST = 4  # of the latest edits of a sequence are read again with every new one, at least
+FACTORS = "u", "delta", "rows"  # of `GradientFactors`
 KEPT_ALONE = 2  # texts that an independent edit keeps: its update holds their tokens
 
 
@@ -297,14 +298,19 @@ def _in_passes(trunk: FrozenTrunk, texts: Sequence[Tokens]) -> tuple[Factors, Fl
     """Factors and losses of all texts; the activations of `FACTOR_BATCH` take memory at a time."""
     parts: dict[str, list[GradientFactors]] = {}
     losses = []
-    for at in range(0, len(texts), FACTOR_BATCH):
-        some = texts[at : at + FACTOR_BATCH]
+    # Texts of about one length share a pass, so that little of it is padding.
+    order = sorted(range(len(texts)), key=lambda k: len(texts[k].ids))
+    for at in range(0, len(order), FACTOR_BATCH):
+        places = order[at : at + FACTOR_BATCH]
+        some = [texts[k] for k in places]
         factors, loss = factors_and_losses(trunk, some, reduction="sum")
         losses.append(loss)
         for name, f in factors.items():
-            parts.setdefault(name, []).append(replace(f, rows=f.rows + at))
+            parts.setdefault(name, []).append(replace(f, rows=f.rows.new_tensor(places)[f.rows]))
     joined: Factors = {}
     for name, several in parts.items():
-        columns = ([getattr(f, field) for f in several] for field in ("u", "delta", "rows"))
-        joined[name] = GradientFactors(*map(torch.cat, columns))
-    return joined, torch.cat(losses)
+        u, delta, rows = (torch.cat([getattr(f, field) for f in several]) for field in FACTORS)
+        by_text = rows.argsort(stable=True)
+        joined[name] = GradientFactors(u[by_text], delta[by_text], rows[by_text])
+    place = torch.tensor(order).argsort()
+    return joined, torch.cat(losses)[place.to(trunk.base.device)]
