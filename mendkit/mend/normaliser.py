@@ -104,22 +104,23 @@ class FullWhitening(RunningMoments):
         super().__init__(width)
         self.ridge = ridge
         self.register_buffer("m2", torch.zeros(width, width, dtype=torch.float64))
-        self._root: tuple[int, Tensor] | None = None  # with the version of `m2`
+        # Eigenvectors of Σ and (their values + ridge)^(−1/2), with the version of `m2`.
+        self._spectrum: tuple[int, Tensor, Tensor] | None = None
 
     def _squares(self, x: Float[Tensor, "n d"]) -> Float[Tensor, "d d"]:
         return x.T @ x
 
     @torch.no_grad()
-    def inverse_root(self, dtype: torch.dtype) -> Float[Tensor, "d d"]:
-        """The matrix that whitens, computed once for the rows added so far."""
-        if self._root is None or self._root[0] != self.m2._version:
+    def spectrum(self, dtype: torch.dtype) -> tuple[Float[Tensor, "d d"], Float[Tensor, " d"]]:
+        """V and s, where V diag(s) Vᵀ whitens; computed once for the rows added so far."""
+        if self._spectrum is None or self._spectrum[0] != self.m2._version:
             # The ridge bounds the condition number, so single precision does for float32 rows.
             covariance = self.m2 / max(int(self.count) - 1, 1)
             values, vectors = torch.linalg.eigh(covariance.to(dtype))
             floor = self.ridge * values.mean() + torch.finfo(dtype).tiny
-            root = (vectors * (values.clamp(min=0) + floor).rsqrt()) @ vectors.T
-            self._root = self.m2._version, root
-        return self._root[1]
+            scale = (values.clamp(min=0) + floor).rsqrt()
+            self._spectrum = self.m2._version, vectors, scale
+        return self._spectrum[1:]
 
     def normalise(
         self, x: Float[Tensor, "n d"], *, floor: float, clip: float | None
@@ -127,8 +128,9 @@ class FullWhitening(RunningMoments):
         """The whitened rows, clipped to ±clip; x itself while empty. `floor` is for one feature."""
         if int(self.count) == 0:
             return x
-        root = self.inverse_root(torch.promote_types(x.dtype, torch.float32))
-        return _clipped((x - self.mean.to(x.dtype)) @ root.to(x.dtype), clip)
+        parts = self.spectrum(torch.promote_types(x.dtype, torch.float32))
+        vectors, scale = (part.to(x.dtype) for part in parts)
+        return _clipped((x - self.mean.to(x.dtype)) @ vectors * scale @ vectors.T, clip)
 
 
 class SecondMoment(nn.Module):
