@@ -52,7 +52,6 @@ from .base import Baseline, down_projections, gradient_moments, key_moments
 from .text_pool import TextPool
 
 LATEST = 4  # of the latest edits of a sequence are read again with every new one, at least
-FACTORS = "u", "delta", "rows"  # of `GradientFactors`
 KEPT_ALONE = 2  # texts that an independent edit keeps: its update holds their tokens
 
 
@@ -309,7 +308,8 @@ def _in_passes(trunk: FrozenTrunk, texts: Sequence[Tokens]) -> tuple[Factors, Fl
             parts.setdefault(name, []).append(replace(f, rows=f.rows.new_tensor(places)[f.rows]))
     joined: Factors = {}
     for name, several in parts.items():
-        u, delta, rows = (torch.cat([getattr(f, field) for f in several]) for field in FACTORS)
+        columns = zip(*((f.u, f.delta, f.rows) for f in several), strict=True)
+        u, delta, rows = map(torch.cat, columns)
         by_text = rows.argsort(stable=True)
         joined[name] = GradientFactors(u[by_text], delta[by_text], rows[by_text])
     place = torch.tensor(order).argsort()
