@@ -28,7 +28,7 @@ from ..models.base import BaseModel
 from ..models.families import CAUSAL, CLASSIFIER
 from ..models.sites import Site
 from ..models.tokens import Tokens
-from ..models.trunk import FrozenTrunk
+from ..models.trunk import FrozenTrunk, trunk_cache
 from .metrics import (
     STAY,
     TEXT_TOKENS,
@@ -58,8 +58,9 @@ class EvaluationSet:
     on that text (survival.py).
     `brief`: what thousands of edits allow. No rivals, reworded or implied prompts; paraphrases are
     asked as questions, too; the unedited model writes after edit prompts only; writing ends once
-    the text cannot become an answer. `follow` false leaves out consequences, negated forms and
-    true/false questions, which take as long as everything else.
+    the text cannot become an answer. Trunk states are kept on disk, as in training, for other
+    editors and for a run that was stopped. `follow` false leaves out consequences, negated forms
+    and true/false questions, which take as long as everything else.
     Raises DataError if no example is left, MendkitError for text of a model that writes none.
     """
 
@@ -103,7 +104,9 @@ class EvaluationSet:
                 prompts += _reworded(base, hparams, self.examples, i)
             self._add_implied()
             self._add_greedy()
-        self.trunk = FrozenTrunk(base)
+        limit = hparams.disk_cache_bytes if brief else 0
+        disk = trunk_cache(base, hparams.cache_dir, limit=limit)
+        self.trunk = FrozenTrunk(base, cache=disk)
         self._fill()
         self.text = None
         if text is not None:

@@ -26,7 +26,8 @@ SAME = ("argmax_agreement", "kl_nats", "tf_token")
 
 @pytest.fixture(scope="module")
 def prepared(llama):
-    return EvaluationSet(llama, hparams(), EXAMPLES, max_new_tokens=24, text=TEXT, brief=True)
+    h = hparams(disk_cache_bytes=0)  # made outside of a test, it would be in the user's folder
+    return EvaluationSet(llama, h, EXAMPLES, max_new_tokens=24, text=TEXT, brief=True)
 
 
 @pytest.fixture(scope="module")
@@ -116,6 +117,28 @@ def test_a_brief_set_gives_the_scores_of_a_full_one_for_less_writing(
             assert row.values[name] == pytest.approx(other.values[name], abs=1e-5), name
     assert counts["brief"] < counts["full"]
     assert prepared.known == full.known and prepared.to_edit == full.to_edit
+
+
+def test_thousands_are_prepared_once_for_all_editors(llama, tmp_path, monkeypatch):
+    passes, original = [], FrozenTrunk._compute
+
+    def compute(self, group, states):
+        passes.append(len(group))
+        original(self, group, states)
+
+    def prepared(*, brief: bool):
+        passes.clear()
+        h = hparams(cache_dir=str(tmp_path))
+        return EvaluationSet(llama, h, EXAMPLES, max_new_tokens=4, brief=brief)
+
+    monkeypatch.setattr(FrozenTrunk, "_compute", compute)
+    prepared(brief=False)
+    assert passes and not any(tmp_path.iterdir())
+    first, computed = prepared(brief=True), sum(passes)
+    again = prepared(brief=True)
+    assert computed > 0 and not passes
+    reports = [evaluate(editor_for(llama), on, mode="locft") for on in (first, again)]
+    assert numbers(reports[0]) == pytest.approx(numbers(reports[1]), nan_ok=True)
 
 
 def test_what_may_become_an_answer_is_written_on(prepared):
