@@ -62,8 +62,9 @@ class GaussNewton(Baseline):
     every loss is below `stop` (nats an answer). No step asks for more than `most` nats of an edit,
     and for half as many each time that the loss has risen. In a sequence (`remembering`)
     `reread` earlier edits are read with each new one, and the `rehearse` of them that the model
-    holds least are learned again with it. `kept` and `reworded` are those of a `TextPool` of the
-    examples `keep`, which must not be edited; independent edits keep two texts each.
+    holds least are learned again with it. `kept`, `reworded` and `passages` are those of a
+    `TextPool` of the examples `keep`, which must not be edited, and of `text`; independent edits
+    keep two texts each, and no passage.
     """
 
     needs_causal = True
@@ -81,12 +82,13 @@ class GaussNewton(Baseline):
         ridge: float = 0.05,
         kept: int = 16,
         reworded: int = 0,
+        passages: int = 0,
     ) -> None:
-        settings = {"ridge": ridge, "kept": kept, "reworded": reworded}
-        super().__init__(base, hparams, "Gauss-Newton", settings)
+        counts = {"kept": kept, "reworded": reworded, "passages": passages}
+        super().__init__(base, hparams, "Gauss-Newton", {"ridge": ridge, **counts})
         self.base = base.with_sites(sites or down_projections(base))
         self.ridge = ridge
-        self.pool = TextPool(self.base, hparams, keep, kept=kept, reworded=reworded)
+        self.pool = TextPool(self.base, hparams, keep, text=text, **counts)
         self.memory: list[Tokens] | None = None  # edits of a sequence so far
         # Editors of other settings share C⁻¹.
         of = type(self).__name__, self.base.sites, self.floor, text

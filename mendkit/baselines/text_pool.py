@@ -13,13 +13,15 @@ from ..models.tokens import Tokens
 
 HELD = 1000  # examples whose subjects and unrelated prompts are drawn
 RELATED = 0.75  # of the texts to keep, of examples like an edit
+PASSAGE, BEGUN = 32, 8  # tokens of a passage, and of its beginning, which may change
 
 
 class TextPool:
     """`kept` texts for a step to leave as they are, and each edit in `reworded` other wordings.
 
     Examples are like an edit if their prompts differ in the subject only. Their paraphrases are
-    its other wordings. Raises as `prepare_texts`.
+    its other wordings. Beside the kept texts stay `passages` pieces of the running `text`.
+    Raises as `prepare_texts`.
     """
 
     def __init__(
@@ -30,6 +32,8 @@ class TextPool:
         *,
         kept: int,
         reworded: int,
+        text: str = "",
+        passages: int = 0,
     ) -> None:
         self.base, self.hparams, self.kept, self.reworded = base, hparams, kept, reworded
         # 1. What the examples say of each template.
@@ -52,6 +56,11 @@ class TextPool:
             if places:
                 name = tuple(texts.edit.ids[place] for place in places)
                 self.subjects.setdefault(min(places[0], 2), []).append(name)
+        # 3. Running text.
+        self.passages, self.running = passages, list[Tokens]()
+        ids = tuple(base.encode(text)) if passages else ()
+        for at in range(0, len(ids) - PASSAGE + 1, PASSAGE):
+            self.running.append(Tokens(ids[at : at + PASSAGE], tuple(range(BEGUN, PASSAGE))))
 
     def other_words(self, edits: Sequence[Tokens], draw: random.Random) -> list[Tokens]:
         """Each edit in at most `reworded` other wordings."""
@@ -69,11 +78,14 @@ class TextPool:
     ) -> list[Tokens]:
         """`kept` texts beside the edits, at most `most`; none where the examples have none.
 
-        `RELATED` of them are of examples like an edit, where there are any. Of the rest half are
-        the edits' prompts about other subjects.
+        Without `most` there are passages, too. Of the kept texts `RELATED` are of examples like an
+        edit, where there are any. Of the rest half are the edits' prompts about other subjects.
         """
+        passages = []
+        if most is None and self.running:
+            passages = draw.sample(self.running, min(self.passages, len(self.running)))
         if not self.held:
-            return []
+            return passages
         count = min(self.kept, most or self.kept)
         taken = {self.base.prompt_of(text).ids for text in edits}
         related = int(RELATED * count) if self.alike else 0
@@ -83,7 +95,8 @@ class TextPool:
             text = self._about_another(draw.choice(edits), draw)
             if text is not None and text.ids not in taken:
                 texts.append(text)
-        return texts + [draw.choice(self.held) for _ in range(count - len(texts))]
+        texts += [draw.choice(self.held) for _ in range(count - len(texts))]
+        return texts + passages
 
     def _as_example(self, text: Tokens) -> tuple[EditExample, str]:
         """An edit as an example, and its template ("" without a subject)."""

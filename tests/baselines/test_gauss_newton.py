@@ -22,7 +22,7 @@ from mendkit.models.trunk import FrozenTrunk
 from tests.oracles.claims import EXAMPLES, hparams
 
 # For tiny models: an edit is much of all they know, and two tokens cost them 3.3 nats at least.
-GIVEN = ("sites", "keep", "ridge", "kept", "reworded")
+GIVEN = ("sites", "keep", "ridge", "kept", "reworded", "passages")
 GENTLE = {"most": 2.0, "epochs": 60, "stop": 4.7}
 
 
@@ -149,6 +149,23 @@ def test_kept_texts_change_less(llama, editor, tokens):
         read = forced(FrozenTrunk(made.base), [held], updates, compare=True)[0]
         drift[kept] = fmean(fmean(value.kl) for value in read)
     assert drift[16] < drift[0]
+
+
+def test_running_text_changes_less_where_passages_are_kept(llama, editor, tokens):
+    """Measured on the text's own passages."""
+    texts, drift = tokens(llama, 2), {}
+    running = editor(llama, kept=0, passages=1).pool.running
+    assert len(running) > 1 and not any(text.targets for text in running)
+    for passages in (0, 8):
+        made = editor(llama, kept=0, passages=passages, **GENTLE)
+        drawn = made.pool.others(texts, random.Random(0))
+        assert len(drawn) == min(passages, len(running)) and set(drawn) <= set(running)
+        assert made.pool.others(texts, random.Random(0), most=2) == []
+        updates = made.updates(texts, at_once=True)
+        assert all(learned(made, texts, updates))
+        read = forced(FrozenTrunk(made.base), [running], updates, compare=True)[0]
+        drift[passages] = fmean(fmean(value.kl) for value in read)
+    assert drift[8] < drift[0]
 
 
 def test_edits_are_learned_in_the_wordings_that_examples_have(llama, editor, tokens):
