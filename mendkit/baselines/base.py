@@ -207,7 +207,7 @@ def gradient_moments(base: BaseModel, text: str, *, seed: int = 0) -> dict[str, 
     trunk, drawing = FrozenTrunk(base), torch.Generator(base.device).manual_seed(seed)
     sums: dict[str, Any] = {}
     count = 0
-    for window in _windows(base, text, GRADIENT_TOKENS):
+    for window in text_windows(base, text, GRADIENT_TOKENS):
         logits = trunk.suffix([window], collate([window], base.pad_id, base.device))
         drawn = torch.multinomial(wide(logits).softmax(-1), 1, generator=drawing)[:, 0]
         told = replace(window, targets=tuple(drawn.tolist()))
@@ -218,14 +218,16 @@ def gradient_moments(base: BaseModel, text: str, *, seed: int = 0) -> dict[str, 
     return {name: total / count for name, total in sums.items()}
 
 
-def _windows(base: BaseModel, text: str, most: int) -> Iterator[Tokens]:
-    """The first `most` tokens of a text in windows, every position scored."""
+def text_windows(
+    base: BaseModel, text: str, most: int | None = None, *, size: int = KEY_WINDOW
+) -> Iterator[Tokens]:
+    """The first `most` tokens of a text in windows of `size`, every position scored."""
     ids = base.encode(text)[:most]
     if not ids:
         raise DataError("the text for the keys' covariance has no token; give a longer one")
     begin = first_token(base)
-    for at in range(0, len(ids), KEY_WINDOW):
-        window = (*begin, *ids[at : at + KEY_WINDOW])
+    for at in range(0, len(ids), size):
+        window = (*begin, *ids[at : at + size])
         yield Tokens(window, tuple(range(len(begin), len(window))))
 
 
@@ -237,7 +239,7 @@ def key_moments(base: BaseModel, text: str, *, ridge: float = 0.0) -> dict[str, 
     """
     trunk, count = FrozenTrunk(base), 0
     sums: dict[str, Any] = {}
-    for window in _windows(base, text, KEY_TOKENS):
+    for window in text_windows(base, text, KEY_TOKENS):
         for name, inputs in capture_inputs(trunk, [window]).items():
             k = wide(inputs)
             sums[name] = sums.get(name, 0.0) + (k.T @ k).cpu().double()

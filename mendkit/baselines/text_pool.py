@@ -2,6 +2,7 @@
 
 import random
 from collections.abc import Sequence
+from dataclasses import replace
 from functools import partial
 
 from ..data.examples import EditExample
@@ -10,6 +11,7 @@ from ..hparams import MENDHyperParams
 from ..mend.batches import edit_tokens, prepare_texts, probe_tokens
 from ..models.base import BaseModel
 from ..models.tokens import Tokens
+from .base import text_windows
 
 HELD = 1000  # examples whose subjects and unrelated prompts are drawn
 RELATED = 0.75  # of the texts to keep, of examples like an edit
@@ -58,9 +60,9 @@ class TextPool:
                 self.subjects.setdefault(min(places[0], 2), []).append(name)
         # 3. Running text.
         self.passages, self.running = passages, list[Tokens]()
-        ids = tuple(base.encode(text)) if passages else ()
-        for at in range(0, len(ids) - PASSAGE + 1, PASSAGE):
-            self.running.append(Tokens(ids[at : at + PASSAGE], tuple(range(BEGUN, PASSAGE))))
+        for window in text_windows(base, text, size=PASSAGE) if passages else ():
+            if window.scored[BEGUN:]:
+                self.running.append(replace(window, scored=window.scored[BEGUN:]))
 
     def other_words(self, edits: Sequence[Tokens], draw: random.Random) -> list[Tokens]:
         """Each edit in at most `reworded` other wordings."""
@@ -81,8 +83,8 @@ class TextPool:
         Without `most` there are passages, too. Of the kept texts `RELATED` are of examples like an
         edit, where there are any. Of the rest half are the edits' prompts about other subjects.
         """
-        passages = []
-        if most is None and self.running:
+        passages: list[Tokens] = []
+        if most is None:
             passages = draw.sample(self.running, min(self.passages, len(self.running)))
         if not self.held:
             return passages

@@ -9,7 +9,12 @@ import pytest
 import torch
 
 from mendkit.baselines import gauss_newton
-from mendkit.baselines.base import _windows, down_projections, gradient_moments, key_moments
+from mendkit.baselines.base import (
+    down_projections,
+    gradient_moments,
+    key_moments,
+    text_windows,
+)
 from mendkit.baselines.gauss_newton import CrispEdit, GaussNewton
 from mendkit.errors import HyperParamError
 from mendkit.evaluation.evaluate import evaluate, in_sequence, together
@@ -168,6 +173,15 @@ def test_running_text_changes_less_where_passages_are_kept(llama, editor, tokens
     assert drift[8] < drift[0]
 
 
+def test_passages_begin_as_the_model_has_every_text_begin(llama, editor, monkeypatch):
+    plain = editor(llama, kept=0, passages=1).pool.running
+    monkeypatch.setattr("mendkit.baselines.base.first_token", lambda _: [5])
+    running = editor(llama, kept=0, passages=1).pool.running
+    assert [text.ids for text in running] == [(5, *text.ids) for text in plain]
+    for text in running:
+        assert text.scored == tuple(range(text.scored[0], len(text.ids))) and text.scored[0] == 9
+
+
 def test_edits_are_learned_in_the_wordings_that_examples_have(llama, editor, tokens):
     """Paraphrases of examples that differ from the edit in their subject only."""
     edit, *others = EXAMPLES
@@ -272,7 +286,7 @@ def test_crispedit_steps_are_the_least_at_places_of_low_curvature(
 def test_moments_of_gradients_are_those_of_tokens_drawn_from_the_model(llama64):
     base, words = llama64.with_sites(down_projections(llama64)[-1:]), "One two three four five."
     made = gradient_moments(base, words, seed=3)[base.sites[0].name]
-    (window,) = _windows(base, words, 100)
+    (window,) = text_windows(base, words, 100)
     ids = torch.tensor([window.ids])
     logits = base.model(input_ids=ids).logits[0, list(window.scored)]
     drawing = torch.Generator().manual_seed(3)
