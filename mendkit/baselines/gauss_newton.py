@@ -39,6 +39,7 @@ from ..mend.losses import wide
 from ..mend.updates import (
     LowRankUpdate,
     Updates,
+    in_force,
     of_matrices,
     one_below_another,
     side_branches,
@@ -52,6 +53,7 @@ from .base import Baseline, down_projections, gradient_moments, key_moments
 from .text_pool import TextPool
 
 LATEST = 4  # of the latest edits of a sequence are read again with every new one, at least
+PART = 32  # texts whose responses with later ones are found at a time
 KEPT_ALONE = 2  # texts that an independent edit keeps: its update holds their tokens
 
 
@@ -144,8 +146,9 @@ class GaussNewton(Baseline):
         others: Sequence[Tokens] | None = None,
     ) -> Updates:
         """One update of all edits; `others` are kept (None: drawn anew for every step)."""
-        made: Updates = {}
+        held, made = Updates(), Updates()
         for site in self.base.sites:
+            held[site.name] = of_matrices(in_force(self.base, site)[None])
             u, delta = torch.zeros(1, 1, site.d_in), torch.zeros(1, 1, site.d_out)
             made[site.name] = LowRankUpdate(u.to(self.base.device), delta.to(self.base.device), 1.0)
         most, last = self.most, float("inf")
@@ -157,7 +160,9 @@ class GaussNewton(Baseline):
                 edits = order[at : at + self.batch_size]
                 kept = self.pool.others(edits, draw) if others is None else others
                 edits += self.pool.other_words(edits, draw)
-                losses, step = self._step(trunk, edits, kept, made=made, most=most)
+                now = together(held, made)  # one branch a site, not two
+                with unedited(self.base), side_branches(self.base, now):
+                    losses, step = self._step(trunk, edits, kept, most=most)
                 epoch.append(losses)
                 made = together(made, step)
             losses = torch.cat(epoch)
@@ -175,14 +180,12 @@ class GaussNewton(Baseline):
         edits: Sequence[Tokens],
         others: Sequence[Tokens],
         *,
-        made: Updates,
         most: float,
     ) -> tuple[Float[Tensor, " n"], Updates]:
-        """The edits' losses with `made`, and one more update; none if all are learned."""
+        """The edits' losses, and one more update; none if all are learned."""
         # 1. Losses and gradients of all texts on the model as it is.
         before, kept = self._before(trunk, others)
-        with side_branches(self.base, made):
-            factors, losses = _in_passes(trunk, [*edits, *kept])
+        factors, losses = _in_passes(trunk, [*edits, *kept])
         learned = losses[: len(edits)]
         if bool((learned < self.stop).all()):
             return learned, {}
@@ -204,14 +207,20 @@ class GaussNewton(Baseline):
         return replace(f, u=f.u @ self.metric[name], delta=f.delta / scale)
 
     def _responses(self, factors: Factors, turned: Factors, count: int) -> Float[Tensor, "n n"]:
-        """G in float64."""
+        """G in float64; it is symmetric, so each text meets those of later parts only."""
         total = torch.zeros(count, count, dtype=torch.float64, device=self.base.device)
         for name, f in factors.items():
-            by_token = (turned[name].u @ f.u.T) * (turned[name].delta @ f.delta.T)
-            # Which text each token belongs to.
-            member = one_hot(f.rows, count).to(by_token)
-            total = total + (member.T @ by_token @ member).double()
-        return (total + total.T) / 2
+            # Which text each token belongs to, and where each text's tokens begin.
+            member = one_hot(f.rows, count).to(f.delta)
+            begin = [0, *torch.bincount(f.rows, minlength=count).cumsum(0).tolist()]
+            for first in range(0, count, PART):
+                last = min(first + PART, count)
+                some, later = slice(begin[first], begin[last]), slice(begin[first], None)
+                by_token = turned[name].u[some] @ f.u[later].T
+                by_token *= turned[name].delta[some] @ f.delta[later].T
+                by_text = member[some, first:last].T @ by_token @ member[later, first:]
+                total[first:last, first:] += by_text.double()
+        return total.triu() + total.triu(1).T
 
     def _change(
         self, name: str, turned: GradientFactors, share: Float[Tensor, "t 1"]

@@ -107,6 +107,7 @@ def test_a_step_is_the_least_change_that_takes_every_loss_to_zero(
     family, most, editor, text, tokens, request, monkeypatch
 ):
     monkeypatch.setattr(gauss_newton, "FACTOR_BATCH", 2)  # passes hold texts in another order
+    monkeypatch.setattr(gauss_newton, "PART", 2)
     base = request.getfixturevalue(family)
     one, texts = editor(base, ridge=0.1, epochs=1, most=most), longest_first(tokens(base, 3))
     update = one.updates(texts, at_once=True)
