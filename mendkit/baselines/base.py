@@ -198,11 +198,13 @@ def down_projections(base: BaseModel) -> list[str]:
     return [site.name for site in found]
 
 
-def gradient_moments(base: BaseModel, text: str, *, seed: int = 0) -> dict[str, Tensor]:
+def gradient_moments(
+    base: BaseModel, text: str, *, ridge: float = 0.0, seed: int = 0
+) -> dict[str, Tensor]:
     """S = E[δ δᵀ] (o, o) of δ = ∂L/∂y at every site's outputs y, over the first tokens of `text`.
 
     L is the NLL of tokens drawn from the model, which makes S the output factor of K-FAC's Fisher
-    (Martens & Grosse, 2015, arXiv 1503.05671). In float64. Raises DataError as `key_moments`.
+    (Martens & Grosse, 2015, arXiv 1503.05671). `ridge`, dtype and DataError as for `key_moments`.
     """
     trunk, drawing = FrozenTrunk(base), torch.Generator(base.device).manual_seed(seed)
     sums: dict[str, Any] = {}
@@ -215,7 +217,7 @@ def gradient_moments(base: BaseModel, text: str, *, seed: int = 0) -> dict[str, 
             delta = f.delta.double()
             sums[name] = sums.get(name, 0.0) + (delta.T @ delta).cpu()
         count += len(told.targets)
-    return {name: total / count for name, total in sums.items()}
+    return {name: _with_ridge(total / count, ridge) for name, total in sums.items()}
 
 
 def text_windows(
@@ -244,10 +246,11 @@ def key_moments(base: BaseModel, text: str, *, ridge: float = 0.0) -> dict[str, 
             k = wide(inputs)
             sums[name] = sums.get(name, 0.0) + (k.T @ k).cpu().double()
         count += len(window.scored)
-    for name, total in sums.items():
-        c = total / count
-        sums[name] = c + ridge * c.diagonal().mean() * torch.eye(len(c), dtype=c.dtype)
-    return sums
+    return {name: _with_ridge(total / count, ridge) for name, total in sums.items()}
+
+
+def _with_ridge(moments: Tensor, ridge: float) -> Tensor:
+    return moments + ridge * moments.diagonal().mean() * torch.eye(len(moments)).to(moments)
 
 
 def held_moments(base: BaseModel, text: str, *, ridge: float) -> dict[str, Tensor]:

@@ -11,6 +11,7 @@ C_l = E[k kᵀ] are moments of the layer's inputs over a text, as in ROME (rome.
 square of ∂L/∂y over the step's tokens and the layer's outputs. This is a natural gradient in the
 metric of K-FAC (Martens & Grosse, 2015, arXiv 1503.05671) with an isotropic output factor, and
 MEND's form of update, Σ δ̃ ũᵀ, with ũ = C⁻¹ u and δ̃ = δ / s in place of what a hypernetwork makes.
+With `output_factor` S_l⁻¹ stands for 1 / s_l: K-FAC's other factor, of the same text's predictions.
 All blocks share the shift, as in MEMIT (Meng et al., 2023, arXiv 2210.07229).
 
 Other rows of the same system (text_pool.py) are the edits in other wordings, for a change that is
@@ -85,22 +86,32 @@ class GaussNewton(Baseline):
         kept: int = 16,
         reworded: int = 0,
         passages: int = 0,
+        output_factor: bool = False,
     ) -> None:
         counts = {"kept": kept, "reworded": reworded, "passages": passages}
-        super().__init__(base, hparams, "Gauss-Newton", {"ridge": ridge, **counts})
+        settings = {"ridge": ridge, **counts}
+        if output_factor:
+            settings["output_factor"] = True
+        super().__init__(base, hparams, "Gauss-Newton", settings)
         self.base = base.with_sites(sites or down_projections(base))
-        self.ridge = ridge
+        self.ridge, self.output_factor = ridge, output_factor
         self.pool = TextPool(self.base, hparams, keep, text=text, **counts)
         self.memory: list[Tokens] | None = None  # edits of a sequence so far
         # Editors of other settings share C⁻¹.
-        of = type(self).__name__, self.base.sites, self.floor, text
+        of = type(self).__name__, self.base.sites, self.floor, output_factor, text
         self.metric: dict[str, Any] = base.remembered(of, lambda: self._metric(text))
 
     def _metric(self, text: str) -> dict[str, Any]:
-        """C⁻¹ (i, i) by site, with a floor on C's eigenvalues."""
-        inverses, dtype = {}, torch.promote_types(self.base.dtype, torch.float32)
-        for name, c in key_moments(self.base, text, ridge=self.floor).items():
-            inverses[name] = torch.linalg.inv(c).to(self.base.device, dtype)
+        """C⁻¹ (i, i), and S⁻¹ (o, o) if asked for, by site; a floor on eigenvalues of both."""
+        dtype = torch.promote_types(self.base.dtype, torch.float32)
+        moments = [key_moments(self.base, text, ridge=self.floor)]
+        if self.output_factor:
+            seed = self.hparams.seed
+            moments.append(gradient_moments(self.base, text, ridge=self.floor, seed=seed))
+        inverses: dict[str, Any] = {}
+        for site in self.base.sites:
+            found = (torch.linalg.inv(each[site.name]) for each in moments)
+            inverses[site.name] = [inverse.to(self.base.device, dtype) for inverse in found]
         return inverses
 
     def remembering(self) -> "GaussNewton":
@@ -202,9 +213,12 @@ class GaussNewton(Baseline):
         return learned, step
 
     def _turned(self, name: str, f: GradientFactors) -> GradientFactors:
-        """The factors of ∇L C⁻¹ / s."""
+        """The factors of ∇L C⁻¹ / s, or of S⁻¹ ∇L C⁻¹."""
+        inverse, *of_outputs = self.metric[name]
+        if of_outputs:
+            return replace(f, u=f.u @ inverse, delta=f.delta @ of_outputs[0])
         scale = f.delta.square().mean().clamp(min=torch.finfo(torch.float32).tiny)
-        return replace(f, u=f.u @ self.metric[name], delta=f.delta / scale)
+        return replace(f, u=f.u @ inverse, delta=f.delta / scale)
 
     def _responses(self, factors: Factors, turned: Factors, count: int) -> Float[Tensor, "n n"]:
         """G in float64; it is symmetric, so each text meets those of later parts only."""
