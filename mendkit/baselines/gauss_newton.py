@@ -40,7 +40,6 @@ from ..mend.losses import wide
 from ..mend.updates import (
     LowRankUpdate,
     Updates,
-    in_force,
     of_matrices,
     one_below_another,
     side_branches,
@@ -157,9 +156,8 @@ class GaussNewton(Baseline):
         others: Sequence[Tokens] | None = None,
     ) -> Updates:
         """One update of all edits; `others` are kept (None: drawn anew for every step)."""
-        held, made = Updates(), Updates()
+        made: Updates = {}
         for site in self.base.sites:
-            held[site.name] = of_matrices(in_force(self.base, site)[None])
             u, delta = torch.zeros(1, 1, site.d_in), torch.zeros(1, 1, site.d_out)
             made[site.name] = LowRankUpdate(u.to(self.base.device), delta.to(self.base.device), 1.0)
         most, last = self.most, float("inf")
@@ -171,9 +169,7 @@ class GaussNewton(Baseline):
                 edits = order[at : at + self.batch_size]
                 kept = self.pool.others(edits, draw) if others is None else others
                 edits += self.pool.other_words(edits, draw)
-                now = together(held, made)  # one branch a site, not two
-                with unedited(self.base), side_branches(self.base, now):
-                    losses, step = self._step(trunk, edits, kept, most=most)
+                losses, step = self._step(trunk, edits, kept, made=made, most=most)
                 epoch.append(losses)
                 made = together(made, step)
             losses = torch.cat(epoch)
@@ -191,12 +187,14 @@ class GaussNewton(Baseline):
         edits: Sequence[Tokens],
         others: Sequence[Tokens],
         *,
+        made: Updates,
         most: float,
     ) -> tuple[Float[Tensor, " n"], Updates]:
-        """The edits' losses, and one more update; none if all are learned."""
+        """The edits' losses with `made`, and one more update; none if all are learned."""
         # 1. Losses and gradients of all texts on the model as it is.
         before, kept = self._before(trunk, others)
-        factors, losses = _in_passes(trunk, [*edits, *kept])
+        with side_branches(self.base, made):
+            factors, losses = _in_passes(trunk, [*edits, *kept])
         learned = losses[: len(edits)]
         if bool((learned < self.stop).all()):
             return learned, {}

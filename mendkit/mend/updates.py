@@ -11,7 +11,6 @@ from dataclasses import dataclass, replace
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
-from torch.nn.functional import linear
 from torch.nn.utils.rnn import pad_sequence
 from torch.utils.hooks import RemovableHandle
 
@@ -176,16 +175,10 @@ class SideBranch:
     """The forward hook of one update at one site."""
 
     def __init__(self, update: LowRankUpdate) -> None:
-        self.update, self.change = update, None
-        # ΔW of more numbers than its factors costs more than them, and else less.
-        (n_edits, tokens, d_in), d_out = update.u.shape, update.delta.shape[2]
-        if n_edits == 1 and tokens * (d_in + d_out) > d_in * d_out:
-            self.change = update.dense()
+        self.update = update
 
     def __call__(self, _: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> Tensor:
-        x = args[0].to(self.update.u)
-        added = self.update.branch(x) if self.change is None else linear(x, self.change)
-        return output + added.to(output)
+        return output + self.update.branch(args[0].to(self.update.u.device)).to(output)
 
 
 def attach(base: BaseModel, updates: Updates) -> list[RemovableHandle]:
