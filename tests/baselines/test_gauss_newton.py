@@ -121,6 +121,7 @@ def test_a_step_is_the_least_change_that_takes_every_loss_to_zero(
     one, texts = editor(base, **given, epochs=1, most=most), longest_first(tokens(base, 3))
     update = one.updates(texts, at_once=True)
     assert list(update) == down_projections(base)
+    assert editor(base, output_factor=not factor).metric is not one.metric
     for name, change in dense_step(one, text, texts, most=most).items():
         torch.testing.assert_close(update[name].dense(), change, rtol=1e-5, atol=1e-9)
     # A small step does what it says.
